@@ -1,0 +1,111 @@
+"""Every error graft raises on purpose.
+
+    GraftError                 exit code 1
+    ├── RequestError           exit code 2: what was asked for is wrong; said before any work starts
+    │   ├── SettingsError      settings that do not parse: misspelt key, wrong type, value out of range
+    │   ├── RecipeError        one or more problems in a recipe, each with its line
+    │   ├── UnknownName        a verb, method, source, measure or node that does not exist
+    │   ├── CannotCombine      models whose weights or predictions may not be combined
+    │   ├── DataError          a data file that is missing, empty, binary or wrongly formatted
+    │   ├── MissingExtra       an optional package that this request needs
+    │   └── Locked             another process works on this folder
+    └── RunError               the request was right and something went wrong while it ran
+        ├── CheckpointError    weights that are corrupt, truncated, missing, NaN or Inf
+        ├── TrainingError      a loss that is NaN, labels that are all masked
+        └── DiskError          no space, no permission
+
+A message says what was expected, what was found and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+class GraftError(Exception):
+    """Base of all errors raised by graft. `exit_code` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class RequestError(GraftError):
+    """The request was wrong. Raised before work starts wherever that is possible."""
+
+    exit_code = 2
+
+
+class SettingsError(RequestError):
+    """Settings that do not parse; `problems` holds each with its place."""
+
+    def __init__(self, problems: Sequence[Problem]):
+        self.problems = list(problems)
+        super().__init__("\n".join(str(p) for p in self.problems))
+
+
+class RecipeError(SettingsError):
+    """A recipe that cannot run; `problems` holds everything found, in the order of the lines."""
+
+
+class UnknownName(RequestError):
+    """A name that does not exist. The message shows the nearest right name and lists the valid ones."""
+
+    def __init__(self, kind: str, name: str, valid: Iterable[str]):
+        self.kind, self.name, self.valid = kind, name, sorted(valid)
+        super().__init__(f"unknown {kind} {name!r}{nearest(name, self.valid)}; there are: {', '.join(self.valid)}")
+
+
+class CannotCombine(RequestError):
+    """Models that may not be combined this way. The message names what would work instead."""
+
+
+class DataError(RequestError):
+    """A data file or data set that cannot be used; the message names the file and, where there is one, the line."""
+
+
+class MissingExtra(RequestError):
+    """An optional package is needed. The message is the command that installs it."""
+
+    def __init__(self, package: str, extra: str, purpose: str):
+        super().__init__(f"{purpose} needs the package {package}: pip install 'graft[{extra}]'")
+
+
+class Locked(RequestError):
+    """Another process works on this folder."""
+
+
+class RunError(GraftError):
+    """The request was right and something went wrong while it ran."""
+
+
+class CheckpointError(RunError):
+    """Weights that are corrupt, truncated, missing, of the wrong shape, NaN or Inf; names the file and the tensor."""
+
+
+class TrainingError(RunError):
+    """Training that cannot go on: the loss is NaN, every label is masked."""
+
+
+class DiskError(RunError):
+    """The disk is full or the folder may not be written. Nothing that was there before is lost."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with settings: where (a path such as `models.soup.merge.density`), the line in the file, what."""
+
+    path: tuple[str | int, ...]
+    message: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        place = ".".join(str(p) for p in self.path)
+        line = f"line {self.line}: " if self.line is not None else ""
+        return f"{line}{place}: {self.message}" if place else f"{line}{self.message}"
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`" (did you mean 'density'?)"` where a valid name is close to `name`, else an empty string."""
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,35 @@
+"""A method is one file: its name in a recipe is its module's name in the folder of its verb.
+
+Other packages add methods through an entry point in the group `graft.<folder>` (for example `graft.merge`) that names
+a module of the same shape.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import pkgutil
+from types import ModuleType
+
+from graft.errors import UnknownName
+
+
+def method_names(package: str) -> list[str]:
+    """The methods in `package` (for example `graft.merge`): modules that declare a method, helpers left out.
+
+    A helper module starts with `_` or stands in the package's `ROOMS`.
+    """
+    parent = importlib.import_module(package)
+    rooms = set(getattr(parent, "ROOMS", ()))
+    own = [m.name for m in pkgutil.iter_modules(parent.__path__) if not m.name.startswith("_") and m.name not in rooms]
+    return sorted({*own, *(e.name for e in importlib.metadata.entry_points(group=package))})
+
+
+def method(package: str, name: str) -> ModuleType:
+    """The module of method `name` in `package`. Raises UnknownName, listing the folder."""
+    if name not in method_names(package):
+        raise UnknownName(f"{package.rpartition('.')[2]} method", name, method_names(package))
+    for entry in importlib.metadata.entry_points(group=package):
+        if entry.name == name:
+            return entry.load()
+    return importlib.import_module(f"{package}.{name}")

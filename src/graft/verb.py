@@ -1,0 +1,109 @@
+"""What every verb of a recipe (pretrain, tune, merge, ensemble, …) must be able to do.
+
+A verb is a folder. Its package exposes `VERB`, one instance of a subclass of `Verb`. Importing it must be light: torch
+and transformers are imported inside functions. The recipe asks verbs for facts and problems, `graft plan` for estimates,
+and the runner runs them; nobody else needs to know which verbs there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from graft.settings import Settings
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a model before it exists: enough to say what may be combined and what it will cost."""
+
+    architecture: str
+    """`decoder`, `encoder` or `encoder-decoder`."""
+    initialisation: str
+    """The same for all models grown from one initialisation; only these may have their weights averaged."""
+    vocabulary: str
+    """The same for all models with the same tokenizer."""
+    parameters: int
+    """Number of parameters that are stored."""
+    bytes: int
+    """Size of the weights on disk."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The `transformers` configuration, where it is known already."""
+    mergeable: bool = True
+    """False where the node has no weights of its own to average (an ensemble)."""
+    trained_on: frozenset[str] = frozenset()
+    """Fingerprints of the data (with split) that went into the weights, ancestors' included."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a node will cost. `note` says what the figures rest on."""
+
+    parameters: int
+    disk_bytes: int
+    memory_bytes: int
+    seconds: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One node to run: settings, where its inputs are, and where its output goes."""
+
+    name: str
+    settings: Settings
+    seed: int
+    out: Path
+    """Becomes the artifact. May hold what a killed run left: a verb goes on from there or starts over."""
+    scratch: Path
+    """For resuming; survives a kill, removed when the node is done."""
+    cache: Path
+    """Token streams and other things that nodes share, named by content."""
+    models: Mapping[str, Path]
+    """Folder of each model the settings name."""
+    data: Mapping[str, Any]
+    """Settings of every data set of the recipe, by name; opened with `graft.data.open_corpus`."""
+    root: Path = Path()
+    """Folder that relative paths in the recipe start from."""
+    device: str | None = None
+    """None: the accelerator where there is one, else the CPU."""
+
+
+S = TypeVar("S", bound=Settings)
+
+
+class Verb(Generic[S]):
+    """Base of the verbs. `S` is the settings type that `parse` gives."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """One line for help texts and the recipe reference."""
+    version: ClassVar[int] = 1
+    """Counted up when the same settings give other weights: cached nodes are then made anew."""
+    stands_for: ClassVar[str] = "model"
+
+    def types(self) -> Mapping[str, type[Settings]]:
+        """The settings type of each method (key: the method's name, or the verb's name where it has one form only)."""
+        raise NotImplementedError
+
+    def parse(self, raw: Any, path: tuple[str | int, ...] = ()) -> S:
+        """Settings from plain YAML values. Raises SettingsError (all problems) or UnknownName."""
+        raise NotImplementedError
+
+    def check(self, settings: S, models: Mapping[str, Facts]) -> list[str]:
+        """What is wrong with this node given the facts of the models it names: one sentence each, empty if nothing."""
+        return []
+
+    def facts(self, settings: S, models: Mapping[str, Facts], key: str) -> Facts:
+        """Facts of the model this node will make. `key` identifies the node (the hash of all that makes it)."""
+        raise NotImplementedError
+
+    def estimate(self, settings: S, models: Mapping[str, Facts]) -> Estimate:
+        """What it will cost, from facts alone."""
+        raise NotImplementedError
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Write a complete Hugging Face folder into `job.out`; return metrics and notes for the manifest."""
+        raise NotImplementedError
