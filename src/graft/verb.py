@@ -1,8 +1,8 @@
 """What every verb of a recipe (pretrain, tune, merge, ensemble, …) must be able to do.
 
 A verb is a folder. Its package exposes `VERB`, one instance of a subclass of `Verb`. Importing it must be light: torch
-and transformers are imported inside functions. The recipe asks verbs for facts and problems, `graft plan` for estimates,
-and the runner runs them; nobody else needs to know which verbs there are.
+and transformers are imported inside functions. The recipe asks verbs for facts and problems, `graft plan` asks for
+estimates, and the runner runs them; nobody else needs to know which verbs there are.
 """
 
 from __future__ import annotations
