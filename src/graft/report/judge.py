@@ -1,0 +1,165 @@
+"""Verdicts: which model is best in a column, and whether a combination is better than the best of its parents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from graft.report.read import Column, Row, Run, is_number
+
+SIGNIFICANT_P = 0.05
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A combination against the best of its parents in one column. `difference` is the combination minus the parent."""
+
+    model: str
+    parent: str
+    difference: float
+    worse: bool
+    better: bool
+    p: float | None
+    """Of the paired test; None where the pair was not tested."""
+    test: str
+
+    @property
+    def significant(self) -> bool:
+        """Whether the paired test finds a difference at 5 %."""
+        return self.p is not None and self.p < SIGNIFICANT_P
+
+    @property
+    def mark(self) -> str:
+        """▼ worse, ▽ worse but within chance or untested, ▲ better, △ better but within chance or untested."""
+        if self.worse:
+            return "▼" if self.significant else "▽"
+        if self.better:
+            return "▲" if self.significant else "△"
+        return ""
+
+    @property
+    def evidence(self) -> str:
+        """`p < 0.001, paired bootstrap`, or that nothing was tested."""
+        if self.p is None:
+            return "the pair was not tested"
+        return f"{p_text(self.p)}, {self.test.replace('_', ' ') or 'paired test'}"
+
+
+def p_text(p: float) -> str:
+    """`p = 0.03`, `p < 0.001`."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def decimals(run: Run, column: Column) -> int:
+    """How many decimals a column's scores deserve: two digits of the middle interval's half, between 1 and 4."""
+    halves = sorted(h for row in run.ranked(column) if (h := half(row)))
+    if not halves:
+        return 3
+    middle, places = halves[len(halves) // 2], 1
+    while places < 4 and middle * 10**places < 9.5:
+        places += 1
+    return places
+
+
+def half(row: Row) -> float | None:
+    """Half of the width of a score's interval, or None where there is none."""
+    low, high = row.get("low"), row.get("high")
+    return (high - low) / 2 if is_number(low) and is_number(high) else None
+
+
+def best(run: Run, column: Column) -> str | None:
+    """The model with the best score in `column`."""
+    rows = run.ranked(column)
+    return str(rows[0]["model"]) if rows else None
+
+
+def difference(run: Run, column: Column, a: str, b: str) -> tuple[Row, int] | None:
+    """The comparison of `a` and `b` and the sign that makes its difference a minus b; None if there is none."""
+    for compared, row in run.comparisons:
+        if compared == column and set(row["models"]) == {a, b}:
+            return row, 1 if list(row["models"]) == [a, b] else -1
+    return None
+
+
+def verdict(run: Run, model: str, column: Column) -> Verdict | None:
+    """How `model` does against its best parent; None for a node that combines nothing or was not measured here."""
+    own = run.row(model, column)
+    node = run.models.get(model)
+    if own is None or node is None or not node.combines:
+        return None
+    parents = [row for name in node.parents if (row := run.row(name, column)) is not None]
+    if not parents:
+        return None
+    parent = min(parents, key=lambda row: column.rank(row["value"]))
+    compared = difference(run, column, model, parent["model"])
+    p = compared[0].get("p") if compared else None
+    return Verdict(
+        model=model,
+        parent=str(parent["model"]),
+        difference=own["value"] - parent["value"],
+        worse=column.better(parent["value"], own["value"]),
+        better=column.better(own["value"], parent["value"]),
+        p=p if is_number(p) else None,
+        test=str(compared[0].get("test") or "") if compared else "",
+    )
+
+
+def verdicts(run: Run) -> Iterator[tuple[Column, Verdict]]:
+    """Every combination's verdict in every column."""
+    for column in run.columns:
+        for name in run.models:
+            found = verdict(run, name, column)
+            if found is not None:
+                yield column, found
+
+
+def sentence(run: Run, column: Column, found: Verdict) -> str:
+    """A verdict in words: `soup is worse than its best parent coder on code.test: 2.52 against 2.41 (p < 0.001, …)`."""
+    places = decimals(run, column)
+    own, parent = run.scores[found.model, column]["value"], run.scores[found.parent, column]["value"]
+    word = "worse than" if found.worse else "better than" if found.better else "equal to"
+    return (
+        f"{found.model} is {word} its best parent {found.parent} on {column.title}: "
+        f"{own:.{places}f} against {parent:.{places}f} ({found.evidence})"
+    )
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """The whole run as one JSON-ready value."""
+    return {
+        "family": run.family,
+        "folder": str(run.folder),
+        "models": [_model(run, name) for name in run.models],
+        "comparisons": [dict(row) for _, row in run.comparisons],
+        "problems": list(run.problems),
+    }
+
+
+def _model(run: Run, name: str) -> dict[str, Any]:
+    model = run.models[name]
+    return {
+        "name": name,
+        "verb": model.verb,
+        "parents": list(model.parents),
+        "made": model.made,
+        "hash": model.manifest.get("hash"),
+        "parameters": model.manifest.get("parameters"),
+        "cost": run.costs.get(name, {}),
+        "scores": [_score(run, name, column) for column in run.columns if run.row(name, column)],
+    }
+
+
+def _score(run: Run, name: str, column: Column) -> dict[str, Any]:
+    row, found = run.scores[name, column], verdict(run, name, column)
+    kept = ("measure", "task", "metric", "on", "unit", "value", "low", "high", "n", "higher_is_better")
+    against = None
+    if found is not None:
+        against = {
+            "best_parent": found.parent,
+            "difference": found.difference,
+            "worse": found.worse,
+            "p": found.p,
+            "significant": found.significant,
+        }
+    return {key: row.get(key) for key in kept} | {"best": best(run, column) == name, "against_best_parent": against}

@@ -1,0 +1,300 @@
+"""From a run's folder to what the report shows. Reads only; what cannot be read is named, never fatal."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeGuard
+
+import yaml
+
+from graft.errors import RequestError
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One thing that was measured: a metric of a task on a data set. Models are compared within a column only."""
+
+    measure: str
+    task: str
+    metric: str
+    on: str
+    unit: str
+    higher_is_better: bool
+
+    @property
+    def place(self) -> str:
+        """What it was measured on: the data set, or the task where that says it all."""
+        return self.on or self.task or self.measure
+
+    @property
+    def title(self) -> str:
+        """`code.test · bits per byte`."""
+        return f"{self.place} · {self.metric_words}"
+
+    @property
+    def metric_words(self) -> str:
+        """The metric as words."""
+        return (self.metric or self.measure).replace("_", " ")
+
+    def better(self, a: float, b: float) -> bool:
+        """Whether `a` is strictly the better score."""
+        return a > b if self.higher_is_better else a < b
+
+    def rank(self, value: float) -> float:
+        """A number that is smaller for better scores."""
+        return -value if self.higher_is_better else value
+
+
+@dataclass(frozen=True)
+class Model:
+    """One node of the family: its manifest where it has been made, `{}` where not."""
+
+    name: str
+    verb: str
+    parents: tuple[str, ...]
+    manifest: Row = field(default_factory=dict)
+    log: tuple[Row, ...] = ()
+    folder: Path | None = None
+
+    @property
+    def made(self) -> bool:
+        """Whether the node's folder is complete."""
+        return bool(self.manifest)
+
+    @property
+    def combines(self) -> bool:
+        """Whether it was made from several models, so that it has to be better than the best of them."""
+        return len(self.parents) > 1
+
+    @property
+    def kind(self) -> str:
+        """Verb and method: `merge linear`."""
+        settings = self.manifest.get("settings") or {}
+        named = settings.get("method", settings.get("combine")) if isinstance(settings, Mapping) else None
+        method = next(iter(named), None) if isinstance(named, Mapping) else named
+        return f"{self.verb} {method}" if isinstance(method, str) else self.verb
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder as the report sees it. `problems` says in sentences what is missing, stale or unreadable."""
+
+    folder: Path
+    family: str
+    models: dict[str, Model]
+    columns: list[Column]
+    scores: dict[tuple[str, Column], Row]
+    comparisons: list[tuple[Column, Row]]
+    problems: list[str]
+
+    def row(self, model: str, column: Column) -> Row | None:
+        """The score of `model` in `column`, or None."""
+        return self.scores.get((model, column))
+
+    def ranked(self, column: Column) -> list[Row]:
+        """The scores of a column, best first."""
+        return sorted((r for (_, c), r in self.scores.items() if c == column), key=lambda r: column.rank(r["value"]))
+
+    @cached_property
+    def costs(self) -> dict[str, dict[str, float]]:
+        """By model: median tokens/s over its measurements, largest peak memory, bytes on disk."""
+        reduce: dict[str, Callable[[list[float]], float]] = {
+            "tokens_per_s": median,
+            "peak_memory_bytes": max,
+            "disk_bytes": max,
+        }
+        found: dict[str, dict[str, list[float]]] = {}
+        for (model, _), row in self.scores.items():
+            for name, value in (row.get("cost") or {}).items():
+                if name in reduce and is_number(value) and value > 0:
+                    found.setdefault(model, {}).setdefault(name, []).append(value)
+        return {m: {name: float(reduce[name](values)) for name, values in c.items()} for m, c in found.items()}
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether `value` is a finite number (and not a truth value)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's folder. Raises RequestError where it is no folder or holds neither models nor results."""
+    if not folder.is_dir():
+        raise RequestError(
+            f"expected the folder of a run, found nothing at {folder}: give the folder `graft run` wrote"
+        )
+    known = ["models", "results.jsonl", "recipe.yaml"]
+    if not any((folder / name).exists() for name in known):
+        raise RequestError(f"{folder} is not the folder of a run: it holds none of {', '.join(known)}")
+    problems: list[str] = []
+    recipe = _recipe(folder / "recipe.yaml", problems)
+    rows = list(read_lines(folder / "results.jsonl", problems))
+    models = _models(folder, recipe, problems)
+    for row in rows:
+        if row.get("kind") == "score" and not models.get(str(row.get("model"))) and not (folder / "models").exists():
+            models[str(row["model"])] = Model(str(row["model"]), "load", ())
+    scores = _scores(rows, models, problems)
+    columns = list(dict.fromkeys(column for _, column in scores))
+    family = str(recipe.get("family") or folder.resolve().name)
+    return Run(folder, family, models, columns, scores, _comparisons(rows, models, columns), problems)
+
+
+def read_lines(path: Path, problems: list[str]) -> Iterator[Row]:
+    """The JSON objects of a file, one a line; none where there is no file. A torn line is named and left out."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                value = json.loads(line)
+            except ValueError:
+                value = None
+            if isinstance(value, dict):
+                yield value
+            elif line.strip():
+                problems.append(f"{path.name} line {number} is not a JSON object and was left out")
+
+
+def _recipe(path: Path, problems: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problems.append(f"{path.name} cannot be read: {error}")
+        return {}
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def _models(folder: Path, recipe: Mapping[str, Any], problems: list[str]) -> dict[str, Model]:
+    """Nodes in the recipe's order, then those on disk that the recipe does not name, oldest first."""
+    made = {m.name: m for m in _made(folder / "models", problems)}
+    planned = recipe.get("models")
+    planned = planned if isinstance(planned, dict) else {}
+    ordered = {str(name): made.get(str(name)) or _planned(str(name), raw, planned) for name, raw in planned.items()}
+    rest = _parents_first(
+        sorted(
+            (m for m in made.values() if m.name not in ordered),
+            key=lambda m: (str(m.manifest.get("created", "")), m.name),
+        )
+    )
+    missing = [name for name, model in ordered.items() if not model.made]
+    if missing:
+        problems.append(f"not made yet: {', '.join(missing)}")
+    return {**ordered, **{m.name: m for m in rest}}
+
+
+def _parents_first(models: list[Model]) -> list[Model]:
+    ordered: dict[str, Model] = {}
+    by_name = {m.name: m for m in models}
+
+    def place(model: Model, above: tuple[str, ...]) -> None:
+        for name in model.parents:
+            if name in by_name and name not in above:
+                place(by_name[name], (*above, name))
+        ordered.setdefault(model.name, model)
+
+    for model in models:
+        place(model, (model.name,))
+    return list(ordered.values())
+
+
+def _made(folder: Path, problems: list[str]) -> Iterator[Model]:
+    for manifest_path in sorted(folder.glob("*/graft.json")):
+        name = manifest_path.parent.name
+        try:
+            manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            problems.append(f"models/{name}/graft.json cannot be read: {error}")
+            continue
+        parents = manifest.get("parents") or []
+        yield Model(
+            name=str(manifest.get("name") or name),
+            verb=str(manifest.get("verb") or "load"),
+            parents=tuple(str(p.get("name", "")) for p in parents if isinstance(p, dict)),
+            manifest=manifest,
+            log=tuple(read_lines(manifest_path.parent / "log.jsonl", problems)),
+            folder=manifest_path.parent,
+        )
+
+
+def _planned(name: str, raw: Any, planned: Mapping[str, Any]) -> Model:
+    """A node that is not made yet: its verb, and the models that its `from`, `base`, `models`, … name."""
+    verb, settings = next(iter(raw.items())) if isinstance(raw, dict) and raw else ("load", {})
+    named = (value for key, value in settings.items() if key != "data") if isinstance(settings, dict) else ()
+    found = dict.fromkeys(text for value in named for text in _strings(value) if text in planned and text != name)
+    return Model(name, str(verb), tuple(found))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _scores(rows: list[Row], models: Mapping[str, Model], problems: list[str]) -> dict[tuple[str, Column], Row]:
+    """The newest row of each model and column, of the weights that the model has now."""
+    found: dict[tuple[str, Column], Row] = {}
+    stale: dict[str, None] = {}
+    for row in rows:
+        name = str(row.get("model"))
+        if row.get("kind") != "score" or not is_number(row.get("value")):
+            continue
+        if name not in models or not _current(models[name], row.get("model_hash")):
+            stale[name] = None
+            continue
+        found[name, _column(row)] = row
+    if stale:
+        problems.append(
+            f"rows of models that have changed or gone since they were measured are left out: {', '.join(stale)}"
+        )
+    problems.extend(_unlike(found))
+    return found
+
+
+def _current(model: Model, measured: Any) -> bool:
+    now = model.manifest.get("hash")
+    return now is None or measured is None or now == measured
+
+
+def _unlike(scores: Mapping[tuple[str, Column], Row]) -> Iterator[str]:
+    """Columns whose models were measured with different task versions or settings."""
+    ways: dict[Column, set[str]] = {}
+    for (_, column), row in scores.items():
+        ways.setdefault(column, set()).add(json.dumps([row.get("task_version"), row.get("settings")], sort_keys=True))
+    for column, seen in ways.items():
+        if len(seen) > 1:
+            yield f"{column.title}: measured with {len(seen)} different task versions or settings; compare with care"
+
+
+def _column(row: Row) -> Column:
+    texts = {key: str(row.get(key) or "") for key in ("measure", "task", "metric", "on", "unit")}
+    return Column(**texts, higher_is_better=bool(row.get("higher_is_better", False)))
+
+
+def _comparisons(rows: list[Row], models: Mapping[str, Model], columns: list[Column]) -> list[tuple[Column, Row]]:
+    """The newest comparison of each pair in each column; the pair's weights must be those the models have now."""
+    by_key = {(c.measure, c.task, c.metric, c.on): c for c in columns}
+    keys = ("measure", "task", "metric", "on")
+    found: dict[tuple[Column, str, str], Row] = {}
+    for row in rows:
+        pair = row.get("models")
+        measure, task, metric, on = (str(row.get(key) or "") for key in keys)
+        column = by_key.get((measure, task, metric, on))
+        if row.get("kind") != "comparison" or column is None or not isinstance(pair, list) or len(pair) != 2:
+            continue
+        hashes = row.get("model_hashes") or [None, None]
+        current = all(n in models and _current(models[n], h) for n, h in zip(pair, hashes, strict=False))
+        if current and is_number(row.get("difference")):
+            first, second = sorted(pair)
+            found[column, first, second] = row
+    return [(column, row) for (column, _, _), row in found.items()]

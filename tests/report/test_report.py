@@ -1,0 +1,115 @@
+"""The report says which model is best, where a combination lost to a parent, and what it could not read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import fabricate as fake
+from rich.console import Console
+
+from graft import report
+from graft.errors import RequestError
+
+
+def text_of(renderable) -> str:
+    console = Console(width=200, file=None, record=True, quiet=False)
+    with console.capture() as captured:
+        console.print(renderable)
+    return captured.get()
+
+
+def scores_of(folder: Path, name: str) -> dict[str, dict]:
+    (model,) = [m for m in report.summary(folder)["models"] if m["name"] == name]
+    return {s["on"]: s for s in model["scores"]}
+
+
+def test_the_lowest_bits_are_best_in_each_column(tmp_path):
+    folder = fake.family(tmp_path / "run")
+    best = {s["on"]: m["name"] for m in report.summary(folder)["models"] for s in m["scores"] if s["best"]}
+    assert best == {"code.test": "coder", "prose.test": "writer", "mixed.test": "duo"}
+
+
+def test_the_highest_accuracy_is_best(tmp_path):
+    row = {"higher_is_better": True, "metric": "accuracy"}
+    fake.write_rows(tmp_path, [fake.score("a", "quiz", 0.4, **row), fake.score("b", "quiz", 0.6, **row)])
+    assert [m["scores"][0]["best"] for m in report.summary(tmp_path)["models"]] == [False, True]
+
+
+def test_a_combination_is_held_against_its_best_parent(tmp_path):
+    found = scores_of(fake.family(tmp_path / "run"), "soup")
+    lost, won = found["code.test"]["against_best_parent"], found["mixed.test"]["against_best_parent"]
+    assert (lost["best_parent"], lost["worse"], lost["significant"]) == ("coder", True, True)
+    assert lost["difference"] == pytest.approx(2.31 - 2.12)
+    assert (won["best_parent"], won["worse"], won["p"]) == ("coder", False, 0.0004)
+
+
+def test_a_loss_within_chance_is_not_called_significant(tmp_path):
+    folder = fake.family(tmp_path / "run")
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    fake.write_rows(folder, [row | {"p": 0.2} if row["kind"] == "comparison" else row for row in rows])
+    found = scores_of(folder, "soup")["code.test"]["against_best_parent"]
+    assert found["worse"]
+    assert not found["significant"]
+    assert "▽ soup is worse than its best parent coder on code.test" in text_of(report.table(folder))
+
+
+def test_the_table_shows_interval_cost_and_flag(tmp_path):
+    shown = text_of(report.table(fake.family(tmp_path / "run")))
+    assert "2.310 ±0.030 ▼" in shown
+    assert "soup is worse than its best parent coder on code.test · bits per byte: 2.310 against 2.120" in shown
+    assert "p < 0.001, paired bootstrap" in shown
+    assert "20.9k" in shown
+    assert "24.8 MB" in shown
+
+
+def test_rows_of_weights_that_have_changed_are_left_out_and_said(tmp_path):
+    folder = fake.family(tmp_path / "run")
+    manifest = folder / "models" / "soup" / "graft.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"hash": "other"}))
+    found = report.summary(folder)
+    assert [len(m["scores"]) for m in found["models"] if m["name"] == "soup"] == [0]
+    assert any("soup" in problem and "left out" in problem for problem in found["problems"])
+    assert not any("soup" in row["models"] for row in found["comparisons"])
+
+
+def test_a_later_row_replaces_an_earlier_one(tmp_path):
+    fake.write_rows(tmp_path, [fake.score("a", "x", 2.0), fake.score("a", "x", 1.5)])
+    (model,) = report.summary(tmp_path)["models"]
+    assert [s["value"] for s in model["scores"]] == [1.5]
+
+
+def test_an_unfinished_run_is_reported_with_what_there_is(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "family: f\nmodels:\n  base: {pretrain: {data: x}}\n  fine: {tune: {from: base, data: x}}\n"
+    )
+    fake.manifest(tmp_path, "base", "pretrain", [])
+    found = report.summary(tmp_path)
+    assert [(m["name"], m["made"], m["parents"]) for m in found["models"]] == [
+        ("base", True, []),
+        ("fine", False, ["base"]),
+    ]
+    assert "not made yet: fine" in found["problems"]
+    assert "tune, not made" in text_of(report.table(tmp_path))
+
+
+def test_torn_lines_broken_manifests_and_odd_values_are_named_not_fatal(tmp_path):
+    folder = fake.family(tmp_path / "run")
+    (folder / "models" / "writer" / "graft.json").write_text("{")
+    with (folder / "results.jsonl").open("a") as rows:
+        rows.write(json.dumps(fake.score("coder", "code.test", float("nan"))) + "\n" + '{"kind": "sco')
+    found = report.summary(folder)
+    assert any("models/writer/graft.json cannot be read" in p for p in found["problems"])
+    assert any("is not a JSON object" in p for p in found["problems"])
+    assert scores_of(folder, "coder")["code.test"]["value"] == 2.12
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(RequestError, match=r"holds none of models, results\.jsonl, recipe\.yaml"):
+        report.summary(tmp_path)
+    with pytest.raises(RequestError, match="found nothing at"):
+        report.table(tmp_path / "nowhere")
