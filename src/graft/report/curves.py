@@ -77,7 +77,7 @@ def _labels(curves: Sequence[Curve], ends: Sequence[tuple[float, float]]) -> lis
             leader = path([(x, y), (edge - 12, at), (edge - 4, at)], class_="leader")
             named = leader + text(edge, at + 4, words, class_="label")
         else:
-            label = place(words, x, y - 8, taken, (LEFT, 0, WIDTH, HEIGHT - BOTTOM))
+            label = place(words, x, y - 20, taken, (LEFT, 0, WIDTH, HEIGHT - BOTTOM))
             taken.append(label.box)
             named = label.draw(x, y)
         drawn.append(element("g", named, class_=verb_class(curve.model.verb)))

@@ -192,6 +192,7 @@ def _provenance(run: Run, model: Model) -> dict[str, Any]:
     parents = manifest.get("parents") or []
     return {
         "model": model,
+        "hash": str(manifest.get("hash") or ""),
         "facts": facts,
         "parents": [(str(p.get("name")), str(p.get("hash") or "")) for p in parents if isinstance(p, dict)],
         "settings": json.dumps(manifest.get("settings"), indent=2, ensure_ascii=False) if model.made else "",

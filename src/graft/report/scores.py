@@ -18,7 +18,7 @@ def score_panel(run: Run, column: Column) -> Markup:
     """One column: a line for each model with its interval, the value at the right, the best on a tinted band."""
     rows = run.ranked(column)
     height = TOP + ROW * len(rows) + BOTTOM
-    low, high = padded(min(_low(r) for r in rows), max(_high(r) for r in rows), 0.04)
+    low, high = padded(min(_end(r, "low") for r in rows), max(_end(r, "high") for r in rows), 0.04)
     x = linear(low, high, NAME + 8, WIDTH - VALUE)
     lines = [_score(run, column, row, x, TOP + ROW * (i + 0.5)) for i, row in enumerate(rows)]
     return picture(WIDTH, height, _axis(low, high, x, height), *lines, label=f"scores on {column.title}")
@@ -48,7 +48,7 @@ def _score(run: Run, column: Column, row: Row, x: Scale, y: float) -> Markup:
         title(hint),
         band,
         text(NAME, y + 4, fit(name, 13, NAME - 6), text_anchor="end", class_="name" if top else "label"),
-        line(x(_low(row)), y, x(_high(row)), y, class_="interval"),
+        line(x(_end(row, "low")), y, x(_end(row, "high")), y, class_="interval"),
         element("circle", cx=x(value), cy=y, r=4.5, class_="dot"),
         text(WIDTH - VALUE + 14, y + 4, written, class_="number strong" if top else "number"),
         text(WIDTH - 6, y + 4, mark, text_anchor="end", class_=f"flag {flag_class(mark)}"),
@@ -61,14 +61,10 @@ def flag_class(mark: str) -> str:
     return {"▼": "worse", "▽": "maybe-worse", "▲": "better", "△": "maybe-better"}.get(mark, "")
 
 
-def _low(row: Row) -> float:
-    low = row.get("low")
-    return float(low) if is_number(low) else float(row["value"])
-
-
-def _high(row: Row) -> float:
-    high = row.get("high")
-    return float(high) if is_number(high) else float(row["value"])
+def _end(row: Row, key: str, otherwise: str = "value") -> float:
+    """An end of the row's interval; the value itself where there is no interval."""
+    end = row.get(key)
+    return float(end if is_number(end) else row[otherwise])
 
 
 def difference_reach(rows: Sequence[Row]) -> float:
@@ -84,7 +80,7 @@ def difference_bar(row: Row, sign: int, column: Column, reach: float) -> Markup:
     width, height = 220.0, 20.0
     direction = sign if column.higher_is_better else -sign
     x = linear(-reach, reach, 8, width - 8)
-    low, high = (row.get(key) if is_number(row.get(key)) else row["difference"] for key in ("low", "high"))
+    low, high = _end(row, "low", "difference"), _end(row, "high", "difference")
     p = row.get("p")
     sure = is_number(p) and p < 0.05
     gained = row["difference"] * direction > 0

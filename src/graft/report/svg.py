@@ -123,7 +123,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     steps = (1, 2, 5) if high / low < 200 else (1,)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found = [s * 10.0**p for p in powers for s in steps if low <= s * 10.0**p <= high]
-    return found if len(found) > 2 else ticks(low, high, 3).values
+    return found if len(found) > 2 else ticks(low, high, 5).values
 
 
 def padded(low: float, high: float, share: float = 0.06) -> tuple[float, float]:
