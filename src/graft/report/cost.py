@@ -13,6 +13,7 @@ from graft.report.judge import decimals
 from graft.report.labels import dot_box, place
 from graft.report.read import Column, Run
 from graft.report.svg import (
+    Scale,
     element,
     line,
     linear,
@@ -22,6 +23,7 @@ from graft.report.svg import (
     path,
     picture,
     text,
+    text_width,
     ticks,
     title,
 )
@@ -72,7 +74,7 @@ def cost_panel(run: Run, column: Column, cost: Cost) -> Markup:
     x = logarithmic(cheap, dear, LEFT, WIDTH - RIGHT)
     y = linear(low, high, *((HEIGHT - BOTTOM, TOP) if column.higher_is_better else (TOP, HEIGHT - BOTTOM)))
     points = [Point(name, c, v, x(c), y(v)) for name, c, v in found]
-    marks, steps = ticks(low, high, 5), log_ticks(cheap, dear)
+    marks, steps = ticks(low, high, 5), _legible(log_ticks(cheap, dear), x, cost)
     grid = [line(LEFT, y(v), WIDTH - RIGHT, y(v), class_="grid") for v in marks.values]
     grid += [text(LEFT - 8, y(v) + 4, marks.label(v), class_="tick", text_anchor="end") for v in marks.values]
     grid += [text(x(v), HEIGHT - BOTTOM + 18, cost.written(v), class_="tick", text_anchor="middle") for v in steps]
@@ -88,6 +90,16 @@ def cost_panel(run: Run, column: Column, cost: Cost) -> Markup:
         *_dots(run, column, cost, points),
         label=f"{column.title} against {cost.words}",
     )
+
+
+def _legible(steps: Sequence[float], x: Scale, cost: Cost) -> list[float]:
+    """The ticks whose numbers do not run into those before."""
+    kept: list[float] = []
+    for step in steps:
+        room = x(step) - x(kept[-1]) if kept else WIDTH
+        if room > text_width(cost.written(step), 11) + 10:
+            kept.append(step)
+    return kept
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
