@@ -1,0 +1,1 @@
+"""The one training loop: `settings.TrainSettings` says how, `loop.train` does it, `losses` holds objectives."""
