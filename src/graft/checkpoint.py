@@ -1,0 +1,405 @@
+"""Files of weights, without models: headers, streamed safetensors, folders written beside and renamed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from graft.errors import CheckpointError, DiskError
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WIDTH = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+"""Bytes of one element, by the dtype names of safetensors."""
+TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "U16": "uint16", "U32": "uint32", "U64": "uint64",
+}  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")
+MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """Where a tensor lies: `file`, `start` and `end` bytes in it, `dtype` as safetensors names it, `shape`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64)) if self.shape else 1
+
+
+Headers = dict[str, TensorHeader]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in order. Raises CheckpointError for what is missing."""
+    folder = Path(folder)
+    if (folder / INDEX).exists():
+        names = sorted(set(read_index(folder).values()))
+        missing = [name for name in names if not (folder / name).exists()]
+        if missing:
+            raise CheckpointError(f"{folder}: missing {len(missing)} of {len(names)} shards: {', '.join(missing)}")
+        return [folder / name for name in names]
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected a model's folder, found nothing there")
+    pickles = [p.name for p in folder.glob("*.bin")]
+    hint = f"; {pickles[0]} is a pickle, which is not read: convert it to safetensors" if pickles else ""
+    raise CheckpointError(f"{folder}: expected {SINGLE} or {INDEX}, found neither{hint}")
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Which file holds each tensor, from the index. Raises CheckpointError for an index that is damaged."""
+    path = Path(folder) / INDEX
+    try:
+        weight_map = json.loads(path.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: expected an index with a weight_map, found a damaged file ({error})") from None
+    for name in weight_map.values():
+        if "/" in name or "\\" in name or name.startswith("."):
+            raise CheckpointError(f"{path}: expected file names beside it, found {name!r}")
+    return weight_map
+
+
+def read_headers(folder: Path) -> Headers:
+    """Every tensor of a model folder, from the headers of its files alone.
+
+    Raises CheckpointError, naming file and tensor, for files that are truncated or corrupt, for shards and tensors that
+    are missing, and for a tensor that stands in two shards.
+    """
+    headers: Headers = {}
+    for path in weight_files(folder):
+        for name, header in read_file_headers(path).items():
+            if name in headers:
+                raise CheckpointError(f"{path}: tensor {name} stands in {headers[name].file.name} as well")
+            headers[name] = header
+    if (Path(folder) / INDEX).exists():
+        for name, file in read_index(folder).items():
+            if name not in headers:
+                raise CheckpointError(f"{Path(folder) / file}: expected tensor {name} (by the index), found it nowhere")
+    return headers
+
+
+def read_file_headers(path: Path) -> Headers:
+    """The tensors of one safetensors file. Raises CheckpointError for a truncated or corrupt file."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise CheckpointError(f"{path}: expected a safetensors file, found {size} bytes; get the file anew")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(MAX_HEADER, size - 8):
+            raise CheckpointError(
+                f"{path}: the header wants {length} bytes and the file has {size}; truncated or no safetensors file"
+            )
+        try:
+            raw = json.loads(file.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: the header is damaged ({error}); get the file anew") from None
+    headers = {}
+    for name, entry in raw.items():
+        if name != "__metadata__":
+            headers[name] = _header(path, name, entry, 8 + length, size)
+    _check_layout(path, headers, 8 + length)
+    return headers
+
+
+def _header(path: Path, name: str, entry: Any, base: int, size: int) -> TensorHeader:
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        header = TensorHeader(name, dtype, shape, path, base + start, base + end)
+        expected = header.count * WIDTH[dtype]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the header of tensor {name} is damaged ({error!r})") from None
+    if end - start != expected or start < 0:
+        raise CheckpointError(
+            f"{path}: tensor {name} {dtype}{list(shape)} needs {expected} bytes, its header gives {end - start}"
+        )
+    if base + end > size:
+        raise CheckpointError(
+            f"{path}: tensor {name} ends at byte {base + end} and the file at {size}: truncated; get the file anew"
+        )
+    return header
+
+
+def _check_layout(path: Path, headers: Headers, base: int) -> None:
+    reached = base
+    for header in sorted(headers.values(), key=lambda h: (h.start, h.end)):
+        if header.start < reached:
+            raise CheckpointError(f"{path}: tensor {header.name} overlaps the one before it: the header is corrupt")
+        reached = header.end
+
+
+class TensorReader:
+    """Reads pieces of tensors by `pread` into buffers of the caller: no page faults, safe from many threads."""
+
+    def __init__(self, folder: Path):
+        self.headers = read_headers(Path(folder))
+        self._files: dict[Path, int] = {}
+        for header in self.headers.values():
+            if header.file not in self._files:
+                self._files[header.file] = os.open(header.file, os.O_RDONLY)
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors, sorted."""
+        return sorted(self.headers)
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the tensor's bytes from byte `start`. Raises CheckpointError where the file ends early."""
+        header = self.headers[name]
+        done = 0
+        while done < len(buffer):
+            got = os.preadv(self._files[header.file], [buffer[done:]], header.start + start + done)
+            if got <= 0:
+                raise CheckpointError(f"{header.file}: tensor {name}: the file ended while it was read")
+            done += got
+
+    def read(self, name: str, start: int = 0, count: int | None = None) -> torch.Tensor:
+        """`count` elements from element `start`, flat; the whole tensor in its shape where `count` is None."""
+        import torch
+
+        header = self.headers[name]
+        size = header.count if count is None else count
+        width = WIDTH[header.dtype]
+        buffer = bytearray(size * width)
+        self.read_into(name, start * width, memoryview(buffer))
+        dtype = getattr(torch, TORCH_NAMES[header.dtype])
+        flat = torch.frombuffer(buffer, dtype=dtype) if size else torch.empty(0, dtype=dtype)
+        return flat.reshape(header.shape) if count is None else flat
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class TensorWriter:
+    """Writes safetensors whose layout is declared first; pieces may then come in any order, from many threads.
+
+    `layout` gives (dtype as safetensors names it, shape) of each tensor; they are laid out by name, in shards of
+    at most `shard_bytes`. Raises DiskError before the first byte where the disk has too little room.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        layout: Mapping[str, tuple[str, tuple[int, ...]]],
+        shard_bytes: int = 5 * 10**9,
+        *,
+        resume: bool = False,
+    ):
+        self.folder = Path(folder)
+        self.headers: Headers = {}
+        shards = _shards(layout, shard_bytes)
+        names = (
+            [SINGLE]
+            if len(shards) == 1
+            else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        )
+        self._files: dict[Path, int] = {}
+        with disk_errors(self.folder):
+            free_space(self.folder, sum(_size(*layout[n]) for n in layout), reuse=self.folder if resume else None)
+            for file, tensors in zip(names, shards, strict=True):
+                self._lay_out(self.folder / file, {name: layout[name] for name in tensors})
+            if len(shards) > 1:
+                total = sum(_size(*layout[name]) for name in layout)
+                index = {
+                    "metadata": {"total_size": total},
+                    "weight_map": {n: h.file.name for n, h in sorted(self.headers.items())},
+                }
+                (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _lay_out(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        place = 0
+        for name, (dtype, shape) in tensors.items():
+            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, place + _size(dtype, shape)]}
+            place += _size(dtype, shape)
+        head = json.dumps(entries, separators=(",", ":")).encode()
+        head += b" " * (-len(head) % 8)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        os.truncate(file, 8 + len(head) + place)
+        os.pwrite(file, struct.pack("<Q", len(head)) + head, 0)
+        self._files[path] = file
+        for name, (dtype, shape) in tensors.items():
+            start, end = entries[name]["data_offsets"]
+            self.headers[name] = TensorHeader(
+                name, dtype, tuple(shape), path, 8 + len(head) + start, 8 + len(head) + end
+            )
+
+    def write(self, name: str, start: int, piece: memoryview | bytes) -> None:
+        """Put `piece` at byte `start` of the tensor. Raises DiskError where the disk is full."""
+        header = self.headers[name]
+        view, done = memoryview(piece).cast("B"), 0
+        with disk_errors(header.file):
+            while done < len(view):
+                done += os.pwrite(self._files[header.file], view[done:], header.start + start + done)
+
+    def close(self) -> None:
+        """Bring everything to the disk and close the files."""
+        with disk_errors(self.folder):
+            while self._files:
+                _, file = self._files.popitem()
+                os.fsync(file)
+                os.close(file)
+
+
+def _size(dtype: str, shape: tuple[int, ...]) -> int:
+    return WIDTH[dtype] * int(np.prod(shape, dtype=np.int64)) if shape else WIDTH[dtype]
+
+
+def _shards(layout: Mapping[str, tuple[str, tuple[int, ...]]], shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name in sorted(layout):
+        size = _size(*layout[name])
+        if shards[-1] and held + size > shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    return shards
+
+
+def check_weights(folder: Path, *, threads: int | None = None, piece: int = 1 << 22) -> None:
+    """Read all floating-point weights; raise CheckpointError naming each tensor that holds NaN or Inf."""
+    import torch
+
+    def bad(header: TensorHeader) -> str | None:
+        count = 0
+        for start in range(0, header.count, piece):
+            values = reader.read(header.name, start, min(piece, header.count - start))
+            count += int((~torch.isfinite(values)).sum())
+        return f"{header.name} ({count} of {header.count} values, {header.file.name})" if count else None
+
+    with TensorReader(folder) as reader, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        floats = [h for _, h in sorted(reader.headers.items()) if h.dtype in FLOATS]
+        found = [text for text in pool.map(bad, floats) if text]
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise CheckpointError(f"{folder}: NaN or Inf in {', '.join(found[:5])}{more}")
+
+
+@contextmanager
+def disk_errors(place: Path) -> Iterator[None]:
+    """Turns a full disk, a missing permission and the like into a DiskError that names `place`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DiskError(f"{place}: the disk is full; free some space and run again, nothing is lost") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise DiskError(f"{place}: may not be written; change its permissions or choose another folder") from error
+        raise
+
+
+def free_space(folder: Path, needed: int, *, reuse: Path | None = None) -> None:
+    """Raises DiskError where the disk of `folder` has less than `needed` bytes free, those of `reuse` included."""
+    free = shutil.disk_usage(folder).free
+    if reuse is not None:
+        free += sum(p.stat().st_blocks * 512 for p in reuse.iterdir() if p.is_file())
+    if free < needed:
+        raise DiskError(f"{folder}: needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free")
+
+
+@contextmanager
+def atomic_folder(target: Path, *, keep_existing: bool = False) -> Iterator[Path]:
+    """A folder beside `target` that is renamed onto it at the end; an error or a kill leaves what was there before.
+
+    `keep_existing`: where somebody else has made `target` meanwhile, theirs stays (the content is the same).
+    """
+    target = Path(target)
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.parent / f".{target.name}.{os.getpid()}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        try:
+            yield part
+            replace_folder(part, target, keep_existing=keep_existing)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def replace_folder(made: Path, target: Path, *, keep_existing: bool = False) -> None:
+    """Bring `made` to the disk and rename it onto `target`; an older `target` is removed only after that."""
+    sync_folder(made)
+    old = target.parent / f".{target.name}.{os.getpid()}.old"
+    if target.exists():
+        if keep_existing:
+            return
+        os.rename(target, old)
+    try:
+        os.rename(made, target)
+    except OSError as error:
+        if keep_existing and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return
+        if old.exists():
+            os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    _sync(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync of every file in `folder` and of the folder."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Write a file beside `path` and rename it: readers see the old content or the new, never a part."""
+    path = Path(path)
+    part = path.parent / f".{path.name}.{os.getpid()}.part"
+    with disk_errors(path):
+        try:
+            with open(part, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)

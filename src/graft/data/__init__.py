@@ -1,0 +1,18 @@
+"""From settings to rows: sources, formats, splits, mixtures, tokenizers, token streams, packing and objectives."""
+
+from graft.data.corpus import AnyCorpus, Corpus, MixedCorpus, open_corpus, problems, split_ref
+from graft.data.settings import SPLITS, DataSettings, Mixture, Source, parse
+
+__all__ = [
+    "SPLITS",
+    "AnyCorpus",
+    "Corpus",
+    "DataSettings",
+    "MixedCorpus",
+    "Mixture",
+    "Source",
+    "open_corpus",
+    "parse",
+    "problems",
+    "split_ref",
+]

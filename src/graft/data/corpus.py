@@ -1,0 +1,192 @@
+"""A corpus: the records of a data set, cleaned of exact duplicates and split by the hash of each document."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from graft.data import sources
+from graft.data.settings import FIELDS, SPLITS, DataSettings, Files, HuggingFace, Mixture, Source
+from graft.errors import DataError, UnknownName
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One data set, opened. Nothing is read before it is asked for."""
+
+    name: str
+    settings: Source
+    root: Path
+
+    @cached_property
+    def format(self) -> str:
+        """`text`, `completion`, `chat`, `labelled` or `pairs`. Raises DataError where the first record has none."""
+        _, record = next(iter(sources.read(self.settings, self.root)), (None, None))
+        if record is None:
+            raise DataError(f"{self.name}: expected records, found none")
+        return next(name for name, fields in FIELDS.items() if tuple(record) == fields)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the settings and of the content of every file behind them."""
+        digest = hashlib.sha256(json.dumps(_content_settings(self.settings), sort_keys=True).encode())
+        for path in sources.content_files(self.settings, self.root):
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    @property
+    def parts(self) -> list[tuple[Corpus, float]]:
+        """The data sets it is mixed from, with their shares: itself alone."""
+        return [(self, 1.0)]
+
+    def records(self, split: str) -> Iterator[Record]:
+        """The records of `split`, in a fixed order. Raises DataError where the split is empty."""
+        if split not in SPLITS:
+            raise UnknownName("split", split, SPLITS)
+        empty = True
+        for place, record in self._placed():
+            if place == split:
+                empty = False
+                yield record
+        if empty:
+            raise DataError(self._why_empty(split))
+
+    def describe(self) -> dict[str, Any]:
+        """Format, and documents and characters of each split; reads everything once."""
+        count: dict[str, dict[str, int]] = {split: {"documents": 0, "characters": 0} for split in SPLITS}
+        for place, record in self._placed():
+            count[place]["documents"] += 1
+            count[place]["characters"] += len(text_of(record))
+        return {"name": self.name, "format": self.format, "fingerprint": self.fingerprint, "splits": count}
+
+    def _placed(self) -> Iterator[tuple[str, Record]]:
+        """(split, record) of every record; of exact duplicates only the first is kept, whichever split it is in."""
+        seen: set[int] = set()
+        given = isinstance(self.settings, Files) and {"dev", "test"} & set(self.settings.groups())
+        taken = given or set()
+        for split, record in sources.read(self.settings, self.root):
+            identity = identity_of(record)
+            if identity not in seen:
+                seen.add(identity)
+                yield split or _split_of(identity, self.settings, taken), record
+
+    def _why_empty(self, split: str) -> str:
+        documents = sum(1 for _ in self._placed())
+        return (
+            f"{self.name}.{split}: expected at least one document, found none: the data set has {documents} distinct "
+            f"document{'s' * (documents != 1)}, which are split by hash; give it more documents (for text, "
+            f"`document: paragraph` or `line` makes smaller ones), larger `splits`, or a file of its own (`{split}: …`)"
+        )
+
+
+@dataclass(frozen=True)
+class MixedCorpus:
+    """Several data sets, drawn in proportion to their shares. Training draws tokens so; `records` goes through all."""
+
+    name: str
+    parts: list[tuple[Corpus, float]]
+
+    @cached_property
+    def format(self) -> str:
+        """The format of the parts. Raises DataError where they differ."""
+        formats = {part.name: part.format for part, _ in self.parts}
+        if len(set(formats.values())) > 1:
+            raise DataError(f"{self.name}: expected parts of one format, found {formats}")
+        return next(iter(formats.values()))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the parts' fingerprints and shares."""
+        return hashlib.sha256(json.dumps([[p.fingerprint, share] for p, share in self.parts]).encode()).hexdigest()
+
+    def records(self, split: str) -> Iterator[Record]:
+        """The records of every part in turn, each once."""
+        for part, _ in self.parts:
+            yield from part.records(split)
+
+    def describe(self) -> dict[str, Any]:
+        """The parts' descriptions and shares."""
+        parts = [{**part.describe(), "share": share} for part, share in self.parts]
+        return {"name": self.name, "format": self.format, "fingerprint": self.fingerprint, "parts": parts}
+
+
+AnyCorpus = Corpus | MixedCorpus
+
+
+def open_corpus(settings: Mapping[str, DataSettings], name: str, root: Path) -> AnyCorpus:
+    """The data set `name`; relative paths start from `root`. Mixtures of mixtures multiply their shares."""
+    if name not in settings:
+        raise UnknownName("data set", name, settings)
+    own = settings[name]
+    if isinstance(own, Source):
+        return Corpus(name, own, root)
+    shares: dict[str, tuple[Corpus, float]] = {}
+    for part, share in own.probabilities().items():
+        for corpus, inner in open_corpus(settings, part, root).parts:
+            before = shares.get(corpus.name, (corpus, 0.0))[1]
+            shares[corpus.name] = (corpus, before + share * inner)
+    return MixedCorpus(name, list(shares.values()))
+
+
+def split_ref(reference: str) -> tuple[str, str]:
+    """`mixed.dev` → `("mixed", "dev")`; without a split, train."""
+    name, dot, split = reference.rpartition(".")
+    return (name, split) if dot and split in SPLITS else (reference, "train")
+
+
+def problems(settings: DataSettings, root: Path) -> list[str]:
+    """What is wrong with a data set that can be seen without reading it: files that are not there."""
+    if isinstance(settings, Mixture):
+        return []
+    try:
+        found = sources.content_files(settings, root)
+    except DataError as error:
+        return [str(error)]
+    if isinstance(settings, HuggingFace) and not found and not settings.hub:
+        return [
+            f"{root / settings.name}: expected a folder; for a data set on the hub write `hub: true` beside its name"
+        ]
+    return [
+        f"{path}: expected data, found an empty file"
+        for path in found
+        if path.stat().st_size == 0 and path.suffix != ".py"
+    ]
+
+
+def text_of(record: Record) -> str:
+    """All the text of a record, its fields joined by newlines: what is hashed, counted and trained tokenizers on."""
+    if "messages" in record:
+        return "\n".join(message["content"] for message in record["messages"])
+    return "\n".join(str(value) for value in record.values())
+
+
+def identity_of(record: Record) -> int:
+    """64 bits of the sha256 of a record's fields: equal for exact duplicates."""
+    plain = json.dumps(record, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(plain).digest()[:8], "little")
+
+
+def _split_of(identity: int, settings: Source, given: set[str]) -> str:
+    place = identity / 2**64
+    dev = 0.0 if "dev" in given else settings.splits.dev
+    test = 0.0 if "test" in given else settings.splits.test
+    if place < test:
+        return "test"
+    return "dev" if place < test + dev else "train"
+
+
+def _content_settings(settings: Source) -> dict[str, Any]:
+    """Settings that decide what is read; paths are left out, since the content behind them is hashed instead."""
+    plain = settings.plain()
+    if isinstance(settings, Files):
+        for name in ("path", "train", "dev", "test"):
+            plain[name] = plain[name] is not None
+    return plain

@@ -1,0 +1,77 @@
+"""Text out of files: found from paths and globs, decompressed on the way, with errors that name file and line."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from graft.errors import DataError
+
+SUFFIXES = {
+    "text": (".txt", ".text", ".md", ".rst"),
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "csv": (".csv", ".tsv"),
+    "parquet": (".parquet",),
+}
+"""What is taken from a folder, by source; `.gz` and `.xz` behind it are welcome too."""
+
+
+def find(path: str, source: str, root: Path) -> list[Path]:
+    """The files that `path` (a file, a folder or a glob, relative to `root`) stands for, in a fixed order.
+
+    Raises DataError where there is none.
+    """
+    place = root / Path(path).expanduser()
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        found = [p for p in place.rglob("*") if p.is_file() and _plain_suffix(p) in SUFFIXES[source]]
+    else:
+        found = [Path(p) for p in glob.glob(str(place), recursive=True) if Path(p).is_file()]
+    if not found:
+        kinds = f"files ending in {', '.join(SUFFIXES[source])}" if place.is_dir() else "a file, folder or glob"
+        raise DataError(f"{place}: expected {kinds}, found none; paths are relative to the recipe's folder")
+    return sorted(found)
+
+
+def _plain_suffix(path: Path) -> str:
+    return (Path(path.stem).suffix if path.suffix in (".gz", ".xz") else path.suffix).lower()
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """The file's bytes, decompressed where its name ends in `.gz` or `.xz`."""
+    try:
+        if path.suffix == ".gz":
+            return gzip.open(path, "rb")  # type: ignore[return-value]
+        if path.suffix == ".xz":
+            return lzma.open(path, "rb")
+        return open(path, "rb")
+    except PermissionError:
+        raise DataError(f"{path}: may not be read; change its permissions") from None
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line without its end). Raises DataError for what is not UTF-8 text, naming the line."""
+    number = 0
+    try:
+        with open_bytes(path) as file:
+            for number, raw in enumerate(file, 1):
+                if b"\0" in raw:
+                    raise DataError(f"{path}, line {number}: expected text, found binary data")
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, text.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}, line {number}: expected UTF-8 text, found byte 0x{error.object[error.start]:02x}; convert it"
+        ) from None
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+        raise DataError(f"{path}, after line {number}: the compressed file is damaged or cut short ({error})") from None
+
+
+def read_text(path: Path) -> str:
+    """The whole file as text. Raises DataError as `lines` does."""
+    return "\n".join(line for _, line in lines(path))

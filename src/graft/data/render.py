@@ -1,0 +1,128 @@
+"""From records to token ids and a loss mask: which tokens a model is trained to produce.
+
+Plain text is trained on whole. Of a prompt with a completion only the completion is, of a chat only what the assistant
+says, of labelled text the label, of a pair the target. A document's first token has nothing before it and is never
+trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from graft.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+VERSION = 1
+"""Counted up when the same record gives other tokens."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One document: `ids [n]` token ids, `trained [n] bool` the tokens to be produced, `bytes` of its UTF-8 text."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+    bytes: int
+
+
+def prompt_and_answer(record: dict[str, Any]) -> tuple[str, str]:
+    """What is read and what is to be produced, of completion, labelled and paired records."""
+    if "completion" in record:
+        return record["prompt"], record["completion"]
+    if "target" in record:
+        return record["source"] + "\n", record["target"]
+    return record["text"] + "\n", record["label"]
+
+
+def render(records: Sequence[dict[str, Any]], format: str, tokenizer: PreTrainedTokenizerFast) -> Iterator[Rendered]:
+    """The records as tokens, in one batched call of the tokenizer (which uses all cores)."""
+    if format == "text":
+        yield from _texts(records, tokenizer)
+    elif format == "chat":
+        yield from (_chat(record["messages"], tokenizer) for record in records)
+    else:
+        yield from _answers(records, tokenizer)
+
+
+def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """Token ids of each text, nothing added."""
+    return [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def _texts(records: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerFast) -> Iterator[Rendered]:
+    texts = [record["text"] for record in records]
+    start, end = _ends(tokenizer)
+    for text, ids in zip(texts, encode(texts, tokenizer), strict=True):
+        whole = np.array([*start, *ids, *end], dtype=np.int64)
+        yield Rendered(whole, _all_but_first(len(whole)), len(text.encode("utf-8", "surrogatepass")))
+
+
+def _answers(records: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerFast) -> Iterator[Rendered]:
+    pairs = [prompt_and_answer(record) for record in records]
+    start, end = _ends(tokenizer)
+    prompts, answers = (encode(side, tokenizer) for side in zip(*pairs, strict=True))
+    for (_, answer), head, tail in zip(pairs, prompts, answers, strict=True):
+        ids = np.array([*start, *head, *tail, *end], dtype=np.int64)
+        trained = np.arange(len(ids)) >= max(len(start) + len(head), 1)
+        yield Rendered(ids, trained, len(answer.encode("utf-8", "surrogatepass")))
+
+
+def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> Rendered:
+    if not tokenizer.chat_template:
+        raise DataError("chat data needs a tokenizer with a chat template; this one has none")
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    spans = assistant_spans(messages, tokenizer)
+    encoded = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    starts = np.array([start for start, _ in encoded.offsets], dtype=np.int64)
+    ends = np.array([end for _, end in encoded.offsets], dtype=np.int64)
+    trained = np.zeros(len(starts), dtype=bool)
+    for first, last in spans:
+        trained |= (starts >= first) & (ends <= last) & (ends > starts)
+    trained[:1] = False
+    said = sum(len(text[first:last].encode()) for first, last in spans)
+    return Rendered(np.array(encoded.ids, dtype=np.int64), trained, said)
+
+
+def assistant_spans(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> list[tuple[int, int]]:
+    """(first, last) characters of what the assistant says in the rendered chat, its end-of-turn mark included.
+
+    Found by rendering the chat up to each turn, so it needs no marks in the template. Raises DataError for a template
+    whose shorter chats are no prefixes of longer ones.
+    """
+    whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    spans = []
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = str(tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True))
+        after = str(tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False))
+        after = after if whole.startswith(after) else after.rstrip()
+        if not (after.startswith(before) and whole.startswith(after)):
+            raise DataError(
+                f"the chat template changes earlier turns when turn {turn + 1} is added, so what the assistant says "
+                "cannot be told apart; use a template that only appends"
+            )
+        spans.append((len(before), len(after)))
+    return spans
+
+
+def _ends(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """Token ids put before and behind each document."""
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if start is None:
+        start = tokenizer.cls_token_id
+    if end is None:
+        end = tokenizer.sep_token_id
+    return ([] if start is None else [start]), ([] if end is None else [end])
+
+
+def _all_but_first(length: int) -> np.ndarray:
+    trained = np.ones(length, dtype=bool)
+    trained[:1] = False
+    return trained

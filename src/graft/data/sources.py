@@ -1,0 +1,277 @@
+"""From the settings of a source to a stream of records: plain dicts, in a fixed order.
+
+`read(settings, root)` yields `(split, record)`, where split is None for what is to be split by hash.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import inspect
+import io
+import itertools
+import json
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from graft.data import files
+from graft.data import settings as kinds
+from graft.errors import DataError
+
+Record = dict[str, Any]
+Tagged = tuple[str | None, Record]
+
+
+def read(settings: kinds.Source, root: Path) -> Iterator[Tagged]:
+    """All records of a source. Raises DataError, naming file and line, for what cannot be read."""
+    readers: dict[type, Callable[..., Iterator[Tagged]]] = {
+        kinds.PythonLibrary: _python_library,
+        kinds.TextFiles: _text,
+        kinds.Jsonl: _records,
+        kinds.Csv: _records,
+        kinds.Parquet: _records,
+        kinds.HuggingFace: _hugging_face,
+    }
+    return itertools.islice(readers[type(settings)](settings, root), settings.limit)
+
+
+def content_files(settings: kinds.Source, root: Path) -> list[Path]:
+    """The files whose content decides what `read` gives; empty where there are none to name (a data set on the hub)."""
+    if isinstance(settings, kinds.PythonLibrary):
+        return [path for _, path in library_files(settings.packages)]
+    if isinstance(settings, kinds.Files):
+        return [
+            p for paths in settings.groups().values() for path in paths for p in files.find(path, settings.source, root)
+        ]
+    assert isinstance(settings, kinds.HuggingFace)
+    place = root / settings.name
+    return (
+        sorted(p for p in place.rglob("*") if p.is_file() and not p.name.startswith("cache-")) if place.is_dir() else []
+    )
+
+
+def library_files(packages: list[str]) -> list[tuple[str, Path]]:
+    """(name such as `json/decoder.py`, path) of the interpreter's own library, tests and packages of others left out.
+
+    Raises DataError for a package that is not part of it.
+    """
+    top = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
+    names = sorted(
+        (path.relative_to(top).as_posix(), path)
+        for path in top.rglob("*.py")
+        if not left_out & set(path.relative_to(top).parts)
+    )
+    if not packages:
+        return names
+    chosen = [
+        (n, p) for n, p in names if any(n == f"{q}.py" or n.startswith(q.replace(".", "/") + "/") for q in packages)
+    ]
+    for package in packages:
+        inside = package.replace(".", "/")
+        if not any(n == f"{inside}.py" or n.startswith(f"{inside}/") for n, _ in names):
+            raise DataError(f"expected a package of this interpreter's library, found {package!r}")
+    return chosen
+
+
+def _python_library(settings: kinds.PythonLibrary, root: Path) -> Iterator[Tagged]:
+    for _, path in library_files(settings.packages):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:  # a few library files state another encoding on purpose
+            continue
+        if settings.keep == "code":
+            if text.strip():
+                yield None, {"text": text}
+        else:
+            yield from ((None, {"text": prose}) for prose in docstrings(text))
+
+
+def docstrings(code: str) -> Iterator[str]:
+    """The docstrings of a module's text, in order, cleaned of their indentation; those under 80 characters left out."""
+    try:
+        tree = ast.parse(code)
+    except SyntaxError:
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
+            if len(text) >= 80:
+                yield text
+
+
+def _text(settings: kinds.TextFiles, root: Path) -> Iterator[Tagged]:
+    for split, path in _placed(settings, root):
+        empty = True
+        for text in _documents(path, settings):
+            empty = False
+            yield split, {"text": text}
+        if empty:
+            raise DataError(f"{path}: expected text, found an empty file")
+
+
+def _documents(path: Path, settings: kinds.TextFiles) -> Iterator[str]:
+    if settings.separator is None and settings.document == "line":
+        yield from (line for _, line in files.lines(path) if line.strip())
+        return
+    held: list[str] = []
+    whole = settings.separator is None and settings.document == "file"
+    for _, line in files.lines(path):
+        ends = line == settings.separator if settings.separator is not None else not line.strip()
+        if ends and not whole:
+            yield from _joined(held)
+            held = []
+        else:
+            held.append(line)
+    yield from _joined(held)
+
+
+def _joined(held: list[str]) -> Iterator[str]:
+    text = "\n".join(held)
+    if text.strip():
+        yield text
+
+
+def _placed(settings: kinds.Files, root: Path) -> Iterator[tuple[str | None, Path]]:
+    """Every file with the split it is given to, or None."""
+    for group, paths in settings.groups().items():
+        for path in paths:
+            for file in files.find(path, settings.source, root):
+                yield (None if group == "path" else group), file
+
+
+def _records(settings: kinds.Records, root: Path) -> Iterator[Tagged]:
+    rows = {kinds.Jsonl: _jsonl_rows, kinds.Csv: _csv_rows, kinds.Parquet: _parquet_rows}[type(settings)]
+    shape = Shape(settings.format, settings.fields)
+    for split, path in _placed(settings, root):
+        place = f"{path}"
+        for place, row in rows(path):
+            yield split, shape.record(row, place)
+        if place == f"{path}":
+            raise DataError(f"{path}: expected records, found an empty file")
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Record]]:
+    for number, line in files.lines(path):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{place}: expected a JSON object, found {line[:60]!r} ({error.msg})") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{place}: expected a JSON object, found {type(row).__name__} {line[:60]!r}")
+        yield place, row
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Record]]:
+    delimiter = "\t" if ".tsv" in path.suffixes else ","
+    text = io.StringIO("\n".join(line for _, line in files.lines(path)))
+    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            place = f"{path}, line {reader.line_num}"
+            if None in row or None in row.values():
+                found = len([v for k, v in row.items() if k is not None and v is not None]) + len(row.get(None) or [])
+                raise DataError(
+                    f"{place}: expected {len(reader.fieldnames or [])} values as in the header, found {found}"
+                )
+            yield place, row
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: expected comma-separated values ({error})") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Record]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        number = 0
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except (pa.ArrowInvalid, pa.ArrowIOError) as error:
+        raise DataError(f"{path}: expected a parquet file ({error})") from None
+
+
+def _hugging_face(settings: kinds.HuggingFace, root: Path) -> Iterator[Tagged]:
+    shape = Shape(settings.format, settings.fields)
+    for split, rows in _hugging_face_splits(settings, root).items():
+        given = None if settings.split is not None else {"validation": "dev", "valid": "dev"}.get(split, split)
+        for number, row in enumerate(rows, 1):
+            yield (
+                (given if given in kinds.SPLITS else None),
+                shape.record(dict(row), f"{settings.name}, {split} {number}"),
+            )
+
+
+def _hugging_face_splits(settings: kinds.HuggingFace, root: Path) -> dict[str, Any]:
+    import datasets
+
+    place = root / settings.name
+    if place.is_dir() and ((place / "dataset_dict.json").exists() or (place / "state.json").exists()):
+        loaded = datasets.load_from_disk(str(place))
+    elif place.is_dir() or settings.hub:
+        name = str(place) if place.is_dir() else settings.name
+        loaded = datasets.load_dataset(name, settings.subset, revision=settings.revision, streaming=True)
+    else:
+        raise DataError(f"{place}: expected a folder; for a data set on the hub write `hub: true` beside its name")
+    splits = dict(loaded) if isinstance(loaded, dict) else {"all": loaded}
+    if settings.split is not None:
+        if settings.split not in splits:
+            raise DataError(f"{settings.name}: no split {settings.split!r}; there are: {', '.join(splits)}")
+        return {settings.split: splits[settings.split]}
+    return splits
+
+
+class Shape:
+    """Turns a row of a file into a record of one format; the format is inferred from the first row unless given."""
+
+    def __init__(self, format: str | None, fields: dict[str, str]):
+        self.format, self.fields = format, fields
+
+    def record(self, row: Record, place: str) -> Record:
+        """The record. Raises DataError, naming `place`, where a field is missing or of the wrong type."""
+        self.format = self.format or self._infer(row, place)
+        record = {}
+        for name in kinds.FIELDS[self.format]:
+            key = self.fields.get(name, name)
+            if key not in row or row[key] is None:
+                raise DataError(
+                    f"{place}: expected a field {key!r} ({self.format} data), found {', '.join(map(str, row))}; "
+                    f"say where it stands with `fields: {{{name}: …}}`"
+                )
+            record[name] = _checked(name, row[key], place)
+        return record
+
+    def _infer(self, row: Record, place: str) -> str:
+        for format, names in kinds.FIELDS.items():
+            if all(self.fields.get(name, name) in row for name in names):
+                return format
+        known = "; ".join(f"{format}: {', '.join(names)}" for format, names in kinds.FIELDS.items())
+        raise DataError(f"{place}: found the fields {', '.join(map(str, row))}, expected those of a format ({known})")
+
+
+def _checked(name: str, value: Any, place: str) -> Any:
+    if name == "label":
+        return value if isinstance(value, str) else str(value)
+    if name == "messages":
+        good = (
+            isinstance(value, list)
+            and value
+            and all(
+                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+                for m in value
+            )
+        )
+        if not good:
+            raise DataError(f"{place}: expected `messages` as a list of {{role, content}}, found {str(value)[:80]!r}")
+        return [{"role": m["role"], "content": m["content"]} for m in value]
+    if not isinstance(value, str):
+        raise DataError(f"{place}: expected text in {name!r}, found {type(value).__name__} {str(value)[:60]!r}")
+    return value

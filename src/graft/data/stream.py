@@ -1,0 +1,137 @@
+"""Token streams: a split of a corpus as token ids on disk, made once and memory-mapped, so that memory stays flat.
+
+A stream's folder holds `ids.bin` (uint16 or uint32), `trained.bin` (uint8; absent where all but first tokens are
+trained on), `offsets.npy` (int64 [documents + 1]), `bytes.npy` (int64 [documents]) and `stream.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from graft.checkpoint import atomic_folder
+from graft.data import render
+from graft.data.corpus import Corpus, text_of
+from graft.errors import DataError
+from graft.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BATCH_CHARACTERS = 4_000_000
+"""Text that is tokenised in one call: enough for all cores, little enough to hold."""
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """`ids [tokens]`, `offsets [documents + 1]`, `bytes [documents]`, and `trained [tokens]` (None: all but firsts)."""
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    bytes: np.ndarray
+    trained: np.ndarray | None
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return len(self.offsets) - 1
+
+    def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and trained mask of one document."""
+        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        return self.ids[start:end], self.trained_between(start, end, start)
+
+    def trained_between(self, start: int, end: int, document_start: int) -> np.ndarray:
+        """The trained mask [end - start] of tokens inside one document that starts at `document_start`."""
+        if self.trained is not None:
+            return self.trained[start:end].astype(bool)
+        mask = np.ones(end - start, dtype=bool)
+        if start == document_start:
+            mask[:1] = False
+        return mask
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """sha256 of all that decides the tokens of a record."""
+    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id]
+    plain = tokenizer.backend_tokenizer.to_str() + json.dumps([ends, tokenizer.chat_template])
+    return hashlib.sha256(plain.encode()).hexdigest()
+
+
+def tokenize(corpus: Corpus, split: str, tokenizer: PreTrainedTokenizerFast, cache: Path) -> TokenStream:
+    """The token stream of one split, from `cache` where it has been made before.
+
+    Two processes that make it at once both succeed; one result is kept. Raises DataError for an empty split.
+    """
+    name = [corpus.fingerprint, split, tokenizer_hash(tokenizer), render.VERSION]
+    folder = cache / "streams" / hashlib.sha256(json.dumps(name).encode()).hexdigest()[:32]
+    if not (folder / "stream.json").exists():
+        with atomic_folder(folder, keep_existing=True) as part:
+            _write(corpus, split, tokenizer, part)
+    return open_stream(folder)
+
+
+def open_stream(folder: Path) -> TokenStream:
+    """A stream that was made before, memory-mapped."""
+    facts = json.loads((folder / "stream.json").read_text())
+    trained = folder / "trained.bin"
+    return TokenStream(
+        _mapped(folder / "ids.bin", facts["dtype"]),
+        np.load(folder / "offsets.npy", mmap_mode="r"),
+        np.load(folder / "bytes.npy", mmap_mode="r"),
+        _mapped(trained, "uint8") if trained.exists() else None,
+    )
+
+
+def _mapped(path: Path, dtype: str) -> np.ndarray:
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def _write(corpus: Corpus, split: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
+    plain = corpus.format == "text"
+    offsets, sizes = [np.zeros(1, np.int64)], [np.zeros(0, np.int64)]
+    total = 0
+    with (
+        open(folder / "ids.bin", "wb") as ids,
+        open(folder / "trained.bin", "wb") as trained,
+        Progress(f"tokenising {corpus.name}.{split}", None, "tokens") as progress,
+    ):
+        for batch in _batches(corpus.records(split)):
+            done = list(render.render(batch, corpus.format, tokenizer))
+            np.concatenate([r.ids for r in done]).astype(dtype).tofile(ids)
+            if not plain:
+                np.concatenate([r.trained for r in done]).astype(np.uint8).tofile(trained)
+            ends = total + np.cumsum([len(r.ids) for r in done])
+            offsets.append(ends.astype(np.int64))
+            sizes.append(np.array([r.bytes for r in done], np.int64))
+            progress.advance(int(ends[-1]) - total)
+            total = int(ends[-1])
+    if total == 0:
+        raise DataError(f"{corpus.name}.{split}: expected text, found only empty documents")
+    if plain:
+        (folder / "trained.bin").unlink()
+    np.save(folder / "offsets.npy", np.concatenate(offsets))
+    np.save(folder / "bytes.npy", np.concatenate(sizes))
+    facts = {"name": corpus.name, "split": split, "dtype": dtype, "tokens": total}
+    (folder / "stream.json").write_text(json.dumps(facts))
+
+
+def _batches(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Records in groups of about BATCH_CHARACTERS."""
+    batch: list[dict[str, Any]] = []
+    held = 0
+    for record in records:
+        batch.append(record)
+        held += len(text_of(record))
+        if held >= BATCH_CHARACTERS:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch

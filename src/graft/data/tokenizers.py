@@ -1,0 +1,106 @@
+"""Training tokenizers. Whatever the algorithm, every text encodes and decodes exactly, words never seen included.
+
+All three work on bytes: the text's UTF-8 bytes are written as 256 printable letters first (as GPT-2 does) and all of
+these are in the vocabulary, so that nothing is ever unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from graft.data.corpus import AnyCorpus, text_of
+from graft.errors import Problem, SettingsError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+Algorithm = Literal["bpe", "unigram", "wordpiece"]
+
+BOS, EOS, PAD, MASK = "<s>", "</s>", "<pad>", "<mask>"
+SENTINELS = tuple(f"<extra_id_{i}>" for i in range(100))
+"""Stand for the spans that span corruption takes out (T5's names)."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+
+CONTINUES = "▁"
+"""Starts a WordPiece token that goes on inside a word. Unlike `##` it is no letter of the byte alphabet, so that a
+text which holds it still decodes exactly."""
+
+
+def train_tokenizer(
+    corpus: AnyCorpus, algorithm: Algorithm, size: int, *, sentinels: bool = False
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of at most `size` tokens trained on the train split; the same corpus gives the same tokenizer.
+
+    `sentinels` adds the hundred tokens that span corruption needs. Raises SettingsError for a size that cannot hold
+    every byte.
+    """
+    from tokenizers import decoders, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = [PAD, BOS, EOS, MASK, *(SENTINELS if sentinels else ())]
+    least = len(special) + (512 if algorithm == "wordpiece" else 256)
+    if size < least:
+        raise SettingsError([Problem(("tokenizer", "size"), f"expected at least {least} tokens, found {size}")])
+    tokenizer = _trained(corpus, algorithm, size, special)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = (
+        decoders.Sequence([decoders.Replace(CONTINUES, ""), decoders.ByteLevel()])
+        if algorithm == "wordpiece"
+        else decoders.ByteLevel()
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        mask_token=MASK,
+        additional_special_tokens=list(SENTINELS) if sentinels else None,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _trained(corpus: AnyCorpus, algorithm: Algorithm, size: int, special: list[str]) -> Tokenizer:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    common: dict[str, Any] = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
+    tokenizer, trainer = {
+        "bpe": lambda: (Tokenizer(models.BPE()), trainers.BpeTrainer(vocab_size=size, **common)),
+        "unigram": lambda: (Tokenizer(models.Unigram()), trainers.UnigramTrainer(vocab_size=size, **common)),
+        "wordpiece": lambda: (
+            Tokenizer(models.WordPiece(unk_token=PAD, max_input_chars_per_word=10**6)),
+            trainers.WordPieceTrainer(vocab_size=size, continuing_subword_prefix=CONTINUES, **common),
+        ),
+    }[algorithm]()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator(_texts(corpus), trainer=trainer)
+    if algorithm == "wordpiece":
+        tokenizer.model = _closed_wordpiece(tokenizer.get_vocab(), special, alphabet, size)
+    return tokenizer
+
+
+def _closed_wordpiece(learned: dict[str, int], special: list[str], alphabet: list[str], size: int) -> Any:
+    """The learned vocabulary with every byte added both as a start and as a continuation, cut to `size`."""
+    from tokenizers import models
+
+    certain = [*special, *alphabet, *(CONTINUES + letter for letter in alphabet)]
+    held = set(certain)
+    rest = [token for token in sorted(learned, key=learned.__getitem__) if token not in held]
+    vocabulary = {token: index for index, token in enumerate([*certain, *rest][:size])}
+    return models.WordPiece(
+        vocabulary, unk_token=PAD, max_input_chars_per_word=10**6, continuing_subword_prefix=CONTINUES
+    )
+
+
+def _texts(corpus: AnyCorpus, piece: int = 1 << 16) -> Iterator[str]:
+    """The training texts in pieces of at most `piece` characters, so that a long document is never held twice."""
+    for record in corpus.records("train"):
+        text = text_of(record)
+        yield from (text[i : i + piece] for i in range(0, len(text), piece))

@@ -1,0 +1,224 @@
+"""Where a model comes from: the manifest `graft.json`, content hashes, versions, and the facts of a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import graft
+from graft.checkpoint import WIDTH, TensorReader, atomic_write, read_headers
+from graft.errors import CheckpointError, RequestError
+from graft.settings import Settings
+from graft.verb import Facts
+
+MANIFEST = "graft.json"
+
+
+class Parent(Settings):
+    """A model that this one was made from. `path` is relative to the folder of the child where both lie in one run."""
+
+    name: str
+    path: str
+    hash: str
+
+
+class DataUse(Settings):
+    """A split that went into the weights."""
+
+    name: str
+    split: str
+    fingerprint: str
+
+
+class Manifest(Settings):
+    """Everything needed to say what a model is and to make it again; stands in `graft.json`."""
+
+    format: int = 1
+    name: str
+    verb: str
+    verb_version: int
+    key: str
+    parents: list[Parent] = []
+    settings: dict[str, Any] = {}
+    seed: int = 0
+    versions: dict[str, str] = {}
+    code: dict[str, Any] = {}
+    data: list[DataUse] = []
+    hash: str
+    initialisation: str
+    vocabulary: str
+    architecture: str
+    parameters: int
+    mergeable: bool = True
+    trained_on: list[str] = []
+    metrics: dict[str, Any] = {}
+    notes: dict[str, Any] = {}
+    forced: list[str] = []
+    created: str = ""
+    seconds: float = 0.0
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a model's folder; None where it has none. Raises CheckpointError for a damaged one."""
+    path = Path(folder) / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        return Manifest.model_validate_json(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: the manifest is damaged; remove the file or make the model anew ({error})"
+        ) from None
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `graft.json`, beside and renamed."""
+    atomic_write(Path(folder) / MANIFEST, json.dumps(manifest.plain(), indent=1, ensure_ascii=False) + "\n")
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_weights(folder: Path, *, threads: int | None = None) -> str:
+    """sha256 of all tensors (name, dtype, shape, bytes), the same however they are sharded."""
+    with TensorReader(folder) as reader, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        digests = pool.map(lambda name: _hash_tensor(reader, name), reader.names)
+        whole = hashlib.sha256()
+        for digest in digests:
+            whole.update(digest)
+    return whole.hexdigest()
+
+
+def _hash_tensor(reader: TensorReader, name: str, piece: int = 1 << 22) -> bytes:
+    header = reader.headers[name]
+    digest = hashlib.sha256(json.dumps([name, header.dtype, header.shape]).encode())
+    size = header.count * WIDTH[header.dtype]
+    buffer = bytearray(min(piece, size))
+    for start in range(0, size, piece):
+        view = memoryview(buffer)[: min(piece, size - start)]
+        reader.read_into(name, start, view)
+        digest.update(view)
+    return digest.digest()
+
+
+def hash_model(folder: Path) -> str:
+    """Hash of what a model computes: its weights; for an ensemble its configuration (with members' hashes)."""
+    if (Path(folder) / "model.safetensors").exists() or (Path(folder) / "model.safetensors.index.json").exists():
+        return hash_weights(folder)
+    return hash_file(Path(folder) / "config.json")
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides the numbers."""
+    import platform
+
+    names = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy")
+    found = {name: metadata.version(name) for name in names}
+    return {"graft": graft.__version__, "python": platform.python_version(), **found}
+
+
+def code_state() -> dict[str, Any]:
+    """Git commit of the code with a mark where it has been changed since; `commit` is None outside a checkout."""
+    source = Path(__file__).resolve().parent
+    try:
+        run = lambda *words: subprocess.run(  # noqa: E731
+            ["git", "-C", str(source), *words], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        if Path(run("rev-parse", "--show-toplevel")) not in source.parents:
+            return {"commit": None, "dirty": None}
+        run("ls-files", "--error-unmatch", str(Path(__file__).resolve()))
+        return {"commit": run("rev-parse", "HEAD"), "dirty": bool(run("status", "--porcelain", "--", str(source)))}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+
+
+def vocabulary_hash(folder: Path) -> str:
+    """Hash of the token strings with their ids; the same for all models with the same vocabulary."""
+    path = Path(folder) / "tokenizer.json"
+    if not path.exists():
+        return "none:" + hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:16]
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the tokenizer is damaged ({error})") from None
+    tokens = raw.get("model", {}).get("vocab", {})
+    pairs = tokens if isinstance(tokens, dict) else {entry[0]: place for place, entry in enumerate(tokens)}
+    added = {entry["content"]: entry["id"] for entry in raw.get("added_tokens", [])}
+    return hash_vocabulary({**pairs, **added})
+
+
+def hash_vocabulary(tokens: Mapping[str, int]) -> str:
+    """sha256 of token strings with their ids, in the order of the ids."""
+    plain = json.dumps(sorted(tokens.items(), key=lambda pair: (pair[1], pair[0])), ensure_ascii=False)
+    return hashlib.sha256(plain.encode()).hexdigest()[:32]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a model's folder. Raises RequestError where there is none, CheckpointError for a damaged one."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise RequestError(f"{folder}: expected a model's folder with config.json, found none")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the configuration is damaged ({error})") from None
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """`decoder`, `encoder` or `encoder-decoder`, from a configuration."""
+    if config.get("is_encoder_decoder"):
+        return "encoder-decoder"
+    names = " ".join(config.get("architectures") or [])
+    return "encoder" if any(word in names for word in ("MaskedLM", "Classification", "EncoderModel")) else "decoder"
+
+
+def facts_of(folder: Path) -> Facts:
+    """The facts of a model's folder: from its manifest, or from configuration, headers and tokenizer without one."""
+    folder = Path(folder)
+    config = read_config(folder)
+    manifest = read_manifest(folder)
+    if manifest is not None and not manifest.mergeable:
+        return Facts(
+            manifest.architecture, manifest.initialisation, manifest.vocabulary, manifest.parameters, 0, config, False,
+            frozenset(manifest.trained_on),
+        )  # fmt: skip
+    headers = read_headers(folder)
+    size = sum(h.end - h.start for h in headers.values())
+    if manifest is not None:
+        return Facts(
+            manifest.architecture,
+            manifest.initialisation,
+            manifest.vocabulary,
+            manifest.parameters,
+            size,
+            config,
+            True,
+            frozenset(manifest.trained_on),
+        )
+    count = sum(h.count for h in headers.values())
+    # without a manifest nothing says what the weights grew from: each folder is then its own, by its content
+    return Facts(
+        architecture_of(config), f"unknown:{hash_weights(folder)[:32]}", vocabulary_hash(folder), count, size, config
+    )
+
+
+def find_models(folder: Path) -> dict[str, tuple[Path, Manifest]]:
+    """The models with a manifest in `folder` (a run's folder, its `models`, or one model's), by name."""
+    folder = Path(folder)
+    places = [folder, *sorted((folder / "models").glob("*")), *sorted(folder.glob("*"))]
+    found: dict[str, tuple[Path, Manifest]] = {}
+    for place in places:
+        manifest = read_manifest(place) if place.is_dir() and not place.name.startswith(".") else None
+        if manifest is not None and manifest.name not in found:
+            found[manifest.name] = (place, manifest)
+    return found

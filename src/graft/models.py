@@ -1,0 +1,114 @@
+"""A model's folder <-> a torch model. Never pickles, never remote code, never the network unless `hub=True`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graft.checkpoint import disk_errors, read_headers
+from graft.errors import CheckpointError, RequestError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+SHARD_BYTES = 5 * 10**9
+
+
+def load_config(path: str | Path, *, hub: bool = False) -> PretrainedConfig:
+    """The configuration of a folder, or of a hub id where `hub` allows the network."""
+    from transformers import AutoConfig
+
+    _register()
+    return AutoConfig.from_pretrained(_place(path, hub), local_files_only=not hub, trust_remote_code=False)
+
+
+def load_tokenizer(path: str | Path, *, hub: bool = False) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder or hub id. Raises RequestError where it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_place(path, hub), local_files_only=not hub, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path}: expected a tokenizer (tokenizer.json), found none that loads ({error})") from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise RequestError(f"{path}: expected a fast tokenizer (tokenizer.json), found {type(tokenizer).__name__}")
+    return tokenizer  # type: ignore[return-value]
+
+
+def load(
+    path: str | Path, *, dtype: str | torch.dtype | None = None, device: str | None = None, hub: bool = False
+) -> PreTrainedModel:
+    """The model of a folder (or hub id), of the class its configuration names, in evaluation mode.
+
+    `dtype` None keeps the stored one. Raises RequestError for a folder that is no model's and CheckpointError for
+    weights that are truncated, corrupt, missing or of another shape than the configuration says.
+    """
+    import torch
+
+    config = load_config(path, hub=hub)
+    place = _place(path, hub)
+    if Path(place).is_dir() and config.model_type != "graft_ensemble":
+        read_headers(Path(place))
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    try:
+        model, info = _class_of(config).from_pretrained(
+            place,
+            dtype=wanted or "auto",
+            local_files_only=not hub,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (RuntimeError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: the weights do not load: {error}") from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{path}: expected {type(model).__name__} weights, missing {len(missing)}: {', '.join(missing[:5])}"
+        )
+    return model.to(device).eval() if device else model.eval()
+
+
+def _class_of(config: PretrainedConfig) -> Any:
+    import transformers
+
+    name = next(iter(config.architectures or ()), None)
+    own = getattr(transformers, name, None) if name else None
+    if own is not None:
+        return own
+    if config.model_type == "graft_ensemble":
+        from graft.ensemble.model import EnsembleForCausalLM
+
+        return EnsembleForCausalLM
+    if config.is_encoder_decoder:
+        return transformers.AutoModelForSeq2SeqLM
+    return transformers.AutoModelForCausalLM
+
+
+def _place(path: str | Path, hub: bool) -> str:
+    if Path(path).is_dir() or hub:
+        return str(path)
+    raise RequestError(
+        f"{path}: expected a model's folder, found none; a model on the hub needs the network allowed (hub)"
+    )
+
+
+def _register() -> None:
+    """Make the ensemble's classes known to the Auto classes, which a model in any folder may need."""
+    import importlib.util
+
+    if importlib.util.find_spec("graft.ensemble.model"):
+        import graft.ensemble.model  # noqa: F401
+
+
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None, folder: Path, *, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a complete model folder: configuration, safetensors, generation configuration, tokenizer."""
+    with disk_errors(folder):
+        model.save_pretrained(folder, max_shard_size=shard_bytes)
+        if getattr(model, "can_generate", lambda: False)():
+            model.generation_config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
