@@ -16,8 +16,8 @@ from graft import report
 from graft.errors import RequestError
 
 
-def text_of(renderable) -> str:
-    console = Console(width=200, file=None, record=True, quiet=False)
+def text_of(renderable, width: int = 240) -> str:
+    console = Console(width=width)
     with console.capture() as captured:
         console.print(renderable)
     return captured.get()
@@ -55,16 +55,24 @@ def test_a_loss_within_chance_is_not_called_significant(tmp_path):
     found = scores_of(folder, "soup")["code.test"]["against_best_parent"]
     assert found["worse"]
     assert not found["significant"]
-    assert "▽ soup is worse than its best parent coder on code.test" in text_of(report.table(folder))
+    assert "soup is worse than its best parent on ▽ code.test" in text_of(report.table(folder))
 
 
 def test_the_table_shows_interval_cost_and_flag(tmp_path):
     shown = text_of(report.table(fake.family(tmp_path / "run")))
     assert "2.310 ±0.030 ▼" in shown
-    assert "soup is worse than its best parent coder on code.test · bits per byte: 2.310 against 2.120" in shown
-    assert "p < 0.001, paired bootstrap" in shown
+    assert "soup is worse than its best parent on ▼ code.test · bits per byte: 2.310, coder 2.120" in shown
+    assert "(p < 0.001, paired bootstrap)" in shown
     assert "20.9k" in shown
     assert "24.8 MB" in shown
+
+
+def test_a_narrow_terminal_gets_more_tables_and_cuts_no_number(tmp_path):
+    folder = fake.family(tmp_path / "run")
+    shown = text_of(report.table(folder), width=64)
+    assert "…" not in shown
+    assert all(f"{value:.3f} ±0.030" in shown for by_model in fake.SCORES.values() for value in by_model.values())
+    assert max(len(line) for line in shown.splitlines()) <= 64
 
 
 def test_rows_of_weights_that_have_changed_are_left_out_and_said(tmp_path):

@@ -10,11 +10,12 @@ from markupsafe import Markup
 
 from graft.report.colours import verb_class
 from graft.report.judge import decimals
-from graft.report.labels import dot_box, place
+from graft.report.labels import SIZE, dot_box, place
 from graft.report.read import Column, Run
 from graft.report.svg import (
     Scale,
     element,
+    fit,
     line,
     linear,
     log_ticks,
@@ -74,6 +75,11 @@ def cost_panel(run: Run, column: Column, cost: Cost) -> Markup:
     x = logarithmic(cheap, dear, LEFT, WIDTH - RIGHT)
     y = linear(low, high, *((HEIGHT - BOTTOM, TOP) if column.higher_is_better else (TOP, HEIGHT - BOTTOM)))
     points = [Point(name, c, v, x(c), y(v)) for name, c, v in found]
+    best, places = frontier(points, column, cost), decimals(run, column)
+
+    def hint(point: Point) -> str:
+        return f"{point.model}: {point.value:.{places}f} · {cost.words} {cost.written(point.cost)}"
+
     marks, steps = ticks(low, high, 5), _legible(log_ticks(cheap, dear), x, cost)
     grid = [line(LEFT, y(v), WIDTH - RIGHT, y(v), class_="grid") for v in marks.values]
     grid += [text(LEFT - 8, y(v) + 4, marks.label(v), class_="tick", text_anchor="end") for v in marks.values]
@@ -86,8 +92,8 @@ def cost_panel(run: Run, column: Column, cost: Cost) -> Markup:
         WIDTH,
         HEIGHT,
         *grid,
-        _frontier(points, column, cost),
-        *_dots(run, column, cost, points),
+        _steps(best),
+        *_dots(run, points, best, hint),
         label=f"{column.title} against {cost.words}",
     )
 
@@ -113,27 +119,33 @@ def _log_range(values: Sequence[float]) -> tuple[float, float]:
     return low / widen, high * widen
 
 
-def _frontier(points: Sequence[Point], column: Column, cost: Cost) -> Markup:
-    """A step line through the models that no other beats in both score and cost."""
+def frontier(points: Sequence[Point], column: Column, cost: Cost) -> list[Point]:
+    """The models that no other beats in both score and cost, the cheapest first."""
     by_cost = sorted(points, key=lambda p: (p.cost if cost.less_is_better else -p.cost, column.rank(p.value)))
     kept: list[Point] = []
     for point in by_cost:
         if not kept or column.better(point.value, kept[-1].value):
             kept.append(point)
+    return kept
+
+
+def _steps(kept: Sequence[Point]) -> Markup:
+    """A step line through the frontier."""
     corners = [(kept[0].x, kept[0].y)]
     for before, after in pairwise(kept):
         corners += [(after.x, before.y), (after.x, after.y)]
     return path(corners, class_="frontier") if len(kept) > 1 else Markup("")
 
 
-def _dots(run: Run, column: Column, cost: Cost, points: Sequence[Point]) -> list[Markup]:
+def _dots(run: Run, points: Sequence[Point], best: Sequence[Point], hint: Callable[[Point], str]) -> list[Markup]:
+    """Every dot; names first for the frontier, then for combinations, then for the rest while there is room."""
     taken = [dot_box(p.x, p.y, DOT) for p in points]
-    places, drawn = decimals(run, column), []
-    for point in points:
-        label = place(point.model, point.x, point.y, taken, FRAME)
-        taken.append(label.box)
-        hint = f"{point.model}: {point.value:.{places}f} · {cost.words} {cost.written(point.cost)}"
+    drawn = []
+    for point in sorted(points, key=lambda p: (p not in best, not run.models[p.model].combines)):
+        label = place(fit(point.model, SIZE, 120), point.x, point.y, taken, FRAME)
+        named = label.draw(point.x, point.y) if label else Markup("")
+        taken += [label.box] if label else []
         dot = element("circle", cx=point.x, cy=point.y, r=DOT, class_="dot")
         verb = verb_class(run.models[point.model].verb)
-        drawn.append(element("g", title(hint), dot, label.draw(point.x, point.y), class_=verb))
+        drawn.append(element("g", title(hint(point)), named, dot, class_=verb))
     return drawn

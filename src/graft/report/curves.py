@@ -78,8 +78,8 @@ def _labels(curves: Sequence[Curve], ends: Sequence[tuple[float, float]]) -> lis
             named = leader + text(edge, at + 4, words, class_="label")
         else:
             label = place(words, x, y - 20, taken, (LEFT, 0, WIDTH, HEIGHT - BOTTOM))
-            taken.append(label.box)
-            named = label.draw(x, y)
+            taken += [label.box] if label else []
+            named = label.draw(x, y) if label else Markup("")
         drawn.append(element("g", named, class_=verb_class(curve.model.verb)))
     return drawn
 

@@ -43,20 +43,17 @@ class Label:
         return leader + text(self.x, self.y, self.words, text_anchor=self.anchor, class_="label")
 
 
-def place(words: str, x: float, y: float, taken: Sequence[Box], frame: Box) -> Label:
+def place(words: str, x: float, y: float, taken: Sequence[Box], frame: Box) -> Label | None:
     """The nearest place for the words of the point x, y that overlaps nothing: around it, then further and further off.
 
-    Where every place overlaps something, the one that overlaps least.
+    None where there is no such place: a name is left out rather than written over another.
     """
-    tried: list[tuple[float, Label]] = []
-    for away in (1.0, 1.6, 2.4, 3.4, 4.6, 6.0, 8.0):
+    for away in (1.0, 1.6, 2.4, 3.4, 4.6):
         for dx, dy, anchor in _AROUND:
             label = _label(words, x + dx * away * 10, y + 4 + dy * away * 13, anchor)
-            crossed = sum(_overlap(label.box, other) for other in taken) + 10 * _outside(label.box, frame)
-            if crossed == 0:
+            if _inside(label.box, frame) and not any(_overlap(label.box, other) for other in taken):
                 return label
-            tried.append((crossed, label))
-    return min(tried, key=lambda t: t[0])[1]
+    return None
 
 
 def dot_box(x: float, y: float, radius: float) -> Box:
@@ -75,6 +72,5 @@ def _overlap(a: Box, b: Box) -> float:
     return wide * tall if wide > 0 and tall > 0 else 0.0
 
 
-def _outside(box: Box, frame: Box) -> float:
-    over = (frame[0] - box[0], frame[1] - box[1], box[2] - frame[2], box[3] - frame[3])
-    return sum(max(side, 0.0) for side in over)
+def _inside(box: Box, frame: Box) -> bool:
+    return frame[0] <= box[0] and frame[1] <= box[1] and box[2] <= frame[2] and box[3] <= frame[3]

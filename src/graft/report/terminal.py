@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 from rich import box
-from rich.console import Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from graft.report.judge import best, decimals, half, sentence, verdict, verdicts
-from graft.report.read import Column, Run
+from graft.report.judge import Verdict, best, decimals, half, verdict, verdicts
+from graft.report.read import Column, Model, Run
 from graft.report.words import bytes_text, rate_text
 
 STYLES = {"▼": "bold red", "▽": "yellow", "▲": "green", "△": "dim green"}
@@ -19,36 +23,107 @@ LEGEND = (
 
 
 def render(run: Run) -> RenderableType:
-    """Table, legend, every flag in words, and what is missing or stale."""
-    parts: list[RenderableType] = [_table(run)]
+    """Tables, legend, every combination that lost to a parent, and what is missing or stale."""
+    parts: list[RenderableType] = [_Tables(run)]
     if run.scores:
         parts.append(Text(LEGEND, style="dim"))
-    for column, found in verdicts(run):
-        if found.worse:
-            parts.append(Text(f"{found.mark} {sentence(run, column, found)}", style=STYLES[found.mark]))
+    parts.extend(_losses(run))
     parts.extend(Text(f"note: {problem}", style="dim") for problem in run.problems)
     return Group(*parts)
 
 
-def _table(run: Run) -> Table:
-    table = Table(title=Text(run.family, style="bold"), title_justify="left", pad_edge=False, box=box.SIMPLE)
-    table.add_column("model", no_wrap=True)
-    table.add_column("made by", style="dim", no_wrap=True)
-    for column in run.columns:
-        table.add_column(Text(f"{column.place}\n{column.metric_words} {arrow(column)}"), justify="right", no_wrap=True)
-    for title in ("tokens/s", "peak\nmemory", "on disk"):
-        table.add_column(Text(title), justify="right", no_wrap=True)
-    for name, model in run.models.items():
-        cost = run.costs.get(name, {})
-        table.add_row(
-            Text(name, style="" if model.made or cost else "dim"),
-            Text(model.kind if model.made or cost else f"{model.verb}, not made"),
-            *(_cell(run, name, column) for column in run.columns),
-            rate_text(cost.get("tokens_per_s")),
-            bytes_text(cost.get("peak_memory_bytes")),
-            bytes_text(cost.get("disk_bytes")),
-        )
+@dataclass(frozen=True)
+class _Tables:
+    """As many tables, one under the other, as the terminal's width asks for: a number is never cut."""
+
+    run: Run
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        names, made = _names(self.run), _made(self.run)
+        pending = [*_score_columns(self.run), *_cost_columns(self.run)]
+        first = True
+        while pending or first:
+            chosen = [names, made] if first else [names]
+            room = options.max_width - sum(c.width for c in chosen)
+            while pending and (len(chosen) < 2 or room >= pending[0].width):
+                room -= pending[0].width
+                chosen.append(pending.pop(0))
+            yield _table(chosen, self.run.family if first else None)
+            first = False
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A heading and a cell for each model."""
+
+    heading: str
+    cells: list[Text]
+    justify: JustifyMethod = "right"
+
+    @property
+    def width(self) -> int:
+        """How many columns of the terminal it takes, the gap included."""
+        lines = [*self.heading.split("\n"), *(cell.plain for cell in self.cells)]
+        return max(cell_len(line) for line in lines) + 3
+
+
+def _table(columns: Sequence[_Column], title: str | None) -> Table:
+    table = Table(
+        title=Text(title, style="bold") if title else None, title_justify="left", pad_edge=False, box=box.SIMPLE
+    )
+    for column in columns:
+        table.add_column(Text(column.heading), justify=column.justify, no_wrap=True)
+    for cells in zip(*(column.cells for column in columns), strict=True):
+        table.add_row(*cells)
     return table
+
+
+def _names(run: Run) -> _Column:
+    shown = ((name if len(name) <= 28 else name[:27] + "…", model) for name, model in run.models.items())
+    return _Column("model", [Text(name, style="" if _known(run, model) else "dim") for name, model in shown], "left")
+
+
+def _made(run: Run) -> _Column:
+    words = (model.kind if _known(run, model) else f"{model.verb}, not made" for model in run.models.values())
+    return _Column("made by", [Text(kind, style="dim") for kind in words], "left")
+
+
+def _known(run: Run, model: Model) -> bool:
+    return model.made or model.name in run.costs
+
+
+def _score_columns(run: Run) -> Iterator[_Column]:
+    for column in run.columns:
+        heading = f"{column.place}\n{column.metric_words} {arrow(column)}"
+        yield _Column(heading, [_cell(run, name, column) for name in run.models])
+
+
+def _cost_columns(run: Run) -> Iterator[_Column]:
+    written = {
+        "tokens/s": ("tokens_per_s", rate_text),
+        "peak\nmemory": ("peak_memory_bytes", bytes_text),
+        "on disk": ("disk_bytes", bytes_text),
+    }
+    for heading, (key, write) in written.items():
+        yield _Column(heading, [Text(write(run.costs.get(name, {}).get(key))) for name in run.models])
+
+
+def _losses(run: Run) -> Iterator[Text]:
+    """A line for each combination that is worse than its best parent somewhere."""
+    lost: dict[str, list[tuple[Column, Verdict]]] = {}
+    for column, found in verdicts(run):
+        if found.worse:
+            lost.setdefault(found.model, []).append((column, found))
+    for model, cases in lost.items():
+        words = "; ".join(_loss(run, column, found) for column, found in cases)
+        sure = any(found.significant for _, found in cases)
+        yield Text(f"{model} is worse than its best parent on {words}", style=STYLES["▼" if sure else "▽"])
+
+
+def _loss(run: Run, column: Column, found: Verdict) -> str:
+    places = decimals(run, column)
+    own, parent = run.scores[found.model, column]["value"], run.scores[found.parent, column]["value"]
+    return f"{found.mark} {column.title}: {own:.{places}f}, {found.parent} {parent:.{places}f} ({found.evidence})"
 
 
 def arrow(column: Column) -> str:
