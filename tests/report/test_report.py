@@ -111,7 +111,7 @@ def test_torn_lines_broken_manifests_and_odd_values_are_named_not_fatal(tmp_path
     with (folder / "results.jsonl").open("a") as rows:
         rows.write(json.dumps(fake.score("coder", "code.test", float("nan"))) + "\n" + '{"kind": "sco')
     found = report.summary(folder)
-    assert any("models/writer/graft.json cannot be read" in p for p in found["problems"])
+    assert any("models/writer/graft.json: the manifest is damaged" in p for p in found["problems"])
     assert any("is not a JSON object" in p for p in found["problems"])
     assert scores_of(folder, "coder")["code.test"]["value"] == 2.12
 

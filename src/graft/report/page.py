@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import graft
+from graft.checkpoint import atomic_write
 from graft.report.colours import VERBS, verb_class
 from graft.report.cost import COSTS, cost_panel
 from graft.report.curves import draw_curves
@@ -24,9 +25,7 @@ from graft.report.words import bytes_text, rate_text, seconds_text, si
 def write_page(run: Run) -> Path:
     """Write `report.html` into the run's folder, all at once."""
     target = run.folder / "report.html"
-    beside = target.with_name(".report.html.new")
-    beside.write_text(render_page(run), encoding="utf-8")
-    beside.replace(target)
+    atomic_write(target, render_page(run))
     return target
 
 

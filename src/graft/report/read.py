@@ -13,7 +13,8 @@ from typing import Any, TypeGuard
 
 import yaml
 
-from graft.errors import RequestError
+from graft.errors import CheckpointError, RequestError
+from graft.lineage import MANIFEST, read_manifest
 
 Row = Mapping[str, Any]
 
@@ -207,21 +208,20 @@ def _parents_first(models: list[Model]) -> list[Model]:
 
 
 def _made(folder: Path, problems: list[str]) -> Iterator[Model]:
-    for manifest_path in sorted(folder.glob("*/graft.json")):
-        name = manifest_path.parent.name
+    for path in sorted(folder.glob(f"*/{MANIFEST}")):
         try:
-            manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            problems.append(f"models/{name}/graft.json cannot be read: {error}")
+            manifest = read_manifest(path.parent)
+        except (CheckpointError, OSError) as error:
+            problems.append(str(error))
             continue
-        parents = manifest.get("parents") or []
+        assert manifest is not None
         yield Model(
-            name=str(manifest.get("name") or name),
-            verb=str(manifest.get("verb") or "load"),
-            parents=tuple(str(p.get("name", "")) for p in parents if isinstance(p, dict)),
-            manifest=manifest,
-            log=tuple(read_lines(manifest_path.parent / "log.jsonl", problems)),
-            folder=manifest_path.parent,
+            name=manifest.name,
+            verb=manifest.verb,
+            parents=tuple(parent.name for parent in manifest.parents),
+            manifest=manifest.plain(),
+            log=tuple(read_lines(path.parent / "log.jsonl", problems)),
+            folder=path.parent,
         )
 
 

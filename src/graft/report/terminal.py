@@ -44,7 +44,7 @@ class _Tables:
         first = True
         while pending or first:
             chosen = [names, made] if first else [names]
-            room = options.max_width - sum(c.width for c in chosen)
+            room = options.max_width + 2 - sum(c.width for c in chosen)
             while pending and (len(chosen) < 2 or room >= pending[0].width):
                 room -= pending[0].width
                 chosen.append(pending.pop(0))
