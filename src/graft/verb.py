@@ -92,6 +92,14 @@ class Verb(Generic[S]):
         """Settings from plain YAML values. Raises SettingsError (all problems) or UnknownName."""
         raise NotImplementedError
 
+    def located(self, settings: S, root: Path) -> S:
+        """The settings with the paths in them made absolute. Raises RequestError for what is not there."""
+        return settings
+
+    def content(self, settings: S) -> Any:
+        """What of the (located) settings decides the weights, as JSON-ready values: hashed into the node's key."""
+        return settings.plain()
+
     def check(self, settings: S, models: Mapping[str, Facts]) -> list[str]:
         """What is wrong with this node given the facts of the models it names: one sentence each, empty if nothing."""
         return []

@@ -1,0 +1,99 @@
+"""The verb `load`: brings a finished model into the family, from a folder or, where that is allowed, from the hub."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from graft.errors import RequestError
+from graft.settings import Settings, parse
+from graft.verb import Estimate, Facts, Job, Verb
+
+FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+"""What is taken from a model on the hub: weights, configuration, tokenizer; never pickles, never code."""
+
+
+class LoadSettings(Settings):
+    """A finished model: `{load: ./folder}`, or with settings `{load: {path: ORG/NAME, hub: true}}`."""
+
+    path: Annotated[str, Field(description="A model's folder, relative to the recipe's, or an id on the hub.")]
+    hub: Annotated[bool, Field(description="Allow the network: `path` is an id on the hub.")] = False
+    revision: Annotated[str | None, Field(description="Commit, tag or branch on the hub.")] = None
+
+
+class Load(Verb[LoadSettings]):
+    name = "load"
+    summary = "Bring in a model that is there already: a folder in Hugging Face form, or a model on the hub."
+
+    def types(self) -> Mapping[str, type[Settings]]:
+        return {"load": LoadSettings}
+
+    def parse(self, raw: Any, path: tuple[str | int, ...] = ()) -> LoadSettings:
+        return parse(LoadSettings, {"path": raw} if isinstance(raw, str) else raw, path)
+
+    def located(self, settings: LoadSettings, root: Path) -> LoadSettings:
+        if settings.hub:
+            return settings
+        if settings.revision is not None:
+            raise RequestError("`revision` names a commit on the hub: expected `hub: true` beside it")
+        folder = (root / Path(settings.path).expanduser()).resolve()
+        if not (folder / "config.json").is_file():
+            raise RequestError(
+                f"expected a model's folder (with config.json) at {folder}, found none; for a model on the hub write "
+                f"{{load: {{path: {settings.path}, hub: true}}}}"
+            )
+        return settings.model_copy(update={"path": str(folder)})
+
+    def content(self, settings: LoadSettings) -> Any:
+        from graft.lineage import hash_model
+
+        return {"weights": hash_model(_folder(settings)), "files": _hashes(_folder(settings))}
+
+    def facts(self, settings: LoadSettings, models: Mapping[str, Facts], key: str) -> Facts:
+        from graft.lineage import facts_of
+
+        return facts_of(_folder(settings))
+
+    def estimate(self, settings: LoadSettings, models: Mapping[str, Facts]) -> Estimate:
+        facts = self.facts(settings, models, "")
+        return Estimate(facts.parameters, facts.bytes, 1 << 20, facts.bytes / 5e8, "copied")
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Copy the model's files, so that the artifact stays what it is when the original changes."""
+        from graft.checkpoint import check_weights, disk_errors
+
+        assert isinstance(job.settings, LoadSettings)
+        folder = _folder(job.settings)
+        with disk_errors(job.out):
+            shutil.copytree(folder, job.out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("graft.json", ".*"))
+        if list(job.out.glob("*.safetensors")):
+            check_weights(job.out)
+        return {"notes": {"loaded_from": str(folder)}}
+
+
+def _folder(settings: LoadSettings) -> Path:
+    """Where the model lies; downloaded first where it is on the hub. Raises RequestError where the hub has none."""
+    if not settings.hub:
+        return Path(settings.path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(settings.path, revision=settings.revision, allow_patterns=list(FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
+        raise RequestError(f"{settings.path}: expected a model on the hub, found none ({error})") from None
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """Hashes of the small files that decide what the weights compute."""
+    from graft.lineage import hash_file
+
+    names = ("config.json", "tokenizer.json", "generation_config.json")
+    return {name: hash_file(folder / name) for name in names if (folder / name).is_file()}
+
+
+VERB = Load()

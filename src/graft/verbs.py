@@ -1,0 +1,38 @@
+"""The verbs of a recipe. Other packages add theirs through entry points in the group `graft.verbs` that name a `Verb`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import Any
+
+from graft.errors import UnknownName
+from graft.verb import Verb
+
+_OWN = {
+    "load": "graft._load",
+    "pretrain": "graft.pretrain",
+    "tune": "graft.tune",
+    "merge": "graft.merge",
+    "ensemble": "graft.ensemble",
+}
+"""Where each of graft's own verbs has its `VERB`, in the order in which a family grows."""
+
+
+def verb_names() -> list[str]:
+    """All verbs, graft's own first."""
+    return list(dict.fromkeys([*_OWN, *sorted(e.name for e in _entries())]))
+
+
+def verb(name: str) -> Verb[Any]:
+    """The verb of that name. Raises UnknownName, listing all."""
+    if name in _OWN:
+        return importlib.import_module(_OWN[name]).VERB
+    for entry in _entries():
+        if entry.name == name:
+            return entry.load()
+    raise UnknownName("verb", name, verb_names())
+
+
+def _entries() -> importlib.metadata.EntryPoints:
+    return importlib.metadata.entry_points(group="graft.verbs")
