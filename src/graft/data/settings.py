@@ -105,7 +105,10 @@ class Records(Files):
     ] = None
     fields: Annotated[
         dict[str, str],
-        Field(description="Where our fields stand in the file: `{text: body, label: class}`."),
+        Field(
+            description="Where our fields stand in the file: `{text: body, label: class}`. "
+            "A text may also be a list of lines or of [speaker, line] pairs."
+        ),
     ] = {}
 
 

@@ -272,6 +272,19 @@ def _checked(name: str, value: Any, place: str) -> Any:
         if not good:
             raise DataError(f"{place}: expected `messages` as a list of {{role, content}}, found {str(value)[:80]!r}")
         return [{"role": m["role"], "content": m["content"]} for m in value]
+    if name == "text" and isinstance(value, list) and value:
+        return _transcript(value, place)
     if not isinstance(value, str):
         raise DataError(f"{place}: expected text in {name!r}, found {type(value).__name__} {str(value)[:60]!r}")
     return value
+
+
+def _transcript(turns: list[Any], place: str) -> str:
+    """A list of lines, or of [speaker, line] pairs, as text: a line each, the speaker before a colon."""
+    lines = []
+    for turn in turns:
+        parts = turn if isinstance(turn, list) else [turn]
+        if len(parts) not in (1, 2) or not all(isinstance(part, str) for part in parts):
+            raise DataError(f"{place}: expected lines or [speaker, line] pairs in 'text', found {str(turn)[:60]!r}")
+        lines.append(": ".join(parts))
+    return "\n".join(lines)
