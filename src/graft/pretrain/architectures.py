@@ -1,0 +1,210 @@
+"""Which `transformers` class carries which architecture and position encoding, and how wide a model of a size is.
+
+| architecture    | positions  | class                          |
+|-----------------|------------|--------------------------------|
+| decoder         | rotary     | LlamaForCausalLM               |
+| decoder         | learned    | GPT2LMHeadModel                |
+| decoder         | sinusoidal | XGLMForCausalLM                |
+| decoder         | alibi      | MptForCausalLM                 |
+| encoder         | rotary     | ModernBertForMaskedLM          |
+| encoder         | learned    | BertForMaskedLM                |
+| encoder-decoder | relative   | T5ForConditionalGeneration     |
+| encoder-decoder | learned    | BartForConditionalGeneration   |
+| encoder-decoder | sinusoidal | MarianMTModel                  |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from graft.errors import CannotCombine
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Everything a configuration is made from. `ids` are the tokenizer's special token ids, by name."""
+
+    hidden: int
+    layers: int
+    heads: int
+    vocabulary: int
+    length: int
+    dropout: float
+    ids: dict[str, int]
+
+
+def _llama(s: Shape) -> dict[str, Any]:
+    return {
+        "hidden_size": s.hidden, "intermediate_size": _gated(s.hidden), "num_hidden_layers": s.layers,
+        "num_attention_heads": s.heads, "num_key_value_heads": s.heads, "max_position_embeddings": s.length,
+        "attention_dropout": s.dropout, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+
+
+def _gpt2(s: Shape) -> dict[str, Any]:
+    return {
+        "n_embd": s.hidden, "n_layer": s.layers, "n_head": s.heads, "n_positions": s.length, "n_inner": 4 * s.hidden,
+        "resid_pdrop": s.dropout, "embd_pdrop": s.dropout, "attn_pdrop": s.dropout,
+    }  # fmt: skip
+
+
+def _xglm(s: Shape) -> dict[str, Any]:
+    return {
+        "d_model": s.hidden, "num_layers": s.layers, "attention_heads": s.heads, "ffn_dim": 4 * s.hidden,
+        "max_position_embeddings": s.length, "dropout": s.dropout, "attention_dropout": s.dropout,
+    }  # fmt: skip
+
+
+def _mpt(s: Shape) -> dict[str, Any]:
+    return {
+        "d_model": s.hidden, "n_layers": s.layers, "n_heads": s.heads, "max_seq_len": s.length, "expansion_ratio": 4,
+        "resid_pdrop": s.dropout, "emb_pdrop": s.dropout,
+    }  # fmt: skip
+
+
+def _modernbert(s: Shape) -> dict[str, Any]:
+    return {
+        "hidden_size": s.hidden, "intermediate_size": _gated(s.hidden), "num_hidden_layers": s.layers,
+        "num_attention_heads": s.heads, "max_position_embeddings": s.length, "global_attn_every_n_layers": 1,
+        "attention_dropout": s.dropout, "mlp_dropout": s.dropout, "embedding_dropout": s.dropout,
+        "reference_compile": False,
+    }  # fmt: skip
+
+
+def _bert(s: Shape) -> dict[str, Any]:
+    return {
+        "hidden_size": s.hidden, "intermediate_size": 4 * s.hidden, "num_hidden_layers": s.layers,
+        "num_attention_heads": s.heads, "max_position_embeddings": s.length,
+        "hidden_dropout_prob": s.dropout, "attention_probs_dropout_prob": s.dropout,
+    }  # fmt: skip
+
+
+def _t5(s: Shape) -> dict[str, Any]:
+    return {
+        "d_model": s.hidden, "d_kv": s.hidden // s.heads, "d_ff": _gated(s.hidden), "num_layers": s.layers,
+        "num_heads": s.heads, "dropout_rate": s.dropout, "feed_forward_proj": "gated-gelu", "n_positions": s.length,
+    }  # fmt: skip
+
+
+def _bart(s: Shape) -> dict[str, Any]:
+    return {
+        "d_model": s.hidden, "encoder_layers": s.layers, "decoder_layers": s.layers, "encoder_attention_heads": s.heads,
+        "decoder_attention_heads": s.heads, "encoder_ffn_dim": 4 * s.hidden, "decoder_ffn_dim": 4 * s.hidden,
+        "max_position_embeddings": s.length, "dropout": s.dropout, "attention_dropout": s.dropout,
+    }  # fmt: skip
+
+
+def _gated(hidden: int) -> int:
+    """Width of a gated feed-forward layer that has as many parameters as a plain one four times as wide."""
+    return -(-8 * hidden // 3 // 16) * 16
+
+
+TABLE: dict[tuple[str, str], tuple[str, Callable[[Shape], dict[str, Any]]]] = {
+    ("decoder", "rotary"): ("LlamaForCausalLM", _llama),
+    ("decoder", "learned"): ("GPT2LMHeadModel", _gpt2),
+    ("decoder", "sinusoidal"): ("XGLMForCausalLM", _xglm),
+    ("decoder", "alibi"): ("MptForCausalLM", _mpt),
+    ("encoder", "rotary"): ("ModernBertForMaskedLM", _modernbert),
+    ("encoder", "learned"): ("BertForMaskedLM", _bert),
+    ("encoder-decoder", "relative"): ("T5ForConditionalGeneration", _t5),
+    ("encoder-decoder", "learned"): ("BartForConditionalGeneration", _bart),
+    ("encoder-decoder", "sinusoidal"): ("MarianMTModel", _bart),
+}
+DEFAULT_POSITIONS = {"decoder": "rotary", "encoder": "rotary", "encoder-decoder": "relative"}
+
+
+def positions_for(architecture: str, positions: str | None) -> str:
+    """The position encoding, or the architecture's default. Raises CannotCombine where no class carries the pair."""
+    chosen = positions or DEFAULT_POSITIONS[architecture]
+    if (architecture, chosen) not in TABLE:
+        possible = ", ".join(p for a, p in TABLE if a == architecture)
+        raise CannotCombine(f"no {architecture} with {chosen} positions; for {architecture} there are: {possible}")
+    return chosen
+
+
+def config_for(architecture: str, positions: str, shape: Shape) -> PretrainedConfig:
+    """The configuration, complete with vocabulary, special tokens and the name of its class."""
+    import transformers
+
+    name, build = TABLE[architecture, positions]
+    cls = getattr(transformers, name)
+    ids = {f"{kind}_token_id": shape.ids.get(kind) for kind in ("bos", "eos", "pad")}
+    if architecture == "encoder-decoder":
+        ids["decoder_start_token_id"] = shape.ids["pad"]
+        ids["forced_eos_token_id"] = None
+    if name == "ModernBertForMaskedLM":
+        ids |= {"cls_token_id": shape.ids.get("bos"), "sep_token_id": shape.ids.get("eos")}
+    config = cls.config_class(vocab_size=shape.vocabulary, **build(shape), **ids)
+    config.architectures = [name]
+    return config
+
+
+def build(config: PretrainedConfig) -> PreTrainedModel:
+    """A model with fresh weights (drawn from torch's generator), in fp32, in training mode."""
+    import torch
+    import transformers
+
+    return getattr(transformers, _class_name(config))._from_config(config, dtype=torch.float32).train()
+
+
+def _class_name(config: PretrainedConfig) -> str:
+    assert config.architectures
+    return config.architectures[0]
+
+
+def count_parameters(config: PretrainedConfig) -> int:
+    """Number of parameters, tied ones once; nothing is allocated."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        model = getattr(transformers, _class_name(config))(config)
+        model.tie_weights()
+        return model.num_parameters()
+
+
+HEAD = 32
+"""Channels of an attention head in small models: heads stay useful when the model is narrow."""
+
+
+def dimensions(size: int, architecture: str, positions: str, vocabulary: int, length: int) -> tuple[int, int, int]:
+    """(hidden, layers, heads) of the model whose number of parameters comes nearest to `size`.
+
+    Width grows in steps of 32 channels and depth follows the width (a layer for every 40 channels, at least 2), within
+    three layers either way; of the shapes nearest in size the one with that ratio is taken. Heads have 32 channels in models
+    narrower than 512 and 64 in wider ones.
+    """
+    best: tuple[float, tuple[int, int, int]] | None = None
+    for hidden in range(HEAD, 4096 + 1, HEAD if size < 100_000_000 else 2 * HEAD):
+        typical = max(2, round(hidden / 40))
+        for layers in range(max(1, typical - 3), typical + 4):
+            heads = hidden // (HEAD if hidden < 512 else 2 * HEAD)
+            found = estimate_parameters(architecture, positions, hidden, layers, heads, vocabulary, length)
+            off = abs(found - size) / size + 0.01 * abs(layers - typical)
+            if best is None or off < best[0]:
+                best = off, (hidden, layers, heads)
+        if found > 2 * size:
+            break
+    assert best is not None
+    return best[1]
+
+
+def estimate_parameters(
+    architecture: str, positions: str, hidden: int, layers: int, heads: int, vocabulary: int, length: int
+) -> int:
+    """Number of parameters by formula: embeddings, and for each layer 4 h² of attention and 8 h² of feed-forward."""
+    gated = positions in ("rotary", "relative")
+    feed_forward = 3 * hidden * _gated(hidden) if gated else 8 * hidden * hidden + 5 * hidden
+    attention = 4 * hidden * hidden + (0 if gated or positions == "alibi" else 4 * hidden)
+    blocks = layers * (attention + feed_forward + 4 * hidden)
+    if architecture == "encoder-decoder":
+        blocks = 2 * blocks + layers * attention
+    table = vocabulary * hidden
+    places = length * hidden if positions == "learned" else 0
+    head = hidden * hidden if architecture == "encoder" else 0
+    return blocks + table + places + head

@@ -1,0 +1,35 @@
+"""What `tune:` may say. Light."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from graft.data.objectives import ObjectiveSettings
+from graft.settings import DataRef, ModelRef
+from graft.train.settings import TrainSettings
+
+
+class TuneSettings(TrainSettings):
+    """A model tuned from another one."""
+
+    from_: Annotated[ModelRef, Field(alias="from", description="The model to start from.")]
+    data: Annotated[DataRef, Field(description="Data set to train on (its train split; dev for the dev score).")]
+    method: Annotated[dict[str, Any], Field(description="`full`, or with options `{full: {freeze: [PATTERN]}}`.")] = {
+        "full": {}
+    }
+    objective: Annotated[
+        ObjectiveSettings | None, Field(description="None: causal, masked or span, by the architecture.")
+    ] = None
+    length: Annotated[
+        int | None, Field(ge=8, description="Context in tokens; None: what the model was made for, 1024 at most.")
+    ] = None
+    learning_rate: float = Field(3e-4, gt=0, description="learning rate at its peak")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and isinstance(raw.get("method"), str):
+            return {**raw, "method": {raw["method"]: {}}}
+        return raw
