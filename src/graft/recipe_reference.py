@@ -1,0 +1,161 @@
+"""The reference of everything a recipe may say, written from the settings types: `python -m graft.recipe_reference`.
+
+What a field means is said once, in its `description`; this module only lays it out. `docs/recipe.md` is its output.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from graft.settings import Bytes, Parameters, Ref, Tokens
+
+_UNITS = {
+    "tokens, such as `2M tokens`": Tokens,
+    "parameters, such as `3M`": Parameters,
+    "bytes, such as `24GB`": Bytes,
+}
+_PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "none"}
+
+INTRODUCTION = """# Everything a recipe may say
+
+*Written from the settings types by `python -m graft.recipe_reference`; a test keeps it current. How the parts work
+together is in the [guide](guide.md).*
+
+```yaml
+family: NAME
+seed: 0
+data:      {NAME: {source: …} or {mix: …}, …}
+models:    {NAME: {VERB: SETTINGS}, …}
+evaluate:  [{measure: …}, …]
+```
+
+A *model* is the name of another node of `models:`; a *data set* is a name of `data:`, where it makes sense with a split
+behind it (`mixed.dev`). A node may have its own `seed:` beside its verb. Paths are relative to the recipe's folder. A
+key that is not listed here is an error that shows the nearest right one.
+"""
+
+
+def reference() -> str:
+    """The whole reference as Markdown."""
+    from graft.data.settings import SOURCES, Mixture
+    from graft.evaluate import MEASURES
+    from graft.verbs import verb, verb_names
+
+    parts = [INTRODUCTION, "## Data\n"]
+    parts += [section(f"`source: {name}`", cls, skip=("source",)) for name, cls in SOURCES.items()]
+    parts += [section("`mix:`", Mixture), "## Models\n"]
+    for found in map(verb, verb_names()):
+        parts.append(f"### `{found.name}`\n\n{found.summary}\n")
+        parts += [section(_method_title(found.name, name), cls, level=4) for name, cls in found.types().items()]
+    parts.append("## Measures\n")
+    parts += [section(f"`measure: {name}`", cls, skip=("measure",)) for name, cls in MEASURES.items()]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _method_title(verb: str, name: str) -> str:
+    return f"`{verb}`" if name == verb else f"`{verb}`, method `{name}`"
+
+
+def section(title: str, cls: type[BaseModel], *, level: int = 3, skip: tuple[str, ...] = ()) -> str:
+    """Heading, the type's docstring, a table of its fields, and the tables of the settings inside it."""
+    inside = dict.fromkeys(_inner(cls))
+    tables = [_table(cls, skip), *(f"`{i.__name__}`: {_docstring(i)}\n\n{_table(i, ())}" for i in inside)]
+    return "\n".join([f"{'#' * level} {title}\n", f"{_docstring(cls)}\n", *tables])
+
+
+def _docstring(cls: type[BaseModel]) -> str:
+    return inspect.cleandoc(cls.__doc__ or "")
+
+
+def _table(cls: type[BaseModel], skip: tuple[str, ...]) -> str:
+    rows = [_row(field.alias or name, field) for name, field in cls.model_fields.items() if name not in skip]
+    if not rows:
+        return ""
+    return "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *rows, ""])
+
+
+def _row(key: str, field: FieldInfo) -> str:
+    meaning = " ".join((field.description or "").split())
+    cells = [f"`{key}`", words_of(annotation_of(field)), _default(field), meaning]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def annotation_of(field: FieldInfo) -> Any:
+    """The type as it was written, with the marks that pydantic keeps apart."""
+    return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+
+
+def words_of(annotation: Any) -> str:
+    """A type in words: `tokens, such as …`, `model`, `` `a` or `b` ``, `list of text`."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _marked(arguments[0], arguments[1:])
+    if origin is typing.Literal:
+        return " or ".join(f"`{_value(a)}`" for a in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(words_of(a) for a in arguments if a is not type(None)))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"mapping of {words_of(arguments[0])} to {words_of(arguments[1])}"
+    if origin in (list, tuple):
+        return f"list of {words_of(arguments[0])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return _docstring(annotation).split("\n")[0] if _is_written(annotation) else f"`{annotation.__name__}`"
+    return _PLAIN.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _marked(inner: Any, marks: tuple[Any, ...]) -> str:
+    for mark in marks:
+        if isinstance(mark, Ref):
+            return {"model": "model", "data": "data set"}[mark.kind]
+        for words, unit in _UNITS.items():
+            if mark in typing.get_args(unit)[1:]:
+                return words
+    return words_of(inner)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "**required**"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        written = value.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        return f"`{_value(written)}`" if written else "as below"
+    return "none" if value is None else f"`{_value(value)}`"
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value, default=str)
+
+
+def _is_written(cls: type[BaseModel]) -> bool:
+    """Whether people write these settings as one value (`2M tokens`), so that their fields need no table."""
+    return bool(cls.__pydantic_decorators__.model_serializers)
+
+
+def _inner(cls: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """The settings types inside the fields of `cls`, depth first."""
+    for field in cls.model_fields.values():
+        for found in _classes(field.annotation):
+            if not _is_written(found):
+                yield found
+                yield from _inner(found)
+
+
+def _classes(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _classes(argument)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference())
