@@ -93,15 +93,16 @@ def test_a_later_row_replaces_an_earlier_one(tmp_path):
 
 def test_an_unfinished_run_is_reported_with_what_there_is(tmp_path):
     (tmp_path / "recipe.yaml").write_text(
-        "family: f\nmodels:\n  base: {pretrain: {data: x}}\n  fine: {tune: {from: base, data: x}}\n"
+        "family: f\nmodels:\n  base: {pretrain: {data: x, size: 1M, budget: 1M}}\n"
+        "  x: {seed: 3, tune: {from: base, data: base, budget: 1M}}\n"
     )
     fake.manifest(tmp_path, "base", "pretrain", [])
     found = report.summary(tmp_path)
     assert [(m["name"], m["made"], m["parents"]) for m in found["models"]] == [
         ("base", True, []),
-        ("fine", False, ["base"]),
+        ("x", False, ["base"]),
     ]
-    assert "not made yet: fine" in found["problems"]
+    assert "not made yet: x" in found["problems"]
     assert "tune, not made" in text_of(report.table(tmp_path))
 
 

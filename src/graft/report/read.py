@@ -13,8 +13,10 @@ from typing import Any, TypeGuard
 
 import yaml
 
-from graft.errors import CheckpointError, RequestError
+from graft import verbs
+from graft.errors import CheckpointError, GraftError, RequestError
 from graft.lineage import MANIFEST, read_manifest
+from graft.settings import references
 
 Row = Mapping[str, Any]
 
@@ -226,19 +228,14 @@ def _made(folder: Path, problems: list[str]) -> Iterator[Model]:
 
 
 def _planned(name: str, raw: Any, planned: Mapping[str, Any]) -> Model:
-    """A node that is not made yet: its verb, and the models that its `from`, `base`, `models`, … name."""
-    verb, settings = next(iter(raw.items())) if isinstance(raw, dict) and raw else ("load", {})
-    named = (value for key, value in settings.items() if key != "data") if isinstance(settings, dict) else ()
-    found = dict.fromkeys(text for value in named for text in _strings(value) if text in planned and text != name)
-    return Model(name, str(verb), tuple(found))
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value:
-            yield from _strings(item)
+    """A node that is not made yet: its verb, and the models that its settings name as far as they parse."""
+    named = next((key for key in raw if key != "seed"), "load") if isinstance(raw, dict) else "load"
+    try:
+        settings = verbs.verb(named).parse(raw[named])
+        parents = [model for kind, model, _ in references(settings) if kind == "model" and model in planned]
+    except (GraftError, ImportError, TypeError, KeyError):
+        parents = []
+    return Model(name, str(named), tuple(dict.fromkeys(parents)))
 
 
 def _scores(rows: list[Row], models: Mapping[str, Model], problems: list[str]) -> dict[tuple[str, Column], Row]:
