@@ -6,8 +6,8 @@ masked    tokens are hidden and predicted from both sides (BERT, Devlin et al. 2
 span      runs of tokens are replaced by sentinels, which the decoder expands (T5, Raffel et al. 2020, section 3.1.4).
 
 A batch holds `input_ids [batch, length]`, `labels` (-100: not trained on; for decoders labels[t] is the token at t,
-which is predicted at t - 1), `segments` (tokens see each other only within one; -1 is padding), `positions`, and for prefix
-LM `prefix` (bool: read in both directions). All of it follows from the seed and the row's number alone.
+which is predicted at t - 1), `segments` (tokens see each other only within one; -1 is padding), `positions`, and for
+prefix LM `prefix` (bool: read in both directions). All of it follows from the seed and the row's number alone.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ def dimensions(size: int, architecture: str, positions: str, vocabulary: int, le
     """(hidden, layers, heads) of the model whose number of parameters comes nearest to `size`.
 
     Width grows in steps of 32 channels and depth follows the width (a layer for every 40 channels, at least 2), within
-    three layers either way; of the shapes nearest in size the one with that ratio is taken. Heads have 32 channels in models
+    three layers either way; of shapes near in size the one with that ratio is taken. Heads have 32 channels in models
     narrower than 512 and 64 in wider ones.
     """
     best: tuple[float, tuple[int, int, int]] | None = None
@@ -185,7 +185,7 @@ def dimensions(size: int, architecture: str, positions: str, vocabulary: int, le
         for layers in range(max(1, typical - 3), typical + 4):
             heads = hidden // (HEAD if hidden < 512 else 2 * HEAD)
             found = estimate_parameters(architecture, positions, hidden, layers, heads, vocabulary, length)
-            off = abs(found - size) / size + 0.01 * abs(layers - typical)
+            off = abs(found - size) / size + 0.003 * abs(layers - typical)
             if best is None or off < best[0]:
                 best = off, (hidden, layers, heads)
         if found > 2 * size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 
 from graft.data.objectives import IGNORED
 
-Batch = dict[str, torch.Tensor]
+Batch = Mapping[str, torch.Tensor]
 
 
 def attention_mask(
