@@ -102,15 +102,17 @@ def _number(text: str) -> float:
 class Keep(Settings):
     """Checkpoints kept beside the model (complete Hugging Face folders), made wherever the dev score is measured."""
 
-    last: int = Field(0, ge=0, description="how many of the newest checkpoints stay")
-    best: int = Field(0, ge=0, description="how many of those with the lowest dev loss stay")
+    last: int = Field(default=0, ge=0, description="how many of the newest checkpoints stay")
+    best: int = Field(default=0, ge=0, description="how many of those with the lowest dev loss stay")
 
 
 class EarlyStopping(Settings):
     """Stop when the dev loss no longer falls."""
 
-    patience: int = Field(3, ge=1, description="measurements without a better dev loss after which training stops")
-    min_delta: float = Field(0.0, ge=0, description="how much lower (nats a unit of the loss) counts as better")
+    patience: int = Field(
+        default=3, ge=1, description="measurements without a better dev loss after which training stops"
+    )
+    min_delta: float = Field(default=0.0, ge=0, description="how much lower (nats a unit of the loss) counts as better")
 
 
 class TrainSettings(Settings):
@@ -120,43 +122,52 @@ class TrainSettings(Settings):
         default_factory=lambda: Budget(amount=1, unit="epochs"),
         description="how long to train: `2M tokens`, `500 steps` or `2 epochs`",
     )
-    batch_size: int = Field(32, ge=1, description="rows in an optimizer step, all processes together")
+    batch_size: int = Field(default=32, ge=1, description="rows in an optimizer step, all processes together")
     accumulate: int = Field(
-        1, ge=1, description="pieces a step's rows are read in, one after the other: less memory, the same result"
+        default=1,
+        ge=1,
+        description="pieces a step's rows are read in, one after the other: less memory, the same result",
     )
-    learning_rate: float = Field(1e-3, gt=0, description="learning rate at its peak")
+    learning_rate: float = Field(default=1e-3, gt=0, description="learning rate at its peak")
     schedule: Literal["linear", "cosine", "wsd", "constant"] = Field(
-        "linear",
+        default="linear",
         description="how the learning rate goes after the warmup: straight down, down a half cosine, "
         "level and then straight down (warmup, stable, decay), or level",
     )
-    warmup: float = Field(0.05, ge=0, description="steps of linear warmup; below 1, their share of all steps")
-    decay: float = Field(0.2, gt=0, description="steps of the decay at the end of wsd; 1 or below, their share of all")
+    warmup: float = Field(default=0.05, ge=0, description="steps of linear warmup; below 1, their share of all steps")
+    decay: float = Field(
+        default=0.2, gt=0, description="steps of the decay at the end of wsd; 1 or below, their share of all"
+    )
     final_rate: float = Field(
-        0.0, ge=0, le=1, description="learning rate at the end, as a share of the peak (not for constant)"
+        default=0.0, ge=0, le=1, description="learning rate at the end, as a share of the peak (not for constant)"
     )
     weight_decay: float = Field(
         0.01, ge=0, description="AdamW weight decay of matrices; biases, norms, embeddings none"
     )
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW decay rates of the two moments")
-    clip: float | None = Field(1.0, gt=0, description="largest global norm of the gradient; null for no clipping")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW decay rates of the two moments")
+    clip: float | None = Field(
+        default=1.0, gt=0, description="largest global norm of the gradient; null for no clipping"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="number format of forward and backward; weights and optimizer stay in fp32"
     )
     gradient_checkpointing: bool = Field(
         False, description="compute activations again in backward: less memory, slower"
     )
-    compile: bool = Field(False, description="compile the model with torch.compile")
+    compile: bool = Field(default=False, description="compile the model with torch.compile")
     ema: float | None = Field(
-        None, gt=0, lt=1, description="decay of a moving average of the weights, kept as checkpoints/ema"
+        default=None,
+        gt=0,
+        lt=1,
+        description="decay of a moving average of the weights (at first lower), kept as checkpoints/ema",
     )
     keep: Keep = Field(default_factory=lambda: Keep(), description="which checkpoints on the way are kept")
     evaluate_every: int | None = Field(
-        None, ge=1, description="steps between measurements of the dev loss; null for ten in the whole training"
+        default=None, ge=1, description="steps between measurements of the dev loss; null for ten in the whole training"
     )
-    early_stopping: EarlyStopping | None = Field(None, description="stop when the dev loss no longer falls")
+    early_stopping: EarlyStopping | None = Field(default=None, description="stop when the dev loss no longer falls")
     checkpoint_every: Interval | None = Field(
-        None,
+        default=None,
         description="how often the state to resume from is written: `100 steps`, `5 minutes`; "
         "null for as often as it costs under 2 % of the time, every 20 seconds at most",
     )

@@ -1,0 +1,474 @@
+"""The one training loop: a model, rows and an objective go in; trained weights, a log and kept checkpoints come out.
+
+One step: read the rows of the step (made ahead by a thread) → agree on the weight of the whole step → forward and
+backward of each piece, scaled by that weight → clip → AdamW → average. Nothing in it waits for the device; losses are
+read a few at a time. The state to resume from is written now and then into `scratch`; a killed run goes on from there
+and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from graft.checkpoint import atomic_folder
+from graft.data.rows import Rows
+from graft.errors import RequestError, TrainingError
+from graft.train.batches import Ahead, Batch, Step, make_step, spans, tokens_in
+from graft.train.ema import MovingAverage
+from graft.train.interrupt import Interrupt
+from graft.train.journal import Journal
+from graft.train.kept import Kept
+from graft.train.optimizer import adamw
+from graft.train.place import Place
+from graft.train.random_state import random_state, seed_all, set_random_state
+from graft.train.schedule import rate
+from graft.train.settings import TrainSettings
+from graft.train.state import read_state, write_state
+
+Save = Callable[[Any, Path], None]
+"""Writes a model as a complete Hugging Face folder into a folder that exists and is empty."""
+
+LOOK_S = 0.5
+"""Losses are read from the device, checked and logged this often."""
+
+
+class Objective(Protocol):
+    """What is made small."""
+
+    def weight(self, batch: Batch) -> float:
+        """Units the loss sums over (for example label tokens). Called on the CPU, in a thread of its own."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The sum of the losses over those units, a scalar."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out: last and best scores, optimizer steps done, tokens read."""
+
+    metrics: dict[str, Any]
+    steps: int
+    tokens: int
+
+
+@dataclass
+class Position:
+    """How far a training is; with tensors and random state, all there is to it."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    loss: float | None = None
+    dev: dict[str, float] = field(default_factory=dict)
+    best: float | None = None
+    best_step: int | None = None
+    waited: int = 0
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step whose loss has not been read from the device yet."""
+
+    step: int
+    loss: torch.Tensor
+    norm: torch.Tensor
+    weight: float
+    tokens: int
+    learning_rate: float
+    seconds: float
+
+
+def train(
+    model: nn.Module,
+    rows: Rows,
+    objective: Objective,
+    settings: TrainSettings,
+    out: Path,
+    *,
+    scratch: Path,
+    seed: int,
+    dev: Rows | None = None,
+    device: str | None = None,
+    save: Save | None = None,
+) -> TrainResult:
+    """Train `model` in place; go on where a killed run with the same `scratch` stood.
+
+    Parameters that require a gradient are trained, in fp32. The gradient is that of the sum of the losses over the
+    step's rows divided by their weight, however the rows are cut into pieces and spread over processes. `dev` gives
+    the dev loss (mean over all its units). `save` is needed for kept checkpoints and the moving average. Writes
+    `out/log.jsonl` and `out/checkpoints/`; only the main process writes.
+
+    Raises RequestError for settings that do not fit what is given, TrainingError where labels are all masked or the
+    loss is not finite, KeyboardInterrupt after Ctrl-C (with the state saved).
+    """
+    place = Place(device, settings.track, Path(out))
+    _check_request(settings, rows, dev, save, place.world)
+    training = Training(model, rows, objective, settings, Path(out), Path(scratch), seed, dev, save, place)
+    with Interrupt() as interrupt:
+        training.resume()
+        training.run(interrupt)
+    return training.finish()
+
+
+def _check_request(settings: TrainSettings, rows: Rows, dev: Rows | None, save: Save | None, world: int) -> None:
+    if len(rows) == 0:
+        raise RequestError("expected rows to train on, found none; give more data or a shorter length")
+    if settings.batch_size % (settings.accumulate * world):
+        raise RequestError(
+            f"expected batch_size to be a multiple of accumulate times processes ({settings.accumulate} × {world}), "
+            f"found {settings.batch_size}"
+        )
+    needs_dev = [name for name, on in (("keep.best", settings.keep.best), ("early_stopping", settings.early_stopping))
+                 if on]  # fmt: skip
+    if needs_dev and (dev is None or len(dev) == 0):
+        raise RequestError(f"{' and '.join(needs_dev)} need dev rows to measure on, found none; name a dev split")
+    if save is None and (settings.keep.last or settings.keep.best or settings.ema):
+        raise RequestError("keep and ema need a way to save checkpoints (`save`), found none")
+
+
+class Training:
+    """One training under way."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Rows,
+        objective: Objective,
+        settings: TrainSettings,
+        out: Path,
+        scratch: Path,
+        seed: int,
+        dev: Rows | None,
+        save: Save | None,
+        place: Place,
+    ):
+        self.rows, self.dev, self.objective, self.settings = rows, dev, objective, settings
+        self.out, self.scratch, self.seed, self.save, self.place = out, scratch, seed, save, place
+        self.model = self._prepare(model)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = adamw(model, settings)
+        self.scaler = torch.amp.GradScaler(place.device.type, enabled=settings.precision == "fp16")
+        self.average = MovingAverage(model, settings.ema) if settings.ema else None
+        self.wrapped = place.wrap(model)
+        self.steps = settings.budget.steps(len(rows), settings.batch_size, _row_tokens(rows))
+        self.every = settings.evaluate_every or max(1, self.steps // 10)
+        self.at = Position()
+        self.kept_before: dict[int, float | None] = {}
+        self.pending: list[Pending] = []
+        self.kept: Kept | None = None
+        self.journal: Journal
+
+    def _prepare(self, model: nn.Module) -> nn.Module:
+        model.to(self.place.device).train()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        if self.settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        if self.settings.compile:
+            model.compile()
+        return model
+
+    # -- resuming ---------------------------------------------------------------------------------------------------
+
+    @property
+    def identity(self) -> str:
+        """Hash of what must be the same for a state to be this training's."""
+        settings = {k: v for k, v in self.settings.plain().items() if k not in ("checkpoint_every", "track")}
+        shapes = [(name, list(p.shape)) for name, p in self.model.named_parameters()]
+        return hashlib.sha256(
+            json.dumps([settings, self.seed, self.steps, len(self.rows), shapes]).encode()
+        ).hexdigest()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that changes in training, by name: trained weights, buffers, moments, average."""
+        found: dict[str, torch.Tensor] = {
+            f"model.{name}": p for name, p in self.model.named_parameters() if p.requires_grad
+        }
+        found.update({f"buffer.{name}": b for name, b in self.model.named_buffers()})
+        if self.average is not None:
+            found.update(
+                {f"average.{name}": t for name, t in zip(self.average.names, self.average.average, strict=True)}
+            )
+        for number, moments in self.optimizer.state_dict()["state"].items():
+            found.update({f"optimizer.{number}.{name}": tensor for name, tensor in moments.items()})
+        return found
+
+    def resume(self) -> None:
+        """Go to where the newest whole state of this training in `scratch` stands; to the start where there is none."""
+        state = read_state(self.scratch)
+        if state is None or state.facts["identity"] != self.identity:
+            seed_all(self.seed + self.place.rank)
+            self._check_labels()
+            return
+        self._load_tensors(state.tensors)
+        self.scaler.load_state_dict(state.facts["scaler"])
+        self.at = Position(**state.facts["at"])
+        self.kept_before = {int(step): score for step, score in state.facts["kept"].items()}
+        states = state.facts["random"]
+        if len(states) == self.place.world:
+            set_random_state(states[self.place.rank], self.place.device)
+        else:
+            seed_all(self.seed + self.at.step * 1000 + self.place.rank)
+
+    @torch.no_grad()
+    def _load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "optimizer":
+                number, _, moment = rest.partition(".")
+                moments.setdefault(int(number), {})[moment] = tensor
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        for name, target in self.tensors().items():
+            if not name.startswith("optimizer."):
+                target.copy_(tensors[name])
+
+    def _check_labels(self) -> None:
+        """Raises TrainingError where no row of an epoch has anything to learn from."""
+        size = self.settings.batch_size
+        for start in range(0, len(self.rows), size):
+            if make_step(self.rows, [range(start, min(start + size, len(self.rows)))], self.objective).weight > 0:
+                return
+        raise TrainingError(
+            f"expected labels to learn from, found all of them masked in all {len(self.rows)} rows; "
+            "look at the format of the data (is the target empty?) and at the length (is the target cut off?)"
+        )
+
+    def _write_state(self) -> None:
+        started = time.monotonic()
+        random = self.place.gather(random_state(self.place.device))
+        if self.place.main:
+            self.journal.sync()
+            facts = {
+                "identity": self.identity,
+                "at": asdict(self.at) | {"seconds": self._seconds()},
+                "kept": self.kept.scores if self.kept else {},
+                "scaler": self.scaler.state_dict(),
+                "random": random,
+            }
+            write_state(self.scratch, self.at.step, self.tensors(), facts)
+        self.place.wait()
+        self.written = time.monotonic()
+        self.write_cost = self.written - started
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def run(self, interrupt: Interrupt) -> None:
+        """Do the steps that are left."""
+        self.started = self.written = self.looked = time.monotonic()
+        self.write_cost, self.logged_tokens = 0.0, self.at.tokens
+        keep = self.settings.keep
+        self.kept = Kept(self.out / "checkpoints", keep, self.kept_before, self.at.step) if self.place.main else None
+        rows, pin = self.rows, self.place.device.type == "cuda"
+        with (
+            Journal(self.place, self.out, self.at.step, self.steps, self.settings.plain(), None) as self.journal,
+            Ahead(rows, self._plans(), self.objective, pin) as steps,
+        ):
+            for step in steps:
+                self._advance(step, interrupt)
+                if self._patience_is_over():
+                    break
+            self._look()
+
+    def _plans(self) -> Iterator[list[range]]:
+        steps = range(self.at.step, self.at.step if self._patience_is_over() else self.steps)
+        shape = (self.settings.batch_size, self.settings.accumulate, self.place.rank, self.place.world)
+        return (spans(step, *shape) for step in steps)
+
+    def _advance(self, step: Step, interrupt: Interrupt) -> None:
+        """One step and what is due behind it. All processes agree on what that is."""
+        main = self.place.main
+        weight, tokens, asked, state_due, look_due = self.place.total(
+            [step.weight, step.tokens, interrupt.asked, main and self._state_is_due(), main and self._look_is_due()]
+        )
+        self._learn(step, weight, int(tokens))
+        measure_due = self.at.step % self.every == 0 or self.at.step == self.steps
+        if asked or state_due or look_due or measure_due:
+            self._look()
+        if measure_due:
+            self._measure()
+        if asked or state_due:
+            self._write_state()
+        if asked:
+            raise KeyboardInterrupt(f"stopped after step {self.at.step}; the state is saved, the same command goes on")
+
+    def _learn(self, step: Step, weight: float, tokens: int) -> None:
+        """Forward, backward and update. A step in which every label is masked changes nothing."""
+        learning_rate = rate(self.at.step, self.steps, self.settings)
+        self.at.step += 1
+        self.at.tokens += tokens
+        if weight == 0:
+            return
+        loss = self._backward(step, weight)
+        norm = self._update(learning_rate)
+        if self.average is not None:
+            self.average.update(self.at.step)
+        self.pending.append(Pending(self.at.step, loss, norm, weight, self.at.tokens, learning_rate, self._seconds()))
+
+    def _backward(self, step: Step, weight: float) -> torch.Tensor:
+        """Gradients of all pieces; the sum of this process's losses. DDP takes a mean over processes: hence `world`."""
+        scale = self.place.world / weight
+        total = torch.zeros((), device=self.place.device)
+        for number, piece in enumerate(step.pieces):
+            with self.place.without_sync(self.wrapped, number + 1 < len(step.pieces)):
+                with self._autocast():
+                    loss = self.objective(self.wrapped, self._on_device(piece))
+                self.scaler.scale(loss * scale).backward()
+            total += loss.detach()
+        return total
+
+    def _update(self, learning_rate: float) -> torch.Tensor:
+        """Clip and step; the norm of the gradient before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.scaler.unscale_(self.optimizer)
+        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.settings.clip is not None:
+            clip_grads_with_norm_(self.parameters, self.settings.clip, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.place.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.settings.precision]
+        return nullcontext() if dtype is None else torch.autocast(self.place.device.type, dtype)
+
+    # -- what is due ------------------------------------------------------------------------------------------------
+
+    def _state_is_due(self) -> bool:
+        """After the step that comes now. Automatic: under 2 % of the time, every 20 seconds at most."""
+        every = self.settings.checkpoint_every
+        if every is not None and every.seconds is None:
+            return (self.at.step + 1) % max(1, round(every.amount)) == 0
+        wanted = max(20.0, 50 * self.write_cost) if every is None else every.seconds or 0.0
+        return time.monotonic() - self.written >= wanted
+
+    def _look_is_due(self) -> bool:
+        return time.monotonic() - self.looked >= LOOK_S
+
+    def _patience_is_over(self) -> bool:
+        stopping = self.settings.early_stopping
+        return stopping is not None and self.at.waited >= stopping.patience
+
+    def _seconds(self) -> float:
+        return self.at.seconds + time.monotonic() - self.started
+
+    # -- losses and scores ------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Read the losses of the steps since the last look, check and log them. The one place that waits."""
+        if not self.pending:
+            return
+        losses = self.place.total(torch.stack([p.loss for p in self.pending]).tolist())
+        norms = torch.stack([p.norm for p in self.pending]).tolist()
+        now = time.monotonic()
+        rate_ = (self.at.tokens - self.logged_tokens) / max(now - self.looked, 1e-9)
+        for entry, loss, norm in zip(self.pending, losses, norms, strict=True):
+            self._log(entry, loss / entry.weight, norm, rate_)
+        self.journal.show(
+            self.at.step, f"step {self.at.step}/{self.steps} · loss {self.at.loss:.3f} · {rate_:,.0f} tokens/s"
+        )
+        self.pending.clear()
+        self.looked, self.logged_tokens = now, self.at.tokens
+
+    def _log(self, entry: Pending, loss: float, norm: float, tokens_per_s: float) -> None:
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+            raise TrainingError(
+                f"step {entry.step}: expected a finite loss and gradient, found loss {loss:g}, gradient norm {norm:g}; "
+                f"look at the learning rate ({entry.learning_rate:g}), the precision ({self.settings.precision}), the "
+                f"weights it started from and rows {(entry.step - 1) * self.settings.batch_size} to "
+                f"{entry.step * self.settings.batch_size - 1}; the state before it is kept"
+            )
+        self.at.loss = loss
+        self.journal.write(
+            {
+                "step": entry.step,
+                "loss": loss,
+                "tokens": entry.tokens,
+                "tokens_per_s": tokens_per_s,
+                "learning_rate": entry.learning_rate,
+                "grad_norm": norm if math.isfinite(norm) else None,
+                "seconds": entry.seconds,
+            }
+        )
+
+    def _measure(self) -> None:
+        """The dev loss, where there are dev rows, and the checkpoint to keep, where one is."""
+        if self.dev is not None and len(self.dev):
+            self.at.dev = {"dev_loss": self._dev_loss(self.dev)}
+            if self.average is not None:
+                with self.average.applied():
+                    self.at.dev["ema_dev_loss"] = self._dev_loss(self.dev)
+            self.journal.write({"step": self.at.step, **self.at.dev})
+            self._compare(self.at.dev["dev_loss"])
+        if self.kept is not None and self.save is not None:
+            save = self.save
+            self.kept.add(self.at.step, self.at.dev.get("dev_loss"), lambda folder: save(self.model, folder))
+        self.place.wait()
+        self.looked = time.monotonic()
+
+    def _compare(self, score: float) -> None:
+        stopping = self.settings.early_stopping
+        margin = stopping.min_delta if stopping else 0.0
+        if self.at.best is None or score < self.at.best - margin:
+            self.at.best, self.at.best_step, self.at.waited = score, self.at.step, 0
+        else:
+            self.at.waited += 1
+
+    @torch.no_grad()
+    def _dev_loss(self, dev: Rows) -> float:
+        """Loss a unit over all rows of `dev`, each read once by one of the processes."""
+        size = self.settings.batch_size // (self.settings.accumulate * self.place.world)
+        starts = range(self.place.rank * size, len(dev), size * self.place.world)
+        plans = ([range(start, min(start + size, len(dev)))] for start in starts)
+        total, weight = torch.zeros((), dtype=torch.float64, device=self.place.device), 0.0
+        self.model.eval()
+        with Ahead(dev, plans, self.objective, self.place.device.type == "cuda") as steps:
+            for step in steps:
+                with self._autocast():
+                    total += self.objective(self.model, self._on_device(step.pieces[0]))
+                weight += step.weight
+        self.model.train()
+        loss, units = self.place.total([float(total), weight])
+        if units == 0:
+            raise TrainingError(
+                "expected dev rows with labels, found all of them masked; look at the dev split's format"
+            )
+        return loss / units
+
+    def finish(self) -> TrainResult:
+        """Save the average, leave the model as plain as it came, and sum up."""
+        if self.average is not None and self.place.main and self.save is not None:
+            with self.average.applied(), atomic_folder(self.out / "checkpoints" / "ema") as part:
+                self.save(self.model, part)
+        self.place.wait()
+        if self.settings.gradient_checkpointing:
+            self.model.gradient_checkpointing_disable()  # type: ignore[operator]
+        self.model.eval()
+        metrics = {"loss": self.at.loss, **self.at.dev, "seconds": self._seconds()}
+        if self.at.best is not None:
+            metrics |= {"best_dev_loss": self.at.best, "best_step": self.at.best_step}
+        return TrainResult(metrics, self.at.step, self.at.tokens)
+
+
+def _row_tokens(rows: Rows) -> float:
+    """Mean number of tokens in the first rows; exact where all rows have one length."""
+    count = min(64, len(rows))
+    return tokens_in(rows.collate([rows[index] for index in range(count)])) / count

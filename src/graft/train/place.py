@@ -1,0 +1,68 @@
+"""Where training runs: one process or several (torchrun), on which device. What accelerate does for us is in here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
+from torch import nn
+
+from graft.errors import MissingExtra, RequestError
+
+_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
+
+
+class Place:
+    """The processes of a training and this process's device. Precision is the loop's own affair, not accelerate's."""
+
+    def __init__(self, device: str | None, track: Sequence[str], out: Path):
+        for name in track:
+            if importlib.util.find_spec(name) is None:
+                raise MissingExtra(name, name, f"the tracker {name}")
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self.accelerator = Accelerator(
+            mixed_precision="no",
+            cpu=several and device == "cpu",
+            log_with=list(track) or None,
+            project_dir=out,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+        if self.accelerator.distributed_type not in _SUPPORTED:
+            kind = self.accelerator.distributed_type.value
+            raise RequestError(f"expected one process or torchrun's data parallel ones, found {kind}; launch it so")
+        self.main, self.rank = self.accelerator.is_main_process, self.accelerator.process_index
+        self.world = self.accelerator.num_processes
+        given = torch.device(device) if device and not several else None
+        self.device: torch.device = given or self.accelerator.device
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """`model` (on `device` already), averaging its gradients over the processes where there are several."""
+        return self.accelerator.prepare_model(model, device_placement=False) if self.world > 1 else model
+
+    def without_sync(self, model: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
+        """Inside, backward passes of the wrapped model do not exchange gradients (where `wanted`)."""
+        return self.accelerator.no_sync(model) if wanted and self.world > 1 else nullcontext()
+
+    def total(self, numbers: Sequence[float]) -> list[float]:
+        """Each number summed over the processes, in float64. One exchange; costs nothing where there is one process."""
+        if self.world == 1:
+            return list(numbers)
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        mine = torch.tensor(list(numbers), dtype=dtype, device=self.device)
+        torch.distributed.all_reduce(mine)
+        return [float(number) for number in mine.tolist()]
+
+    def gather(self, thing: Any) -> list[Any]:
+        """`thing` (a plain value) of every process, in order."""
+        return gather_object([thing]) if self.world > 1 else [thing]
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self.accelerator.wait_for_everyone()

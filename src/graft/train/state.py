@@ -1,0 +1,89 @@
+"""The state to resume from: one file a state, whole or not there, checked when read.
+
+`state-<step>.safetensors` holds tensors by name; its metadata holds the facts (JSON), the CRC-32 of every tensor and
+the CRC-32 of both. It is written beside, synced and renamed; the newest two stay, so that there is one to go back to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from graft.errors import DiskError
+
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class State:
+    """What a training needs to go on: tensors by name, and facts (plain JSON values)."""
+
+    tensors: dict[str, torch.Tensor]
+    facts: Facts
+
+
+def write_state(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: Facts) -> None:
+    """Write the state after `step` steps; the newest two stay. Raises DiskError, with what was there still there."""
+    held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    body = json.dumps({"facts": facts, "crc": {name: _crc(tensor) for name, tensor in held.items()}})
+    temporary = folder / "state.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(held, temporary, metadata={"body": body, "crc": str(zlib.crc32(body.encode()))})
+        _sync(temporary)
+        os.replace(temporary, folder / f"state-{step:09d}.safetensors")
+        _sync(folder)
+        for old in _files(folder)[2:]:
+            old.unlink()
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise DiskError(f"the state of the training could not be written into {folder}: {error}") from error
+
+
+def read_state(folder: Path) -> State | None:
+    """The newest state in `folder` that is whole; None where there is none."""
+    for file in _files(folder):
+        state = _read(file)
+        if state is not None:
+            return state
+    return None
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("state-*.safetensors"), reverse=True)
+
+
+def _read(file: Path) -> State | None:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            written = opened.metadata() or {}
+            body = written.get("body", "")
+            if written.get("crc") != str(zlib.crc32(body.encode())):
+                return None
+            found = json.loads(body)
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+    whole = {name: _crc(tensor) for name, tensor in tensors.items()} == found["crc"]
+    return State(tensors, found["facts"]) if whole else None
+
+
+def _crc(tensor: torch.Tensor) -> int:
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data) if tensor.numel() else 0
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
