@@ -23,7 +23,7 @@ _UNITS = {
     "parameters, such as `3M`": Parameters,
     "bytes, such as `24GB`": Bytes,
 }
-_PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "none"}
+_PLAIN = {Any: "settings", str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "none"}
 
 INTRODUCTION = """# Everything a recipe may say
 
@@ -48,43 +48,66 @@ def reference() -> str:
     """The whole reference as Markdown."""
     from graft.data.settings import SOURCES, Mixture
     from graft.evaluate import MEASURES
+    from graft.train.settings import TrainSettings
     from graft.verbs import verb, verb_names
 
-    parts = [INTRODUCTION, "## Data\n"]
-    parts += [section(f"`source: {name}`", cls, skip=("source",)) for name, cls in SOURCES.items()]
-    parts += [section("`mix:`", Mixture), "## Models\n"]
-    for found in map(verb, verb_names()):
-        parts.append(f"### `{found.name}`\n\n{found.summary}\n")
-        parts += [section(_method_title(found.name, name), cls, level=4) for name, cls in found.types().items()]
-    parts.append("## Measures\n")
-    parts += [section(f"`measure: {name}`", cls, skip=("measure",)) for name, cls in MEASURES.items()]
-    return "\n".join(parts).rstrip() + "\n"
+    sources = [section(f"`source: {name}`", cls, skip=("source",)) for name, cls in SOURCES.items()]
+    measures = [section(f"`measure: {name}`", cls, skip=("measure",)) for name, cls in MEASURES.items()]
+    made = [verb(name) for name in verb_names()]
+    types = [cls for found in made for cls in found.types().values()]
+    parts = dict.fromkeys(
+        inner for cls in [*SOURCES.values(), Mixture, *types, *MEASURES.values()] for inner in _inner(cls)
+    )
+    written = [
+        INTRODUCTION,
+        "## Data\n",
+        *sources,
+        section("`mix:`", Mixture),
+        "## Models\n",
+        *(_verb(found.name, found.summary, found.types()) for found in made),
+        section("Training settings", TrainSettings),
+        "## Measures\n",
+        *measures,
+        "## Settings inside settings\n",
+        *(section(f"`{cls.__name__}`", cls) for cls in sorted(parts, key=lambda cls: cls.__name__)),
+    ]
+    return "\n".join(written).rstrip() + "\n"
 
 
-def _method_title(verb: str, name: str) -> str:
-    return f"`{verb}`" if name == verb else f"`{verb}`, method `{name}`"
+def _verb(name: str, summary: str, types: Mapping[str, type[BaseModel]]) -> str:
+    """A verb's heading and a section for each of its methods; training settings stand in a section of their own."""
+    from graft.train.settings import TrainSettings
+
+    parts = [f"### `{name}`\n\n{summary}\n"]
+    for method, cls in types.items():
+        trains = issubclass(cls, TrainSettings)
+        heading = f"`{name}`" if method == name else f"`{name}`, method `{method}`"
+        parts.append(section(heading, cls, level=4, skip=_inherited(cls, TrainSettings) if trains else ()))
+        if trains:
+            parts.append("And the [training settings](#training-settings).\n")
+    return "\n".join(parts)
+
+
+def _inherited(cls: type[BaseModel], base: type[BaseModel]) -> tuple[str, ...]:
+    """The fields of `cls` that are as `base` has them."""
+    same = (name for name, field in base.model_fields.items() if repr(cls.model_fields.get(name)) == repr(field))
+    return tuple(same)
 
 
 def section(title: str, cls: type[BaseModel], *, level: int = 3, skip: tuple[str, ...] = ()) -> str:
-    """Heading, the type's docstring, a table of its fields, and the tables of the settings inside it."""
-    inside = dict.fromkeys(_inner(cls))
-    tables = [_table(cls, skip), *(f"`{i.__name__}`: {_docstring(i)}\n\n{_table(i, ())}" for i in inside)]
-    return "\n".join([f"{'#' * level} {title}\n", f"{_docstring(cls)}\n", *tables])
+    """Heading, the type's docstring, and a table of its fields without those in `skip`."""
+    rows = [_row(field.alias or name, field) for name, field in cls.model_fields.items() if name not in skip]
+    table = ["| key | value | default | meaning |", "|---|---|---|---|", *rows, ""] if rows else []
+    return "\n".join([f"{'#' * level} {title}\n", f"{_docstring(cls)}\n", *table])
 
 
 def _docstring(cls: type[BaseModel]) -> str:
     return inspect.cleandoc(cls.__doc__ or "")
 
 
-def _table(cls: type[BaseModel], skip: tuple[str, ...]) -> str:
-    rows = [_row(field.alias or name, field) for name, field in cls.model_fields.items() if name not in skip]
-    if not rows:
-        return ""
-    return "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *rows, ""])
-
-
 def _row(key: str, field: FieldInfo) -> str:
     meaning = " ".join((field.description or "").split())
+    meaning = meaning[:1].upper() + meaning[1:].removesuffix(".")
     cells = [f"`{key}`", words_of(annotation_of(field)), _default(field), meaning]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -108,8 +131,17 @@ def words_of(annotation: Any) -> str:
     if origin in (list, tuple):
         return f"list of {words_of(arguments[0])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return _docstring(annotation).split("\n")[0] if _is_written(annotation) else f"`{annotation.__name__}`"
+        return _as_written(annotation) if _is_written(annotation) else _link(annotation)
     return _PLAIN.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _link(cls: type[BaseModel]) -> str:
+    return f"[`{cls.__name__}`](#{cls.__name__.lower()})"
+
+
+def _as_written(cls: type[BaseModel]) -> str:
+    """What the docstring of settings that are one value says behind `written`: ``such as `2M tokens` ``."""
+    return _docstring(cls).split("\n")[0].partition("written ")[2].removesuffix(".")
 
 
 def _marked(inner: Any, marks: tuple[Any, ...]) -> str:
@@ -128,7 +160,7 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         written = value.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-        return f"`{_value(written)}`" if written else "as below"
+        return f"`{_value(written)}`" if written else "its own"
     return "none" if value is None else f"`{_value(value)}`"
 
 
