@@ -113,5 +113,8 @@ class Verb(Generic[S]):
         raise NotImplementedError
 
     def run(self, job: Job) -> dict[str, Any]:
-        """Write a complete Hugging Face folder into `job.out`; return metrics and notes for the manifest."""
+        """Write a complete Hugging Face folder into `job.out`; return what the manifest is to hold as metrics.
+
+        Two names in it stand apart there: `notes` (a mapping) and `forced` (checks that were overridden).
+        """
         raise NotImplementedError

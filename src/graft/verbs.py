@@ -1,4 +1,4 @@
-"""The verbs of a recipe. Other packages add theirs through entry points in the group `graft.verbs` that name a `Verb`."""
+"""The verbs of a recipe. Other packages add theirs: an entry point in the group `graft.verbs` names a `Verb`."""
 
 from __future__ import annotations
 

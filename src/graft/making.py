@@ -1,0 +1,151 @@
+"""Making one node: the verb writes into `work/<node>/out`, the manifest is added, the folder is renamed to its place.
+
+Safe at any moment: what a kill leaves in `work/<node>` is gone on from, or removed where it belongs to another key; a
+folder that was finished but not yet renamed is renamed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from graft import verbs
+from graft.checkpoint import atomic_write, disk_errors, replace_folder
+from graft.lineage import (
+    DataUse,
+    Manifest,
+    Parent,
+    code_state,
+    hash_model,
+    read_manifest,
+    versions,
+    vocabulary_hash,
+    write_manifest,
+)
+from graft.settings import Settings
+from graft.verb import Facts, Job
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything needed to make one node, in this process or in another."""
+
+    name: str
+    verb: str
+    settings: Settings
+    seed: int
+    key: str
+    facts: Facts
+    target: Path
+    """Where the artifact will stand."""
+    work: Path
+    cache: Path
+    models: Mapping[str, Path]
+    """Folders of the parents, by name, in order."""
+    data: Mapping[str, Any]
+    """Settings of every data set."""
+    uses: tuple[DataUse, ...]
+    """Splits that this node reads."""
+    root: Path
+    device: str | None = None
+    fresh: bool = False
+    """Start over, whatever an earlier run left."""
+
+
+def make(work: Work) -> Manifest:
+    """Make the node and return its manifest. A second process that makes the same node waits for the first."""
+    from filelock import FileLock
+
+    with disk_errors(work.work):
+        work.work.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(work.work.with_name(f"{work.name}.lock"))
+    with lock:
+        _prepare(work)
+        manifest = read_manifest(work.work / "out")
+        if manifest is None:
+            manifest = _run(work)
+        with disk_errors(work.target):
+            work.target.parent.mkdir(parents=True, exist_ok=True)
+            replace_folder(work.work / "out", work.target)
+            shutil.rmtree(work.work, ignore_errors=True)
+    return manifest
+
+
+def _prepare(work: Work) -> None:
+    """Keep what an earlier run left for the same key, and remove it where it was for another."""
+    mark = work.work / "key"
+    with disk_errors(work.work):
+        if work.fresh or not mark.is_file() or mark.read_text() != work.key:
+            shutil.rmtree(work.work, ignore_errors=True)
+        for replaced in work.target.parent.glob(f".{work.target.name}.*.old"):
+            shutil.rmtree(replaced)
+        for folder in (work.work / "out", work.work / "scratch", work.cache):
+            folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(mark, work.key)
+
+
+def _run(work: Work) -> Manifest:
+    verb = verbs.verb(work.verb)
+    job = Job(
+        work.name, work.settings, work.seed, work.work / "out", work.work / "scratch", work.cache, work.models,
+        work.data, work.root, work.device,
+    )  # fmt: skip
+    started = time.monotonic()
+    with disk_errors(work.work):
+        found = verb.run(job)
+    manifest = _manifest(work, found, time.monotonic() - started)
+    write_manifest(job.out, manifest)
+    return manifest
+
+
+def _manifest(work: Work, found: Mapping[str, Any], seconds: float) -> Manifest:
+    out = work.work / "out"
+    return Manifest(
+        name=work.name,
+        verb=work.verb,
+        verb_version=verbs.verb(work.verb).version,
+        key=work.key,
+        parents=[_parent(name, folder, work.target) for name, folder in work.models.items()],
+        settings=work.settings.plain(),
+        seed=work.seed,
+        versions=versions(),
+        code=code_state(),
+        data=list(work.uses),
+        hash=hash_model(out),
+        initialisation=work.facts.initialisation,
+        vocabulary=vocabulary_hash(out) if (out / "tokenizer.json").is_file() else work.facts.vocabulary,
+        architecture=work.facts.architecture,
+        parameters=_parameters(out) or work.facts.parameters,
+        mergeable=work.facts.mergeable,
+        trained_on=sorted(work.facts.trained_on),
+        metrics={name: value for name, value in found.items() if name not in ("notes", "forced")},
+        notes=found.get("notes", {}),
+        forced=found.get("forced", []),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=round(seconds, 3),
+    )
+
+
+def _parent(name: str, folder: Path, target: Path) -> Parent:
+    from graft.plan.keys import weights_hash
+
+    beside = folder.parent == target.parent
+    return Parent(
+        name=name,
+        path=os.path.relpath(folder, target) if beside else str(folder.absolute()),
+        hash=weights_hash(folder),
+    )
+
+
+def _parameters(out: Path) -> int:
+    from graft.checkpoint import read_headers
+
+    if not list(out.glob("*.safetensors")):
+        return 0
+    return sum(header.count for header in read_headers(out).values())

@@ -1,0 +1,63 @@
+"""A node's key: the hash of all that makes it, known before anything runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from graft.data import open_corpus, split_ref
+from graft.lineage import MANIFEST, DataUse, hash_model, read_manifest
+from graft.recipe import Node, Recipe
+
+
+def keys_of(recipe: Recipe) -> dict[str, str]:
+    """The key of every model of the recipe and of every finished model it names.
+
+    sha256 over verb, its version, resolved settings, seed, fingerprints of the data and keys of the parents.
+    """
+    fingerprint = cache(lambda name: open_corpus(recipe.data, name, recipe.root).fingerprint)
+    keys = {name: weights_hash(folder) for name, folder in recipe.outside.items()}
+    for name, node in recipe.models.items():
+        made_of = {
+            "verb": node.verb.name,
+            "version": node.verb.version,
+            "settings": node.verb.content(node.settings),
+            "seed": node.seed,
+            "data": [[*split_ref(ref), fingerprint(split_ref(ref)[0])] for ref in node.data],
+            "parents": [keys[parent] for parent in node.models],
+        }
+        keys[name] = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    return keys
+
+
+def data_uses(recipe: Recipe, node: Node) -> list[DataUse]:
+    """The splits that a node uses, with their fingerprints."""
+    named = [split_ref(ref) for ref in node.data]
+    return [
+        DataUse(name=name, split=split, fingerprint=open_corpus(recipe.data, name, recipe.root).fingerprint)
+        for name, split in named
+    ]
+
+
+def weights_hash(folder: Path) -> str:
+    """Hash of a model's weights: from its manifest, unless a file is newer than that, else from the weights."""
+    manifest = read_manifest(folder)
+    if manifest is not None and not touched(folder):
+        return manifest.hash
+    return hash_model(folder)
+
+
+def touched(folder: Path) -> bool:
+    """Whether a file that decides what the model computes was changed after the manifest was written."""
+    written = (folder / MANIFEST).stat().st_mtime_ns
+    files = [*folder.glob("*.safetensors"), *folder.glob("config.json")]
+    return any(path.stat().st_mtime_ns > written for path in files)
+
+
+def recorded_parents(folder: Path) -> Mapping[str, str]:
+    """Hashes of the parents at the time a model was made, by name; empty where it has no manifest."""
+    manifest = read_manifest(folder)
+    return {parent.name: parent.hash for parent in manifest.parents} if manifest else {}

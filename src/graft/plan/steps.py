@@ -1,0 +1,121 @@
+"""The plan of a run: every node with its key, whether it is there already, and what it will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from graft.checkpoint import read_headers
+from graft.errors import CheckpointError, UnknownName
+from graft.lineage import hash_model, read_manifest
+from graft.plan.keys import keys_of, recorded_parents, touched, weights_hash
+from graft.plan.places import Places
+from graft.recipe import Node, Recipe
+from graft.verb import Estimate, Facts
+
+State = Literal["cached", "resume", "run", "damaged"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node of a plan."""
+
+    node: Node
+    key: str
+    facts: Facts
+    estimate: Estimate
+    state: State
+    """`cached`: there already; `resume`: begun; `run`: to be made; `damaged`: there, but not as it was made."""
+    why: str = ""
+    """What is wrong where the state is `damaged`."""
+    forced: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, in this order."""
+
+    recipe: Recipe
+    places: Places
+    steps: Mapping[str, Step]
+
+    def folder(self, name: str) -> Path:
+        """Where a model lies (or will lie)."""
+        return self.recipe.outside[name] if name in self.recipe.outside else self.places.model(name)
+
+    @property
+    def damaged(self) -> list[str]:
+        """What is wrong with artifacts that were changed after they were made."""
+        return [f"{name}: {step.why}" for name, step in self.steps.items() if step.state == "damaged"]
+
+
+def make_plan(
+    recipe: Recipe,
+    places: Places,
+    *,
+    only: Collection[str] = (),
+    force: Collection[str] = (),
+    verify: bool = False,
+) -> Plan:
+    """The plan of a recipe. `only`: these nodes and what they need; `force`: made anew; `verify`: hash all weights.
+
+    Raises UnknownName for a node that is not in the recipe.
+    """
+    for name in [*only, *force]:
+        if name not in recipe.models:
+            raise UnknownName("model", name, recipe.models)
+    keys = keys_of(recipe)
+    facts = recipe.facts(keys.__getitem__)
+    steps = {}
+    for name in recipe.ancestors(only or recipe.models):
+        node = recipe.models[name]
+        state: State = "run"
+        why = ""
+        if name not in force:
+            state, why = _state(node, keys[name], places, verify)
+        estimate = node.verb.estimate(node.settings, {m: facts[m] for m in node.models})
+        steps[name] = Step(node, keys[name], facts[name], estimate, state, why, name in force)
+    return Plan(recipe, places, steps)
+
+
+def _state(node: Node, key: str, places: Places, verify: bool) -> tuple[State, str]:
+    why = damage(places.model(node.name), verify=verify) if _holds(places.model(node.name), key) else None
+    if why:
+        return "damaged", f"{why}; `--force {node.name}` makes it anew"
+    if why == "":
+        return "cached", ""
+    begun = places.work(node.name) / "key"
+    return ("resume" if begun.is_file() and begun.read_text() == key else "run"), ""
+
+
+def standing(step: Step, plan: Plan) -> bool:
+    """Whether a finished artifact still stands: it has the node's key, and its parents the weights it was made from."""
+    folder = plan.places.model(step.node.name)
+    if step.forced or not _holds(folder, step.key):
+        return False
+    recorded = recorded_parents(folder)
+    return all(recorded.get(name) == weights_hash(plan.folder(name)) for name in step.node.models)
+
+
+def _holds(folder: Path, key: str) -> bool:
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError:
+        return False
+    return manifest is not None and manifest.key == key
+
+
+def damage(folder: Path, *, verify: bool) -> str:
+    """What is wrong with an artifact, empty if nothing. Weights are hashed where a file was touched, or to `verify`."""
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    try:
+        if list(folder.glob("*.safetensors")) or manifest.mergeable:
+            read_headers(folder)
+        if (verify or touched(folder)) and hash_model(folder) != manifest.hash:
+            return "its weights are not those it was made with (by the hash in graft.json)"
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return ""

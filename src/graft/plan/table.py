@@ -1,0 +1,102 @@
+"""A plan for people and for machines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from graft.plan.steps import Plan, Step
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+STATES = {"cached": "there already", "resume": "goes on", "run": "to be made", "damaged": "damaged"}
+
+
+def plain(plan: Plan) -> dict[str, Any]:
+    """The plan as one JSON-ready value."""
+    return {
+        "family": plan.recipe.family,
+        "folder": str(plan.places.folder),
+        "models": [_row(plan, step) for step in plan.steps.values()],
+        "total": {"disk_bytes": _disk(plan), "seconds": _seconds(plan), "memory_bytes": _memory(plan)},
+    }
+
+
+def _row(plan: Plan, step: Step) -> dict[str, Any]:
+    return {
+        "name": step.node.name,
+        "verb": step.node.verb.name,
+        "from": list(step.node.models),
+        "state": step.state,
+        "why": step.why,
+        "key": step.key,
+        "folder": str(plan.folder(step.node.name)),
+        "parameters": step.estimate.parameters,
+        "disk_bytes": step.estimate.disk_bytes,
+        "memory_bytes": step.estimate.memory_bytes,
+        "seconds": step.estimate.seconds,
+        "note": step.estimate.note,
+    }
+
+
+def render(plan: Plan) -> Table:
+    """The plan as a rich table: a row for each node and the total of what is still to be made."""
+    from rich.table import Table
+
+    table = Table(title=f"{plan.recipe.family} · {plan.places.folder}", title_justify="left", show_footer=True)
+    total = ("total to make", "", "", "", size(_disk(plan)), size(_memory(plan)), clock(_seconds(plan)))
+    heads = ("model", "made by", "state", "parameters", "disk", "memory", "time")
+    for head, foot in zip(heads, total, strict=True):
+        table.add_column(head, footer=foot, justify="right" if head in heads[3:] else "left")
+    for step in plan.steps.values():
+        made_by = " ".join([step.node.verb.name, *(["of", ", ".join(step.node.models)] if step.node.models else [])])
+        cost = step.estimate
+        seconds = clock(cost.seconds) if _to_make(step) else "–"
+        state = "forced" if step.forced else STATES[step.state]
+        figures = (count(cost.parameters), size(cost.disk_bytes), size(cost.memory_bytes), seconds)
+        table.add_row(step.node.name, made_by, state, *figures)
+    return table
+
+
+def _to_make(step: Step) -> bool:
+    return step.state != "cached"
+
+
+def _disk(plan: Plan) -> int:
+    return sum(step.estimate.disk_bytes for step in plan.steps.values() if _to_make(step))
+
+
+def _memory(plan: Plan) -> int:
+    return max((step.estimate.memory_bytes for step in plan.steps.values() if _to_make(step)), default=0)
+
+
+def _seconds(plan: Plan) -> float | None:
+    """Time of everything still to be made, one after the other; None where a node's time is not known."""
+    times = [step.estimate.seconds for step in plan.steps.values() if _to_make(step)]
+    return None if None in times else sum(t for t in times if t is not None)
+
+
+def size(number: float) -> str:
+    """Bytes in words: `12.4 MB`."""
+    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= factor:
+            return f"{number / factor:.3g} {unit}"
+    return f"{number:.0f} B"
+
+
+def count(number: float) -> str:
+    """A number of parameters in words: `3.1M`."""
+    for factor, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.3g}{letter}"
+    return f"{number:.0f}"
+
+
+def clock(seconds: float | None) -> str:
+    """Seconds in words: `42 s`, `3.5 min`, `2.1 h`; `?` where they are not known."""
+    if seconds is None:
+        return "?"
+    for factor, unit in ((3600, "h"), (60, "min")):
+        if seconds >= factor:
+            return f"{seconds / factor:.2g} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"

@@ -1,0 +1,210 @@
+"""Runs a recipe: what is there stays, what is missing is made, everything is measured, and a report is written."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from graft.checkpoint import atomic_write, disk_errors
+from graft.errors import CheckpointError, Locked, RequestError, RunError
+from graft.executors import Executor, Failure, Here, Outcome, Processes
+from graft.making import Work
+from graft.plan import Places, Plan, Step, make_plan, standing
+from graft.plan.keys import data_uses
+from graft.recipe import Recipe, read_recipe
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run did: `made` and `cached` nodes, the rows that were measured, and where the report is."""
+
+    folder: Path
+    plan: Plan
+    made: list[str] = field(default_factory=list)
+    cached: list[str] = field(default_factory=list)
+    rows: list[Mapping[str, Any]] = field(default_factory=list)
+    report: Path | None = None
+
+
+class NodesFailed(RunError):
+    """One or more nodes could not be made; `failures` holds why, by node. What did not hang on them was made."""
+
+    def __init__(self, failures: Mapping[str, Failure], left_out: Collection[str]):
+        self.failures = dict(failures)
+        lines = [f"{name}: {failure.message}" for name, failure in failures.items()]
+        if left_out:
+            lines.append(f"not made, because they hang on what failed: {', '.join(left_out)}")
+        super().__init__("\n".join(lines))
+        self.exit_code = min(failure.exit_code for failure in failures.values())
+
+
+def run(
+    recipe: Path | str,
+    out: Path | str | None = None,
+    *,
+    only: Collection[str] = (),
+    force: Collection[str] = (),
+    dry_run: bool = False,
+    jobs: int = 1,
+    wait: bool = True,
+    verify: bool = False,
+    device: str | None = None,
+    executor: Executor | None = None,
+) -> RunResult:
+    """Run a recipe into `out` (`runs/<family>` if not given) and return what was done.
+
+    `only`: these nodes and what they need. `force`: these are made anew. `jobs`: nodes side by side. `wait`: wait for
+    another run on the same folder rather than refuse. `verify`: hash the weights of everything that is there already.
+    Raises RequestError for what is wrong with the request, NodesFailed where a node could not be made.
+    """
+    family = read_recipe(recipe)
+    places = Places(Path(out) if out is not None else Path("runs") / family.family)
+    if dry_run:
+        return RunResult(places.folder, make_plan(family, places, only=only, force=force, verify=verify))
+    with locked(places, wait=wait):
+        plan = make_plan(family, places, only=only, force=force, verify=verify)
+        atomic_write(places.folder / "recipe.yaml", family.text)
+        made, cached = execute(plan, executor or executor_for(jobs), device=device)
+        rows = _measured(plan, device)
+        report = importlib.import_module("graft.report").write_report(places.folder)
+    return RunResult(places.folder, plan, made, cached, rows, report)
+
+
+def executor_for(jobs: int) -> Executor:
+    """The executor for `jobs` nodes side by side. Raises RequestError for fewer than one."""
+    if jobs < 1:
+        raise RequestError(f"expected at least one job at a time, found {jobs}")
+    return Here() if jobs == 1 else Processes(jobs)
+
+
+@contextmanager
+def locked(places: Places, *, wait: bool) -> Iterator[None]:
+    """Hold the run's folder. Raises Locked where another run holds it and this one is not to wait."""
+    from filelock import FileLock, Timeout
+
+    with disk_errors(places.folder):
+        places.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(places.lock)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if not wait:
+                raise Locked(
+                    f"another run works on {places.folder}: wait for its end, or run into another folder"
+                ) from None
+            say(f"another run works on {places.folder}; waiting for its end (Ctrl-C stops)")
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def execute(plan: Plan, executor: Executor, *, device: str | None = None) -> tuple[list[str], list[str]]:
+    """Make what is missing, parents first; (made, cached). What does not hang on a failed node is made all the same.
+
+    Raises CheckpointError for artifacts that were changed after they were made, NodesFailed for nodes that failed.
+    """
+    if plan.damaged:
+        raise CheckpointError("\n".join(plan.damaged))
+    try:
+        return _Course(plan, executor, device).follow()
+    finally:
+        executor.close()
+
+
+class _Course:
+    """The state of one execution of a plan."""
+
+    def __init__(self, plan: Plan, executor: Executor, device: str | None):
+        self.plan, self.executor, self.device = plan, executor, device
+        self.waiting = dict(plan.steps)
+        self.running: dict[Future[Outcome], str] = {}
+        self.done = set(plan.recipe.outside)
+        self.made: list[str] = []
+        self.cached: list[str] = []
+        self.failures: dict[str, Failure] = {}
+
+    def follow(self) -> tuple[list[str], list[str]]:
+        while self._start_ready() or self.running:
+            finished, _ = wait(self.running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                self._finish(self.running.pop(future), future.result())
+        if self.failures:
+            raise NodesFailed(self.failures, list(self.waiting))
+        return self.made, self.cached
+
+    def _start_ready(self) -> bool:
+        """Start what can start; whether anything was started or found to be there."""
+        for name, step in list(self.waiting.items()):
+            if len(self.running) >= self.executor.slots:
+                return True
+            if all(model in self.done for model in step.node.models):
+                del self.waiting[name]
+                if standing(step, self.plan):
+                    self.cached.append(name)
+                    self.done.add(name)
+                    return self._start_ready()
+                say(f"{name}: {step.node.verb.name}{' of ' + ', '.join(step.node.models) if step.node.models else ''}")
+                self.running[self.executor.submit(_work(self.plan, step, self.device))] = name
+        return bool(self.running)
+
+    def _finish(self, name: str, outcome: Outcome) -> None:
+        if isinstance(outcome, Failure):
+            self.failures[name] = outcome
+            say(f"{name}: failed")
+        else:
+            self.done.add(name)
+            self.made.append(name)
+            say(f"{name}: done in {outcome.seconds:.1f} s")
+
+
+def _work(plan: Plan, step: Step, device: str | None) -> Work:
+    node, recipe = step.node, plan.recipe
+    return Work(
+        name=node.name,
+        verb=node.verb.name,
+        settings=node.settings,
+        seed=node.seed,
+        key=step.key,
+        facts=step.facts,
+        target=plan.folder(node.name).absolute(),
+        work=plan.places.work(node.name).absolute(),
+        cache=plan.places.cache.absolute(),
+        models={name: plan.folder(name).absolute() for name in node.models},
+        data=recipe.data,
+        uses=tuple(data_uses(recipe, node)),
+        root=recipe.root,
+        device=device,
+        fresh=step.forced,
+    )
+
+
+def _measured(plan: Plan, device: str | None) -> list[Mapping[str, Any]]:
+    recipe: Recipe = plan.recipe
+    if not recipe.evaluate:
+        return []
+    return importlib.import_module("graft.evaluate").evaluate(
+        {name: plan.folder(name) for name in plan.steps},
+        recipe.evaluate,
+        data=recipe.data,
+        root=recipe.root,
+        out=plan.places.folder,
+        cache=plan.places.cache,
+        seed=recipe.seed,
+        device=device,
+    )
+
+
+def say(words: str) -> None:
+    """One line on stderr, unless graft is to be quiet."""
+    import os
+
+    if os.environ.get("GRAFT_QUIET") != "1":
+        print(words, file=sys.stderr, flush=True)
