@@ -107,6 +107,14 @@ def test_rows_without_interval_cost_or_hash_are_shown(tmp_path):
     assert "1.000" in page_of(tmp_path)[1].words
 
 
+def test_huge_and_tiny_scores_are_written_short(tmp_path):
+    for on, value, error in (("wide", 1_234_567.0, 30_000.0), ("narrow", 0.00123, 0.0001), ("whole", 245.0, 31.0)):
+        rows = [fake.score(m, on, value + i * error, low=value - error, high=value + error) for i, m in enumerate("ab")]
+        fake.write_rows(tmp_path, rows)
+        words = page_of(tmp_path)[1].words
+        assert {"wide": "1.235M ±30000", "narrow": "0.0012 ±0.0001", "whole": "245 ±31"}[on] in words
+
+
 def test_forty_models_make_a_page_whose_drawings_are_well_formed(tmp_path):
     folder = fake.family(tmp_path / "run")
     for index in range(40):

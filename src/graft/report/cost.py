@@ -28,7 +28,7 @@ from graft.report.svg import (
     ticks,
     title,
 )
-from graft.report.words import bytes_text, si
+from graft.report.words import bytes_text, fixed, si
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, DOT = 332.0, 290.0, 42.0, 14.0, 14.0, 44.0, 5.5
 FRAME = (LEFT, 0.0, WIDTH, HEIGHT - BOTTOM)
@@ -78,7 +78,7 @@ def cost_panel(run: Run, column: Column, cost: Cost) -> Markup:
     best, places = frontier(points, column, cost), decimals(run, column)
 
     def hint(point: Point) -> str:
-        return f"{point.model}: {point.value:.{places}f} · {cost.words} {cost.written(point.cost)}"
+        return f"{point.model}: {fixed(point.value, places)} · {cost.words} {cost.written(point.cost)}"
 
     marks, steps = ticks(low, high, 5), _legible(log_ticks(cheap, dear), x, cost)
     grid = [line(LEFT, y(v), WIDTH - RIGHT, y(v), class_="grid") for v in marks.values]

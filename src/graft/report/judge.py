@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graft.report.read import Column, Row, Run, is_number
+from graft.report.words import fixed
 
 SIGNIFICANT_P = 0.05
 
@@ -52,11 +53,11 @@ def p_text(p: float) -> str:
 
 
 def decimals(run: Run, column: Column) -> int:
-    """How many decimals a column's scores deserve: two digits of the middle interval's half, between 1 and 4."""
+    """How many decimals a column's scores deserve: two digits of the middle interval's half, at most 4."""
     halves = sorted(h for row in run.ranked(column) if (h := half(row)))
     if not halves:
         return 3
-    middle, places = halves[len(halves) // 2], 1
+    middle, places = halves[len(halves) // 2], 0
     while places < 4 and middle * 10**places < 9.5:
         places += 1
     return places
@@ -121,7 +122,7 @@ def sentence(run: Run, column: Column, found: Verdict) -> str:
     word = "worse than" if found.worse else "better than" if found.better else "equal to"
     return (
         f"{found.model} is {word} its best parent {found.parent} on {column.title}: "
-        f"{own:.{places}f} against {parent:.{places}f} ({found.evidence})"
+        f"{fixed(own, places)} against {fixed(parent, places)} ({found.evidence})"
     )
 
 

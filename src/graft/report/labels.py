@@ -48,7 +48,7 @@ def place(words: str, x: float, y: float, taken: Sequence[Box], frame: Box) -> L
 
     None where there is no such place: a name is left out rather than written over another.
     """
-    for away in (1.0, 1.6, 2.4, 3.4, 4.6):
+    for away in (1.0, 1.6, 2.4):
         for dx, dy, anchor in _AROUND:
             label = _label(words, x + dx * away * 10, y + 4 + dy * away * 13, anchor)
             if _inside(label.box, frame) and not any(_overlap(label.box, other) for other in taken):

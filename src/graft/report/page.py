@@ -19,7 +19,7 @@ from graft.report.judge import best, decimals, difference, half, p_text, sentenc
 from graft.report.read import Column, Model, Row, Run, is_number
 from graft.report.scores import difference_bar, difference_reach, flag_class, score_panel
 from graft.report.tree import draw_tree
-from graft.report.words import bytes_text, rate_text, seconds_text, si
+from graft.report.words import bytes_text, fixed, rate_text, seconds_text, si
 
 
 def write_page(run: Run) -> Path:
@@ -90,8 +90,8 @@ def _card(run: Run, column: Column) -> dict[str, Any]:
         "column": column,
         "model": name,
         "verb": run.models[name].verb,
-        "value": f"{row['value']:.{places}f}",
-        "half": f"±{error:.{places}f}" if (error := half(row)) is not None else "",
+        "value": fixed(row["value"], places),
+        "half": f"±{fixed(error, places)}" if (error := half(row)) is not None else "",
         "against": _against(run, column, name, single)
         if run.models[name].combines and single
         else _standing(run, column),
@@ -103,7 +103,7 @@ def _against(run: Run, column: Column, name: str, single: Row) -> str:
     gap = run.scores[name, column]["value"] - single["value"]
     compared = difference(run, column, name, other)
     p = f", {p_text(compared[0]['p'])}" if compared and is_number(compared[0].get("p")) else ""
-    return f"{gap:+.{places}f} against {other}, the best single model{p}"
+    return f"{fixed(gap, places, sign=True)} against {other}, the best single model{p}"
 
 
 def _standing(run: Run, column: Column) -> str:
@@ -111,7 +111,7 @@ def _standing(run: Run, column: Column) -> str:
     if combined is None:
         return f"best of {len(run.ranked(column))}"
     places = decimals(run, column)
-    return f"a single model; the best combination is {combined['model']} with {combined['value']:.{places}f}"
+    return f"a single model; the best combination is {combined['model']} with {fixed(combined['value'], places)}"
 
 
 def _pairs(run: Run, column: Column) -> Iterator[dict[str, Any]]:
@@ -129,7 +129,7 @@ def _pairs(run: Run, column: Column) -> Iterator[dict[str, Any]]:
             "b": b,
             "kin": _kin(run, a, b),
             "verbs": (run.models[a].verb, run.models[b].verb),
-            "difference": f"{row['difference'] * sign:+.{places}f}",
+            "difference": f"{fixed(row['difference'] * sign, places, sign=True)}",
             "bar": difference_bar(row, sign, column, reach),
             "p": p_text(p) if is_number(p) else "–",
             "test": str(row.get("test") or "").replace("_", " "),
@@ -163,8 +163,8 @@ def _cell(run: Run, name: str, column: Column) -> dict[str, Any] | None:
     places, found = decimals(run, column), verdict(run, name, column)
     mark = found.mark if found else ""
     return {
-        "value": f"{row['value']:.{places}f}",
-        "half": f"±{error:.{places}f}" if (error := half(row)) is not None else "",
+        "value": fixed(row["value"], places),
+        "half": f"±{fixed(error, places)}" if (error := half(row)) is not None else "",
         "best": best(run, column) == name,
         "mark": mark,
         "flag": flag_class(mark),

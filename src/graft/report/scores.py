@@ -10,6 +10,7 @@ from graft.report.colours import verb_class
 from graft.report.judge import best, decimals, half, verdict
 from graft.report.read import Column, Row, Run, is_number
 from graft.report.svg import Scale, element, fit, line, linear, padded, picture, text, ticks, title
+from graft.report.words import fixed
 
 WIDTH, ROW, NAME, VALUE, TOP, BOTTOM = 480.0, 26.0, 118.0, 140.0, 6.0, 26.0
 
@@ -38,10 +39,10 @@ def _score(run: Run, column: Column, row: Row, x: Scale, y: float) -> Markup:
     name, value = str(row["model"]), row["value"]
     places, found = decimals(run, column), verdict(run, name, column)
     top, mark = best(run, column) == name, found.mark if found else ""
-    written = f"{value:.{places}f}" + (f" ±{error:.{places}f}" if (error := half(row)) is not None else "")
+    written = fixed(value, places) + (f" ±{fixed(error, places)}" if (error := half(row)) is not None else "")
     hint = f"{name}, {column.title}: {written} {row.get('unit') or ''}"
     if found and mark:
-        hint += f"; best parent {found.parent}, {found.difference:+.{places}f} ({found.evidence})"
+        hint += f"; best parent {found.parent}, {fixed(found.difference, places, sign=True)} ({found.evidence})"
     band = element("rect", x=0, y=y - ROW / 2, width=WIDTH, height=ROW, rx=5, class_="band best" if top else "band")
     return element(
         "g",

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from graft.report.words import si
+
 Scale = Callable[[float], float]
 
 
@@ -103,8 +105,10 @@ class Ticks:
     decimals: int
 
     def label(self, value: float) -> str:
-        """A tick's number."""
-        return f"{value:.{self.decimals}f}"
+        """A tick's number; `1.2M` from a hundred thousand on, where that still tells the ticks apart."""
+        large = max(map(abs, self.values), default=0) >= 1e5
+        short = large and len({si(v, 4) for v in self.values}) == len(self.values)
+        return si(value, 4) if short else f"{value:.{self.decimals}f}"
 
 
 def ticks(low: float, high: float, count: int = 5) -> Ticks:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from graft.report.judge import Verdict, best, decimals, half, verdict, verdicts
 from graft.report.read import Column, Model, Run
-from graft.report.words import bytes_text, rate_text
+from graft.report.words import bytes_text, fixed, rate_text
 
 STYLES = {"▼": "bold red", "▽": "yellow", "▲": "green", "△": "dim green"}
 LEGEND = (
@@ -123,7 +123,9 @@ def _losses(run: Run) -> Iterator[Text]:
 def _loss(run: Run, column: Column, found: Verdict) -> str:
     places = decimals(run, column)
     own, parent = run.scores[found.model, column]["value"], run.scores[found.parent, column]["value"]
-    return f"{found.mark} {column.title}: {own:.{places}f}, {found.parent} {parent:.{places}f} ({found.evidence})"
+    return (
+        f"{found.mark} {column.title}: {fixed(own, places)}, {found.parent} {fixed(parent, places)} ({found.evidence})"
+    )
 
 
 def arrow(column: Column) -> str:
@@ -136,8 +138,8 @@ def _cell(run: Run, name: str, column: Column) -> Text:
     if row is None:
         return Text("–", style="dim")
     places, error, found = decimals(run, column), half(row), verdict(run, name, column)
-    cell = Text(f"{row['value']:.{places}f}", style="bold" if best(run, column) == name else "")
+    cell = Text(fixed(row["value"], places), style="bold" if best(run, column) == name else "")
     if error is not None:
-        cell.append(f" ±{error:.{places}f}", style="dim not bold")
+        cell.append(f" ±{fixed(error, places)}", style="dim not bold")
     mark = found.mark if found else ""
     return cell.append(f" {mark or ' '}", style=STYLES.get(mark, ""))

@@ -11,6 +11,13 @@ def si(number: float, digits: int = 3) -> str:
     return _rounded(number, digits)
 
 
+def fixed(value: float, places: int, *, sign: bool = False) -> str:
+    """`2.310` with so many decimals, `+0.190` with a sign where asked; from a hundred thousand on `1.235M`."""
+    if abs(value) >= 1e5:
+        return f"+{si(value, 4)}" if sign and value > 0 else si(value, 4)
+    return f"{value:+.{places}f}" if sign else f"{value:.{places}f}"
+
+
 def _rounded(number: float, digits: int) -> str:
     text = f"{number:.{digits}g}"
     return f"{float(text):.0f}" if "e+" in text else text
