@@ -1,0 +1,206 @@
+import importlib.util
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from tiny import LENGTH, ByteLoss, byte_rows, log, run, tiny_model
+from transformers import AutoModelForCausalLM
+
+from graft.data.rows import ListRows
+from graft.errors import MissingExtra, RequestError, TrainingError
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def by_hand(steps, batch_size=8, learning_rate=0.01, clip=1.0):
+    """The same training as a bare PyTorch loop with a mean loss over the label tokens of the whole batch."""
+    model, rows, loss = tiny_model(), byte_rows(), ByteLoss()
+    plain = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
+    decayed = [p for n, p in model.named_parameters() if p.ndim >= 2 and "embed" not in n]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
+    history = []
+    for step in range(steps):
+        batch = rows.collate([rows[index] for index in range(step * batch_size, (step + 1) * batch_size)])
+        (loss(model, batch) / loss.weight(batch)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(weights(model).clone())
+    return history
+
+
+CONSTANT = {"schedule": "constant", "warmup": 0}
+
+
+def test_the_loop_is_a_bare_pytorch_loop(tmp_path):
+    # fused and plain AdamW round differently: a few last places of weights of size one
+    torch.testing.assert_close(weights(run(tmp_path, CONSTANT)[1]), by_hand(6)[-1], rtol=1e-4, atol=2e-6)
+
+
+def test_eight_rows_in_pieces_are_eight_rows_at_once(tmp_path):
+    """Labels are masked unevenly, so a mean of means would differ; only the order of additions does."""
+    at_once = weights(run(tmp_path / "1")[1])
+    for pieces in (2, 8):
+        in_pieces = weights(run(tmp_path / str(pieces), {"accumulate": pieces})[1])
+        torch.testing.assert_close(in_pieces, at_once, rtol=1e-4, atol=2e-6)
+
+
+def test_checkpointed_gradients_are_the_gradients(tmp_path):
+    torch.testing.assert_close(
+        weights(run(tmp_path / "a", {"gradient_checkpointing": True})[1]),
+        weights(run(tmp_path / "b")[1]),
+        rtol=0,
+        atol=1e-7,
+    )
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns_nearly_the_same(tmp_path, precision):
+    full, half = run(tmp_path / "a")[0], run(tmp_path / "b", {"precision": precision})[0]
+    assert half.metrics["loss"] == pytest.approx(full.metrics["loss"], rel=0.02)
+
+
+def test_the_average_is_the_formula(tmp_path):
+    _, model = run(tmp_path, {**CONSTANT, "ema": 0.5})
+    average = weights(tiny_model())
+    for step, now in enumerate(by_hand(6), start=1):
+        decay = min(0.5, (step + 1) / (step + 10))
+        average = decay * average + (1 - decay) * now
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out/checkpoints/ema")
+    torch.testing.assert_close(weights(saved), average, rtol=1e-4, atol=5e-6)
+    torch.testing.assert_close(weights(model), by_hand(6)[-1], rtol=1e-4, atol=2e-6)
+
+
+def test_the_log_has_a_line_a_step_and_the_dev_loss_where_measured(tmp_path):
+    dev = byte_rows(20, skip=100)
+    result, model = run(tmp_path, {"evaluate_every": 3}, dev=dev)
+    steps = [entry for entry in log(tmp_path) if "loss" in entry]
+    measured = [entry for entry in log(tmp_path) if "dev_loss" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5, 6]
+    assert [entry["step"] for entry in measured] == [3, 6]
+    assert set(steps[0]) == {"step", "loss", "tokens", "tokens_per_s", "learning_rate", "grad_norm", "seconds"}
+    assert steps[-1]["tokens"] == result.tokens == 6 * 8 * LENGTH
+    batch = dev.collate(dev.rows)
+    by_brute_force = float(ByteLoss()(model, batch).detach()) / ByteLoss().weight(batch)
+    assert result.metrics["dev_loss"] == measured[-1]["dev_loss"] == pytest.approx(by_brute_force, rel=1e-6)
+
+
+def test_the_last_and_the_best_checkpoints_are_kept_as_whole_models(tmp_path):
+    # a rate this high makes the dev loss go down and then up again
+    _, model = run(
+        tmp_path,
+        {"budget": "8 steps", "learning_rate": 0.3, "evaluate_every": 1, "keep": {"last": 2, "best": 2}},
+        dev=byte_rows(20, skip=100),
+    )
+    scores = {entry["step"]: entry["dev_loss"] for entry in log(tmp_path) if "dev_loss" in entry}
+    best = sorted(scores, key=lambda step: scores[step])[:2]
+    kept = {path.name for path in (tmp_path / "out/checkpoints").iterdir()}
+    assert kept == {f"step-{step}" for step in {7, 8, *best}}
+    last = AutoModelForCausalLM.from_pretrained(tmp_path / "out/checkpoints/step-8")
+    assert torch.equal(weights(last), weights(model))
+
+
+def test_training_stops_when_the_dev_loss_no_longer_falls(tmp_path):
+    """The dev loss of a model that cannot learn (rate of nearly nothing) never falls by 0.5."""
+    given = {"budget": "50 steps", "learning_rate": 1e-9, "evaluate_every": 2}
+    stop = {"early_stopping": {"patience": 2, "min_delta": 0.5}}
+    result, _ = run(tmp_path, {**given, **stop}, dev=byte_rows(20, skip=100))
+    assert result.steps == 6
+    assert result.metrics["best_step"] == 2
+
+
+class Breaks(ByteLoss):
+    """NaN from the third step on."""
+
+    calls = 0
+
+    def __call__(self, model, batch):
+        self.calls += 1
+        return super().__call__(model, batch) * (float("nan") if self.calls > 2 else 1.0)
+
+
+def test_a_loss_that_is_nan_stops_with_its_step_and_leaves_the_last_good_state(tmp_path):
+    with pytest.raises(TrainingError, match=r"step 3: expected a finite loss .* found loss nan.*learning rate"):
+        run(tmp_path, {"checkpoint_every": "1 step"}, objective=Breaks())
+    assert [p.name for p in sorted((tmp_path / "scratch").iterdir())] == [
+        "state-000000001.safetensors",
+        "state-000000002.safetensors",
+    ]
+    assert [entry["step"] for entry in log(tmp_path)] == [1, 2]
+
+
+def masked(rows):
+    return [{**row, "labels": np.full_like(row["labels"], -100)} for row in rows]
+
+
+def test_nothing_but_masked_labels_is_refused(tmp_path):
+    with pytest.raises(TrainingError, match="all of them masked in all 64 rows; look at the format"):
+        run(tmp_path, rows=ListRows(masked(byte_rows().rows)))
+
+
+def test_a_step_of_masked_labels_changes_nothing(tmp_path):
+    rows = byte_rows(16).rows
+    with_masked = ListRows([*rows[:8], *masked(rows[:8]), *rows[8:]], shuffle=False)
+    constant = {**CONSTANT, "budget": "3 steps"}
+    _, model = run(tmp_path / "a", constant, rows=with_masked)
+    _, without = run(tmp_path / "b", {**constant, "budget": "2 steps"}, rows=ListRows(rows, shuffle=False))
+    assert torch.equal(weights(model), weights(without))
+    assert [entry["step"] for entry in log(tmp_path / "a")] == [1, 3]
+
+
+def test_frozen_parameters_stay_and_all_frozen_is_refused(tmp_path):
+    model = tiny_model()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    before = model.model.embed_tokens.weight.clone()
+    run(tmp_path / "a", model=model)
+    assert torch.equal(model.model.embed_tokens.weight, before)
+    with pytest.raises(TrainingError, match="found all of them frozen"):
+        run(tmp_path / "b", model=tiny_model().requires_grad_(False))
+
+
+@pytest.mark.parametrize("given", [{"keep": {"best": 1}}, {"early_stopping": {"patience": 1}}])
+def test_a_best_without_dev_rows_is_refused(tmp_path, given):
+    with pytest.raises(RequestError, match="need dev rows to measure on"):
+        run(tmp_path, given)
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "mlflow", "trackio"])
+def test_a_tracker_logs_or_names_the_missing_package(tmp_path, tracker):
+    if importlib.util.find_spec(tracker) is None:
+        with pytest.raises(MissingExtra, match=rf"pip install 'graft\[{tracker}\]'"):
+            run(tmp_path, {"track": [tracker]})
+    elif tracker == "tensorboard":
+        run(tmp_path, {"track": [tracker]})
+        assert list((tmp_path / "out").rglob("events.out.tfevents.*"))
+
+
+class PressesCtrlC(ByteLoss):
+    """Ctrl-C in the middle of the third step."""
+
+    calls = 0
+
+    def __call__(self, model, batch):
+        self.calls += 1
+        if self.calls == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().__call__(model, batch)
+
+
+def test_ctrl_c_saves_the_state_and_going_on_gives_the_same_bytes(tmp_path):
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+        run(tmp_path / "a", objective=PressesCtrlC())
+    assert log(tmp_path / "a")[-1]["step"] in (3, 4)
+    _, model = run(tmp_path / "a")
+    assert torch.equal(weights(model), weights(run(tmp_path / "b")[1]))
+    assert [entry["step"] for entry in log(tmp_path / "a")] == [1, 2, 3, 4, 5, 6]
+    first, second = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "out/log.jsonl").read_text().splitlines()]
+        for name in "ab"
+    )
+    assert first == second

@@ -1,0 +1,147 @@
+"""Killed at any moment, a training ends with the bytes of one that never was."""
+
+import multiprocessing
+import random
+import time
+
+import pytest
+import tiny
+import torch
+
+from graft.errors import DiskError
+from graft.train import state as state_module
+from graft.train.state import read_state, write_state
+
+GIVEN = {
+    "budget": "60 steps",
+    "accumulate": 2,
+    "ema": 0.9,
+    "evaluate_every": 7,
+    "keep": {"last": 2, "best": 2},
+    "checkpoint_every": "1 step",
+}
+
+
+def without_clock(folder):
+    return [{k: v for k, v in entry.items() if k not in ("seconds", "tokens_per_s")} for entry in tiny.log(folder)]
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Starts a training in a process of its own, quickly: the server has torch imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny"])
+
+    def begin(folder):
+        process = context.Process(target=tiny.train_into, args=(folder, GIVEN, 0.1))
+        process.start()
+        return process
+
+    return begin
+
+
+def test_sigkill_at_random_moments_changes_no_byte(tmp_path, start):
+    """With dropout, and with a state written behind every step, so that many kills fall into the writing."""
+    clock = random.Random(0)
+    began = time.monotonic()
+    whole = start(tmp_path / "whole")
+    whole.join()
+    assert whole.exitcode == 0
+    length = time.monotonic() - began
+    kills = 0
+    while not (tmp_path / "killed" / "weights").exists():
+        process = start(tmp_path / "killed")
+        process.join(clock.uniform(0.4, 0.7) * length if kills < 5 else None)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+        else:
+            assert process.exitcode == 0
+    assert kills >= 1
+    assert (tmp_path / "killed" / "weights").read_bytes() == (tmp_path / "whole" / "weights").read_bytes()
+    assert files(tmp_path / "killed" / "out") == files(tmp_path / "whole" / "out")
+    assert without_clock(tmp_path / "killed") == without_clock(tmp_path / "whole")
+
+
+class Stops(Exception):
+    pass
+
+
+class StopsAt(tiny.ByteLoss):
+    """Raises in call `stop`, as a kill would."""
+
+    def __init__(self, stop):
+        self.left = stop
+
+    def __call__(self, model, batch):
+        self.left -= 1
+        if self.left == 0:
+            raise Stops
+        return super().__call__(model, batch)
+
+
+def parameters(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5, 6])
+@pytest.mark.parametrize("damage", ["none", "cut", "flipped", "partial"])
+def test_a_damaged_state_gives_way_to_the_one_before(tmp_path, stop, damage):
+    given = {"checkpoint_every": "1 step", "precision": "fp32"}
+    with pytest.raises(Stops):
+        tiny.run(tmp_path / "a", given, model=tiny.tiny_model(0.1), objective=StopsAt(stop))
+    states = sorted((tmp_path / "a" / "scratch").glob("state-*"))
+    if states and damage != "none":
+        content = bytearray(states[-1].read_bytes())
+        if damage == "partial":
+            (tmp_path / "a" / "scratch" / "state.partial").write_bytes(content[:100])
+        else:
+            content[-9] ^= 1
+            states[-1].write_bytes(content[: len(content) // 2] if damage == "cut" else content)
+    _, resumed = tiny.run(tmp_path / "a", given, model=tiny.tiny_model(0.1))
+    _, whole = tiny.run(tmp_path / "b", given, model=tiny.tiny_model(0.1))
+    assert torch.equal(parameters(resumed), parameters(whole))
+    assert without_clock(tmp_path / "a") == without_clock(tmp_path / "b")
+
+
+def test_going_on_reads_only_the_rows_that_are_left(tmp_path):
+    with pytest.raises(Stops):
+        tiny.run(tmp_path, {"checkpoint_every": "1 step"}, objective=StopsAt(5))
+    counts = StopsAt(-1)
+    tiny.run(tmp_path, {"checkpoint_every": "1 step"}, objective=counts)
+    assert counts.left == -1 - 2
+
+
+def test_the_state_of_another_training_is_not_taken(tmp_path):
+    tiny.run(tmp_path / "a", {"checkpoint_every": "1 step"})
+    _, other = tiny.run(tmp_path / "a", {"learning_rate": 0.003})
+    assert torch.equal(parameters(other), parameters(tiny.run(tmp_path / "b", {"learning_rate": 0.003})[1]))
+
+
+def test_a_state_round_trips_and_only_two_stay(tmp_path):
+    tensors = {"a": torch.arange(6).reshape(2, 3), "b": torch.tensor(1.5), "c": torch.zeros(0, dtype=torch.bfloat16)}
+    for step in (1, 2, 3):
+        write_state(tmp_path, step, tensors, {"step": step})
+    found = read_state(tmp_path)
+    assert found.facts == {"step": 3}
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_full_disk_is_named_and_leaves_the_state_before(tmp_path, monkeypatch):
+    write_state(tmp_path, 1, {"a": torch.ones(3)}, {"step": 1})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state_module.os, "fsync", full)
+    with pytest.raises(DiskError, match="No space left on device"):
+        write_state(tmp_path, 2, {"a": torch.ones(3)}, {"step": 2})
+    monkeypatch.undo()
+    assert read_state(tmp_path).facts == {"step": 1}
+    assert len(list(tmp_path.iterdir())) == 1
