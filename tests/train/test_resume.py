@@ -34,13 +34,18 @@ def files(folder):
 def start():
     """Starts a training in a process of its own, quickly: the server has torch imported already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny"])
+    context.set_forkserver_preload(
+        ["graft.train.loop", "transformers.models.llama.modeling_llama", "safetensors.torch"]
+    )
 
     def begin(folder):
         process = context.Process(target=tiny.train_into, args=(folder, GIVEN, 0.1))
         process.start()
         return process
 
+    warm = context.Process(target=time.sleep, args=(0,))
+    warm.start()
+    warm.join()
     return begin
 
 
@@ -55,7 +60,7 @@ def test_sigkill_at_random_moments_changes_no_byte(tmp_path, start):
     kills = 0
     while not (tmp_path / "killed" / "weights").exists():
         process = start(tmp_path / "killed")
-        process.join(clock.uniform(0.4, 0.7) * length if kills < 5 else None)
+        process.join(clock.uniform(0.2, 0.6) * length if kills < 8 else None)
         if process.exitcode is None:
             process.kill()
             process.join()
