@@ -2,20 +2,332 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
 import typer
 
 import graft
+from graft._verb_command import VerbCommand, requested
+from graft.errors import GraftError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=graft.__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help=graft.__doc__,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout, and no progress.")]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; the accelerator where there is one.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; runs/FAMILY if not given.")]
+Only = Annotated[list[str] | None, typer.Option(help="Only this model and what it needs; may be repeated.")]
+Force = Annotated[list[str] | None, typer.Option(help="Make this model anew; may be repeated.")]
+Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for another run on the folder, or refuse.")]
+Verify = Annotated[bool, typer.Option(help="Hash the weights of everything that is there already.")]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file.")]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def tidy(command: F) -> F:
+    """Errors as a message and an exit code: 1 failed while running, 2 the request was wrong, 130 stopped by Ctrl-C."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        as_json = bool(kwargs.get("json_"))
+        if as_json:
+            os.environ["GRAFT_QUIET"] = "1"
+        try:
+            return command(*args, **kwargs)
+        except GraftError as error:
+            _show_error(error, as_json)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            typer.echo("stopped; the same command goes on from where it stood", err=True)
+            raise typer.Exit(130) from None
+
+    return run  # type: ignore[return-value]
+
+
+def _show_error(error: GraftError, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}))
+    else:
+        typer.echo(f"graft: {error}", err=True)
+    if os.environ.get("GRAFT_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exception(error)
+        for name, failure in getattr(error, "failures", {}).items():
+            typer.echo(f"{name}:\n{failure.trace}", err=True)
+
+
+def _print(value: Any) -> None:
+    """A rich renderable on stdout, as wide as the terminal (or 120 columns where there is none)."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 120).print(value)
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
+) -> None:
+    if debug:
+        os.environ["GRAFT_DEBUG"] = "1"
     if version:
         typer.echo(f"graft {graft.__version__}")
         raise typer.Exit
 
 
+@app.command()
+@tidy
+def run(
+    recipe: RecipeFile,
+    out: Out = None,
+    only: Only = None,
+    force: Force = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and do nothing.")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Models made side by side, if independent.")] = 1,
+    wait: Wait = True,
+    verify: Verify = False,
+    device: Device = None,
+    json_: Json = False,
+) -> None:
+    """Run a recipe: make what is missing, measure everything, write the report.
+
+    Example: [bold]graft run family.yaml --jobs 2[/bold]
+    """
+    from graft import report as reports
+    from graft.plan import plain, render
+    from graft.run import run as run_recipe
+
+    done = run_recipe(
+        recipe, out, only=only or [], force=force or [], dry_run=dry_run, jobs=jobs, wait=wait, verify=verify,
+        device=device,
+    )  # fmt: skip
+    if dry_run:
+        typer.echo(json.dumps(plain(done.plan))) if json_ else _print(render(done.plan))
+        return
+    if json_:
+        answer = {"folder": str(done.folder), "made": done.made, "cached": done.cached, "report": str(done.report)}
+        typer.echo(json.dumps(answer | reports.summary(done.folder)))
+        return
+    _print(reports.table(done.folder))
+    typer.echo(f"report: {done.report}")
+
+
+@app.command()
+@tidy
+def plan(
+    recipe: RecipeFile,
+    out: Out = None,
+    only: Only = None,
+    force: Force = None,
+    verify: Verify = False,
+    json_: Json = False,
+) -> None:
+    """Show what a run would do: what is there already; size, memory and time of the rest.
+
+    Example: [bold]graft plan family.yaml[/bold]
+    """
+    from graft.api import plan as make
+    from graft.plan import plain, render
+
+    found = make(recipe, out, only=only or [], force=force or [], verify=verify)
+    typer.echo(json.dumps(plain(found))) if json_ else _print(render(found))
+    if found.damaged:
+        typer.echo("\n".join(found.damaged), err=True)
+
+
+@app.command()
+@tidy
+def tree(
+    place: Annotated[Path, typer.Argument(metavar="RECIPE|FOLDER", help="A recipe, a run's folder, a model's folder.")],
+    json_: Json = False,
+) -> None:
+    """Draw the family of a recipe, of a run, or of one model with its ancestors.
+
+    Example: [bold]graft tree runs/quickstart/models/duo[/bold]
+    """
+    from graft import tree as trees
+
+    family = trees.family_of(place)
+    typer.echo(json.dumps(trees.plain(family))) if json_ else _print(trees.render(family, str(place)))
+
+
+@app.command()
+@tidy
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of a run.")], json_: Json = False
+) -> None:
+    """Print the table of a run and write its report.html.
+
+    Example: [bold]graft report runs/quickstart[/bold]
+    """
+    from graft import report as reports
+
+    page = reports.write_report(folder)
+    if json_:
+        typer.echo(json.dumps(reports.summary(folder)))
+        return
+    _print(reports.table(folder))
+    typer.echo(f"report: {page}")
+
+
+def _add_verb(name: str, words: str) -> None:
+    """The command of a verb: its options are the fields of its settings."""
+
+    @app.command(
+        name, cls=VerbCommand, help=words, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+    )
+    @tidy
+    def command(
+        context: typer.Context,
+        settings: Annotated[
+            list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, nested ones with dots.")
+        ] = None,
+        recipe: Annotated[Path | None, typer.Option(help="Take the data sets of this recipe.")] = None,
+        seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+        force: Annotated[bool, typer.Option("--force", help="Make it anew though it is there.")] = False,
+        wait: Wait = True,
+        device: Device = None,
+        json_: Json = False,
+    ) -> None:
+        from graft.one import make_one, yaml_file
+
+        out, written = requested(name, context.args, settings or [])
+        family = yaml_file(recipe) if recipe else {}
+        made = make_one(
+            name, out, written, data=family.get("data"), root=recipe.parent if recipe else ".", seed=seed, force=force,
+            wait=wait, device=device,
+        )  # fmt: skip
+        if json_:
+            typer.echo((made / "graft.json").read_text().strip())
+        else:
+            typer.echo(str(made))
+
+
+_add_verb(
+    "pretrain",
+    "Train a model from scratch.\n\n"
+    "Example: [bold]graft pretrain models/base --data books.jsonl --size 3M --budget '2M tokens'[/bold]",
+)
+_add_verb(
+    "tune",
+    "Train a model further.\n\n"
+    "Example: [bold]graft tune models/coder --from models/base --data code.jsonl --learning-rate 1e-4[/bold]",
+)
+_add_verb(
+    "merge",
+    "Combine the weights of models into one model.\n\n"
+    "Example: [bold]graft merge models/soup models/coder=0.5 models/writer=0.5 --method linear[/bold]",
+)
+_add_verb(
+    "ensemble",
+    "Combine the predictions of models: the ensemble is a model too.\n\n"
+    "Example: [bold]graft ensemble models/duo models/coder models/writer[/bold]",
+)
+
+
+@app.command("eval")
+@tidy
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Folders of models.")],
+    on: Annotated[list[str] | None, typer.Option("--on", help="Data set (a file, or NAME.SPLIT of --recipe).")] = None,
+    measure: Annotated[str, typer.Option(help="What is measured.")] = "bits_per_byte",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the measure.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Take the data sets (and without --on the measures) of this.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of results.jsonl.")] = Path("runs/eval"),
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    device: Device = None,
+    json_: Json = False,
+) -> None:
+    """Measure models side by side on held-out data.
+
+    Example: [bold]graft eval models/coder models/soup --on held-out.jsonl[/bold]
+    """
+    from graft import report as reports
+    from graft._verb_command import assigned
+    from graft.api import evaluate as measure_all
+    from graft.one import yaml_file
+
+    family = yaml_file(recipe) if recipe else {}
+    one: dict[str, Any] = {"measure": measure, **({"on": on} if on else {})}
+    for word in settings or []:
+        assigned(one, word)
+    measures = family.get("evaluate", []) if recipe and not on else [one]
+    rows = measure_all(
+        models, measures, data_sets=family.get("data"), out=out, root=recipe.parent if recipe else ".", seed=seed,
+        device=device,
+    )  # fmt: skip
+    typer.echo(json.dumps(rows)) if json_ else _print(reports.table(out))
+
+
+@app.command()
+@tidy
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder, or an id with --hub.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Say this and print the answer.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message, for models with a chat template.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this share.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    hub: Annotated[bool, typer.Option("--hub", help="Allow the network: MODEL is an id on the hub.")] = False,
+    device: Device = None,
+    json_: Json = False,
+) -> None:
+    """Talk with a model, by its chat template or by plain continuation.
+
+    What is said comes from --prompt, or from stdin where that is no terminal.
+
+    Example: [bold]graft chat models/coder --prompt 'def add(a, b):'[/bold]
+    """
+    from graft.chatting import Talk
+
+    talk = Talk(model, system=system, device=device, hub=hub)
+    sampling: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    for said in _said(prompt):
+        pieces = talk.reply(said, **sampling)
+        if json_:
+            typer.echo(json.dumps({"prompt": said, "answer": "".join(pieces)}))
+            continue
+        for piece in pieces:
+            typer.echo(piece, nl=False)
+            sys.stdout.flush()
+        typer.echo()
+
+
+def _said(prompt: str | None) -> Iterator[str]:
+    """What is said: the prompt, the whole of stdin, or line after line from a terminal."""
+    if prompt is not None:
+        yield prompt
+    elif not sys.stdin.isatty():
+        yield sys.stdin.read().rstrip("\n")
+    else:
+        while True:
+            try:
+                line = input("> ")
+            except EOFError:
+                return
+            if line.strip():
+                yield line
+
+
 def main() -> None:
-    """Entry point of the `graft` command."""
+    """Entry point of the `graft` command. `--debug` may stand anywhere."""
+    if "--debug" in sys.argv[2:]:
+        sys.argv = [sys.argv[0], "--debug", *(word for word in sys.argv[1:] if word != "--debug")]
     app()

@@ -7,7 +7,6 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -71,7 +70,7 @@ class Processes:
 
     def _make(self, work: Work) -> Outcome:
         process = subprocess.Popen(
-            [sys.executable, "-m", "graft.executors"],
+            [sys.executable, "-m", "graft._worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | _threads(self.slots),
@@ -118,27 +117,3 @@ def attempt(work: Work) -> Outcome:
     except Exception as error:  # noqa: BLE001  (whatever goes wrong in one node, the others go on and all is reported)
         words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         return Failure(words, RunError.exit_code, traceback.format_exc())
-
-
-def _stop_with_parent() -> None:
-    sys.stdin.buffer.read()
-    os._exit(1)
-
-
-def _main() -> None:
-    """Make the node whose work comes on stdin and answer on stdout; what libraries print goes to stderr."""
-    answer = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    work = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
-    try:
-        outcome = attempt(work)
-    except KeyboardInterrupt:
-        os._exit(130)
-    pickle.dump(outcome, answer)
-    answer.close()
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    _main()

@@ -1,0 +1,131 @@
+"""The command of a verb: its options are the fields of the verb's settings, so that each is written once."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from typer.core import TyperCommand
+
+from graft.errors import RequestError
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+
+class VerbCommand(TyperCommand):
+    """Shows the settings of its verb below its own options."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The usage line names the folder and the models."""
+        return ["OUT", "[MODEL[=WEIGHT]]…", *super().collect_usage_pieces(ctx)]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The usual help, then a table of the verb's settings."""
+        super().format_help(ctx, formatter)
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title="Settings, each also as --set KEY=VALUE", title_justify="left", box=None, show_header=False)
+        for name, field in fields_of(str(self.name)).items():
+            default = "required" if field.is_required() else _words(field.get_default(call_default_factory=True))
+            table.add_row(f"--{name.replace('_', '-')}", field.description or "", f"[dim]{default}[/dim]")
+        Console().print(table)
+
+
+def _words(value: Any) -> str:
+    return "" if value is None or value == {} or value == [] else str(value)[:40]
+
+
+def fields_of(verb: str) -> dict[str, FieldInfo]:
+    """The fields of a verb's settings, by the name that people write; those of its methods where they stand beside."""
+    from graft.verbs import verb as find
+
+    types = find(verb).types()
+    classes = [types[verb]] if verb in types else list(types.values())
+    return {field.alias or name: field for cls in classes for name, field in cls.model_fields.items()}
+
+
+def requested(verb: str, words: Sequence[str], assignments: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """(output folder, settings) of the words after the command. Raises RequestError for words that say nothing."""
+    settings: dict[str, Any] = {}
+    plain = list(_options(words, settings))
+    if not plain:
+        raise RequestError(f"expected the folder to write, as in `graft {verb} FOLDER …`, found none")
+    for word in assignments:
+        assigned(settings, word)
+    if plain[1:]:
+        _add_models(verb, plain[1:], settings)
+    return plain[0], settings
+
+
+def _options(words: Sequence[str], settings: dict[str, Any]) -> Iterator[str]:
+    """Puts `--key value` and `--key=value` into `settings`; yields the other words."""
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("--"):
+            yield word
+            continue
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            found = next(rest, None)
+            if found is None:
+                raise RequestError(f"expected a value after {word}, found none")
+            value = found
+        assigned(settings, f"{key.replace('-', '_')}={value}")
+
+
+def assigned(settings: dict[str, Any], word: str) -> None:
+    """Put `key=value` or `outer.inner=value` into `settings`; the value is read as YAML."""
+    from graft.yaml_lines import read_yaml
+
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise RequestError(f"expected KEY=VALUE, found {word!r}")
+    document = read_yaml(text)
+    *outer, last = key.split(".")
+    for step in outer:
+        settings = settings.setdefault(step, {})
+    settings[last] = text if document.problems else document.value
+
+
+def _add_models(verb: str, words: Sequence[str], settings: dict[str, Any]) -> None:
+    """`A=0.5 B=0.5`, or `A B`, into the field of the settings that holds models."""
+    field = models_field(fields_of(verb))
+    if field is None:
+        raise RequestError(f"expected one folder, found {words[0]!r} as well: {verb} takes its models by option")
+    pairs = [word.rpartition("=") for word in words]
+    weights = [text for _, equals, text in pairs if equals]
+    if not weights:
+        settings[field] = list(words)
+    elif len(weights) < len(pairs):
+        raise RequestError(f"expected a weight for every model or for none, found {' '.join(words)}")
+    else:
+        settings[field] = {name: _number(text) for name, _, text in pairs}
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise RequestError(f"expected a weight such as 0.5 behind the =, found {text!r}") from None
+
+
+def models_field(fields: Mapping[str, FieldInfo]) -> str | None:
+    """The field that holds several models, by its type."""
+    for name, field in fields.items():
+        if _holds_models(field.annotation):
+            return name
+    return None
+
+
+def _holds_models(annotation: Any, inside: bool = False) -> bool:
+    from graft.settings import Ref
+
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        mark = any(isinstance(m, Ref) and m.kind == "model" for m in arguments[1:])
+        return (inside and mark) or _holds_models(arguments[0], inside)
+    inside = inside or origin in (list, dict, tuple)
+    return any(_holds_models(argument, inside) for argument in arguments)

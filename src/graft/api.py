@@ -1,0 +1,142 @@
+"""The Python face of graft: `graft.run`, `graft.merge`, … each does what the command of its name does."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graft import tree as trees
+from graft.chatting import Talk
+from graft.models import load
+from graft.one import data_at, make_one
+from graft.plan import Places, Plan, make_plan
+from graft.recipe import read_recipe
+from graft.run import RunResult, run
+
+if TYPE_CHECKING:
+    from graft.tree import Member
+
+__all__ = [
+    "RunResult",
+    "chat",
+    "ensemble",
+    "evaluate",
+    "load",
+    "merge",
+    "plan",
+    "pretrain",
+    "report",
+    "run",
+    "tree",
+    "tune",
+]
+
+
+def plan(
+    recipe: Path | str,
+    out: Path | str | None = None,
+    *,
+    only: Collection[str] = (),
+    force: Collection[str] = (),
+    verify: bool = False,
+) -> Plan:
+    """What `run` would do: every node with its key, whether it is there, and what it will cost."""
+    family = read_recipe(recipe)
+    places = Places(Path(out) if out is not None else Path("runs") / family.family)
+    return make_plan(family, places, only=only, force=force, verify=verify)
+
+
+def tree(place: Path | str) -> dict[str, Member]:
+    """The family of a recipe, of a run's folder, or of one model with its ancestors, by name."""
+    return trees.family_of(place)
+
+
+def report(folder: Path | str) -> Path:
+    """Write `report.html` into a run's folder and return its path."""
+    return importlib.import_module("graft.report").write_report(folder)
+
+
+def pretrain(out: Path | str, **settings: Any) -> Path:
+    """Train a model from scratch in the folder `out`. Settings are those of `pretrain:` in a recipe."""
+    return _make("pretrain", out, settings)
+
+
+def tune(out: Path | str, **settings: Any) -> Path:
+    """Tune a model into the folder `out`. Settings are those of `tune:` in a recipe; `from_` is the model."""
+    return _make("tune", out, settings)
+
+
+def merge(out: Path | str, **settings: Any) -> Path:
+    """Average models' weights into the folder `out`. Settings are those of `merge:` in a recipe."""
+    return _make("merge", out, settings)
+
+
+def ensemble(out: Path | str, **settings: Any) -> Path:
+    """Average models' predictions: an ensemble in the folder `out`. Settings are those of `ensemble:` in a recipe."""
+    return _make("ensemble", out, settings)
+
+
+_CONDUCT = ("data_sets", "seed", "root", "force", "wait", "device")
+
+
+def _make(verb: str, out: Path | str, settings: dict[str, Any]) -> Path:
+    """`data_sets`, `seed`, `root`, `force`, `wait`, `device` say how; everything else is a setting of the verb."""
+    conduct = {name: settings.pop(name) for name in _CONDUCT if name in settings}
+    conduct["data"] = conduct.pop("data_sets", {})
+    return make_one(verb, out, {name.removesuffix("_"): _plain(v) for name, v in settings.items()}, **conduct)
+
+
+def _plain(value: Any) -> Any:
+    """Paths as text, in lists and mappings too."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {_plain(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def evaluate(
+    models: Sequence[Path | str] | Mapping[str, Path | str],
+    measures: Sequence[Mapping[str, Any]],
+    *,
+    data_sets: Mapping[str, Any] | None = None,
+    out: Path | str = "runs/eval",
+    root: Path | str = ".",
+    seed: int = 0,
+    device: str | None = None,
+) -> list[dict[str, Any]]:
+    """Measure models (folders) side by side and return the rows; what was measured before is not measured again.
+
+    `measures` are those of `evaluate:` in a recipe. Data sets are names of `data_sets` (settings as in a recipe) or
+    files. The rows are also in `out/results.jsonl`.
+    """
+    from graft import data
+    from graft.data import split_ref
+    from graft.settings import references
+
+    room = importlib.import_module("graft.evaluate")
+    folders = models if isinstance(models, Mapping) else {Path(m).resolve().name: m for m in models}
+    parsed = room.parse(list(measures), ("evaluate",))
+    named = {split_ref(ref)[0] for m in parsed for kind, ref, _ in references(m) if kind == "data"}
+    raw = {**(data_sets or {}), **{name: data_at(name) for name in sorted(named - set(data_sets or {}))}}
+    sets = {name: data.parse(value, ("data", name)) for name, value in raw.items()}
+    where = Path(out)
+    where.mkdir(parents=True, exist_ok=True)
+    return room.evaluate(
+        {name: Path(folder) for name, folder in folders.items()},
+        parsed,
+        data=sets,
+        root=Path(root),
+        out=where,
+        cache=where / "cache",
+        seed=seed,
+        device=device,
+    )
+
+
+def chat(model: Path | str, prompt: str, **settings: Any) -> str:
+    """The model's whole answer to `prompt`. `system`, `device`, `hub` and the settings of `Talk.reply` may be given."""
+    own = {name: settings.pop(name) for name in ("system", "device", "hub") if name in settings}
+    return "".join(Talk(model, **own).reply(prompt, **settings))

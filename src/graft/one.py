@@ -1,0 +1,101 @@
+"""One node without a recipe: the same checks, key, lock, resume and manifest as in a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from graft import verbs
+from graft.data import split_ref
+from graft.errors import DataError, RequestError
+from graft.executors import Here
+from graft.plan import make_plan
+from graft.plan.places import beside
+from graft.recipe import Recipe, build_recipe
+from graft.run import execute, locked
+from graft.settings import references
+from graft.yaml_lines import Document, read_yaml
+
+SOURCES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".rst": "text",
+}
+"""The source of a data file, by its suffix."""
+
+
+def make_one(
+    verb: str,
+    out: Path | str,
+    settings: Mapping[str, Any] | str,
+    *,
+    data: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    root: Path | str = ".",
+    force: bool = False,
+    wait: bool = True,
+    device: str | None = None,
+) -> Path:
+    """Make one model in the folder `out` and return it; nothing is done where it is there already.
+
+    Models in `settings` are folders; data sets are names of `data` (settings as in a recipe), or files. Raises
+    RequestError for what is wrong with the request and RunError for what goes wrong while it runs.
+    """
+    target = Path(out)
+    recipe = one_node(verb, target.name, settings, data=data or {}, seed=seed, root=Path(root))
+    places = beside(target)
+    with locked(places, wait=wait):
+        plan = make_plan(recipe, places, force=[target.name] if force else [])
+        if target.exists() and plan.steps[target.name].state == "run" and not (target / "graft.json").is_file():
+            raise RequestError(f"{target} is there already and was not made by graft: choose another folder")
+        execute(plan, Here(), device=device)
+    return target
+
+
+def one_node(
+    verb: str, name: str, settings: Mapping[str, Any] | str, *, data: Mapping[str, Any], seed: int, root: Path
+) -> Recipe:
+    """A recipe of one node; the folders it names are models that stand outside of it."""
+    parsed = verbs.verb(verb).parse(settings, ())
+    named = list(dict.fromkeys((kind, ref) for kind, ref, _ in references(parsed)))
+    folders = {ref: Path(ref).expanduser() for kind, ref in named if kind == "model"}
+    missing = [ref for ref, folder in folders.items() if not folder.is_dir()]
+    if missing:
+        raise RequestError(f"expected a model's folder, found none at {', '.join(missing)}")
+    files = {split_ref(ref)[0] for kind, ref in named if kind == "data"} - set(data)
+    sets = {**data, **{file: data_at(file) for file in sorted(files)}}
+    value = {"family": name, "seed": seed, "data": sets, "models": {name: {verb: settings}}}
+    return build_recipe(Document(value), root.resolve(), outside=folders)
+
+
+def data_at(place: str) -> dict[str, Any]:
+    """Settings of the data set in a file or folder: by its suffix, or what a YAML file says. Raises DataError."""
+    path = Path(place).expanduser()
+    if not path.exists():
+        raise DataError(f"expected a data file, a folder or the name of a data set, found nothing at {place}")
+    if path.suffix in (".yaml", ".yml"):
+        return yaml_file(path)
+    if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
+        return {"source": "huggingface", "name": str(path.resolve())}
+    inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    found = {SOURCES[s] for p in inside for s in p.suffixes if s in SOURCES}
+    if len(found) != 1:
+        kinds = ", ".join(SOURCES)
+        raise DataError(f"{place}: expected files ending in one of {kinds}, found {', '.join(sorted(found)) or 'none'}")
+    return {"source": found.pop(), "path": str(path.resolve())}
+
+
+def yaml_file(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises DataError with the first thing that is wrong."""
+    document = read_yaml(path.read_text(encoding="utf-8"))
+    if document.problems or not isinstance(document.value, dict):
+        raise DataError(f"{path}: {document.problems[0] if document.problems else 'expected a mapping'}")
+    return document.value
