@@ -94,7 +94,7 @@ def _run(work: Work) -> Manifest:
     verb = verbs.verb(work.verb)
     job = Job(
         work.name, work.settings, work.seed, work.work / "out", work.work / "scratch", work.cache, work.models,
-        work.data, work.root, work.device,
+        work.data, work.root, work.target, work.device,
     )  # fmt: skip
     started = time.monotonic()
     with disk_errors(work.work):

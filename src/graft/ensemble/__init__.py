@@ -1,0 +1,63 @@
+"""Ensembles: members whose predictions are combined at every token. One file a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from graft.ensemble.settings import EnsembleSettings, FittedWeights
+from graft.errors import UnknownName
+from graft.methods import method_names
+from graft.settings import Settings, parse
+from graft.verb import Estimate, Facts, Job, Verb
+
+ROOMS = ("model", "settings", "weights", "work")
+
+
+class Ensemble(Verb[EnsembleSettings]):
+    """Combines predictions; the members stay as they are."""
+
+    name = "ensemble"
+    summary = "Combine the predictions of several models at every token."
+
+    def types(self) -> Mapping[str, type[Settings]]:
+        return {"ensemble": EnsembleSettings}
+
+    def parse(self, raw: Any, path: tuple[str | int, ...] = ()) -> EnsembleSettings:
+        settings = parse(EnsembleSettings, raw, path)
+        if settings.combine not in method_names("graft.ensemble"):
+            raise UnknownName("combining rule", settings.combine, method_names("graft.ensemble"))
+        return settings
+
+    def check(self, settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[str]:
+        from graft.ensemble.work import problems
+
+        return problems(settings, models)
+
+    def facts(self, settings: EnsembleSettings, models: Mapping[str, Facts], key: str) -> Facts:
+        members = [models[name] for name in settings.names]
+        first = members[0]
+        return Facts(
+            first.architecture,
+            f"of:{key}",
+            first.vocabulary,
+            sum(m.parameters for m in members),
+            sum(m.bytes for m in members) if settings.self_contained else 0,
+            mergeable=False,
+            trained_on=frozenset().union(*(m.trained_on for m in members)),
+        )
+
+    def estimate(self, settings: EnsembleSettings, models: Mapping[str, Facts]) -> Estimate:
+        members = [models[name] for name in settings.names]
+        parameters, size = sum(m.parameters for m in members), sum(m.bytes for m in members)
+        note = "all members in memory at once"
+        return Estimate(parameters, size if settings.self_contained else 0, size, None, note)
+
+    def run(self, job: Job) -> dict[str, Any]:
+        from graft.ensemble.work import run
+
+        return run(job)
+
+
+VERB = Ensemble()
+__all__ = ["VERB", "EnsembleSettings", "FittedWeights"]

@@ -1,0 +1,288 @@
+"""An ensemble that is a `transformers` causal LM: it loads, scores, generates and saves like any other.
+
+Its configuration reports the sum of the members' layers, so that `generate` makes one cache with all members' layers
+end to end; each member gets a view of its own span of layers. Reordering for beams, cropping and repeating act on the
+whole cache and are therefore right for every member without further code.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from graft import lineage, models
+from graft.errors import CheckpointError, RequestError, RunError
+from graft.methods import method
+
+
+class EnsembleConfig(PretrainedConfig):
+    """`members`: name, path (relative to the ensemble's folder), hash and configuration of each; `combine`: the rule;
+    `weights`: one for each member."""
+
+    model_type = "graft_ensemble"
+
+    def __init__(
+        self,
+        members: Sequence[dict[str, Any]] = (),
+        combine: str = "linear",
+        weights: Sequence[float] = (),
+        **kwargs: Any,
+    ):
+        self.members = list(members)
+        self.combine = combine
+        self.weights = list(weights)
+        configs = [entry["config"] for entry in self.members]
+        self.vocab_size = max((int(c["vocab_size"]) for c in configs), default=0)
+        self.num_hidden_layers = sum(_layers(c) for c in configs)
+        self.layer_types = ["full_attention"] * self.num_hidden_layers
+        longest = [n for n in map(_context, configs) if n]
+        self.max_position_embeddings = min(longest) if longest else None
+        self.hidden_size = max((_first(c, "hidden_size", "n_embd", "d_model") or 0 for c in configs), default=0)
+        self.num_attention_heads = max(
+            (_first(c, "num_attention_heads", "n_head", "n_heads") or 0 for c in configs), default=0
+        )
+        kwargs.setdefault("architectures", ["EnsembleForCausalLM"])
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs.setdefault(name, configs[0].get(name) if configs else None)
+        kwargs["tie_word_embeddings"] = False
+        self.folder = kwargs.pop("folder", None)
+        super().__init__(**kwargs)
+
+
+def _first(config: dict[str, Any], *names: str) -> int | None:
+    return next((int(config[name]) for name in names if config.get(name)), None)
+
+
+def _layers(config: dict[str, Any]) -> int:
+    if config.get("model_type") == EnsembleConfig.model_type:
+        return sum(_layers(entry["config"]) for entry in config["members"])
+    found = _first(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    if found is None:
+        raise RequestError(
+            f"a member of type {config.get('model_type')!r} names no number of layers: it has no cache to share"
+        )
+    return found
+
+
+def _context(config: dict[str, Any]) -> int | None:
+    if config.get("model_type") == EnsembleConfig.model_type:
+        return min((n for n in (_context(entry["config"]) for entry in config["members"]) if n), default=None)
+    return _first(config, "max_position_embeddings", "n_positions", "max_seq_len")
+
+
+class CacheView(Cache):
+    """A member's span of the ensemble's cache: the very same layer objects."""
+
+    def __init__(self, whole: Cache, start: int, stop: int):
+        super().__init__(layers=whole.layers[start:stop])
+
+
+class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
+    """Members whose log-probabilities are combined at every token by a rule of this folder.
+
+    `logits` are normalised log-probabilities in float32: [batch, length, vocabulary].
+    """
+
+    config_class = EnsembleConfig
+    base_model_prefix = "members"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_cache_class = True
+    _tied_weights_keys = None
+
+    def __init__(self, config: EnsembleConfig, members: Sequence[PreTrainedModel] | None = None):
+        super().__init__(config)
+        made = members if members is not None else [_fresh(entry["config"]) for entry in config.members]
+        self.members = nn.ModuleList(made)
+        self.rule = method("graft.ensemble", config.combine).combine
+        self.register_buffer("weights", torch.tensor(config.weights, dtype=torch.float32), persistent=False)
+        self.spans = _spans([_layers(entry["config"]) for entry in config.members])
+        self.takes = [set(inspect.signature(type(member).forward).parameters) for member in made]
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Members come with their weights."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The first member's."""
+        return self.members[0].get_input_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first member is."""
+        return next(self.members[0].parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Log-probabilities are float32, whatever the members compute in."""
+        return torch.float32
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor | None:
+        """Every member makes its own mask from the plain one."""
+        return attention_mask
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Combined log-probabilities `[batch, length, vocabulary]`; with `labels` also their mean cross entropy.
+
+        Raises RunError naming the member whose logits are NaN.
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
+        log_probs = [self._member(place, input_ids, given, past_key_values) for place in range(len(self.members))]
+        mixed = log_probs[0] if len(log_probs) == 1 else self.rule(log_probs, self.weights)
+        self._check(mixed, log_probs)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=mixed, labels=labels, vocab_size=mixed.shape[-1], **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=mixed, past_key_values=past_key_values)
+
+    def _member(self, place: int, input_ids: torch.Tensor, given: dict[str, Any], cache: Cache | None) -> torch.Tensor:
+        """A member's log-probabilities, through its view of the cache."""
+        takes, member = self.takes[place], self.members[place]
+        inputs = {name: value for name, value in given.items() if name in takes and value is not None}
+        inputs["past_key_values"] = None if cache is None else CacheView(cache, *self.spans[place])
+        logits = member(input_ids=input_ids, use_cache=cache is not None, **inputs).logits
+        keep = given["logits_to_keep"]
+        if "logits_to_keep" not in takes and not (isinstance(keep, int) and keep == 0):
+            logits = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
+        if isinstance(member, EnsembleForCausalLM):
+            return logits
+        return torch.log_softmax(logits.float(), dim=-1)
+
+    def _check(self, mixed: torch.Tensor, log_probs: Sequence[torch.Tensor]) -> None:
+        if not torch.isnan(mixed[:, -1].sum()):
+            return
+        for entry, log_prob in zip(self.config.members, log_probs, strict=True):
+            if torch.isnan(log_prob).any():
+                raise RunError(f"member {entry['name']!r} ({entry['path']}) gives NaN logits; check its weights")
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *, self_contained: bool = False, **kwargs: Any
+    ) -> None:
+        """Write the configuration, which names the members relatively; `self_contained` copies them into the folder.
+
+        Raises RequestError for an ensemble made of models that lie in no folder, unless `self_contained` writes them.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = EnsembleConfig.from_dict(self.config.to_dict())
+        entries = []
+        for entry, member in zip(self.config.members, self.members, strict=True):
+            entries.append(self._placed(entry, member, folder, self_contained))
+        config.members, config.folder = entries, None
+        config.save_pretrained(folder)
+        self.generation_config.save_pretrained(folder)
+
+    def _placed(self, entry: dict[str, Any], member: Any, folder: Path, self_contained: bool) -> dict[str, Any]:
+        """The entry of a member as seen from `folder`."""
+        source = Path(self.config.folder or "") / entry["path"] if entry["path"] else None
+        if self_contained:
+            inside = folder / "members" / entry["name"]
+            if source is not None and source.is_dir():
+                shutil.copytree(source, inside, dirs_exist_ok=True)
+            else:
+                member.save_pretrained(inside)
+            return {**entry, "path": f"members/{entry['name']}", "hash": lineage.hash_model(inside)}
+        if source is None:
+            raise RequestError(f"member {entry['name']!r} lies in no folder: save it first, or use self_contained=True")
+        return {**entry, "path": os.path.relpath(source.resolve(), folder.resolve())}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *_: Any, **kwargs: Any) -> Any:
+        """The ensemble of a folder, its members loaded each by its own class.
+
+        Raises CheckpointError where a member is missing or is no longer what the ensemble was made of.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        config = kwargs.get("config") or EnsembleConfig.from_pretrained(folder)
+        wanted = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        dtype = None if wanted in (None, "auto") else wanted
+        members = [_load(entry, folder, dtype) for entry in config.members]
+        config.folder = str(folder.resolve())
+        model = cls(config, members).eval()
+        if (folder / "generation_config.json").exists():
+            model.generation_config = type(model.generation_config).from_pretrained(folder)
+        if kwargs.get("output_loading_info"):
+            return model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        return model
+
+
+def _load(entry: dict[str, Any], folder: Path, dtype: Any) -> PreTrainedModel:
+    place = folder / entry["path"]
+    if not (place / "config.json").exists():
+        raise CheckpointError(f"{folder}: member {entry['name']!r} is missing: expected a model in {place}")
+    found = lineage.hash_model(place)
+    if entry.get("hash") and found != entry["hash"]:
+        raise CheckpointError(
+            f"{folder}: member {entry['name']!r} has changed since the ensemble was made (hash {found[:12]}, expected "
+            f"{entry['hash'][:12]}): make the ensemble anew"
+        )
+    return models.load(place, dtype=dtype)
+
+
+def _fresh(config: dict[str, Any]) -> PreTrainedModel:
+    plain = dict(config)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(plain.pop("model_type"), **plain))
+
+
+def _spans(layers: Sequence[int]) -> list[tuple[int, int]]:
+    ends = [sum(layers[: place + 1]) for place in range(len(layers))]
+    return [(end - size, end) for end, size in zip(ends, layers, strict=True)]
+
+
+def member_entry(name: str, folder: Path, seen_from: Path) -> dict[str, Any]:
+    """What a configuration says of a member: name, path from the ensemble's folder, hash, configuration."""
+    config = lineage.read_config(folder)
+    path = os.path.relpath(folder.resolve(), seen_from.resolve())
+    return {"name": name, "path": path, "hash": lineage.hash_model(folder), "config": config}
+
+
+def ensemble_of(
+    members: dict[str, PreTrainedModel], weights: Sequence[float], combine: str = "linear"
+) -> EnsembleForCausalLM:
+    """An ensemble of models in memory. Raises RequestError for weights that the rule cannot use."""
+    wrong = method("graft.ensemble", combine).problem(list(weights))
+    if wrong or len(weights) != len(members):
+        raise RequestError(wrong or f"expected {len(members)} weights, found {len(weights)}")
+    entries = [
+        {"name": name, "path": model.config._name_or_path or "", "hash": "", "config": model.config.to_dict()}
+        for name, model in members.items()
+    ]
+    return EnsembleForCausalLM(EnsembleConfig(entries, combine, weights), list(members.values())).eval()
+
+
+def config_json(entries: Sequence[dict[str, Any]], combine: str, weights: Sequence[float]) -> str:
+    """`config.json` of an ensemble, without loading any model."""
+    return json.dumps(EnsembleConfig(entries, combine, weights).to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def register() -> None:
+    """Make the Auto classes of `transformers` know ensembles."""
+    AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig, exist_ok=True)
+    AutoModelForCausalLM.register(EnsembleConfig, EnsembleForCausalLM, exist_ok=True)
+
+
+register()

@@ -1,0 +1,52 @@
+"""What `ensemble:` may say. Light."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from graft.settings import DataRef, ModelRef, Settings
+
+
+class FittedWeights(Settings):
+    """Weights found on held-out text that no member was trained on."""
+
+    fit: Annotated[DataRef, Field(description="Data set and split, such as `mixed.dev`.")]
+    documents: Annotated[int, Field(gt=0, description="At most so many documents of each data set are read.")] = 200
+
+
+class EnsembleSettings(Settings):
+    """Members whose predictions are combined at every token."""
+
+    combine: Annotated[
+        str, Field(description="`linear`: a mixture of probabilities; `log_linear`: their renormalised product.")
+    ] = "linear"
+    members: Annotated[
+        list[ModelRef] | dict[ModelRef, float], Field(min_length=1, description="Models, or models with their weights.")
+    ]
+    weights: Annotated[
+        Literal["uniform"] | FittedWeights | None,
+        Field(description="`uniform`, or `{fit: DATA.dev}`; left out where `members` gives weights."),
+    ] = None
+    self_contained: Annotated[bool, Field(description="Copy the members into the ensemble's folder.")] = False
+
+    @model_validator(mode="after")
+    def _one_way(self) -> EnsembleSettings:
+        if isinstance(self.members, dict) and self.weights is not None:
+            raise ValueError("expected weights beside the members or in `weights`, found both")
+        if isinstance(self.members, list) and len(set(self.members)) < len(self.members):
+            raise ValueError(f"expected each member once, found {self.members}")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """The members, in order."""
+        return list(self.members)
+
+    @property
+    def constants(self) -> list[float] | None:
+        """The weights, where they are known without fitting."""
+        if isinstance(self.members, dict):
+            return list(self.members.values())
+        return None if isinstance(self.weights, FittedWeights) else [1 / len(self.members)] * len(self.members)
