@@ -1,0 +1,125 @@
+"""One training of a Llama of about 10M parameters by a peer; prints tokens/s as JSON. Also holds model and data.
+
+python _training_peer.py bare|trainer|sft STEPS BATCH
+"""
+
+import json
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+LENGTH, VOCABULARY, LEARNING_RATE = 512, 4096, 3e-4
+
+
+def model():
+    """A decoder of about 10M parameters with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 320, "intermediate_size": 864, "num_hidden_layers": 6, "num_attention_heads": 5}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, **shape))
+
+
+def tokens(rows):
+    """`rows` rows of this interpreter's library, pairs of bytes as ids below the vocabulary: [rows, 512] int64."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    text = np.frombuffer(b"".join(file.read_bytes() for file in files), np.uint8).astype(np.int64)
+    ids = (text[:-1:2] * 31 + text[1::2]) % VOCABULARY
+    return np.resize(ids, (rows, LENGTH))
+
+
+class Clock:
+    """Times the steps behind the first, which warms up."""
+
+    def __init__(self):
+        self.stamps = []
+
+    def tick(self):
+        self.stamps.append(time.perf_counter())
+
+    def rate(self, batch):
+        """Tokens a second."""
+        return (len(self.stamps) - 1) * batch * LENGTH / (self.stamps[-1] - self.stamps[0])
+
+
+def bare(steps, batch):
+    """What a person writes by hand: AdamW, clipping, a schedule, no more."""
+    net, ids = model().train(), torch.from_numpy(tokens(steps * batch))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    clock = Clock()
+    for step in range(steps):
+        rows = ids[step * batch : (step + 1) * batch]
+        logits = net(input_ids=rows, use_cache=False).logits[:, :-1]
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        clock.tick()
+    return clock.rate(batch)
+
+
+def ticking(clock):
+    """A callback of transformers that ticks behind each step."""
+    from transformers import TrainerCallback
+
+    class Ticking(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            clock.tick()
+
+    return Ticking()
+
+
+def data_set(steps, batch):
+    """The same rows as a data set of the datasets library."""
+    from datasets import Dataset
+
+    return Dataset.from_dict({"input_ids": tokens(steps * batch).tolist()})
+
+
+def trainer(steps, batch):
+    """transformers.Trainer, everything else at its defaults."""
+    from transformers import Trainer, TrainingArguments
+
+    clock = Clock()
+    rows = data_set(steps, batch).map(lambda row: {"labels": row["input_ids"]})
+    with tempfile.TemporaryDirectory() as out:
+        arguments = TrainingArguments(out, per_device_train_batch_size=batch, max_steps=steps, report_to="none")
+        Trainer(model(), arguments, train_dataset=rows, callbacks=[ticking(clock)]).train()
+    return clock.rate(batch)
+
+
+def sft(steps, batch):
+    """trl.SFTTrainer, everything else at its defaults (bf16 only where there is a GPU: it refuses it on a CPU)."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    clock = Clock()
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<eos>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    with tempfile.TemporaryDirectory() as out:
+        arguments = SFTConfig(
+            out,
+            per_device_train_batch_size=batch,
+            max_steps=steps,
+            report_to="none",
+            max_length=LENGTH,
+            bf16=torch.cuda.is_available(),
+        )
+        SFTTrainer(
+            model(), args=arguments, train_dataset=data_set(steps, batch), processing_class=tokenizer,
+            callbacks=[ticking(clock)],
+        ).train()  # fmt: skip
+    return clock.rate(batch)
+
+
+if __name__ == "__main__":
+    kind, steps, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    print(json.dumps({"tokens_per_s": {"bare": bare, "trainer": trainer, "sft": sft}[kind](steps, batch)}))
