@@ -71,8 +71,6 @@ class Job:
     """Where `out` will stand in the end: relative paths to other models start there. None: it stays where it is."""
     device: str | None = None
     """None: the accelerator where there is one, else the CPU."""
-    target: Path | None = None
-    """Where the artifact will stand in the end; what is named relatively is seen from there. None: `out`."""
 
 
 S = TypeVar("S", bound=Settings)

@@ -99,7 +99,6 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_sdpa = True
     _supports_cache_class = True
-    _tied_weights_keys = None
 
     def __init__(self, config: EnsembleConfig, members: Sequence[PreTrainedModel] | None = None):
         super().__init__(config)
@@ -116,7 +115,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> nn.Module:
         """The first member's."""
-        return self.members[0].get_input_embeddings()
+        return self.members[0].get_input_embeddings()  # type: ignore[operator]
 
     @property
     def device(self) -> torch.device:
@@ -179,7 +178,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             if torch.isnan(log_prob).any():
                 raise RunError(f"member {entry['name']!r} ({entry['path']}) gives NaN logits; check its weights")
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike, *, self_contained: bool = False, **kwargs: Any
     ) -> None:
         """Write the configuration, which names the members relatively; `self_contained` copies them into the folder.

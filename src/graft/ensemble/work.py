@@ -39,7 +39,7 @@ def problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[st
             found.append(f"{name} is a {models[name].architecture} and {first} a {models[first].architecture}")
     if models[first].architecture != "decoder":
         found.append(
-            f"an ensemble generates token by token: expected decoders, found that {first} is an {models[first].architecture}"
+            f"an ensemble needs decoders, which predict token by token; {first} is an {models[first].architecture}"
         )
     if settings.constants is not None:
         wrong = method("graft.ensemble", settings.combine).problem(settings.constants)
