@@ -19,3 +19,12 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"the real data sets are not at {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture
+def growing(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes the verb `grow` known, as another package would: through its entry point."""
+    place = Path(__file__).parent / "growing"
+    monkeypatch.syspath_prepend(str(place))
+    monkeypatch.setenv("PYTHONPATH", str(place))
+    return place

@@ -1,4 +1,4 @@
-"""Makes the Auto classes of `transformers` know ensembles, without importing `transformers` before somebody else does."""
+"""Makes the Auto classes of `transformers` know ensembles, without importing it before somebody else does."""
 
 from __future__ import annotations
 

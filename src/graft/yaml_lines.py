@@ -35,6 +35,9 @@ class Document:
         return problem if problem.line is not None else Problem(problem.path, problem.message, self.line(problem.path))
 
 
+_PLAIN = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}
 
@@ -76,6 +79,8 @@ def _value(loader: _Loader, node: yaml.Node, path: Path, document: Document, abo
         document.problems.append(Problem(path, "this value contains itself", node.start_mark.line + 1))
         return None
     above = (*above, id(node))
+    if isinstance(node, yaml.CollectionNode) and node.tag not in _PLAIN:
+        document.problems.append(Problem(path, f"expected plain values, found the tag {node.tag}"))
     if isinstance(node, yaml.MappingNode):
         document.problems += _repeated(node, path)
         loader.flatten_mapping(node)

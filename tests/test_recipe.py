@@ -1,0 +1,175 @@
+"""A recipe is checked whole: every problem at once, each with its line."""
+
+from __future__ import annotations
+
+import textwrap
+
+import pytest
+
+from graft.errors import RecipeError, RequestError
+from graft.recipe import read_recipe
+from graft.yaml_lines import read_yaml
+
+pytestmark = pytest.mark.usefixtures("growing")
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(textwrap.dedent(text))
+        return path
+
+    return write
+
+
+def problems(path):
+    with pytest.raises(RecipeError) as error:
+        read_recipe(path)
+    return [str(problem) for problem in error.value.problems]
+
+
+def test_a_recipe_gives_nodes_in_an_order_in_which_they_can_be_made(recipe):
+    found = read_recipe(
+        recipe("""
+        family: f
+        seed: 3
+        models:
+          child: {grow: {parents: [mother, father]}}
+          mother: {grow: {steps: 2}, seed: 7}
+          father: {grow: }
+        """)
+    )
+    assert list(found.models) == ["mother", "father", "child"]
+    assert {name: node.seed for name, node in found.models.items()} == {"mother": 7, "father": 3, "child": 3}
+    assert found.models["child"].models == ("mother", "father")
+    assert found.models["mother"].line == 6
+    assert found.ancestors(["mother"]) == ["mother"]
+
+
+def test_all_problems_are_reported_at_once_each_with_its_line(recipe):
+    assert problems(
+        recipe("""
+        family: f
+        data:
+          notes: {source: jsonl, path: nowhere.jsonl}
+        models:
+          a: {grwo: {}}
+          b: {grow: {stesp: 3}}
+          c: {grow: {parents: [bb], data: note}}
+          d:
+            grow:
+              steps: many
+        """)
+    ) == [
+        f"line 4: data.notes: {recipe('').parent}/nowhere.jsonl: expected a file, folder or glob, found none; "
+        "paths are relative to the recipe's folder",
+        "line 6: models.a.grwo: unknown verb 'grwo' (did you mean 'grow'?); there are: ensemble, grow, load, merge, "
+        "pretrain, tune",
+        "line 7: models.b.grow.stesp: unknown key (did you mean 'steps'?); there are: parents, data, steps, pause_s, "
+        "fails, kind, journal",
+        "line 8: models.c.grow.parents.0: unknown model 'bb' (did you mean 'b'?); there are: a, b, c, d",
+        "line 8: models.c.grow.data: unknown data set 'note' (did you mean 'notes'?); there are: notes",
+        "line 11: models.d.grow.steps: input should be a valid integer, unable to parse string as an integer, "
+        "found 'many'",
+    ]
+
+
+def test_a_cycle_is_shown(recipe):
+    assert problems(
+        recipe("""
+        family: f
+        models:
+          a: {grow: {parents: [c]}}
+          b: {grow: {parents: [a]}}
+          c: {grow: {parents: [b]}}
+          alone: {grow: {parents: [alone]}}
+        """)
+    ) == [
+        "line 4: models.a: expected a tree, found a cycle: a ← c ← b ← a",
+        "line 7: models.alone: expected a tree, found a cycle: alone ← alone",
+    ]
+
+
+def test_what_cannot_be_combined_is_refused_from_facts_of_models_that_do_not_exist_yet(recipe):
+    assert problems(
+        recipe("""
+        family: f
+        models:
+          a: {grow: {kind: decoder}}
+          b: {grow: {kind: encoder}}
+          both: {grow: {parents: [a, b]}}
+          after: {grow: {parents: [both]}}
+        """)
+    ) == ["line 6: models.both.grow: parents of one kind can be grown together, found ['decoder', 'encoder']"]
+
+
+def test_an_unknown_section_does_not_hide_what_else_is_wrong(recipe):
+    assert problems(
+        recipe("""
+        family: f
+        modles: {}
+        models:
+          a: {grow: {parents: [x]}}
+        """)
+    ) == [
+        "line 3: modles: unknown key (did you mean 'models'?); there are: family, seed, data, models, evaluate",
+        "line 5: models.a.grow.parents.0: unknown model 'x'; there are: a",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("family: f\nmodels: [1\nb: 2", "line 3: this is not YAML: while parsing a flow sequence, expected ',' or ']'"),
+        ("- a\n- b", "line 1: expected the sections family, seed, data, models, evaluate, found list"),
+        ("", "expected the sections family, seed, data, models, evaluate, found NoneType"),
+        ("family: f", "line 1: models: this key is required and missing"),
+        ("family: a/b\nmodels: {a: {grow: }}", "line 1: family: expected a name of letters, digits, - and _"),
+        ("family: f\nmodels: {a.dev: {grow: }}", "line 2: models.a.dev: expected a name of letters, digits, - and _"),
+        (
+            "family: f\nmodels:\n  a: {grow: }\n  a: {grow: }",
+            "line 4: models.a: this key stands twice; the first is on",
+        ),
+        ("family: f\nmodels: {a: {grow: , tune: }}", "line 2: models.a: expected one verb with its settings"),
+        (
+            "family: f\nmodels: {a: {grow: , seed: x}}",
+            "line 2: models.a.seed: expected a whole number from 0, found 'x'",
+        ),
+        (
+            "family: f\nmodels: {a: {load: ./there}}",
+            "line 2: models.a.load: expected a model's folder (with config.json)",
+        ),
+    ],
+)
+def test_a_file_that_is_no_recipe_says_why(recipe, text, expected):
+    (problem,) = problems(recipe(text))
+    assert problem.startswith(expected)
+
+
+def test_a_file_that_is_not_there_is_a_wrong_request(tmp_path):
+    with pytest.raises(RequestError, match=r"expected a recipe \(a YAML file\) at .*none.yaml"):
+        read_recipe(tmp_path / "none.yaml")
+
+
+def test_yaml_is_read_by_its_newer_rules():
+    text = "{on: yes, off: [1e-3, 1:30, 007, 0x1f, 1_000, .5, ~, true, 2M tokens]}"
+    assert read_yaml(text).value == {
+        "on": "yes",
+        "off": [0.001, "1:30", "007", 31, 1000, 0.5, None, True, "2M tokens"],
+    }
+
+
+def test_values_can_be_shared_by_anchor_and_keep_the_line_where_they_are_written():
+    found = read_yaml("a: &common\n  steps: 3\nb:\n  <<: *common\n  kind: x\n")
+    assert found.value["b"] == {"steps": 3, "kind": "x"}
+    assert found.line(("b", "steps")) == 2
+    assert found.line(("b", "kind", "a branch of a union")) == 5
+    assert not found.problems
+
+
+@pytest.mark.parametrize(
+    "text", ["a: &a [*a]", "a: !!python/object/apply:os.system ['true']", "? [a, b]\n: 1", "a\tb:\n\t- c"]
+)
+def test_yaml_that_would_do_harm_is_a_problem(text):
+    assert read_yaml(text).problems
