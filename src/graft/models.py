@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,14 +54,15 @@ def load(
         read_headers(Path(place))
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     try:
-        model, info = _class_of(config).from_pretrained(
-            place,
-            dtype=wanted or "auto",
-            local_files_only=not hub,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with _no_bars(hub):
+            model, info = _class_of(config).from_pretrained(
+                place,
+                dtype=wanted or "auto",
+                local_files_only=not hub,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except (RuntimeError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: the weights do not load: {error}") from None
     missing = sorted(info["missing_keys"])
@@ -102,11 +105,26 @@ def _register() -> None:
         import graft.ensemble.model  # noqa: F401
 
 
+@contextmanager
+def _no_bars(keep: bool = False) -> Iterator[None]:
+    """Without the progress bars of `transformers`, which show for every small file; `keep` where a download may come."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if not keep:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def save(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None, folder: Path, *, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Write a complete model folder: configuration, safetensors, generation configuration, tokenizer."""
-    with disk_errors(folder):
+    with disk_errors(folder), _no_bars():
         model.save_pretrained(folder, max_shard_size=shard_bytes)
         if getattr(model, "can_generate", lambda: False)():
             model.generation_config.save_pretrained(folder)
