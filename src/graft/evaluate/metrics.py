@@ -1,0 +1,148 @@
+"""Metrics. Each is a function of sums of per-item statistics, so that resampling items never scores anything again.
+
+Outputs become statistics `[items, k]`; `Metric.value` turns weighted sums of them, `[draws, k]`, into scores `[draws]`. A confusion matrix is such a sum, and so are BLEU's and chrF's counts.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from graft.errors import UnknownName
+
+Outputs = Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A named metric. `proportion`: a mean of rights and wrongs: Wilson's interval and McNemar's test hold."""
+
+    name: str
+    unit: str
+    higher_is_better: bool
+    value: Callable[[np.ndarray], np.ndarray]
+    proportion: bool = False
+    signature: str = ""
+
+
+def ratio(sums: np.ndarray) -> np.ndarray:
+    """First sum over second: means, and rates per byte or token."""
+    return sums[:, 0] / sums[:, 1]
+
+
+BITS_PER_BYTE = Metric("bits_per_byte", "bits/byte", False, ratio)
+PERPLEXITY = Metric("perplexity", "", False, lambda sums: np.exp(ratio(sums)))
+
+
+def mean(name: str, *, proportion: bool = False) -> Metric:
+    """The mean of a per-item score, statistics (score, 1)."""
+    return Metric(name, "", True, ratio, proportion)
+
+
+def mean_items(scores: Sequence[float]) -> np.ndarray:
+    """Statistics [items, 2] of a mean."""
+    values = np.asarray(scores, np.float64)
+    return np.stack([values, np.ones_like(values)], axis=1)
+
+
+def normalise(text: str) -> str:
+    """Lower case, no punctuation, no articles, single spaces (SQuAD's evaluation, Rajpurkar et al. 2016)."""
+    plain = "".join(c for c in text.lower() if c not in set(string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
+
+
+def exact_match(output: str, targets: Sequence[str]) -> float:
+    """1 where the output, spaces at its ends aside, is one of the targets."""
+    return float(output.strip() in {t.strip() for t in targets})
+
+
+def token_f1(output: str, targets: Sequence[str]) -> float:
+    """F1 of the normalised words against the best target (Rajpurkar et al. 2016)."""
+    return max(_f1(normalise(output).split(), normalise(target).split()) for target in targets)
+
+
+def _f1(found: list[str], wanted: list[str]) -> float:
+    if not found or not wanted:
+        return float(found == wanted)
+    common = sum((Counter(found) & Counter(wanted)).values())
+    return 2 * common / (len(found) + len(wanted))
+
+
+def rouge(name: str, output: str, targets: Sequence[str]) -> float:
+    """F-measure of rouge1, rouge2 or rougeL against the best target (Lin 2004), with stemming."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer([name], use_stemmer=True)
+    return max(scorer.score(target, output)[name].fmeasure for target in targets)
+
+
+def text_metric(name: str, outputs: Sequence[str], targets: Sequence[Sequence[str]]) -> tuple[Metric, np.ndarray]:
+    """A metric of generated text with its per-item statistics. `targets[i]` are the acceptable answers of item i."""
+    if name == "exact_match":
+        scores = [exact_match(o, t) for o, t in zip(outputs, targets, strict=True)]
+        return mean(name, proportion=True), mean_items(scores)
+    if name == "token_f1":
+        return mean(name), mean_items([token_f1(o, t) for o, t in zip(outputs, targets, strict=True)])
+    if name in ("rouge1", "rouge2", "rougeL"):
+        return mean(name), mean_items([rouge(name, o, t) for o, t in zip(outputs, targets, strict=True)])
+    if name in ("bleu", "chrf"):
+        return _sacrebleu(name, outputs, targets)
+    raise UnknownName("metric", name, ("exact_match", "token_f1", "bleu", "chrf", "rouge1", "rouge2", "rougeL"))
+
+
+def _sacrebleu(name: str, outputs: Sequence[str], targets: Sequence[Sequence[str]]) -> tuple[Metric, np.ndarray]:
+    """BLEU (Papineni et al. 2002) or chrF (Popović 2015) as sacrebleu counts them; per-item counts add up."""
+    from sacrebleu.metrics import BLEU, CHRF
+
+    metric: Any = BLEU() if name == "bleu" else CHRF()
+    most = max(len(t) for t in targets)
+    references = [[t[i] if i < len(t) else None for t in targets] for i in range(most)]
+    score = metric.corpus_score(list(outputs), references)
+    counts = np.asarray(metric._extract_corpus_statistics(list(outputs), references), np.float64)
+
+    def value(sums: np.ndarray) -> np.ndarray:
+        return np.array([metric._compute_score_from_stats(row.tolist()).score for row in sums])
+
+    assert abs(float(value(counts.sum(0, keepdims=True))[0]) - score.score) < 1e-6
+    return Metric(name, "", True, value, signature=str(metric.get_signature())), counts
+
+
+def class_metric(name: str, found: Sequence[int], wanted: Sequence[int], classes: int) -> tuple[Metric, np.ndarray]:
+    """A metric of classes with its statistics: accuracy as a mean, the others as a function of the confusion matrix."""
+    guesses, truths = np.asarray(found), np.asarray(wanted)
+    if name == "accuracy":
+        return mean(name, proportion=True), mean_items((guesses == truths).astype(float).tolist())
+    if name not in ("f1_macro", "f1_micro", "mcc"):
+        raise UnknownName("metric", name, ("accuracy", "f1_macro", "f1_micro", "mcc"))
+    cells = np.zeros((len(truths), classes * classes))
+    cells[np.arange(len(truths)), truths * classes + guesses] = 1
+    compute = {"f1_macro": _f1_macro, "f1_micro": _f1_micro, "mcc": _mcc}[name]
+    return Metric(name, "", True, lambda sums: compute(sums.reshape(-1, classes, classes))), cells
+
+
+def _f1_macro(confusion: np.ndarray) -> np.ndarray:
+    """Mean over the classes that occur, as truth or guess, of F1; `confusion [draws, truth, guess]`."""
+    right = np.diagonal(confusion, axis1=1, axis2=2)
+    either = confusion.sum(1) + confusion.sum(2)
+    f1 = np.divide(2 * right, either, out=np.zeros_like(right), where=either > 0)
+    return f1.sum(1) / np.maximum((either > 0).sum(1), 1)
+
+
+def _f1_micro(confusion: np.ndarray) -> np.ndarray:
+    """F1 over all decisions, which for one label an item is the accuracy."""
+    return np.trace(confusion, axis1=1, axis2=2) / confusion.sum((1, 2))
+
+
+def _mcc(confusion: np.ndarray) -> np.ndarray:
+    """Matthews' correlation for any number of classes (Gorodkin 2004)."""
+    total, right = confusion.sum((1, 2)), np.trace(confusion, axis1=1, axis2=2)
+    truth, guess = confusion.sum(2), confusion.sum(1)
+    top = right * total - (truth * guess).sum(1)
+    bottom = np.sqrt((total**2 - (guess**2).sum(1)) * (total**2 - (truth**2).sum(1)))
+    return np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)

@@ -1,0 +1,552 @@
+"""What a model says of texts: log-probabilities of documents, of continuations and of choices, and generated text.
+
+Shared text is read once. Requests are sorted by their tokens; what many of them begin with (a few-shot prompt) is read
+once into a cache; requests that go on alike (one question, several choices) are packed into one row, in which a mask
+lets each choice see the question and itself only. Whether a model honours such masks is found out on the model itself, by
+comparing with plain rows; where it does not, plain rows are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from graft.errors import RequestError, RunError
+from graft.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+LOGIT_BYTES = 128 * 2**20
+"""Logits held at once: rows are batched up to this."""
+WORTH = 32
+"""Tokens that requests must share before they are read apart from the rest."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """`log_probs [tokens] float64`: natural log of the probability of each token; `bytes` of the text's UTF-8."""
+
+    log_probs: np.ndarray
+    bytes: int
+
+    @property
+    def bits(self) -> float:
+        """Bits for the whole text."""
+        return float(-self.log_probs.sum() / np.log(2))
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Sum of the continuation's log-probabilities (natural), whether it is what greedy decoding gives, its tokens."""
+
+    log_prob: float
+    greedy: bool
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Request:
+    """`tokens` as read by the model (without the last), `wanted` the last len(wanted) tokens to be predicted."""
+
+    index: int
+    tokens: tuple[int, ...]
+    wanted: tuple[int, ...]
+
+
+class Scorer:
+    """Scores with one model. `context` is the longest input in tokens; `start` puts the start token before requests."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        context: int | None = None,
+        start: bool = False,
+        share: bool = True,
+    ):
+        self.model, self.tokenizer, self.start = model.eval(), tokenizer, start
+        self.context = context or longest_context(model.config)
+        self.device = next(model.parameters()).device
+        self.vocabulary = int(model.config.vocab_size)
+        self.encoder_decoder = bool(model.config.is_encoder_decoder)
+        self.tokens_read = 0
+        self._style: str | None = None if share else "plain"
+
+    @property
+    def prefix_token(self) -> int:
+        """What stands before a text that begins from nothing: the start token, or the end token where there is none."""
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.cls_token_id):
+            if token is not None:
+                return int(token)
+        raise RequestError("scoring needs a tokenizer with a start or end token; this one has neither")
+
+    # documents
+
+    @torch.inference_mode()
+    def documents(self, texts: Sequence[str]) -> list[Document]:
+        """The log-probability of every token of every text, each scored once.
+
+        Texts longer than the context are read in windows that overlap by half, so that a token has at least half a
+        context before it. Raises RequestError for models that do not predict text from left to right.
+        """
+        self._must_be_decoder()
+        ids = [self._encode(text) for text in texts]
+        scores = [np.zeros(len(tokens)) for tokens in ids]
+        jobs = [job for place, tokens in enumerate(ids) for job in _windows(place, len(tokens), self.context)]
+        jobs.sort(key=lambda job: job[2] - job[1])
+        with Progress("scoring", sum(len(tokens) for tokens in ids), "tokens") as progress:
+            for batch in self._batches(jobs, lambda job: job[2] - job[1]):
+                rows = [[self.prefix_token, *ids[place]][start:end] for place, start, end, _ in batch]
+                targets = [ids[place][start:end] for place, start, end, _ in batch]
+                log_probs = self._target_log_probs(rows, targets)
+                for (place, start, end, first), row in zip(batch, log_probs, strict=True):
+                    scores[place][first:end] = row[first - start : end - start]
+                    progress.advance(end - first)
+        return [Document(s, len(t.encode("utf-8", "surrogatepass"))) for s, t in zip(scores, texts, strict=True)]
+
+    def _target_log_probs(self, rows: list[list[int]], targets: list[list[int]]) -> np.ndarray:
+        """[rows, length] log-probability of each target given the row up to it; padding behind is never looked at."""
+        longest = max(map(len, rows))
+        inputs = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
+        wanted = torch.tensor([row + [0] * (longest - len(row)) for row in targets], device=self.device)
+        logits = self._forward(inputs)
+        return _log_probs(logits, wanted).cpu().numpy()
+
+    # continuations
+
+    @torch.inference_mode()
+    def loglikelihoods(self, requests: Sequence[tuple[str, str]]) -> list[Continuation]:
+        """log p(continuation | context) of each (context, continuation).
+
+        Tokens as lm-eval cuts them: spaces at the end of a context go to its continuation, both are tokenised together,
+        an empty context becomes the start token, and what is too long loses its beginning.
+        """
+        if self.encoder_decoder:
+            return self._decoded(requests)
+        self._must_be_decoder()
+        prepared = self._prepared(requests)
+        results: list[Continuation | None] = [None] * len(requests)
+        with Progress("scoring", len(requests), "requests") as progress:
+            for found in self._answers(prepared):
+                for index, result in found:
+                    results[index] = result
+                progress.advance(len(found))
+        return [result for result in results if result is not None]
+
+    def _prepared(self, requests: Sequence[tuple[str, str]]) -> list[_Request]:
+        """Requests as tokens, sorted so that those which begin alike stand together."""
+        moved = [_move_spaces(context, continuation) for context, continuation in requests]
+        wholes = self._encode_all([c + k for c, k in moved])
+        contexts = self._encode_all([c for c, _ in moved])
+        made = []
+        for index, (whole, context, (_, continuation)) in enumerate(zip(wholes, contexts, moved, strict=True)):
+            before = [self.prefix_token] if not context or self.start else []
+            wanted = whole[len(context) :]
+            if not wanted:
+                raise RequestError(
+                    f"request {index}: expected a continuation of at least one token, found {continuation!r}"
+                )
+            tokens = [*before, *context, *wanted][-(self.context + 1) :]
+            made.append(_Request(index, tuple(tokens[:-1]), tuple(wanted[-self.context :])))
+        return sorted(made, key=lambda request: request.tokens)
+
+    def _answers(self, requests: list[_Request]) -> Iterator[list[tuple[int, Continuation]]]:
+        style = self._mask_style(max(len(r.tokens) for r in requests))
+        if style == "plain":
+            yield from self._plain(requests)
+            return
+        for cluster, shared in _clusters(requests):
+            groups = _groups(cluster, shared)
+            if all(len(group) == 1 for group, _ in groups) and shared == 0:
+                yield from self._plain(cluster)
+            else:
+                yield from self._shared(groups, shared, style)
+
+    def _plain(self, requests: list[_Request]) -> Iterator[list[tuple[int, Continuation]]]:
+        """One row a request, padded behind: nothing but causal attention is asked of the model."""
+        for batch in self._batches(sorted(requests, key=lambda r: len(r.tokens)), lambda r: len(r.tokens)):
+            longest = max(len(r.tokens) for r in batch)
+            inputs = torch.tensor([[*r.tokens, *[0] * (longest - len(r.tokens))] for r in batch], device=self.device)
+            keep = max(longest - len(r.tokens) + len(r.wanted) for r in batch)
+            logits = self._forward(inputs, keep=keep)
+            offset = longest - logits.shape[1]
+            places = [[len(r.tokens) - len(r.wanted) + j - offset for j in range(len(r.wanted))] for r in batch]
+            yield self._gathered(batch, logits, list(enumerate(places)))
+
+    def _gathered(
+        self, requests: list[_Request], logits: torch.Tensor, places: list[tuple[int, list[int]]]
+    ) -> list[tuple[int, Continuation]]:
+        """Answers from `logits [rows, length, vocabulary]`; for each request its row and columns."""
+        rows = torch.tensor([row for row, here in places for _ in here], device=logits.device)
+        columns = torch.tensor([column for _, here in places for column in here], device=logits.device)
+        wanted = torch.tensor([token for r in requests for token in r.wanted], device=logits.device)
+        chosen = logits[rows, columns].float()
+        log_probs = _log_probs(chosen, wanted).double().cpu()
+        greedy = (chosen.argmax(-1) == wanted).cpu()
+        found, place = [], 0
+        for request in requests:
+            here = slice(place, place + len(request.wanted))
+            place = here.stop
+            answer = Continuation(float(log_probs[here].sum()), bool(greedy[here].all()), len(request.wanted))
+            found.append((request.index, answer))
+        return found
+
+    def _shared(
+        self, groups: list[tuple[list[_Request], int]], prefix: int, style: str
+    ) -> Iterator[list[tuple[int, Continuation]]]:
+        """Groups that all begin with the same `prefix` tokens, read once; a row of branches for each group."""
+        cache = self._read_prefix(groups[0][0][0].tokens[:prefix]) if prefix else None
+        rows = [_Branches.of(group, prefix, shared) for group, shared in groups]
+        rows.sort(key=lambda row: len(row.tokens))
+        for batch in self._batches(rows, lambda row: len(row.tokens) + prefix // 4):
+            longest = max(len(row.tokens) for row in batch)
+            inputs = torch.zeros(len(batch), longest, dtype=torch.long)
+            positions = torch.zeros(len(batch), longest, dtype=torch.long)
+            seen = torch.zeros(len(batch), 1, longest, prefix + longest, dtype=torch.bool)
+            seen[:, :, :, :prefix] = True
+            for place, row in enumerate(batch):
+                size = len(row.tokens)
+                inputs[place, :size] = torch.tensor(row.tokens)
+                positions[place, :size] = torch.tensor(row.positions)
+                seen[place, 0, :size, prefix : prefix + size] = row.seen()
+                seen[place, 0, size:, prefix] = True
+            logits = self._forward(
+                inputs.to(self.device),
+                mask=self._mask(seen.to(self.device), style),
+                positions=positions.to(self.device),
+                cache=_repeated(cache, len(batch)),
+            )
+            requests = [request for row in batch for request in row.requests]
+            places = [(place, here) for place, row in enumerate(batch) for here in row.places]
+            yield self._gathered(requests, logits, places)
+
+    def _read_prefix(self, tokens: Sequence[int]) -> Any:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        self._forward(torch.tensor([list(tokens)], device=self.device), cache=cache, keep=1)
+        return cache
+
+    def _mask(self, seen: torch.Tensor, style: str) -> torch.Tensor:
+        if style == "bool":
+            return seen
+        return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, torch.finfo(torch.float32).min)
+
+    def _mask_style(self, longest: int) -> str:
+        """`bool` or `additive`: what mask this model honours, with positions and a cache; `plain` where none is."""
+        window = getattr(self.model.config, "sliding_window", None)
+        if _any_window(self.model.config) or (window is not None and longest >= window):
+            return "plain"
+        if self._style is None:
+            self._style = next((style for style in ("bool", "additive") if self._honours(style)), "plain")
+        return self._style
+
+    def _honours(self, style: str) -> bool:
+        """Whether a small tree scores as its branches do one by one."""
+        random = np.random.default_rng(0)
+        draw = lambda n: tuple(random.integers(0, self.vocabulary, n).tolist())  # noqa: E731
+        prefix, question = draw(5), draw(4)
+        tails = [draw(3), draw(2)]
+        requests = [_Request(i, (prefix + question + t)[:-1], t) for i, t in enumerate(tails)]
+        plain = dict(pair for part in self._plain(requests) for pair in part)
+        try:
+            tree = dict(
+                pair for part in self._shared([(requests, len(prefix + question))], len(prefix), style) for pair in part
+            )
+        except (RuntimeError, ValueError, TypeError, IndexError):  # a model that cannot take such a mask says so
+            return False
+        scale = 1e-3 if next(self.model.parameters()).dtype == torch.float32 else 0.1
+        return all(abs(plain[i].log_prob - tree[i].log_prob) < scale for i in plain)
+
+    def _decoded(self, requests: Sequence[tuple[str, str]]) -> list[Continuation]:
+        """For encoder–decoders: the context goes into the encoder, the continuation into the decoder."""
+        results = []
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i][0]))
+        for batch in self._batches(order, lambda i: len(requests[i][0]) // 2 + len(requests[i][1]) // 2 + 2):
+            sources = self._encode_all([requests[i][0] for i in batch])
+            targets = self._encode_all([requests[i][1] for i in batch])
+            results += list(zip(batch, self._decode_batch(sources, targets), strict=True))
+        return [answer for _, answer in sorted(results, key=lambda pair: pair[0])]
+
+    def _decode_batch(self, sources: list[list[int]], targets: list[list[int]]) -> list[Continuation]:
+        end = self.tokenizer.eos_token_id
+        sources = [[*s, *([] if end is None else [end])][: self.context] for s in sources]
+        inputs, mask = _padded(sources, self.device)
+        begin = self.model.config.decoder_start_token_id
+        decoder, _ = _padded([[begin, *t[:-1]] for t in targets], self.device)
+        self.tokens_read += inputs.numel() + decoder.numel()
+        logits = self.model(input_ids=inputs, attention_mask=mask, decoder_input_ids=decoder).logits
+        requests = [_Request(i, (), tuple(t)) for i, t in enumerate(targets)]
+        places = [(i, list(range(len(t)))) for i, t in enumerate(targets)]
+        return [answer for _, answer in self._gathered(requests, logits, places)]
+
+    # generation
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[str], *, max_tokens: int = 64, stop: Sequence[str] = ()) -> list[str]:
+        """What the model writes after each prompt, greedily, up to the first of `stop` (left out) or `max_tokens`."""
+        written: list[str] = [""] * len(prompts)
+        ids = self._encode_all(list(prompts))
+        room = max(1, self.context - max_tokens)
+        order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
+        with Progress("generating", len(prompts), "prompts") as progress:
+            for batch in self._batches(order, lambda i: (len(ids[i]) + max_tokens) // 8):
+                rows = [([] if ids[i] and not self.start else [self.prefix_token]) + ids[i][-room:] for i in batch]
+                for i, text in zip(batch, self._generate_batch(rows, max_tokens, stop), strict=True):
+                    written[i] = text
+                progress.advance(len(batch))
+        return written
+
+    def _generate_batch(self, rows: list[list[int]], max_tokens: int, stop: Sequence[str]) -> list[str]:
+        from transformers import StoppingCriteriaList
+
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        inputs, mask = _padded(rows, self.device, left=not self.encoder_decoder, fill=int(pad or 0))
+        begin = 1 if self.encoder_decoder else inputs.shape[1]
+        stops = StoppingCriteriaList([_Stop(self.tokenizer, list(stop), begin)] if stop else [])
+        made = self.model.generate(
+            inputs,
+            attention_mask=mask,
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=int(pad or 0),
+            eos_token_id=self.tokenizer.eos_token_id,
+            stopping_criteria=stops,
+        )
+        self.tokens_read += made.numel()
+        texts = self.tokenizer.batch_decode(made[:, begin:], skip_special_tokens=True)
+        return [_before(text, stop) for text in texts]
+
+    # reading
+
+    def _forward(
+        self,
+        inputs: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        cache: Any = None,
+        keep: int = 0,
+    ) -> torch.Tensor:
+        """Logits [rows, length or keep, vocabulary]. Raises RunError where they are NaN."""
+        given: dict[str, Any] = {"use_cache": cache is not None}
+        if mask is not None:
+            given["attention_mask"] = mask
+        if positions is not None:
+            given["position_ids"] = positions
+        if cache is not None:
+            given["past_key_values"] = cache
+        if keep and self._keeps():
+            given["logits_to_keep"] = keep
+        self.tokens_read += inputs.numel()
+        logits = self.model(input_ids=inputs, **given).logits
+        if torch.isnan(logits[:, -1]).any():
+            raise RunError("the model gives NaN logits: its weights are damaged, or its precision is too low")
+        return logits
+
+    def _keeps(self) -> bool:
+        import inspect
+
+        return "logits_to_keep" in inspect.signature(type(self.model).forward).parameters
+
+    def _batches(self, things: Sequence[Any], length: Any) -> Iterator[list[Any]]:
+        """Consecutive things in batches whose logits stay below LOGIT_BYTES, padding counted in."""
+        most = max(1, LOGIT_BYTES // (4 * self.vocabulary))
+        batch: list[Any] = []
+        longest = 0
+        for thing in things:
+            longest = max(longest, length(thing), 1)
+            if batch and longest * (len(batch) + 1) > most:
+                yield batch
+                batch, longest = [], max(length(thing), 1)
+            batch.append(thing)
+        if batch:
+            yield batch
+
+    def _encode(self, text: str) -> list[int]:
+        return self._encode_all([text])[0]
+
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
+        from graft.data.render import encode
+
+        return encode(texts, self.tokenizer)
+
+    def _must_be_decoder(self) -> None:
+        name = type(self.model).__name__
+        if self.encoder_decoder or "MaskedLM" in name or not self.model.can_generate():
+            raise RequestError(f"expected a model that predicts text from left to right, found {name}")
+
+
+@dataclass(frozen=True)
+class _Branches:
+    """A row for requests that begin alike: what they share, then each one's own tokens."""
+
+    requests: list[_Request]
+    tokens: list[int]
+    positions: list[int]
+    branch: list[int]
+    places: list[list[int]]
+
+    @classmethod
+    def of(cls, requests: list[_Request], prefix: int, shared: int) -> _Branches:
+        """`shared` tokens, of which `prefix` are in the cache already."""
+        # a token that predicts the first one of a continuation may lie in the shared part, but not in the cache
+        tokens = list(requests[0].tokens[prefix:shared])
+        positions = list(range(prefix, shared))
+        branch = [-1] * len(tokens)
+        places = []
+        for number, request in enumerate(requests):
+            own = request.tokens[shared:]
+            start = len(tokens)
+            first = len(request.tokens) - len(request.wanted)
+            places.append(
+                [(start + at - shared) if at >= shared else at - prefix for at in range(first, len(request.tokens))]
+            )
+            tokens += own
+            positions += range(shared, len(request.tokens))
+            branch += [number] * len(own)
+        return cls(requests, tokens, positions, branch, places)
+
+    def seen(self) -> torch.Tensor:
+        """[length, length] bool: a token sees what is shared and its own branch, up to itself."""
+        branch = torch.tensor(self.branch)
+        same = (branch[:, None] == branch[None, :]) | (branch[None, :] == -1)
+        return same & torch.ones(len(branch), len(branch), dtype=torch.bool).tril()
+
+
+class _Stop:
+    """Ends a row once what it wrote holds a stop string."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: list[str], begin: int):
+        self.tokenizer, self.stop, self.begin = tokenizer, stop, begin
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        texts = self.tokenizer.batch_decode(ids[:, self.begin :], skip_special_tokens=True)
+        return torch.tensor([any(s in text for s in self.stop) for text in texts], device=ids.device)
+
+
+def longest_context(config: Any, most: int = 2048) -> int:
+    """Tokens a model can read, `most` at most."""
+    found = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    return min([most, *(int(n) for n in found if isinstance(n, int) and n > 0)])
+
+
+def _any_window(config: Any) -> bool:
+    """Whether a member of an ensemble attends within a window, which a mask from outside would widen."""
+    members = getattr(config, "members", None)
+    if not isinstance(members, list):
+        return False
+    return any(entry["config"].get("sliding_window") or entry["config"].get("members") for entry in members)
+
+
+def _windows(place: int, tokens: int, context: int) -> Iterator[tuple[int, int, int, int]]:
+    """(text, start, end, first scored): windows over targets `start … end`, of which those from `first` on count."""
+    end = min(tokens, context)
+    yield place, 0, end, 0
+    step = max(1, context // 2)
+    while end < tokens:
+        new = min(tokens, end + step)
+        yield place, new - context, new, end
+        end = new
+
+
+def _log_probs(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """log softmax(logits)[wanted] in float32, without making the softmax."""
+    logits = logits.float()
+    return logits.gather(-1, wanted[..., None])[..., 0] - torch.logsumexp(logits, dim=-1)
+
+
+def _move_spaces(context: str, continuation: str) -> tuple[str, str]:
+    trailing = len(context) - len(context.rstrip())
+    return (context[:-trailing], context[-trailing:] + continuation) if trailing else (context, continuation)
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two requests begin with together."""
+    size = min(len(first), len(second))
+    for place in range(size):
+        if first[place] != second[place]:
+            return place
+    return size
+
+
+def _usable(request: _Request) -> int:
+    """Tokens of a request that may be shared: those before the one that predicts its continuation's first."""
+    return len(request.tokens) - len(request.wanted)
+
+
+def _clusters(requests: list[_Request]) -> Iterator[tuple[list[_Request], int]]:
+    """Runs of sorted requests that begin with WORTH tokens or more together, and how many; others come with 0.
+
+    A run of one question's choices is left to `_groups`, unless questions share something as well.
+    """
+    runs: list[list[_Request]] = []
+    for request in requests:
+        if runs and min(_common(runs[-1][0].tokens, request.tokens), _usable(request)) >= WORTH:
+            runs[-1].append(request)
+        else:
+            runs.append([request])
+    alone: list[_Request] = []
+    for run in runs:
+        shared = min(min(_common(run[0].tokens, r.tokens) for r in run), min(map(_usable, run)))
+        if len(_groups(run, shared)) > 1:
+            yield run, shared
+        else:
+            alone += run
+    if alone:
+        yield alone, 0
+
+
+def _groups(requests: list[_Request], prefix: int) -> list[tuple[list[_Request], int]]:
+    """Sorted requests that go on alike behind `prefix`, with how many tokens they share: worth it from a quarter on."""
+    groups: list[tuple[list[_Request], int]] = []
+    for request in requests:
+        if groups:
+            group, shared = groups[-1]
+            common = min(shared, _common(group[0].tokens, request.tokens), _usable(request))
+            if (common - prefix) * 4 >= len(request.tokens) - prefix and common > prefix:
+                groups[-1] = ([*group, request], common)
+                continue
+        groups.append(([request], _usable(request)))
+    return groups
+
+
+def _repeated(cache: Any, times: int) -> Any:
+    """A copy of a cache of one row, for `times` rows; the original stays as it is."""
+    import copy
+
+    if cache is None:
+        return None
+    made = copy.copy(cache)
+    made.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in made.layers:
+        layer.keys = layer.keys.expand(times, -1, -1, -1)
+        layer.values = layer.values.expand(times, -1, -1, -1)
+    return made
+
+
+def _padded(
+    rows: list[list[int]], device: torch.device, *, left: bool = False, fill: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, attention mask), each [rows, longest]."""
+    longest = max(max(map(len, rows)), 1)
+    ids = [F.pad(torch.tensor(r, dtype=torch.long), _sides(longest - len(r), left), value=fill) for r in rows]
+    mask = [F.pad(torch.ones(len(r), dtype=torch.long), _sides(longest - len(r), left)) for r in rows]
+    return torch.stack(ids).to(device), torch.stack(mask).to(device)
+
+
+def _sides(size: int, left: bool) -> tuple[int, int]:
+    return (size, 0) if left else (0, size)
+
+
+def _before(text: str, stop: Sequence[str]) -> str:
+    ends = [text.index(s) for s in stop if s in text]
+    return text[: min(ends)] if ends else text

@@ -1,0 +1,72 @@
+"""How sure a score is, and whether two models differ: bootstraps, Wilson's interval, McNemar's test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+CONFIDENCE = 0.95
+DRAWS = 2000
+
+Score = Callable[[np.ndarray], np.ndarray]
+"""From how often each item was drawn, `[draws, items]`, to the score of each draw, `[draws]`."""
+
+
+def bootstrap(
+    score: Score, items: int, seed: int, *, draws: int = DRAWS, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """(low, high) of the percentile bootstrap over items (Efron 1979); of one item nothing is known: (nan, nan)."""
+    if items < 2:
+        return float("nan"), float("nan")
+    values = np.concatenate([score(counts) for counts in _resamples(items, seed, draws)])
+    low, high = np.nanquantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def paired_bootstrap(
+    first: Score, second: Score, items: int, seed: int, *, draws: int = DRAWS, confidence: float = CONFIDENCE
+) -> tuple[float, float, float]:
+    """(low, high, p) of first - second, both on the same resampled items (Koehn 2004).
+
+    p is two-sided: twice the share of draws in which the difference does not have the sign that it mostly has, with one
+    added to both counts so that it is never zero.
+    """
+    if items < 2:
+        return float("nan"), float("nan"), float("nan")
+    differences = np.concatenate([first(c) - second(c) for c in _resamples(items, seed, draws)])
+    low, high = np.nanquantile(differences, [(1 - confidence) / 2, (1 + confidence) / 2])
+    below, above = (differences <= 0).sum(), (differences >= 0).sum()
+    return float(low), float(high), float(min(1.0, 2 * (min(below, above) + 1) / (draws + 1)))
+
+
+def _resamples(items: int, seed: int, draws: int) -> Iterator[np.ndarray]:
+    """How often each item is drawn, in blocks `[some draws, items]` that stay small; float64 for exact sums."""
+    random = np.random.default_rng([seed, items])
+    block = max(1, min(draws, 4_000_000 // items))
+    for start in range(0, draws, block):
+        size = min(block, draws - start)
+        yield random.multinomial(items, np.full(items, 1 / items), size=size).astype(np.float64)
+
+
+def wilson(successes: float, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """(low, high) for a proportion (Wilson 1927)."""
+    from scipy.stats import norm
+
+    if trials == 0:
+        return float("nan"), float("nan")
+    z = float(norm.ppf((1 + confidence) / 2))
+    share = successes / trials
+    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * np.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+
+
+def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
+    """Two-sided p of McNemar's exact test (1947): `first`, `second` [items] bool, right or wrong on the same items."""
+    from scipy.stats import binomtest
+
+    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
+    if only_first + only_second == 0:
+        return 1.0
+    return float(binomtest(only_first, only_first + only_second, 0.5).pvalue)
