@@ -107,7 +107,7 @@ def _register() -> None:
 
 @contextmanager
 def _no_bars(keep: bool = False) -> Iterator[None]:
-    """Without the progress bars of `transformers`, which show for every small file; `keep` where a download may come."""
+    """Without the progress bars of `transformers`, shown for every small file; `keep` where a download may come."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
