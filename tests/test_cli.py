@@ -1,13 +1,174 @@
-"""The command line answers at once."""
+"""The command line: quick, the same conduct everywhere, and errors as sentences."""
 
+from __future__ import annotations
+
+import json
+import statistics
 import subprocess
 import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
 
 import graft
+from graft._verb_command import fields_of, models_field, requested
+from graft.cli import app
+from graft.errors import RequestError
+
+COMMANDS = ["run", "plan", "tree", "report", "pretrain", "tune", "merge", "ensemble", "eval", "chat"]
 
 
-def test_version_is_printed_without_heavy_imports():
-    code = "import sys, graft.cli; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
-    out = subprocess.check_output([sys.executable, "-c", "from graft.cli import main; main()", "--version"], text=True)
-    assert out.strip() == f"graft {graft.__version__}"
+def invoke(*words, input=""):
+    return CliRunner().invoke(app, [str(word) for word in words], input=input)
+
+
+def test_version_is_printed():
+    assert invoke("--version").stdout == f"graft {graft.__version__}\n"
+
+
+def test_help_answers_in_under_a_third_of_a_second():
+    def seconds():
+        started = time.perf_counter()
+        code = "import sys; from graft.cli import main; sys.argv = ['graft', '--help']; main()"
+        out = subprocess.check_output([sys.executable, "-c", code], text=True)
+        assert all(f" {name} " in out for name in COMMANDS)
+        return time.perf_counter() - started
+
+    assert statistics.median(seconds() for _ in range(5)) < 0.3
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example_and_json(name):
+    result = invoke(name, "--help")
+    assert result.exit_code == 0, result.output
+    assert f"Example: graft {name} " in result.stdout
+    assert "--json" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["pretrain", "tune", "merge", "ensemble"])
+def test_the_help_of_a_verb_lists_every_setting_of_its_types(name):
+    shown = invoke(name, "--help").stdout
+    assert fields_of(name)
+    assert not [field for field in fields_of(name) if f"--{field.replace('_', '-')}" not in shown]
+
+
+@pytest.fixture
+def family(tmp_path, growing):
+    recipe = tmp_path / "family.yaml"
+    recipe.write_text("family: f\nmodels:\n  a: {grow: }\n  b: {grow: {parents: [a]}}\n")
+    return recipe, tmp_path / "run"
+
+
+def test_run_plan_tree_and_report_print_one_json_value_and_nothing_else(family):
+    recipe, folder = family
+    assert {m["state"] for m in json.loads(invoke("plan", recipe, "--out", folder, "--json").stdout)["models"]} == {
+        "run"
+    }
+    assert json.loads(invoke("run", recipe, "--out", folder, "--dry-run", "--json").stdout)["family"] == "f"
+    made = json.loads(invoke("run", recipe, "--out", folder, "--json").stdout)
+    assert made["made"] == ["a", "b"]
+    assert made["report"] == str(folder / "report.html")
+    assert json.loads(invoke("report", folder, "--json").stdout)["family"] == "f"
+    tree = json.loads(invoke("tree", folder, "--json").stdout)
+    assert [(member["name"], member["parents"]) for member in tree] == [("a", []), ("b", ["a"])]
+
+
+def test_people_see_tables_and_where_the_report_is(family):
+    recipe, folder = family
+    ran = invoke("run", recipe, "--out", folder)
+    assert ran.exit_code == 0
+    assert ran.stdout.rstrip().endswith(f"report: {folder / 'report.html'}")
+    assert "└── b · grow" in invoke("tree", recipe).stdout
+    assert "there already" in invoke("plan", recipe, "--out", folder).stdout
+
+
+def test_a_wrong_request_exits_with_2_and_says_all_that_is_wrong_without_a_trace(family):
+    recipe, _ = family
+    recipe.write_text("family: f\nmodels:\n  a: {grwo: }\n  b: {grow: {parents: [c]}}\n")
+    result = invoke("run", recipe)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "line 3: models.a.grwo: unknown verb 'grwo' (did you mean 'grow'?)" in result.stderr
+    assert "line 4: models.b.grow.parents.0: unknown model 'c'" in result.stderr
+    assert "Traceback" not in result.stderr
+    as_json = json.loads(invoke("run", recipe, "--json").stdout)
+    assert as_json["exit_code"] == 2
+    assert "unknown verb 'grwo'" in as_json["error"]
+
+
+def test_a_run_that_fails_exits_with_1_and_debug_shows_the_trace(family, monkeypatch):
+    recipe, folder = family
+    recipe.write_text("family: f\nmodels:\n  a: {grow: {fails: true}}\n")
+    result = invoke("run", recipe, "--out", folder)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "graft: a: the loss is NaN" in result.stderr
+    assert "Traceback" not in result.stderr
+    monkeypatch.setenv("GRAFT_DEBUG", "1")
+    assert "raise TrainingError" in invoke("run", recipe, "--out", folder).stderr
+
+
+def test_debug_may_stand_anywhere(family):
+    recipe, _ = family
+    recipe.write_text("family: f\nmodels:\n  a: {grow: {fails: true}}\n")
+    code = f"import sys; from graft.cli import main; sys.argv = ['graft', 'run', {str(recipe)!r}, '--debug']; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=recipe.parent)
+    assert done.returncode == 1
+    assert "raise TrainingError" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["tree", "nowhere"], ["report", "nowhere"], ["chat", "nowhere", "-p", "x"], ["plan", "nowhere.yaml"],
+              ["tune", "out", "--from", "nowhere", "--data", "x.jsonl"], ["merge"],
+              ["eval", "nowhere", "--on", "x.jsonl"]],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_every_command_refuses_what_is_not_there_with_2(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*words)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("graft: ")
+    assert "expected" in result.stderr
+
+
+def test_options_of_a_verb_become_settings():
+    words = ["out", "--from", "a/model", "--learning-rate=1e-4", "--budget", "2M tokens"]
+    assert requested("tune", words, ["method.full.freeze=['*.embed*']", "clip=null"]) == (
+        "out",
+        {
+            "from": "a/model",
+            "learning_rate": 1e-4,
+            "budget": "2M tokens",
+            "method": {"full": {"freeze": ["*.embed*"]}},
+            "clip": None,
+        },
+    )
+
+
+def test_models_stand_behind_the_folder_with_weights_or_without():
+    assert models_field(fields_of("ensemble")) == "members"
+    assert models_field(fields_of("merge")) == "models"
+    assert models_field(fields_of("tune")) is None
+    assert requested("merge", ["out", "a=0.25", "b/c=0.75"], []) == ("out", {"models": {"a": 0.25, "b/c": 0.75}})
+    assert requested("ensemble", ["out", "a", "b"], []) == ("out", {"members": ["a", "b"]})
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "expected the folder to write"),
+        (["out", "a=0.5", "b"], "expected a weight for every model or for none, found a=0.5 b"),
+        (["out", "a=half"], "expected a weight such as 0.5 behind the =, found 'half'"),
+        (["out", "--density"], "expected a value after --density"),
+    ],
+)
+def test_words_that_say_nothing_are_refused(words, expected):
+    with pytest.raises(RequestError, match=expected):
+        requested("merge", words, [])
+
+
+def test_an_option_that_a_verb_does_not_have_is_shown_with_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke("pretrain", "out", "--data", "x.jsonl", "--lerning-rate", "1")
+    assert result.exit_code == 2
+    assert "lerning_rate: unknown key (did you mean 'learning_rate'?)" in result.stderr

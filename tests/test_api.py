@@ -1,0 +1,108 @@
+"""The Python face: rooms that can be called, one node without a recipe, and nothing heavy before it is asked for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import graft
+from graft.errors import DataError, RecipeError, RequestError
+from graft.lineage import read_manifest
+from graft.one import data_at, make_one
+
+
+def test_rooms_are_callable_whether_they_were_imported_first_or_not():
+    import graft.plan
+    import graft.run
+    import graft.tree
+    from graft.run import run
+
+    assert callable(graft.run)
+    assert callable(graft.plan)
+    assert callable(graft.tree)
+    assert graft.run.run is run
+    assert all(callable(getattr(graft, name)) for name in ("load", "chat", "report", "tune", "pretrain", "ensemble"))
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'graft' has no attribute 'mrege'"):
+        graft.mrege  # noqa: B018
+
+
+def test_a_run_a_plan_and_a_tree_from_python(tmp_path, growing):
+    recipe = tmp_path / "family.yaml"
+    recipe.write_text(
+        "family: f\nmodels:\n  a: {grow: }\n  b: {grow: {parents: [a]}}\n  c: {grow: {parents: [a]}}\n"
+        "  d: {grow: {parents: [b, c]}}\n"
+    )
+    folder = tmp_path / "run"
+    assert [step.state for step in graft.plan(recipe, folder).steps.values()] == ["run"] * 4
+    assert graft.run(recipe, folder).made == ["a", "b", "c", "d"]
+    assert [step.state for step in graft.plan(recipe, folder).steps.values()] == ["cached"] * 4
+    parents = {"a": (), "b": ("a",), "c": ("a",), "d": ("b", "c")}
+    for place in (recipe, folder, folder / "models" / "d"):
+        assert {name: member.parents for name, member in graft.tree(place).items()} == parents
+    assert set(graft.tree(folder / "models" / "b")) == {"a", "b"}
+
+
+def test_a_tree_names_ancestors_that_are_gone(tmp_path, growing):
+    make_one("grow", tmp_path / "mother", {})
+    make_one("grow", tmp_path / "child", {"parents": [str(tmp_path / "mother")]})
+    (tmp_path / "mother").rename(tmp_path / "moved")
+    assert [(m.name, m.verb) for m in graft.tree(tmp_path / "child").values()] == [
+        (str(tmp_path / "mother"), "gone"),
+        ("child", "grow"),
+    ]
+
+
+def test_one_node_is_cached_and_remade_by_the_same_rules_as_in_a_run(tmp_path, growing):
+    journal = tmp_path / "journal"
+    for steps, lines in ((2, 2), (2, 2), (3, 5)):
+        make_one("grow", tmp_path / "a", {"steps": steps, "journal": str(journal)})
+        assert len(journal.read_text().splitlines()) == lines
+    make_one("grow", tmp_path / "a", {"steps": 3, "journal": str(journal)}, force=True)
+    assert len(journal.read_text().splitlines()) == 8
+    make_one("grow", tmp_path / "b", {"parents": [str(tmp_path / "a")]})
+    manifest = read_manifest(tmp_path / "b")
+    assert [(parent.path, parent.hash) for parent in manifest.parents] == [("../a", read_manifest(tmp_path / "a").hash)]
+
+
+def test_one_node_refuses_what_is_not_there_and_what_it_would_overwrite(tmp_path, growing):
+    with pytest.raises(RequestError, match="expected a model's folder, found none at nowhere"):
+        make_one("grow", tmp_path / "a", {"parents": ["nowhere"]})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(RequestError, match="is there already and was not made by graft"):
+        make_one("grow", tmp_path / "mine", {})
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    make_one("grow", tmp_path / "e", {"kind": "encoder"})
+    make_one("grow", tmp_path / "d", {"kind": "decoder"})
+    with pytest.raises(RecipeError, match="parents of one kind"):
+        make_one("grow", tmp_path / "both", {"parents": [str(tmp_path / "d"), str(tmp_path / "e")]})
+
+
+def test_a_data_file_is_known_by_its_suffix(tmp_path):
+    for name, source in (("a.jsonl", "jsonl"), ("b.csv.gz", "csv"), ("c.txt", "text"), ("d.parquet", "parquet")):
+        (tmp_path / name).write_text("x")
+        assert data_at(str(tmp_path / name)) == {"source": source, "path": str((tmp_path / name).resolve())}
+    (tmp_path / "set.yaml").write_text("source: python-library\nkeep: code\n")
+    assert data_at(str(tmp_path / "set.yaml")) == {"source": "python-library", "keep": "code"}
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x.md").write_text("x")
+    assert data_at(str(tmp_path / "folder"))["source"] == "text"
+    (tmp_path / "weights.bin").write_text("x")
+    with pytest.raises(DataError, match=r"expected files ending in one of .jsonl.*found none"):
+        data_at(str(tmp_path / "weights.bin"))
+    with pytest.raises(DataError, match=r"found nothing at nowhere\.jsonl"):
+        data_at("nowhere.jsonl")
+
+
+def test_a_report_is_written_again_from_python(tmp_path, growing):
+    recipe = tmp_path / "family.yaml"
+    recipe.write_text("family: f\nmodels: {a: {grow: }}\n")
+    graft.run(recipe, tmp_path / "run")
+    (tmp_path / "run" / "report.html").unlink()
+    page = graft.report(tmp_path / "run")
+    assert page.is_file()
+    assert json.loads((tmp_path / "run/models/a/graft.json").read_text())["name"] == "a"

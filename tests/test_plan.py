@@ -1,0 +1,104 @@
+"""A plan says what is there, what is to be made, and what that costs; a node's key is the hash of all that makes it."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from graft.plan import Places, make_plan, plain, render
+from graft.plan.keys import keys_of
+from graft.plan.table import clock, count, size
+from graft.recipe import read_recipe
+from graft.run import run
+
+RECIPE = """
+family: f
+data:
+  notes: {source: jsonl, path: notes.jsonl}
+models:
+  base: {grow: {steps: 3, data: notes}}
+  left: {grow: {parents: [base], steps: 90}}
+  alone: {grow: {steps: 1}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, growing):
+    (tmp_path / "notes.jsonl").write_text('{"text": "one"}\n')
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def keys(recipe, old="", new=""):
+    assert old in RECIPE
+    recipe.write_text(RECIPE.replace(old, new))
+    return keys_of(read_recipe(recipe))
+
+
+def changed(recipe, old, new):
+    before, after = keys(recipe), keys(recipe, old, new)
+    return {name for name in before if before[name] != after[name]}
+
+
+def test_a_key_changes_with_everything_that_makes_a_node_and_with_nothing_else(recipe):
+    assert changed(recipe, "steps: 3", "steps: 4") == {"base", "left"}
+    assert changed(recipe, "steps: 90}}", "steps: 90}, seed: 5}") == {"left"}
+    assert changed(recipe, "family: f", "family: g") == set()
+    assert changed(recipe, "family: f", "# a comment\nfamily: f") == set()
+    assert changed(recipe, "family: f", "family: f\nseed: 1") == {"base", "left", "alone"}
+    assert changed(recipe, "steps: 1}", "steps: 1, kind: decoder}") == set()
+
+
+def test_a_key_follows_the_content_of_the_data_not_its_place(recipe, tmp_path):
+    before = keys(recipe)
+    (tmp_path / "notes.jsonl").rename(tmp_path / "moved.jsonl")
+    assert keys(recipe, "notes.jsonl", "moved.jsonl") == before
+    (tmp_path / "moved.jsonl").write_text('{"text": "two"}\n')
+    after = keys(recipe, "notes.jsonl", "moved.jsonl")
+    assert {name for name in before if before[name] != after[name]} == {"base", "left"}
+
+
+def test_a_key_changes_with_the_version_of_the_verb(recipe, monkeypatch):
+    before = keys(recipe)
+    monkeypatch.setattr(type(read_recipe(recipe).models["base"].verb), "version", 2)
+    assert not set(before.values()) & set(keys(recipe).values())
+
+
+def test_states_follow_the_folder(recipe, tmp_path):
+    places = Places(tmp_path / "run")
+    run(recipe, places.folder, only=["base"])
+    begun = places.work("left")
+    begun.mkdir(parents=True)
+    (begun / "key").write_text(keys(recipe)["left"])
+    (places.work("alone")).mkdir(parents=True)
+    (places.work("alone") / "key").write_text("another")
+    states = {name: step.state for name, step in make_plan(read_recipe(recipe), places).steps.items()}
+    assert states == {"base": "cached", "left": "resume", "alone": "run"}
+
+
+def test_totals_count_what_is_still_to_be_made(recipe, tmp_path):
+    places = Places(tmp_path / "run")
+    everything = plain(make_plan(read_recipe(recipe), places))["total"]
+    assert everything == {"disk_bytes": 3000, "memory_bytes": 2000, "seconds": 94.0}
+    run(recipe, places.folder, only=["base"])
+    assert plain(make_plan(read_recipe(recipe), places))["total"]["seconds"] == 91.0
+
+
+def test_the_table_shows_each_node_and_the_total(recipe, tmp_path):
+    out = io.StringIO()
+    Console(file=out, width=120).print(render(make_plan(read_recipe(recipe), Places(tmp_path / "run"))))
+    text = out.getvalue()
+    assert "left" in text
+    assert "grow of base" in text
+    assert "1.5 min" in text
+    assert "1.6 min" in text
+    assert "3 kB" in text
+
+
+def test_figures_are_written_short():
+    assert [size(n) for n in (999, 12_400_000, 3.2e9)] == ["999 B", "12.4 MB", "3.2 GB"]
+    assert [count(n) for n in (40, 3_100_000, 1.1e9)] == ["40", "3.1M", "1.1B"]
+    assert [clock(s) for s in (None, 0.3, 42, 210, 7560)] == ["?", "under 1 s", "42 s", "3.5 min", "2.1 h"]
