@@ -28,6 +28,9 @@ class Corpus:
     @cached_property
     def format(self) -> str:
         """`text`, `completion`, `chat`, `labelled` or `pairs`. Raises DataError where the first record has none."""
+        given = getattr(self.settings, "format", None)
+        if given is not None:
+            return given
         _, record = next(iter(sources.read(self.settings, self.root)), (None, None))
         if record is None:
             raise DataError(f"{self.name}: expected records, found none")

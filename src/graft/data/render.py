@@ -42,6 +42,8 @@ def prompt_and_answer(record: dict[str, Any]) -> tuple[str, str]:
 
 def render(records: Sequence[dict[str, Any]], format: str, tokenizer: PreTrainedTokenizerFast) -> Iterator[Rendered]:
     """The records as tokens, in one batched call of the tokenizer (which uses all cores)."""
+    if format == "raw":
+        raise DataError("raw records say nothing of what is to be produced: give their `format` and `fields`")
     if format == "text":
         yield from _texts(records, tokenizer)
     elif format == "chat":

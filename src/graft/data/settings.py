@@ -10,7 +10,7 @@ from graft.errors import Problem, SettingsError, UnknownName
 from graft.settings import DataRef, Settings
 from graft.settings import parse as parse_settings
 
-Format = Literal["text", "completion", "chat", "labelled", "pairs"]
+Format = Literal["text", "completion", "chat", "labelled", "pairs", "raw"]
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 
@@ -21,7 +21,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "labelled": ("text", "label"),
     "text": ("text",),
 }
-"""The fields of a record of each format, in the order in which formats are inferred."""
+"""The fields of a record of each format, in the order in which formats are inferred. `raw` keeps all, for tasks."""
 
 
 class Shares(Settings):

@@ -237,6 +237,8 @@ class Shape:
 
     def record(self, row: Record, place: str) -> Record:
         """The record. Raises DataError, naming `place`, where a field is missing or of the wrong type."""
+        if self.format == "raw":
+            return dict(row)
         self.format = self.format or self._infer(row, place)
         record = {}
         for name in kinds.FIELDS[self.format]:

@@ -1,6 +1,7 @@
 """Metrics. Each is a function of sums of per-item statistics, so that resampling items never scores anything again.
 
-Outputs become statistics `[items, k]`; `Metric.value` turns weighted sums of them, `[draws, k]`, into scores `[draws]`. A confusion matrix is such a sum, and so are BLEU's and chrF's counts.
+Outputs become statistics `[items, k]`; `Metric.value` turns weighted sums of them, `[draws, k]`, into scores
+`[draws]`. A confusion matrix is such a sum, and so are BLEU's and chrF's counts.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -146,3 +147,8 @@ def _mcc(confusion: np.ndarray) -> np.ndarray:
     top = right * total - (truth * guess).sum(1)
     bottom = np.sqrt((total**2 - (guess**2).sum(1)) * (total**2 - (truth**2).sum(1)))
     return np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
+
+
+def renamed(metric: Metric, name: str) -> Metric:
+    """The same metric under another name."""
+    return replace(metric, name=name)

@@ -2,8 +2,8 @@
 
 Shared text is read once. Requests are sorted by their tokens; what many of them begin with (a few-shot prompt) is read
 once into a cache; requests that go on alike (one question, several choices) are packed into one row, in which a mask
-lets each choice see the question and itself only. Whether a model honours such masks is found out on the model itself, by
-comparing with plain rows; where it does not, plain rows are used.
+lets each choice see the question and itself only. Whether a model honours such masks is found out on the model itself,
+by comparing with plain rows; where it does not, plain rows are used.
 """
 
 from __future__ import annotations
@@ -251,9 +251,8 @@ class Scorer:
     def _honours(self, style: str) -> bool:
         """Whether a small tree scores as its branches do one by one."""
         random = np.random.default_rng(0)
-        draw = lambda n: tuple(random.integers(0, self.vocabulary, n).tolist())  # noqa: E731
-        prefix, question = draw(5), draw(4)
-        tails = [draw(3), draw(2)]
+        ids = [int(token) for token in random.integers(0, self.vocabulary, size=14)]
+        prefix, question, tails = tuple(ids[:5]), tuple(ids[5:9]), [tuple(ids[9:12]), tuple(ids[12:])]
         requests = [_Request(i, (prefix + question + t)[:-1], t) for i, t in enumerate(tails)]
         plain = dict(pair for part in self._plain(requests) for pair in part)
         try:

@@ -1,0 +1,188 @@
+"""From a measure and a model to per-item statistics: what was measured on which item, and what came out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graft import data
+from graft.data.corpus import identity_of, text_of
+from graft.data.render import prompt_and_answer
+from graft.errors import RequestError
+from graft.evaluate import metrics
+from graft.evaluate.scorer import Scorer
+from graft.evaluate.settings import BitsPerByte, Classification, Generation, Measure, OnData, Perplexity, TaskMeasure
+from graft.evaluate.tasks import Task, TaskSettings, load_task, make_task, shots
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One thing to measure: a measure on one data set and split, with its items read."""
+
+    measure: Measure
+    name: str
+    task: Task | None
+    on: str
+    version: int
+    records: list[dict[str, Any]]
+    importance: np.ndarray
+    """How much each item counts, [items]; all ones apart from mixtures."""
+    examples: list[dict[str, Any]]
+    fingerprint: str
+
+    @property
+    def ids(self) -> list[str]:
+        """What each item is called: a hash of its content."""
+        return [f"{identity_of(record):016x}" for record in self.records]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A metric with its statistics `[items, k]` and what stands beside each item in the file of items."""
+
+    metric: metrics.Metric
+    statistics: np.ndarray
+    notes: list[dict[str, Any]]
+
+
+def subjects(measure: Measure, sets: Mapping[str, Any], root: Path) -> list[Subject]:
+    """A measure on each of its data sets. Raises DataError for one that is empty or of the wrong format."""
+    if isinstance(measure, TaskMeasure):
+        return [_of_task(measure, sets, root)]
+    assert isinstance(measure, OnData)
+    return [_on_data(measure, reference, sets, root) for reference in measure.on]
+
+
+def _on_data(measure: OnData, reference: str, sets: Mapping[str, Any], root: Path) -> Subject:
+    name, split = data.split_ref(reference)
+    corpus = data.open_corpus(sets, name, root)
+    records, parts = [], []
+    for part, share in corpus.parts:
+        found = list(itertools.islice(part.records(split), measure.limit))
+        records += found
+        parts.append((found, share))
+    task = None
+    if isinstance(measure, Classification):
+        task = _classification(measure, reference, records, corpus.format)
+    elif isinstance(measure, Generation):
+        task = _generation(measure, reference, corpus.format)
+    kind = str(measure.measure)  # type: ignore[attr-defined]
+    return Subject(measure, kind, task, reference, 1, records, _importance(parts), [], corpus.fingerprint)
+
+
+def _importance(parts: Sequence[tuple[list[dict[str, Any]], float]]) -> np.ndarray:
+    """So that each part of a mixture counts by its share of the bytes, however much text it has; mean one."""
+    if len(parts) == 1:
+        return np.ones(len(parts[0][0]))
+    sizes = [sum(len(text_of(r).encode("utf-8", "surrogatepass")) for r in records) for records, _ in parts]
+    total = sum(sizes)
+    each = [np.full(len(r), share * total / max(size, 1)) for (r, share), size in zip(parts, sizes, strict=True)]
+    return np.concatenate(each)
+
+
+def _classification(measure: Classification, on: str, records: Sequence[dict[str, Any]], format: str) -> Task:
+    if format != "labelled":
+        raise RequestError(f"classification on {on}: expected labelled data, found {format}")
+    labels = measure.labels or sorted({record["label"] for record in records})
+    raw = {
+        "name": on,
+        "data": on,
+        "prompt": measure.prompt,
+        "choices": [],
+        "target": "{{ label }}",
+        "metrics": measure.metrics,
+    }
+    return make_task(TaskSettings.model_validate(raw), {"choices": lambda record: labels})
+
+
+def _generation(measure: Generation, on: str, format: str) -> Task:
+    if format not in ("completion", "pairs"):
+        raise RequestError(f"generation on {on}: expected prompts with completions, or pairs; found {format} data")
+    raw = {"name": on, "data": on, "metrics": measure.metrics, "max_tokens": measure.max_tokens, "stop": measure.stop}
+    halves = {"prompt": lambda r: prompt_and_answer(dict(r))[0], "target": lambda r: [prompt_and_answer(dict(r))[1]]}
+    return make_task(TaskSettings.model_validate(raw), halves)
+
+
+def _of_task(measure: TaskMeasure, sets: Mapping[str, Any], root: Path) -> Subject:
+    path = root / measure.task
+    task = load_task(path)
+    settings = task.settings
+    if isinstance(settings.data, str):
+        corpus = data.open_corpus(sets, data.split_ref(settings.data)[0], root)
+    else:
+        own = data.parse(settings.data, (path.name, "data"))
+        corpus = data.open_corpus({settings.name: own}, settings.name, path.parent)
+    records = list(itertools.islice(corpus.records(settings.split), measure.limit))
+    examples = list(itertools.islice(corpus.records(settings.shots_from), settings.shots)) if settings.shots else []
+    if len(examples) < settings.shots:
+        raise RequestError(
+            f"{path}: expected {settings.shots} examples in {settings.shots_from}, found {len(examples)}"
+        )
+    on = f"{settings.name}.{settings.split}"
+    ones = np.ones(len(records))
+    return Subject(measure, "task", task, on, settings.version, records, ones, examples, corpus.fingerprint)
+
+
+def score(subject: Subject, scorer: Scorer) -> list[Scored]:
+    """Every metric of the subject for one model, items in the order of `subject.records`."""
+    if isinstance(subject.measure, BitsPerByte | Perplexity):
+        return [_documents(subject, scorer)]
+    assert subject.task is not None
+    before = shots(subject.task, subject.examples)
+    if subject.task.choices is not None:
+        return _choose(subject, subject.task, before, scorer)
+    return _write(subject, subject.task, before, scorer)
+
+
+def _documents(subject: Subject, scorer: Scorer) -> Scored:
+    found = scorer.documents([text_of(record) for record in subject.records])
+    notes = [{"nats": -float(d.log_probs.sum()), "tokens": len(d.log_probs), "bytes": d.bytes} for d in found]
+    if isinstance(subject.measure, BitsPerByte):
+        sums = np.array([[d.bits, d.bytes] for d in found])
+        return Scored(metrics.BITS_PER_BYTE, sums * subject.importance[:, None], notes)
+    sums = np.array([[-d.log_probs.sum(), len(d.log_probs)] for d in found])
+    return Scored(metrics.PERPLEXITY, sums * subject.importance[:, None], notes)
+
+
+def _choose(subject: Subject, task: Task, before: str, scorer: Scorer) -> list[Scored]:
+    """Each choice is scored after the prompt; raw, per byte of the choice (lm-eval's acc_norm) and per token."""
+    assert task.choices is not None
+    options = [task.choices(record) for record in subject.records]
+    requests = [(before + task.prompt(r), o) for r, own in zip(subject.records, options, strict=True) for o in own]
+    answers = iter(scorer.loglikelihoods(requests))
+    truths = [task.right(record) for record in subject.records]
+    guesses: dict[str, list[int]] = {"raw": [], "byte": [], "token": []}
+    notes = []
+    for own, truth in zip(options, truths, strict=True):
+        found = [next(answers) for _ in own]
+        raw = np.array([a.log_prob for a in found])
+        by = {
+            "raw": raw,
+            "byte": raw / [max(len(o.encode()), 1) for o in own],
+            "token": raw / [a.tokens for a in found],
+        }
+        for name, values in by.items():
+            guesses[name].append(int(np.argmax(values)))
+        notes.append({"log_probs": raw.tolist(), "right": truth, "chosen": guesses["raw"][-1]})
+    classes = max(len(own) for own in options)
+    made = []
+    for name in task.metrics:
+        kind = {"accuracy_per_byte": "byte", "accuracy_per_token": "token"}.get(name, "raw")
+        plain = "accuracy" if name.startswith("accuracy") else name
+        metric, sums = metrics.class_metric(plain, guesses[kind], truths, classes)
+        made.append(Scored(metrics.renamed(metric, name), sums, notes))
+    return made
+
+
+def _write(subject: Subject, task: Task, before: str, scorer: Scorer) -> list[Scored]:
+    prompts = [before + task.prompt(record) for record in subject.records]
+    written = scorer.generate(prompts, max_tokens=task.settings.max_tokens, stop=task.settings.stop)
+    targets = [task.target(record) for record in subject.records]
+    notes = [{"written": w, "targets": t} for w, t in zip(written, targets, strict=True)]
+    found = (metrics.text_metric(name, written, targets) for name in task.metrics)
+    return [Scored(metric, sums, notes) for metric, sums in found]

@@ -1,0 +1,261 @@
+"""Measuring a family: every measure of every model, then every pair of models on the same items."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from graft import lineage, models
+from graft.errors import RunError
+from graft.evaluate import metrics, statistics
+from graft.evaluate.items import Scored, Subject, score, subjects
+from graft.evaluate.results import Results, Row, key_of
+from graft.evaluate.scorer import Scorer
+from graft.evaluate.settings import Measure
+
+VERSION = 1
+"""Counted up when the same model and items give other numbers."""
+
+
+def evaluate(
+    folders: Mapping[str, Path],
+    measures: Sequence[Measure],
+    *,
+    data: Mapping[str, Any],
+    root: Path,
+    out: Path,
+    cache: Path,
+    seed: int,
+    device: str | None,
+) -> list[Row]:
+    """See `graft.evaluate.evaluate`."""
+    results = Results(out)
+    asked = [subject for measure in measures for subject in subjects(measure, data, root)]
+    hashes = {name: lineage.hash_model(folder) for name, folder in folders.items()}
+    rows: list[Row] = []
+    scored: dict[tuple[str, int], list[Row]] = {}
+    for name, folder in folders.items():
+        scorer = None
+        for number, subject in enumerate(asked):
+            key = _key(name, hashes[name], subject, seed)
+            found = _known(results, key, subject)
+            if found is None:
+                scorer = scorer or _scorer(folder, device)
+                found = _measure(results, key, name, folder, hashes[name], subject, scorer, seed)
+            scored[name, number] = found
+            rows += found
+        del scorer
+    for number, subject in enumerate(asked):
+        rows += _compared(results, subject, [scored[name, number] for name in folders], seed)
+    return rows
+
+
+def _scorer(folder: Path, device: str | None) -> Scorer:
+    import torch
+
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Scorer(models.load(folder, device=place), models.load_tokenizer(folder))
+
+
+def _key(model: str, model_hash: str, subject: Subject, seed: int) -> str:
+    return key_of(
+        model=model,
+        hash=model_hash,
+        on=subject.on,
+        settings=subject.measure.plain(),
+        task=subject.task.settings.plain() if subject.task else None,
+        version=[VERSION, subject.version],
+        data=subject.fingerprint,
+        seed=seed,
+    )
+
+
+def _known(results: Results, key: str, subject: Subject) -> list[Row] | None:
+    """The rows of an earlier run for this key, if all are there."""
+    names = subject.task.metrics if subject.task else [subject.name]
+    rows = [results.get(f"{key}:{name}") for name in names]
+    return [row for row in rows if row is not None] if all(row is not None for row in rows) else None
+
+
+def _measure(
+    results: Results, key: str, name: str, folder: Path, model_hash: str, subject: Subject, scorer: Scorer, seed: int
+) -> list[Row]:
+    """Score, write the items, then the rows."""
+    before, started = scorer.tokens_read, time.perf_counter()
+    with PeakMemory() as memory:
+        try:
+            found = score(subject, scorer)
+        except RunError as error:
+            raise RunError(f"{name} on {subject.on}: {error}") from None
+    seconds = time.perf_counter() - started
+    cost = {
+        "tokens_per_s": (scorer.tokens_read - before) / max(seconds, 1e-9),
+        "seconds": seconds,
+        "peak_memory_bytes": memory.peak,
+        "disk_bytes": disk_bytes(folder),
+    }
+    rows = []
+    for one in found:
+        own = f"{key}:{one.metric.name}"
+        row = _row(name, model_hash, subject, one, seed, cost)
+        items = results.write_items(key_of(key=own), subject.ids, one.statistics, one.notes)
+        rows.append(results.append({**row, "key": own, "items": items}))
+    return rows
+
+
+def _row(name: str, model_hash: str, subject: Subject, scored: Scored, seed: int, cost: Mapping[str, float]) -> Row:
+    metric, sums = scored.metric, scored.statistics
+    value = float(metric.value(sums.sum(0, keepdims=True))[0])
+    if not np.isfinite(value):
+        raise RunError(
+            f"{name} on {subject.on}: {metric.name} is {value}: the model gives probability zero to what comes, or NaN"
+        )
+    if metric.proportion:
+        low, high = statistics.wilson(float(sums[:, 0].sum()), len(sums))
+    else:
+        low, high = statistics.bootstrap(_resampled(metric, sums), len(sums), seed)
+    return {
+        "kind": "score",
+        "model": name,
+        "model_hash": model_hash,
+        "measure": subject.name,
+        "task": subject.task.settings.name if subject.task else subject.name,
+        "metric": metric.name,
+        "on": subject.on,
+        "value": value,
+        "low": _finite(low),
+        "high": _finite(high),
+        "confidence": statistics.CONFIDENCE,
+        "interval": "wilson" if metric.proportion else f"bootstrap, {statistics.DRAWS} draws",
+        "n": len(sums),
+        "unit": metric.unit,
+        "signature": metric.signature,
+        "higher_is_better": metric.higher_is_better,
+        "task_version": subject.version,
+        "seed": seed,
+        "settings": subject.measure.plain(),
+        "data": subject.fingerprint,
+        "cost": dict(cost),
+        "versions": lineage.versions(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def _resampled(metric: metrics.Metric, sums: np.ndarray) -> statistics.Score:
+    return lambda counts: metric.value(counts @ sums)
+
+
+def _compared(results: Results, subject: Subject, by_model: Sequence[Sequence[Row]], seed: int) -> list[Row]:
+    """Every pair of models, metric by metric, on the same items."""
+    rows = []
+    for first, second in itertools.combinations(by_model, 2):
+        for a, b in zip(first, second, strict=True):
+            key = key_of(first=a["key"], second=b["key"], kind="comparison")
+            row = results.get(key) or _compare(results, subject, a, b, seed, key)
+            rows += [row] if row else []
+    return rows
+
+
+def _compare(results: Results, subject: Subject, a: Row, b: Row, seed: int, key: str) -> Row | None:
+    first, second = results.read_items(a), results.read_items(b)
+    if first is None or second is None or first[0] != second[0]:
+        return None
+    metric = _metric_of(subject, a["metric"], first[1])
+    test = "paired bootstrap"
+    low, high, p = statistics.paired_bootstrap(
+        _resampled(metric, first[1]), _resampled(metric, second[1]), a["n"], seed
+    )
+    if metric.proportion:
+        test, p = "McNemar, exact", statistics.mcnemar(first[1][:, 0] > 0.5, second[1][:, 0] > 0.5)
+    return results.append(
+        {
+            "kind": "comparison",
+            "key": key,
+            "models": [a["model"], b["model"]],
+            "model_hashes": [a["model_hash"], b["model_hash"]],
+            **{
+                name: a[name]
+                for name in ("measure", "task", "metric", "on", "n", "higher_is_better", "task_version", "seed")
+            },
+            "difference": a["value"] - b["value"],
+            "low": _finite(low),
+            "high": _finite(high),
+            "p": _finite(p),
+            "test": test,
+            "confidence": statistics.CONFIDENCE,
+        }
+    )
+
+
+def _metric_of(subject: Subject, name: str, sums: np.ndarray) -> metrics.Metric:
+    """The metric behind statistics that were read from a file."""
+    if name == "bits_per_byte":
+        return metrics.BITS_PER_BYTE
+    if name == "perplexity":
+        return metrics.PERPLEXITY
+    if name in ("bleu", "chrf"):
+        return metrics.text_metric(name, ["a"], [["a"]])[0]
+    if name in ("f1_macro", "f1_micro", "mcc"):
+        return metrics.class_metric(name, [0], [0], round(sums.shape[1] ** 0.5))[0]
+    return metrics.mean(name, proportion=name.startswith("accuracy") or name == "exact_match")
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes of the model's files; an ensemble's are those of its members."""
+    own = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file() and "checkpoints" not in p.parts)
+    config = lineage.read_config(folder)
+    outside = [
+        folder / m["path"]
+        for m in config.get("members", [])
+        if isinstance(m, dict) and not m["path"].startswith("members/")
+    ]
+    return own + sum(disk_bytes(place) for place in outside if place.is_dir())
+
+
+class PeakMemory:
+    """The most memory this process holds while it is open, looked at twenty times a second; on a GPU as torch says."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        import psutil
+
+        process = psutil.Process(os.getpid())
+        while True:
+            self.peak = max(self.peak, process.memory_info().rss)
+            if self._ended.wait(0.05):
+                return
+
+    def __enter__(self) -> PeakMemory:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        import torch
+
+        self._ended.set()
+        self._thread.join()
+        if torch.cuda.is_available():
+            self.peak = max(int(torch.cuda.max_memory_allocated()), 1)
