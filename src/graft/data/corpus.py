@@ -79,7 +79,8 @@ class Corpus:
             identity = identity_of(record)
             if identity not in seen:
                 seen.add(identity)
-                yield split or _split_of(identity, self.settings, taken), record
+                place = split or _split_of(identity, self.settings, taken)
+                yield from ((place, piece) for piece in _pieces(record, self.settings.pieces))
 
     def _why_empty(self, split: str) -> str:
         documents = sum(1 for _ in self._placed())
@@ -137,6 +138,18 @@ def open_corpus(settings: Mapping[str, DataSettings], name: str, root: Path) -> 
             before = shares.get(corpus.name, (corpus, 0.0))[1]
             shares[corpus.name] = (corpus, before + share * inner)
     return MixedCorpus(name, list(shares.values()))
+
+
+def _pieces(record: Record, size: int | None) -> Iterator[Record]:
+    """A text cut behind the first line end at or after every `size` characters; any other record as it is."""
+    if size is None or set(record) != {"text"} or len(record["text"]) <= size:
+        yield record
+        return
+    text, start = record["text"], 0
+    while start < len(text):
+        end = text.find("\n", start + size - 1) + 1 or len(text)
+        yield {"text": text[start:end]}
+        start = end
 
 
 def split_ref(reference: str) -> tuple[str, str]:

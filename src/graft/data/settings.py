@@ -42,6 +42,12 @@ class Source(Settings):
 
     limit: Annotated[int | None, Field(gt=0, description="Read at most this many documents (before splitting).")] = None
     splits: Annotated[Shares, Field(description="Shares of dev and test, by the hash of each document.")] = Shares()
+    pieces: Annotated[
+        int | None,
+        Field(
+            gt=0, description="Cut texts, once they are split, into pieces of about so many characters, at line ends."
+        ),
+    ] = None
 
 
 class PythonLibrary(Source):
