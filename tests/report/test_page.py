@@ -112,7 +112,7 @@ def test_huge_and_tiny_scores_are_written_short(tmp_path):
         rows = [fake.score(m, on, value + i * error, low=value - error, high=value + error) for i, m in enumerate("ab")]
         fake.write_rows(tmp_path, rows)
         words = page_of(tmp_path)[1].words
-        assert {"wide": "1.235M ±30000", "narrow": "0.0012 ±0.0001", "whole": "245 ±31"}[on] in words
+        assert {"wide": "1.235M ±30000", "narrow": "0.00123 ±0.00010", "whole": "245 ±31"}[on] in words
 
 
 def test_forty_models_make_a_page_whose_drawings_are_well_formed(tmp_path):
@@ -142,6 +142,18 @@ def test_boxes_of_the_tree_do_not_overlap_and_parents_stand_left(tmp_path):
         assert x + w <= u or u + w <= x or y + h <= v or v + h <= y
     for model in run.models.values():
         assert all(boxes[p][0] + boxes[p][2] < boxes[model.name][0] for p in model.parents)
+
+
+def test_lines_are_as_wide_as_the_weights_that_were_fitted(tmp_path):
+    folder = fake.family(tmp_path / "run")
+    path = folder / "models" / "duo" / "graft.json"
+    manifest = json.loads(path.read_text()) | {"metrics": {"weights": {"coder": 0.9, "writer": 0.1}}}
+    path.write_text(json.dumps(manifest))
+    drawn = ElementTree.fromstring(tree.draw_tree(read_run(folder)))
+    widths = {p.find("title").text: float(p.get("stroke-width")) for p in drawn.iter("path")}
+    assert widths["coder → duo, weight 0.9"] == pytest.approx(0.8 + 3.7 * 0.9, abs=0.01)
+    assert widths["writer → duo, weight 0.1"] == pytest.approx(0.8 + 3.7 * 0.1, abs=0.01)
+    assert widths["coder → soup"] == 1.6
 
 
 def test_a_line_over_several_layers_passes_no_box_of_the_layers_between():

@@ -30,7 +30,7 @@ from graft.report.svg import (
 )
 from graft.report.words import bytes_text, fixed, si
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, DOT = 332.0, 290.0, 42.0, 14.0, 14.0, 44.0, 5.5
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, DOT = 332.0, 290.0, 52.0, 14.0, 14.0, 44.0, 5.5
 FRAME = (LEFT, 0.0, WIDTH, HEIGHT - BOTTOM)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ class Verdict:
     p: float | None
     """Of the paired test; None where the pair was not tested."""
     test: str
+    """The paired test; empty where the pair was not compared."""
 
     @property
     def significant(self) -> bool:
@@ -41,10 +42,10 @@ class Verdict:
 
     @property
     def evidence(self) -> str:
-        """`p < 0.001, paired bootstrap`, or that nothing was tested."""
+        """`p < 0.001, paired bootstrap`, or why there is no p."""
         if self.p is None:
-            return "the pair was not tested"
-        return f"{p_text(self.p)}, {self.test.replace('_', ' ') or 'paired test'}"
+            return "too few items to test" if self.test else "the pair was not tested"
+        return f"{p_text(self.p)}, {self.test}"
 
 
 def p_text(p: float) -> str:
@@ -53,12 +54,16 @@ def p_text(p: float) -> str:
 
 
 def decimals(run: Run, column: Column) -> int:
-    """How many decimals a column's scores deserve: two digits of the middle interval's half, at most 4."""
-    halves = sorted(h for row in run.ranked(column) if (h := half(row)))
+    """How many decimals a column's scores deserve."""
+    return places_for([h for row in run.ranked(column) if (h := half(row))])
+
+
+def places_for(halves: Sequence[float]) -> int:
+    """Decimals that show two digits of the middle one of these half intervals, at most 5; 3 where there are none."""
     if not halves:
         return 3
-    middle, places = halves[len(halves) // 2], 0
-    while places < 4 and middle * 10**places < 9.5:
+    middle, places = sorted(halves)[len(halves) // 2], 0
+    while places < 5 and middle * 10**places < 9.5:
         places += 1
     return places
 
@@ -102,7 +107,7 @@ def verdict(run: Run, model: str, column: Column) -> Verdict | None:
         worse=column.better(parent["value"], own["value"]),
         better=column.better(own["value"], parent["value"]),
         p=p if is_number(p) else None,
-        test=str(compared[0].get("test") or "") if compared else "",
+        test=str(compared[0].get("test") or "paired test").replace("_", " ") if compared else "",
     )
 
 
@@ -116,13 +121,13 @@ def verdicts(run: Run) -> Iterator[tuple[Column, Verdict]]:
 
 
 def sentence(run: Run, column: Column, found: Verdict) -> str:
-    """A verdict in words: `soup is worse than its best parent coder on code.test: 2.52 against 2.41 (p < 0.001, …)`."""
+    """A verdict in words: `soup is worse than its best parent coder on x.test: 2.52 against 2.41 (+0.11, p …)`."""
     places = decimals(run, column)
     own, parent = run.scores[found.model, column]["value"], run.scores[found.parent, column]["value"]
     word = "worse than" if found.worse else "better than" if found.better else "equal to"
     return (
         f"{found.model} is {word} its best parent {found.parent} on {column.title}: "
-        f"{fixed(own, places)} against {fixed(parent, places)} ({found.evidence})"
+        f"{fixed(own, places)} against {fixed(parent, places)} ({found.difference:+.2g}, {found.evidence})"
     )
 
 

@@ -15,7 +15,7 @@ from graft.checkpoint import atomic_write
 from graft.report.colours import VERBS, verb_class
 from graft.report.cost import COSTS, cost_panel
 from graft.report.curves import draw_curves
-from graft.report.judge import best, decimals, difference, half, p_text, sentence, verdict, verdicts
+from graft.report.judge import best, decimals, difference, half, p_text, places_for, sentence, verdict, verdicts
 from graft.report.read import Column, Model, Row, Run, is_number
 from graft.report.scores import difference_bar, difference_reach, flag_class, score_panel
 from graft.report.tree import draw_tree
@@ -117,7 +117,7 @@ def _standing(run: Run, column: Column) -> str:
 def _pairs(run: Run, column: Column) -> Iterator[dict[str, Any]]:
     """Paired comparisons of a column: combinations with their parents first."""
     rows = [row for c, row in run.comparisons if c == column]
-    reach, places = difference_reach(rows), max(decimals(run, column), 3)
+    reach, places = difference_reach(rows), places_for([h for row in rows if (h := half(row))])
     for row in sorted(rows, key=lambda r: not _kin(run, *r["models"])):
         a, b = row["models"]
         if a in run.models[b].parents:

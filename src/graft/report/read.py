@@ -34,8 +34,8 @@ class Column:
 
     @property
     def place(self) -> str:
-        """What it was measured on: the data set, or the task where that says it all."""
-        return self.on or self.task or self.measure
+        """The task where it has a name of its own, else the data set."""
+        return self.task if self.task not in ("", self.measure, self.on) else self.on or self.measure
 
     @property
     def title(self) -> str:
@@ -84,6 +84,15 @@ class Model:
         named = settings.get("method", settings.get("combine")) if isinstance(settings, Mapping) else None
         method = next(iter(named), None) if isinstance(named, Mapping) else named
         return f"{self.verb} {method}" if isinstance(method, str) else self.verb
+
+    def weight_of(self, parent: str) -> float | None:
+        """The weight that a combination gives one of its parents: as fitted, else as its settings say."""
+        fitted = (self.manifest.get("metrics") or {}).get("weights")
+        given = (self.manifest.get("settings") or {}).get("models")
+        for weights in (fitted, given):
+            if isinstance(weights, Mapping) and is_number(weights.get(parent)):
+                return float(weights[parent])
+        return None
 
 
 @dataclass(frozen=True)
