@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from graft.ensemble.settings import EnsembleSettings, FittedWeights
-from graft.errors import UnknownName
-from graft.methods import method_names
+from graft.errors import Problem, SettingsError, UnknownName
+from graft.methods import method, method_names
 from graft.settings import Settings, parse
 from graft.verb import Estimate, Facts, Job, Verb
 
@@ -21,13 +21,19 @@ class Ensemble(Verb[EnsembleSettings]):
     summary = "Combine the predictions of several models at every token."
 
     def types(self) -> Mapping[str, type[Settings]]:
-        return {"ensemble": EnsembleSettings}
+        rules = method_names("graft.ensemble")
+        return {"ensemble": EnsembleSettings, **{name: method("graft.ensemble", name).Settings for name in rules}}
 
     def parse(self, raw: Any, path: tuple[str | int, ...] = ()) -> EnsembleSettings:
         settings = parse(EnsembleSettings, raw, path)
-        if settings.combine not in method_names("graft.ensemble"):
-            raise UnknownName("combining rule", settings.combine, method_names("graft.ensemble"))
-        return settings
+        if len(settings.combine) != 1:
+            found = ", ".join(settings.combine) or "none"
+            raise SettingsError([Problem((*path, "combine"), f"expected one rule, found {found}")])
+        if settings.rule not in method_names("graft.ensemble"):
+            raise UnknownName("combining rule", settings.rule, method_names("graft.ensemble"))
+        rule = method("graft.ensemble", settings.rule)
+        options = parse(rule.Settings, settings.options, (*path, "combine", settings.rule))
+        return settings.model_copy(update={"combine": {settings.rule: options.plain()}})
 
     def check(self, settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[str]:
         from graft.ensemble.work import problems

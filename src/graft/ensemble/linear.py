@@ -5,32 +5,47 @@ An OR: what one member allows stays possible, even where another gives it probab
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
+from graft import settings
+
+if TYPE_CHECKING:
+    import torch
 
 
-def combine(log_probs: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-    """log Σ λᵢ exp(log_probsᵢ): each `[..., vocabulary] float32`, normalised; `weights [members] float32` sum to one.
+class Settings(settings.Settings):
+    """A mixture has no options."""
 
-    Computed in log space, so exact where a member gives zero and down to the smallest probabilities; a member whose
-    weight is zero does not count, not even where it gives what no other does.
+
+def default(members: int, options: Settings) -> list[float]:
+    """Equal weights."""
+    return [1 / members] * members
+
+
+def combine(log_probs: Sequence[torch.Tensor], weights: torch.Tensor, options: Settings) -> torch.Tensor:
+    """log Σ λᵢ exp(log_probsᵢ): each `[..., vocabulary] float32`, normalised; `weights [..., members]` sum to one.
+
+    Computed in log space, so exact where a member gives zero and down to the smallest probabilities.
     """
-    kept = [lp + weights[place].log() for place, lp in enumerate(log_probs) if weights[place] != 0]
-    mixed = kept[0]
-    for other in kept[1:]:
-        mixed = _log_add(mixed, other)
+    shares = weights.log()
+    mixed = log_probs[0] + shares[..., :1]
+    for place, other in enumerate(log_probs[1:], start=1):
+        mixed = _log_add(mixed, other + shares[..., place : place + 1])
     return mixed
 
 
 def _log_add(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """log(exp(first) + exp(second)), with a gradient of zero rather than NaN where both are -inf."""
+    import torch
+
+    if not (torch.is_grad_enabled() and (first.requires_grad or second.requires_grad)):
+        return first.logaddexp(second)
+    both_zero = (first == -math.inf) & (second == -math.inf)
     low = torch.finfo(first.dtype).min
-    both_zero = (first == -torch.inf) & (second == -torch.inf)
-    if not both_zero.any():
-        return torch.logaddexp(first, second)
-    safe = torch.logaddexp(first.masked_fill(both_zero, low), second.masked_fill(both_zero, low))
-    return safe.masked_fill(both_zero, -torch.inf)
+    safe = first.masked_fill(both_zero, low).logaddexp(second.masked_fill(both_zero, low))
+    return safe.masked_fill(both_zero, -math.inf)
 
 
 def problem(weights: Sequence[float]) -> str | None:

@@ -8,7 +8,6 @@ whole cache and are therefore right for every member without further code.
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -24,11 +23,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from graft import lineage, models
 from graft.errors import CheckpointError, RequestError, RunError
 from graft.methods import method
+from graft.settings import parse
 
 
 class EnsembleConfig(PretrainedConfig):
-    """`members`: name, path (relative to the ensemble's folder), hash and configuration of each; `combine`: the rule;
-    `weights`: one for each member."""
+    """`members`: name, path (relative to the ensemble's folder), hash and configuration of each; `combine`: the rule,
+    `options`: its settings; `weights`: one for each member. A member whose weight is zero is never run."""
 
     model_type = "graft_ensemble"
 
@@ -37,17 +37,18 @@ class EnsembleConfig(PretrainedConfig):
         members: Sequence[dict[str, Any]] = (),
         combine: str = "linear",
         weights: Sequence[float] = (),
+        options: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         self.members = list(members)
-        self.combine = combine
-        self.weights = list(weights)
+        self.combine, self.options = combine, dict(options or {})
+        self.weights = [float(weight) for weight in weights]
         configs = [entry["config"] for entry in self.members]
-        self.vocab_size = max((int(c["vocab_size"]) for c in configs), default=0)
-        self.num_hidden_layers = sum(_layers(c) for c in configs)
+        self.vocab_size = min((int(c["vocab_size"]) for c in configs), default=0)
+        self.num_hidden_layers = sum(layers_of(self.members, self.weights))
         self.layer_types = ["full_attention"] * self.num_hidden_layers
         longest = [n for n in map(_context, configs) if n]
-        self.max_position_embeddings = min(longest) if longest else None
+        self.max_position_embeddings = min(longest, default=None)
         self.hidden_size = max((_first(c, "hidden_size", "n_embd", "d_model") or 0 for c in configs), default=0)
         self.num_attention_heads = max(
             (_first(c, "num_attention_heads", "n_head", "n_heads") or 0 for c in configs), default=0
@@ -56,7 +57,6 @@ class EnsembleConfig(PretrainedConfig):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, configs[0].get(name) if configs else None)
         kwargs["tie_word_embeddings"] = False
-        self.folder = kwargs.pop("folder", None)
         super().__init__(**kwargs)
 
 
@@ -64,9 +64,14 @@ def _first(config: dict[str, Any], *names: str) -> int | None:
     return next((int(config[name]) for name in names if config.get(name)), None)
 
 
+def layers_of(members: Sequence[dict[str, Any]], weights: Sequence[float]) -> list[int]:
+    """Layers that each member has in the common cache: none where its weight is zero."""
+    return [_layers(entry["config"]) if weight else 0 for entry, weight in zip(members, weights, strict=True)]
+
+
 def _layers(config: dict[str, Any]) -> int:
     if config.get("model_type") == EnsembleConfig.model_type:
-        return sum(_layers(entry["config"]) for entry in config["members"])
+        return sum(layers_of(config["members"], config["weights"]))
     found = _first(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
     if found is None:
         raise RequestError(
@@ -104,9 +109,13 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         made = members if members is not None else [_fresh(entry["config"]) for entry in config.members]
         self.members = nn.ModuleList(made)
-        self.rule = method("graft.ensemble", config.combine).combine
-        self.register_buffer("weights", torch.tensor(config.weights, dtype=torch.float32), persistent=False)
-        self.spans = _spans([_layers(entry["config"]) for entry in config.members])
+        self.folder: Path | None = None
+        rule = method("graft.ensemble", config.combine)
+        self.combine, self.options = rule.combine, parse(rule.Settings, config.options)
+        self.active = [place for place, weight in enumerate(config.weights) if weight]
+        self.weights = torch.tensor([config.weights[place] for place in self.active], dtype=torch.float32)
+        self.spans = _spans(layers_of(config.members, config.weights))
+        self.limits = [_context(entry["config"]) for entry in config.members]
         self.takes = [set(inspect.signature(type(member).forward).parameters) for member in made]
         self.post_init()
 
@@ -132,6 +141,16 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         """Every member makes its own mask from the plain one."""
         return attention_mask
 
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As of any `transformers` model. Raises RequestError where a row of the batch is all padding."""
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and not mask.any(-1).all():
+            rows = (~mask.any(-1)).nonzero().flatten().tolist()
+            raise RequestError(
+                f"expected a token in every prompt, found none in rows {rows}: begin them with bos_token"
+            )
+        return super().generate(inputs, **kwargs)  # type: ignore[misc]
+
     def forward(
         self,
         input_ids: torch.LongTensor,
@@ -145,38 +164,64 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Combined log-probabilities `[batch, length, vocabulary]`; with `labels` also their mean cross entropy.
 
-        Raises RunError naming the member whose logits are NaN.
+        Raises RequestError for an empty prompt and for a context longer than a member's; RunError naming the member
+        whose logits are NaN.
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        self._check_inputs(input_ids, past_key_values)
         given = {"attention_mask": attention_mask, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
-        log_probs = [self._member(place, input_ids, given, past_key_values) for place in range(len(self.members))]
-        mixed = log_probs[0] if len(log_probs) == 1 else self.rule(log_probs, self.weights)
-        self._check(mixed, log_probs)
+        log_probs = [self._member(place, input_ids, given, past_key_values) for place in self.active]
+        mixed = self.combine(log_probs, self.weights, self.options)
+        self._check_outputs(mixed, log_probs, attention_mask)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=mixed, labels=labels, vocab_size=mixed.shape[-1], **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=mixed, past_key_values=past_key_values)
 
     def _member(self, place: int, input_ids: torch.Tensor, given: dict[str, Any], cache: Cache | None) -> torch.Tensor:
-        """A member's log-probabilities, through its view of the cache."""
+        """A member's log-probabilities on the ensemble's device, through its view of the cache."""
         takes, member = self.takes[place], self.members[place]
-        inputs = {name: value for name, value in given.items() if name in takes and value is not None}
+        device = next(member.parameters()).device
+        inputs = {name: _to(value, device) for name, value in given.items() if name in takes and value is not None}
         inputs["past_key_values"] = None if cache is None else CacheView(cache, *self.spans[place])
-        logits = member(input_ids=input_ids, use_cache=cache is not None, **inputs).logits
+        logits = member(input_ids=input_ids.to(device), use_cache=cache is not None, **inputs).logits
         keep = given["logits_to_keep"]
         if "logits_to_keep" not in takes and not (isinstance(keep, int) and keep == 0):
             logits = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
-        if isinstance(member, EnsembleForCausalLM):
-            return logits
-        return torch.log_softmax(logits.float(), dim=-1)
+        own = logits.shape[-1] == self.config.vocab_size
+        if own and isinstance(member, EnsembleForCausalLM):
+            return logits.to(self.device)
+        # a vocabulary padded to a round size has rows that no token uses: they are no part of the distribution
+        return (logits if own else logits[..., : self.config.vocab_size]).float().log_softmax(-1).to(self.device)
 
-    def _check(self, mixed: torch.Tensor, log_probs: Sequence[torch.Tensor]) -> None:
-        if not torch.isnan(mixed[:, -1].sum()):
+    def _check_inputs(self, input_ids: torch.Tensor, cache: Cache | None) -> None:
+        length = input_ids.shape[-1]
+        if length == 0:
+            raise RequestError("expected a token in every prompt, found none: begin it with bos_token")
+        total = length + (int(cache.get_seq_length()) if cache is not None else 0)
+        for place in self.active:
+            limit = self.limits[place]
+            if limit is not None and total > limit:
+                name = self.config.members[place]["name"]
+                raise RequestError(
+                    f"member {name!r} was made for {limit} tokens, found a context of {total}: shorten it"
+                )
+
+    def _check_outputs(self, mixed: torch.Tensor, log_probs: Sequence[torch.Tensor], mask: torch.Tensor | None) -> None:
+        """NaN in a logit makes the whole distribution NaN: looking at one token of the vocabulary is enough."""
+        bad = mixed[..., 0].isnan()
+        if mask is not None and mask.dim() == 2 and mask.shape[-1] >= bad.shape[-1] and mask.device == bad.device:
+            bad = bad & mask[:, -bad.shape[-1] :].bool()
+        if not bad.any():
             return
-        for entry, log_prob in zip(self.config.members, log_probs, strict=True):
-            if torch.isnan(log_prob).any():
-                raise RunError(f"member {entry['name']!r} ({entry['path']}) gives NaN logits; check its weights")
+        for place, log_prob in zip(self.active, log_probs, strict=True):
+            if log_prob[..., 0][bad].isnan().any():
+                entry = self.config.members[place]
+                raise RunError(f"member {entry['name']!r} ({entry['path']}) gives NaN logits: check its weights")
+        raise RunError(
+            f"{self.config.combine}: no token is possible for every member: use linear, which needs only one"
+        )
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike, *, self_contained: bool = False, **kwargs: Any
@@ -191,13 +236,13 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         entries = []
         for entry, member in zip(self.config.members, self.members, strict=True):
             entries.append(self._placed(entry, member, folder, self_contained))
-        config.members, config.folder = entries, None
+        config.members = entries
         config.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
 
     def _placed(self, entry: dict[str, Any], member: Any, folder: Path, self_contained: bool) -> dict[str, Any]:
         """The entry of a member as seen from `folder`."""
-        source = Path(self.config.folder or "") / entry["path"] if entry["path"] else None
+        source = (self.folder or Path()) / entry["path"] if entry["path"] else None
         if self_contained:
             inside = folder / "members" / entry["name"]
             if source is not None and source.is_dir():
@@ -215,13 +260,16 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises CheckpointError where a member is missing or is no longer what the ensemble was made of.
         """
+        refused = [name for name in ("device_map", "quantization_config") if kwargs.get(name) is not None]
+        if refused:
+            raise RequestError(f"an ensemble cannot honour {', '.join(refused)}: load it and move its members")
         folder = Path(pretrained_model_name_or_path)
         config = kwargs.get("config") or EnsembleConfig.from_pretrained(folder)
         wanted = kwargs.get("dtype", kwargs.get("torch_dtype"))
         dtype = None if wanted in (None, "auto") else wanted
         members = [_load(entry, folder, dtype) for entry in config.members]
-        config.folder = str(folder.resolve())
         model = cls(config, members).eval()
+        model.folder = folder.resolve()
         if (folder / "generation_config.json").exists():
             model.generation_config = type(model.generation_config).from_pretrained(folder)
         if kwargs.get("output_loading_info"):
@@ -247,6 +295,10 @@ def _fresh(config: dict[str, Any]) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(plain.pop("model_type"), **plain))
 
 
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
 def _spans(layers: Sequence[int]) -> list[tuple[int, int]]:
     ends = [sum(layers[: place + 1]) for place in range(len(layers))]
     return [(end - size, end) for end, size in zip(ends, layers, strict=True)]
@@ -260,22 +312,28 @@ def member_entry(name: str, folder: Path, seen_from: Path) -> dict[str, Any]:
 
 
 def ensemble_of(
-    members: dict[str, PreTrainedModel], weights: Sequence[float], combine: str = "linear"
+    members: dict[str, PreTrainedModel],
+    weights: Sequence[float] | None = None,
+    combine: str = "linear",
+    **options: Any,
 ) -> EnsembleForCausalLM:
-    """An ensemble of models in memory. Raises RequestError for weights that the rule cannot use."""
-    wrong = method("graft.ensemble", combine).problem(list(weights))
-    if wrong or len(weights) != len(members):
-        raise RequestError(wrong or f"expected {len(members)} weights, found {len(weights)}")
+    """An ensemble of models in memory, with the rule's own weights where none are given.
+
+    Raises RequestError for weights that the rule cannot use.
+    """
+    rule = method("graft.ensemble", combine)
+    parsed = parse(rule.Settings, options)
+    chosen = rule.default(len(members), parsed) if weights is None else list(weights)
+    if len(chosen) != len(members):
+        raise RequestError(f"expected {len(members)} weights, found {len(chosen)}")
+    if wrong := rule.problem(chosen):
+        raise RequestError(wrong)
     entries = [
         {"name": name, "path": model.config._name_or_path or "", "hash": "", "config": model.config.to_dict()}
         for name, model in members.items()
     ]
-    return EnsembleForCausalLM(EnsembleConfig(entries, combine, weights), list(members.values())).eval()
-
-
-def config_json(entries: Sequence[dict[str, Any]], combine: str, weights: Sequence[float]) -> str:
-    """`config.json` of an ensemble, without loading any model."""
-    return json.dumps(EnsembleConfig(entries, combine, weights).to_dict(), indent=2, sort_keys=True) + "\n"
+    config = EnsembleConfig(entries, combine, chosen, parsed.plain())
+    return EnsembleForCausalLM(config, list(members.values())).eval()
 
 
 def register() -> None:

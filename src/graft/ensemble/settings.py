@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -20,8 +20,12 @@ class EnsembleSettings(Settings):
     """Members whose predictions are combined at every token."""
 
     combine: Annotated[
-        str, Field(description="`linear`: a mixture of probabilities; `log_linear`: their renormalised product.")
-    ] = "linear"
+        dict[str, Any],
+        Field(
+            description="The rule: `linear` (a mixture of probabilities), `log_linear` (their renormalised product), "
+            "`experts`, `contrastive`; with options `{experts: {alpha: 2}}`."
+        ),
+    ] = {"linear": {}}
     members: Annotated[
         list[ModelRef] | dict[ModelRef, float], Field(min_length=1, description="Models, or models with their weights.")
     ]
@@ -30,6 +34,13 @@ class EnsembleSettings(Settings):
         Field(description="`uniform`, or `{fit: DATA.dev}`; left out where `members` gives weights."),
     ] = None
     self_contained: Annotated[bool, Field(description="Copy the members into the ensemble's folder.")] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and isinstance(raw.get("combine"), str):
+            return {**raw, "combine": {raw["combine"]: {}}}
+        return raw
 
     @model_validator(mode="after")
     def _one_way(self) -> EnsembleSettings:
@@ -40,13 +51,21 @@ class EnsembleSettings(Settings):
         return self
 
     @property
+    def rule(self) -> str:
+        """The name of the rule."""
+        return next(iter(self.combine))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The rule's options."""
+        return dict(self.combine[self.rule] or {})
+
+    @property
     def names(self) -> list[str]:
         """The members, in order."""
         return list(self.members)
 
     @property
-    def constants(self) -> list[float] | None:
-        """The weights, where they are known without fitting."""
-        if isinstance(self.members, dict):
-            return list(self.members.values())
-        return None if isinstance(self.weights, FittedWeights) else [1 / len(self.members)] * len(self.members)
+    def given(self) -> list[float] | None:
+        """The weights written beside the members."""
+        return list(self.members.values()) if isinstance(self.members, dict) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from graft.ensemble.settings import EnsembleSettings, FittedWeights
 from graft.ensemble.weights import Fit, fit_linear
 from graft.errors import CannotCombine
 from graft.methods import method
+from graft.settings import parse
 from graft.verb import Facts, Job
 
 TOKENIZER_FILES = (
@@ -41,18 +43,26 @@ def problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[st
         found.append(
             f"an ensemble needs decoders, which predict token by token; {first} is an {models[first].architecture}"
         )
-    if settings.constants is not None:
-        wrong = method("graft.ensemble", settings.combine).problem(settings.constants)
+    if not isinstance(settings.weights, FittedWeights):
+        wrong = method("graft.ensemble", settings.rule).problem(_constants(settings))
         found += [wrong] if wrong else []
     if isinstance(settings.weights, FittedWeights):
         found += _fit_problems(settings, settings.weights)
     return found
 
 
+def _constants(settings: EnsembleSettings) -> list[float]:
+    """The weights, where they need no fitting: those given, else the rule's own."""
+    if settings.given is not None:
+        return settings.given
+    rule = method("graft.ensemble", settings.rule)
+    return rule.default(len(settings.names), parse(rule.Settings, settings.options))
+
+
 def _fit_problems(settings: EnsembleSettings, weights: FittedWeights) -> list[str]:
     found = []
-    if settings.combine != "linear":
-        found.append(f"weights can be fitted for `combine: linear`, found {settings.combine!r}: give its weights")
+    if settings.rule != "linear":
+        found.append(f"weights can be fitted for `combine: linear`, found {settings.rule!r}: give its weights")
     name, split = data.split_ref(weights.fit)
     if split == "train":
         found.append(
@@ -65,9 +75,10 @@ def run(job: Job) -> dict[str, Any]:
     """Write the ensemble's folder into `job.out`; returns the weights and how they were found."""
     settings = job.settings
     assert isinstance(settings, EnsembleSettings)
-    weights, found = settings.constants, {}
-    if weights is None:
-        assert isinstance(settings.weights, FittedWeights)
+    found: dict[str, Any] = {}
+    if not isinstance(settings.weights, FittedWeights):
+        weights = _constants(settings)
+    else:
         fit = fit_weights(settings, settings.weights, job)
         weights = [float(w) for w in fit.weights]
         found = {
@@ -82,7 +93,7 @@ def run(job: Job) -> dict[str, Any]:
 
 def _write(job: Job, settings: EnsembleSettings, weights: list[float]) -> None:
     from graft.checkpoint import atomic_write
-    from graft.ensemble.model import config_json, member_entry
+    from graft.ensemble.model import EnsembleConfig, member_entry
 
     seen_from = job.target or job.out
     entries = []
@@ -96,7 +107,8 @@ def _write(job: Job, settings: EnsembleSettings, weights: list[float]) -> None:
     for file in TOKENIZER_FILES:
         if (first / file).exists():
             shutil.copyfile(first / file, job.out / file)
-    atomic_write(job.out / "config.json", config_json(entries, settings.combine, weights))
+    config = EnsembleConfig(entries, settings.rule, weights, settings.options)
+    atomic_write(job.out / "config.json", json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
 
 
 def fit_weights(settings: EnsembleSettings, weights: FittedWeights, job: Job) -> Fit:
