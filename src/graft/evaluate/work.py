@@ -71,7 +71,7 @@ def _key(model: str, model_hash: str, subject: Subject, seed: int) -> str:
         model=model,
         hash=model_hash,
         on=subject.on,
-        settings=subject.measure.plain(),
+        settings={name: value for name, value in subject.measure.plain().items() if name != "on"},
         task=subject.task.settings.plain() if subject.task else None,
         version=[VERSION, subject.version],
         data=subject.fingerprint,

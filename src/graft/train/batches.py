@@ -71,6 +71,7 @@ class Ahead:
         self._thread = threading.Thread(target=self._fill, args=(rows, plans, objective, pin), daemon=True)
 
     def _fill(self, rows: Rows, plans: Iterator[list[range]], objective: Weighs, pin: bool) -> None:
+        torch.set_num_threads(1)  # for this thread: a second pool of threads would fight with the loop's for the cores
         try:
             for pieces in plans:
                 self._put(make_step(rows, pieces, objective, pin))
