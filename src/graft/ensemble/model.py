@@ -248,7 +248,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             if source is not None and source.is_dir():
                 shutil.copytree(source, inside, dirs_exist_ok=True)
             else:
-                member.save_pretrained(inside)
+                nested = {"self_contained": True} if isinstance(member, EnsembleForCausalLM) else {}
+                member.save_pretrained(inside, **nested)
             return {**entry, "path": f"members/{entry['name']}", "hash": lineage.hash_model(inside)}
         if source is None:
             raise RequestError(f"member {entry['name']!r} lies in no folder: save it first, or use self_contained=True")

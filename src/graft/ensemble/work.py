@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from graft import data
+from graft import data, lineage
 from graft.ensemble.settings import EnsembleSettings, FittedWeights
 from graft.ensemble.weights import Fit, fit_linear
 from graft.errors import CannotCombine
@@ -63,11 +63,6 @@ def _fit_problems(settings: EnsembleSettings, weights: FittedWeights) -> list[st
     found = []
     if settings.rule != "linear":
         found.append(f"weights can be fitted for `combine: linear`, found {settings.rule!r}: give its weights")
-    name, split = data.split_ref(weights.fit)
-    if split == "train":
-        found.append(
-            f"weights are fitted on text that no member was trained on: expected {name}.dev, found {weights.fit}"
-        )
     return found
 
 
@@ -115,6 +110,10 @@ def fit_weights(settings: EnsembleSettings, weights: FittedWeights, job: Job) ->
     """Each member is run once over the text; then EM. Tokens of a mixture's parts count by the parts' shares."""
     name, split = data.split_ref(weights.fit)
     corpus = data.open_corpus(job.data, name, job.root)
+    for member in settings.names:
+        _check_unseen(
+            member, job.models[member], [corpus.fingerprint, *(p.fingerprint for p, _ in corpus.parts)], split
+        )
     texts, importance = [], []
     for part, share in corpus.parts:
         documents = list(itertools.islice(part.records(split), weights.documents))
@@ -126,6 +125,31 @@ def fit_weights(settings: EnsembleSettings, weights: FittedWeights, job: Job) ->
         raise CannotCombine("the members cut the text into different tokens: their predictions cannot be matched")
     mean = np.repeat(np.asarray(importance) / np.maximum(lengths, 1) * np.mean(lengths), lengths)
     return fit_linear(np.stack([np.concatenate(column) for column in columns]), mean)
+
+
+def _check_unseen(member: str, folder: Path, fingerprints: list[str], split: str) -> None:
+    """Raises CannotCombine where the member or a model it was made from was trained on this text."""
+    trained = trained_on(folder)
+    for fingerprint in fingerprints:
+        if (fingerprint, split) in trained:
+            raise CannotCombine(
+                f"{member} was trained on {trained[fingerprint, split]}.{split}: weights fitted on it would favour the "
+                f"member that knows it by heart; fit them on held-out text ({trained[fingerprint, split]}.dev)"
+            )
+
+
+def trained_on(folder: Path) -> dict[tuple[str, str], str]:
+    """(fingerprint, split) of the data that went into a model's weights, its ancestors' included, with its name.
+
+    From the manifests; a split named `dev` only chose among checkpoints. A model without a manifest gives nothing.
+    """
+    manifest = lineage.read_manifest(folder)
+    if manifest is None:
+        return {}
+    found = {(use.fingerprint, use.split): use.name for use in manifest.data if use.split == "train"}
+    for parent in manifest.parents:
+        found |= trained_on(folder / parent.path)
+    return found
 
 
 def _token_log_probs(folder: Path, records: list[dict[str, Any]], device: str | None) -> list[np.ndarray]:

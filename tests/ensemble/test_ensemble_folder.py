@@ -1,0 +1,266 @@
+"""An ensemble on disk: members named relatively or contained, hashes, Auto classes, the verb, fitted weights."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tiny_members import five, prompts
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import graft.data
+from graft import lineage
+from graft import models as graft_models
+from graft.ensemble import VERB
+from graft.ensemble.model import EnsembleForCausalLM, ensemble_of
+from graft.errors import CannotCombine, CheckpointError, RequestError, SettingsError, UnknownName
+from graft.verb import Job
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz .,\n"
+
+
+def letters():
+    vocabulary = {token: place for place, token in enumerate(["<pad>", "<bos>", "<eos>", *LETTERS])}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Folders of five members in one family's `models`."""
+    root = tmp_path_factory.mktemp("family") / "models"
+    for name, model in five().items():
+        model.save_pretrained(root / name)
+        letters().save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture
+def family(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "family" / "models")
+
+
+def run(family, raw, data=None, name="duo", root=None):
+    settings = VERB.parse(raw)
+    out, target = family.parent / "work" / name / "out", family / name
+    out.mkdir(parents=True)
+    found = VERB.run(
+        Job(
+            name,
+            settings,
+            seed=0,
+            out=out,
+            scratch=out.parent / "scratch",
+            cache=family.parent / "cache",
+            models={member: family / member for member in settings.names},
+            data={key: graft.data.parse(value) for key, value in (data or {}).items()},
+            root=root or family.parent,
+            target=target,
+        )
+    )
+    out.rename(target)
+    return target, found
+
+
+@torch.no_grad()
+def logits(model):
+    ids, mask = prompts()
+    return model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
+
+
+def test_the_verb_writes_a_folder_that_loads_as_the_ensemble(family):
+    target, found = run(family, {"members": {"llama": 0.25, "gpt2": 0.75}})
+    assert found["weights"] == {"llama": 0.25, "gpt2": 0.75}
+    loaded = graft_models.load(target)
+    alone = {name: graft_models.load(family / name) for name in ("llama", "gpt2")}
+    assert torch.equal(logits(loaded), logits(ensemble_of(alone, [0.25, 0.75])))
+    assert [entry["path"] for entry in loaded.config.members] == ["../llama", "../gpt2"]
+    assert not list(target.glob("*.safetensors"))
+    assert graft_models.load_tokenizer(target).encode("ab") == [3, 4]
+
+
+def test_a_family_may_be_moved(family, tmp_path):
+    target, _ = run(family, {"members": ["llama", "qwen"]})
+    before = logits(graft_models.load(target))
+    family.parent.rename(tmp_path / "moved")
+    assert torch.equal(logits(graft_models.load(tmp_path / "moved" / "models" / "duo")), before)
+
+
+def test_a_self_contained_folder_needs_no_other(family, tmp_path):
+    target, _ = run(family, {"members": ["llama", "bloom"], "self_contained": True})
+    before = logits(graft_models.load(target))
+    shutil.copytree(target, tmp_path / "alone")
+    shutil.rmtree(family)
+    assert torch.equal(logits(graft_models.load(tmp_path / "alone")), before)
+
+
+@pytest.mark.parametrize("self_contained", [False, True])
+def test_saving_and_loading_gives_the_same_logits(family, tmp_path, self_contained):
+    target, _ = run(
+        family, {"combine": {"experts": {"alpha": 0.5, "top_p": 0.9}}, "members": ["llama", "qwen", "gpt2"]}
+    )
+    loaded = graft_models.load(target)
+    loaded.generation_config.max_new_tokens = 5
+    loaded.save_pretrained(tmp_path / "copy", self_contained=self_contained)
+    again = graft_models.load(tmp_path / "copy")
+    assert torch.equal(logits(again), logits(loaded))
+    assert again.generation_config.max_new_tokens == 5
+    assert (tmp_path / "copy" / "members").exists() is self_contained
+
+
+def test_an_ensemble_of_models_in_memory_is_saved_with_its_members(tmp_path):
+    inner = ensemble_of({name: model for name, model in five().items() if name in ("llama", "gpt2")})
+    outer = ensemble_of({"inner": inner, "qwen": five()["qwen"]}, [0.5, 0.5])
+    with pytest.raises(RequestError, match="lies in no folder"):
+        outer.save_pretrained(tmp_path / "no")
+    outer.save_pretrained(tmp_path / "yes", self_contained=True)
+    assert torch.equal(logits(graft_models.load(tmp_path / "yes")), logits(outer))
+
+
+def test_a_nested_ensemble_is_a_folder_of_folders(family):
+    run(family, {"members": ["llama", "gpt2"]})
+    target, _ = run(family, {"members": {"duo": 0.5, "qwen": 0.5}}, name="trio")
+    flat, _ = run(family, {"members": {"llama": 0.25, "gpt2": 0.25, "qwen": 0.5}}, name="flat")
+    assert torch.allclose(logits(graft_models.load(target)), logits(graft_models.load(flat)), atol=1e-5)
+
+
+def test_a_member_that_is_missing_is_named(family):
+    target, _ = run(family, {"members": ["llama", "qwen"]})
+    shutil.rmtree(family / "qwen")
+    with pytest.raises(CheckpointError, match=r"member 'qwen' is missing: expected a model in .*qwen"):
+        graft_models.load(target)
+
+
+def test_a_member_that_has_changed_is_named(family):
+    target, _ = run(family, {"members": ["llama", "qwen"]})
+    changed = graft_models.load(family / "qwen")
+    changed.lm_head.weight.data[0, 0] += 1
+    changed.save_pretrained(family / "qwen")
+    with pytest.raises(CheckpointError, match=r"member 'qwen' has changed .*make the ensemble anew"):
+        graft_models.load(target)
+
+
+AUTO = """
+import sys
+{first}
+{second}
+assert "{light}" == "" or "torch" not in sys.modules
+from transformers import AutoConfig, AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(type(model).__name__, AutoConfig.from_pretrained(sys.argv[1]).model_type)
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "light"),
+    [
+        ("import graft", "", "light"),
+        ("import graft", "import transformers", ""),
+        ("import transformers", "import graft", ""),
+    ],
+)
+def test_the_auto_classes_know_ensembles_after_import_graft(family, first, second, light):
+    target, _ = run(family, {"members": ["llama", "qwen"]})
+    program = AUTO.format(first=first, second=second, light=light)
+    done = subprocess.run([sys.executable, "-c", program, str(target)], capture_output=True, text=True)
+    assert done.stdout.split() == ["EnsembleForCausalLM", "graft_ensemble"], done.stderr
+
+
+def test_dtype_reaches_the_members_and_the_mixture_stays_float32(family):
+    target, _ = run(family, {"members": ["llama", "qwen"]})
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16)
+    assert {weight.dtype for weight in model.members.parameters()} == {torch.bfloat16}
+    assert logits(model).dtype == torch.float32
+    assert isinstance(model, EnsembleForCausalLM)
+
+
+def test_what_an_ensemble_cannot_honour_is_refused(family):
+    target, _ = run(family, {"members": ["llama", "qwen"]})
+    with pytest.raises(RequestError, match="cannot honour device_map"):
+        EnsembleForCausalLM.from_pretrained(target, device_map={"": 0})
+
+
+def facts(family, *names):
+    return {name: lineage.facts_of(family / name) for name in names}
+
+
+def test_different_vocabularies_are_refused(family):
+    tokenizer = json.loads((family / "qwen" / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (family / "qwen" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (problem,) = VERB.check(VERB.parse({"members": ["llama", "qwen"]}), facts(family, "llama", "qwen"))
+    assert "qwen and llama have different vocabularies" in problem
+
+
+def test_weights_are_checked_before_anything_runs(family):
+    (problem,) = VERB.check(VERB.parse({"members": {"llama": 0.5, "qwen": 0.6}}), facts(family, "llama", "qwen"))
+    assert "must sum to one" in problem
+    settings = VERB.parse({"combine": "log_linear", "members": {"llama": -1, "qwen": -0.5}})
+    (problem,) = VERB.check(settings, facts(family, "llama", "qwen"))
+    assert "at least one weight above zero" in problem
+
+
+def test_an_ensemble_cannot_have_its_weights_averaged(family):
+    settings = VERB.parse({"members": ["llama", "qwen"]})
+    found = VERB.facts(settings, facts(family, "llama", "qwen"), "key")
+    assert not found.mergeable
+    assert found.parameters == sum(f.parameters for f in facts(family, "llama", "qwen").values())
+
+
+def test_misspelt_rules_and_options_show_the_right_ones():
+    with pytest.raises(UnknownName, match="did you mean 'log_linear'"):
+        VERB.parse({"combine": "loglinear", "members": ["a", "b"]})
+    with pytest.raises(SettingsError, match="did you mean 'alpha'"):
+        VERB.parse({"combine": {"experts": {"alfa": 1}}, "members": ["a", "b", "c"]})
+    with pytest.raises(SettingsError, match="each member once"):
+        VERB.parse({"members": ["a", "a"]})
+
+
+def lines(path, count, start=0):
+    texts = [
+        f"the line number {chr(97 + i % 26)}{chr(97 + i // 26)}, and again.\n" for i in range(start, start + count)
+    ]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return {"source": "jsonl", "path": str(path), "splits": {"dev": 0.5, "test": 0.1}}
+
+
+def test_weights_are_fitted_on_what_the_members_give_the_text(family):
+    raw = {"members": ["llama", "gpt2", "mistral"], "weights": {"fit": "text.dev"}}
+    target, found = run(family, raw, {"text": lines(family / "text.jsonl", 60)})
+    weights = np.array(list(found["weights"].values()))
+    assert weights.sum() == pytest.approx(1)
+    assert graft_models.load(target).config.weights == weights.tolist()
+    losses = list(found["member_losses"].values())
+    for weight, loss in zip(weights, losses, strict=True):
+        assert weight == 0 or found["loss"] <= loss - np.log(weight) + 1e-9
+    assert found["loss"] <= min(losses) + 1e-6
+
+
+def test_fitting_on_text_that_a_member_was_trained_on_is_refused(family):
+    source = lines(family / "text.jsonl", 60)
+    corpus = graft.data.open_corpus({"text": graft.data.parse(source)}, "text", family.parent)
+    lineage.write_manifest(
+        family / "llama",
+        lineage.Manifest(
+            name="llama",
+            verb="pretrain",
+            verb_version=1,
+            key="k",
+            data=[lineage.DataUse(name="other", split="train", fingerprint=corpus.fingerprint)],
+            hash="h",
+            initialisation="i",
+            vocabulary="v",
+            architecture="decoder",
+            parameters=1,
+        ),
+    )
+    with pytest.raises(
+        CannotCombine, match=r"llama was trained on other.train: .* fit them on held-out text \(other.dev\)"
+    ):
+        run(family, {"members": ["llama", "gpt2"], "weights": {"fit": "text.train"}}, {"text": source})
