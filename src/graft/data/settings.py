@@ -85,8 +85,11 @@ class Files(Source):
         return self
 
     def groups(self) -> dict[str, list[str]]:
-        """Paths as written, by what they feed: `path` (to be split by hash) or the name of a split."""
-        given = {"path": self.path, "train": self.train, "dev": self.dev, "test": self.test}
+        """Paths as written, by what they feed: `path` (to be split by hash) or the name of a split.
+
+        A given test split comes first: of exact duplicates the first is kept, so a benchmark stays whole.
+        """
+        given = {"test": self.test, "dev": self.dev, "train": self.train, "path": self.path}
         return {name: [paths] if isinstance(paths, str) else list(paths) for name, paths in given.items() if paths}
 
 

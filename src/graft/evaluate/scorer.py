@@ -99,7 +99,7 @@ class Scorer:
         self._must_be_decoder()
         ids = [self._encode(text) for text in texts]
         scores = [np.zeros(len(tokens)) for tokens in ids]
-        jobs = [job for place, tokens in enumerate(ids) for job in _windows(place, len(tokens), self.context)]
+        jobs = [job for place, tokens in enumerate(ids) if tokens for job in _windows(place, len(tokens), self.context)]
         jobs.sort(key=lambda job: job[2] - job[1])
         with Progress("scoring", sum(len(tokens) for tokens in ids), "tokens") as progress:
             for batch in self._batches(jobs, lambda job: job[2] - job[1]):

@@ -1,0 +1,222 @@
+"""Measuring whole folders: rows, items, comparisons, tasks, and what a kill leaves."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from graft import data, models
+from graft.errors import DataError, RequestError, RunError, SettingsError
+from graft.evaluate import evaluate, parse
+from graft.evaluate.scorer import Scorer
+from graft.evaluate.tasks import load_task
+
+from .conftest import make
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory, tokenizer):
+    root = tmp_path_factory.mktemp("family")
+    found = {}
+    for kind in ("llama", "gpt2"):
+        models.save(make(kind), tokenizer, root / kind)
+        found[kind] = root / kind
+    return found
+
+
+@pytest.fixture
+def sets(tmp_path):
+    texts = [{"text": f"sentence number {n} is {'long ' * (n % 7)}here"} for n in range(30)]
+    labelled = [{"text": f"item {n}", "label": "even" if n % 2 == 0 else "odd"} for n in range(20)]
+    pairs = [{"source": f"say {n}", "target": f"{n}"} for n in range(8)]
+    raw = {
+        "plain": {"source": "jsonl", "test": write(tmp_path / "plain.jsonl", texts)},
+        "other": {"source": "jsonl", "test": write(tmp_path / "other.jsonl", texts[:4])},
+        "classes": {"source": "jsonl", "test": write(tmp_path / "classes.jsonl", labelled)},
+        "pairs": {"source": "jsonl", "test": write(tmp_path / "pairs.jsonl", pairs)},
+        "mixed": {"mix": {"plain": 0.25, "other": 0.75}},
+    }
+    return {name: data.parse(value) for name, value in raw.items()}
+
+
+def run(folders, raw, sets, tmp_path, **more):
+    out = tmp_path / "out"
+    return evaluate(folders, parse(raw), data=sets, root=tmp_path, out=out, cache=out / "cache", **more)
+
+
+def test_bits_per_byte_is_the_bits_of_all_documents_over_their_bytes(family, sets, tmp_path):
+    rows = run(family, [{"measure": "bits_per_byte", "on": ["plain.test"]}], sets, tmp_path)
+    scores = [row for row in rows if row["kind"] == "score"]
+    for row in scores:
+        scorer = Scorer(models.load(family[row["model"]]), models.load_tokenizer(family[row["model"]]))
+        texts = [record["text"] for record in data.open_corpus(sets, "plain", tmp_path).records("test")]
+        found = scorer.documents(texts)
+        assert row["value"] == pytest.approx(sum(d.bits for d in found) / sum(d.bytes for d in found))
+        assert row["low"] < row["value"] < row["high"]
+        assert row["n"] == len(texts) == 30
+    (pair,) = [row for row in rows if row["kind"] == "comparison"]
+    assert pair["models"] == ["llama", "gpt2"]
+    assert pair["difference"] == pytest.approx(scores[0]["value"] - scores[1]["value"])
+    assert pair["low"] <= pair["difference"] <= pair["high"]
+
+
+def test_a_mixture_counts_its_parts_by_their_shares(family, sets, tmp_path):
+    rows = run(
+        {"llama": family["llama"]},
+        [{"measure": "bits_per_byte", "on": ["plain.test", "other.test", "mixed.test"]}],
+        sets,
+        tmp_path,
+    )
+    plain, other, mixed = [row["value"] for row in rows]
+    assert mixed == pytest.approx(0.25 * plain + 0.75 * other)
+
+
+def test_what_is_measured_is_not_measured_again(family, sets, tmp_path, monkeypatch):
+    raw = [{"measure": "perplexity", "on": ["plain.test"]}]
+    first = run(family, raw, sets, tmp_path)
+    monkeypatch.setattr(Scorer, "documents", lambda *_: pytest.fail("scored again"))
+    assert run(family, raw, sets, tmp_path) == first
+
+
+def test_a_torn_last_line_is_cut_and_only_its_row_is_made_again(family, sets, tmp_path):
+    raw = [{"measure": "bits_per_byte", "on": ["plain.test", "other.test"]}]
+    first = run(family, raw, sets, tmp_path)
+    path = tmp_path / "out" / "results.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1][:50])
+    again = run(family, raw, sets, tmp_path)
+    assert [(r["kind"], r.get("value"), r.get("difference")) for r in again] == [
+        (r["kind"], r.get("value"), r.get("difference")) for r in first
+    ]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_items_stand_beside_their_row(family, sets, tmp_path):
+    (row, *_) = run(family, [{"measure": "bits_per_byte", "on": ["other.test"]}], sets, tmp_path)
+    lines = gzip.decompress((tmp_path / "out" / row["items"]).read_bytes()).decode().splitlines()
+    items = [json.loads(line) for line in lines]
+    assert sum(item["statistics"][0] for item in items) / sum(item["bytes"] for item in items) == pytest.approx(
+        row["value"]
+    )
+
+
+def test_classification_chooses_the_likeliest_label(family, sets, tmp_path):
+    raw = [{"measure": "classification", "on": ["classes.test"], "metrics": ["accuracy", "mcc"]}]
+    rows = run({"llama": family["llama"]}, raw, sets, tmp_path)
+    scorer = Scorer(models.load(family["llama"]), models.load_tokenizer(family["llama"]))
+    records = list(data.open_corpus(sets, "classes", tmp_path).records("test"))
+    right = 0
+    for record in records:
+        even, odd = scorer.loglikelihoods([(record["text"] + "\n", label) for label in ("even", "odd")])
+        right += ("even" if even.log_prob >= odd.log_prob else "odd") == record["label"]
+    assert [row["metric"] for row in rows] == ["accuracy", "mcc"]
+    assert rows[0]["value"] == pytest.approx(right / len(records))
+    assert rows[0]["interval"] == "wilson"
+
+
+def test_generation_is_compared_with_its_targets(family, sets, tmp_path):
+    raw = [
+        {
+            "measure": "generation",
+            "on": ["pairs.test"],
+            "metrics": ["exact_match", "chrf", "bleu", "rougeL"],
+            "max_tokens": 4,
+        }
+    ]
+    rows = run(family, raw, sets, tmp_path)
+    assert {row["metric"] for row in rows if row["kind"] == "score"} == {"exact_match", "chrf", "bleu", "rougeL"}
+    assert {row["test"] for row in rows if row["kind"] == "comparison" and row["metric"] == "exact_match"} == {
+        "McNemar, exact"
+    }
+
+
+def test_a_yaml_task_with_choices_and_shots(family, sets, tmp_path):
+    rows = [{"q": f"{n} is", "options": ["small", "large"], "answer": n % 2, "n": n} for n in range(12)]
+    write(tmp_path / "sizes.jsonl", rows)
+    write(
+        tmp_path / "examples.jsonl", [{"q": "1 is", "options": ["small", "large"], "answer": 0, "n": 1}] * 2 + rows[:1]
+    )
+    (tmp_path / "sizes.yaml").write_text(
+        "name: sizes\nversion: 3\ndata: {source: jsonl, format: raw, test: sizes.jsonl, train: examples.jsonl}\n"
+        "prompt: '{{ q }}'\nchoices: '{{ options }}'\ntarget: '{{ answer }}'\n"
+        "metrics: [accuracy, accuracy_per_byte]\nshots: 1\n"
+    )
+    found = run({"llama": family["llama"]}, [{"task": "sizes.yaml"}], sets, tmp_path)
+    scorer = Scorer(models.load(family["llama"]), models.load_tokenizer(family["llama"]))
+    items = data.open_corpus(
+        {"t": data.parse({"source": "jsonl", "format": "raw", "test": str(tmp_path / "sizes.jsonl")})}, "t", tmp_path
+    )
+    right = {"accuracy": 0, "accuracy_per_byte": 0}
+    count = 0
+    for row in items.records("test"):
+        answers = scorer.loglikelihoods([("1 issmall\n\n" + row["q"], option) for option in row["options"]])
+        raw = [a.log_prob for a in answers]
+        right["accuracy"] += int(np.argmax(raw)) == row["answer"]
+        right["accuracy_per_byte"] += int(np.argmax([v / 5 for v in raw])) == row["answer"]
+        count += 1
+    assert {row["metric"]: row["value"] for row in found} == {name: k / count for name, k in right.items()}
+    assert found[0]["task"] == "sizes"
+    assert found[0]["task_version"] == 3
+
+
+def test_a_python_task_gives_functions_for_templates(tmp_path):
+    (tmp_path / "upper.py").write_text(
+        "task = {'name': 'upper', 'data': 'x.test', 'target': '{{ word | upper }}'}\n"
+        "def prompt(record):\n    return 'Shout: ' + record['word'] + ' '\n"
+    )
+    task = load_task(tmp_path / "upper.py")
+    assert task.prompt({"word": "hi"}) == "Shout: hi "
+    assert task.target({"word": "hi"}) == ["HI"]
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        ("name: t\ndata: x\npromt: a\ntarget: b\n", SettingsError, "did you mean 'prompt'"),
+        ("name: t\ndata: x\ntarget: b\n", RequestError, "expected `prompt`"),
+        (
+            "name: t\ndata: x\nprompt: a\ntarget: b\nmetrics: [accuracy]\n",
+            RequestError,
+            "expected metrics among exact_match",
+        ),
+    ],
+)
+def test_a_wrong_task_says_what_is_wrong(tmp_path, content, error, message):
+    (tmp_path / "t.yaml").write_text(content)
+    with pytest.raises(error, match=message):
+        load_task(tmp_path / "t.yaml")
+
+
+def test_a_template_may_not_reach_out_of_its_record(tmp_path):
+    (tmp_path / "t.yaml").write_text("name: t\ndata: x\nprompt: \"{{ ''.__class__.__mro__ }}\"\ntarget: b\n")
+    from jinja2.exceptions import SecurityError
+
+    with pytest.raises((SecurityError, DataError)):
+        load_task(tmp_path / "t.yaml").prompt({"a": 1})
+
+
+def test_a_missing_field_is_named(tmp_path):
+    (tmp_path / "t.yaml").write_text("name: t\ndata: x\nprompt: '{{ question }}'\ntarget: b\n")
+    with pytest.raises(DataError, match=r"question.*the record has q"):
+        load_task(tmp_path / "t.yaml").prompt({"q": 1})
+
+
+def test_a_misspelt_measure_is_shown_the_right_one():
+    with pytest.raises(SettingsError, match="did you mean 'bits_per_byte'"):
+        parse([{"measure": "bits_per_bite", "on": ["a"]}])
+
+
+def test_a_model_that_gives_nan_is_named(tokenizer, sets, tmp_path):
+    broken = make("llama")
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("inf"))
+    models.save(broken, tokenizer, tmp_path / "broken")
+    with pytest.raises(RunError, match=r"broken on plain\.test"):
+        run({"broken": tmp_path / "broken"}, [{"measure": "bits_per_byte", "on": ["plain.test"]}], sets, tmp_path)

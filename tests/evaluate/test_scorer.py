@@ -1,0 +1,174 @@
+"""Every fast path against the plainest way to compute the same number."""
+
+import numpy as np
+import pytest
+import torch
+
+from graft.errors import RequestError, RunError
+from graft.evaluate.scorer import Scorer, _Branches, _Request, _windows
+
+FEW_SHOT = "Question: what is up? Answer: the sky.\n\n" * 3
+DECODERS = ("llama", "gpt2", "sliding", "bloom", "mpt", "ensemble")
+
+
+def requests():
+    made = []
+    for number in range(4):
+        question = f"{FEW_SHOT}Question: is {number} even? Answer:"
+        made += [(question, answer) for answer in (" yes", " no", " perhaps so", " y")]
+    return [*made, ("", "alone"), ("x", "y"), ("space moves ", "here"), ("x", "yz")]
+
+
+def by_hand(model, tokenizer, context, continuation):
+    """One request, one row, no batch: the definition."""
+    trailing = len(context) - len(context.rstrip())
+    if trailing:
+        context, continuation = context[:-trailing], context[-trailing:] + continuation
+    before = tokenizer(context)["input_ids"] or [tokenizer.bos_token_id]
+    after = tokenizer(continuation)["input_ids"]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([before + after])).logits[0].double()
+    log_probs = torch.log_softmax(logits, -1)[len(before) - 1 : -1]
+    wanted = torch.tensor(after)
+    total = log_probs.gather(-1, wanted[:, None]).sum()
+    return float(total), bool((log_probs.argmax(-1) == wanted).all())
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_shared_reading_gives_what_one_request_alone_gives(kind, model_of, tokenizer):
+    model = model_of(kind)
+    found = Scorer(model, tokenizer).loglikelihoods(requests())
+    for (context, continuation), answer in zip(requests(), found, strict=True):
+        total, greedy = by_hand(model, tokenizer, context, continuation)
+        # float32 sums over a different order of the same terms
+        assert answer.log_prob == pytest.approx(total, abs=2e-4)
+        assert answer.greedy == greedy
+        assert answer.tokens == len(continuation) + (context.endswith(" "))
+
+
+@pytest.mark.parametrize(
+    ("kind", "style"), [("llama", "bool"), ("gpt2", "bool"), ("ensemble", "bool"), ("bloom", "plain"), ("mpt", "plain")]
+)
+def test_a_tree_is_used_where_the_model_honours_its_mask_and_only_there(kind, style, model_of, tokenizer):
+    scorer = Scorer(model_of(kind), tokenizer)
+    scorer.loglikelihoods(requests())
+    assert scorer._style == style
+
+
+def test_a_sliding_window_is_not_widened_by_a_mask_from_outside(model_of, tokenizer):
+    scorer = Scorer(model_of("sliding"), tokenizer)
+    assert scorer._mask_style(longest=100) == "plain"
+
+
+def test_a_shared_prompt_is_read_once(model_of, tokenizer):
+    shared, plain = Scorer(model_of("llama"), tokenizer), Scorer(model_of("llama"), tokenizer, share=False)
+    shared.loglikelihoods(requests())
+    plain.loglikelihoods(requests())
+    assert shared.tokens_read < plain.tokens_read / 4
+
+
+def test_a_branch_sees_what_is_shared_and_itself():
+    # shared 5 6; branches 7 8 and 9
+    row = _Branches.of([_Request(0, (5, 6, 7, 8), (8, 1)), _Request(1, (5, 6, 9), (2,))], 0, 2)
+    assert row.tokens == [5, 6, 7, 8, 9]
+    assert row.positions == [0, 1, 2, 3, 2]
+    assert row.places == [[2, 3], [4]]
+    expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
+    assert row.seen().int().tolist() == expected
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "ensemble", "mpt"])
+def test_a_document_within_the_context_is_scored_in_one_go(kind, model_of, tokenizer):
+    text = "It was a bright cold day in April."
+    ids = tokenizer(text)["input_ids"]
+    with torch.no_grad():
+        log_probs = torch.log_softmax(model_of(kind)(input_ids=torch.tensor([[1, *ids]])).logits[0].double(), -1)
+    expected = log_probs[:-1].gather(-1, torch.tensor(ids)[:, None])[:, 0]
+    (found,) = Scorer(model_of(kind), tokenizer).documents([text])
+    np.testing.assert_allclose(found.log_probs, expected, atol=2e-5)
+    assert found.bytes == len(text)
+    assert found.bits == pytest.approx(-float(expected.sum()) / np.log(2), abs=1e-3)
+
+
+def test_a_long_document_is_scored_once_token_by_token_with_half_a_context_before_it(model_of, tokenizer):
+    model, text, context = model_of("llama"), "abcdefghij" * 5, 16
+    ids = [1, *tokenizer(text)["input_ids"]]
+    (found,) = Scorer(model, tokenizer, context=context).documents([text])
+    for place, _, _, _ in [(p, *rest) for p, *rest in _windows(0, len(text), context)]:
+        assert place == 0
+    for target in range(len(text)):
+        start = next(s for _, s, e, first in _windows(0, len(text), context) if first <= target < e)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids[start : target + 1]])).logits[0, -1].double()
+        assert found.log_probs[target] == pytest.approx(float(torch.log_softmax(logits, -1)[ids[target + 1]]), abs=2e-5)
+        assert start == 0 or target - start >= context // 2 - 1
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 24, 25, 100])
+def test_windows_score_every_token_once_within_the_context(tokens):
+    windows = list(_windows(0, tokens, 16))
+    scored = [t for _, _, end, first in windows for t in range(first, end)]
+    assert scored == list(range(tokens))
+    assert all(end - start <= 16 for _, start, end, _ in windows)
+
+
+def test_an_empty_text_costs_nothing(model_of, tokenizer):
+    (found,) = Scorer(model_of("llama"), tokenizer).documents([""])
+    assert (found.bits, found.bytes, len(found.log_probs)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "ensemble"])
+def test_generation_in_batches_is_generation_one_by_one(kind, model_of, tokenizer):
+    prompts = ["once", "a much longer prompt than that", "q"]
+    scorer = Scorer(model_of(kind), tokenizer)
+    assert scorer.generate(prompts, max_tokens=6) == [scorer.generate([p], max_tokens=6)[0] for p in prompts]
+
+
+def test_writing_ends_before_a_stop_string(model_of, tokenizer):
+    scorer = Scorer(model_of("llama"), tokenizer)
+    (whole,) = scorer.generate(["hello"], max_tokens=12)
+    stop = whole[3]
+    (cut,) = scorer.generate(["hello"], max_tokens=12, stop=[stop])
+    assert cut == whole[: whole.index(stop)]
+
+
+def test_an_encoder_decoder_reads_the_context_and_writes_the_continuation(model_of, tokenizer):
+    model = model_of("t5")
+    pairs = [("read me", "write"), ("a longer context to read", "me")]
+    found = Scorer(model, tokenizer).loglikelihoods(pairs)
+    for (context, continuation), answer in zip(pairs, found, strict=True):
+        source = torch.tensor([[*tokenizer(context)["input_ids"], 2]])
+        target = tokenizer(continuation)["input_ids"]
+        with torch.no_grad():
+            logits = model(input_ids=source, decoder_input_ids=torch.tensor([[0, *target[:-1]]])).logits[0].double()
+        expected = torch.log_softmax(logits, -1).gather(-1, torch.tensor(target)[:, None]).sum()
+        assert answer.log_prob == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_bits_of_an_encoder_decoder_are_refused(model_of, tokenizer):
+    with pytest.raises(RequestError, match="left to right"):
+        Scorer(model_of("t5"), tokenizer).documents(["text"])
+
+
+def test_an_empty_continuation_is_refused(model_of, tokenizer):
+    with pytest.raises(RequestError, match="at least one token"):
+        Scorer(model_of("llama"), tokenizer).loglikelihoods([("context", "")])
+
+
+def test_nan_logits_are_named(tokenizer):
+    from .conftest import make
+
+    broken = make("llama")
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(RunError, match="NaN"):
+        Scorer(broken, tokenizer).documents(["text"])
+
+
+def test_what_is_too_long_loses_its_beginning(model_of, tokenizer):
+    model = model_of("llama")
+    long, short = Scorer(model, tokenizer, context=20), Scorer(model, tokenizer)
+    cut = long.loglikelihoods([("x" * 50 + "the end is near", " now")])[0]
+    # 20 tokens of input predict the last of the continuation: the 4 of " now" and 17 before it
+    kept = ("x" * 50 + "the end is near")[-17:]
+    assert cut.log_prob == pytest.approx(short.loglikelihoods([(kept, " now")])[0].log_prob, abs=1e-4)

@@ -1,0 +1,75 @@
+"""Intervals and tests against closed forms, scipy and simulation."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest, norm
+
+from graft.evaluate.statistics import bootstrap, mcnemar, paired_bootstrap, wilson
+
+
+def mean_of(values):
+    values = np.asarray(values, float)
+    return lambda counts: counts @ values / len(values)
+
+
+def test_wilson_is_scipys():
+    for successes, trials in [(0, 10), (3, 10), (10, 10), (57, 200)]:
+        expected = binomtest(successes, trials).proportion_ci(0.95, method="wilson")
+        assert wilson(successes, trials) == pytest.approx((expected.low, expected.high))
+
+
+def test_the_bootstrap_of_a_mean_is_close_to_the_normal_interval():
+    values = np.random.default_rng(1).normal(size=400)
+    low, high = bootstrap(mean_of(values), 400, seed=0)
+    half = norm.ppf(0.975) * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
+
+
+def test_the_bootstrap_covers_the_truth_about_as_often_as_it_says():
+    random = np.random.default_rng(2)
+    hits = 0
+    for trial in range(200):
+        values = random.exponential(size=60)
+        low, high = bootstrap(mean_of(values), 60, seed=trial, draws=400)
+        hits += low <= 1.0 <= high
+    assert 0.88 <= hits / 200 <= 0.98  # 95 % less what skewness costs at 60 items
+
+
+def test_the_same_seed_gives_the_same_interval_and_another_one_does_not():
+    score = mean_of(np.arange(50.0))
+    assert bootstrap(score, 50, seed=3) == bootstrap(score, 50, seed=3)
+    assert bootstrap(score, 50, seed=3) != bootstrap(score, 50, seed=4)
+
+
+def test_of_one_item_nothing_is_known():
+    assert np.isnan(bootstrap(mean_of([1.0]), 1, seed=0)).all()
+
+
+def test_the_bootstrap_of_few_items_is_the_exact_distribution():
+    values = np.array([0.0, 1.0, 5.0])
+    means = sorted(np.mean(draw) for draw in itertools.product(values, repeat=3))
+    low, high = bootstrap(mean_of(values), 3, seed=0, draws=40_000)
+    # each of the 27 draws is one of 27, so that both ends are reached in more than 2.5 % of them
+    assert (low, high) == tuple(np.quantile(means, [0.025, 0.975], method="inverted_cdf"))
+
+
+def test_pairing_sees_a_small_steady_difference_that_intervals_hide():
+    random = np.random.default_rng(5)
+    hard = random.normal(size=100) * 10
+    low, high, p = paired_bootstrap(mean_of(hard + 0.3 + 0.1 * random.normal(size=100)), mean_of(hard), 100, seed=0)
+    assert 0 < low < 0.3 < high < 0.5
+    assert p < 0.01
+
+
+def test_equal_models_do_not_differ():
+    values = mean_of(np.random.default_rng(6).normal(size=50))
+    assert paired_bootstrap(values, values, 50, seed=0) == (0.0, 0.0, 1.0)
+
+
+def test_mcnemar_is_the_binomial_test_on_what_only_one_got_right():
+    first = np.array([1, 1, 1, 1, 1, 0, 0, 1], bool)
+    second = np.array([0, 0, 0, 0, 1, 0, 1, 1], bool)
+    assert mcnemar(first, second) == pytest.approx(binomtest(4, 5).pvalue)
+    assert mcnemar(first, first) == 1.0
