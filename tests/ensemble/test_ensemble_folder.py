@@ -264,3 +264,22 @@ def test_fitting_on_text_that_a_member_was_trained_on_is_refused(family):
         CannotCombine, match=r"llama was trained on other.train: .* fit them on held-out text \(other.dev\)"
     ):
         run(family, {"members": ["llama", "gpt2"], "weights": {"fit": "text.train"}}, {"text": source})
+
+
+def test_weights_of_a_product_are_fitted_to_a_mixture_of_texts(family):
+    # qwen's folders are read with another tokenizer class by transformers
+    raw = {"combine": "log_linear", "members": ["llama", "gpt2", "mistral"], "weights": {"fit": "both.dev"}}
+    sets = {
+        "one": lines(family / "one.jsonl", 30),
+        "two": lines(family / "two.jsonl", 60, start=300),
+        "both": {"mix": {"one": 0.5, "two": 0.5}},
+    }
+    target, found = run(family, raw, sets)
+    assert found["loss"] <= min(found["member_losses"].values())
+    assert graft_models.load(target).config.weights == list(found["weights"].values())
+
+
+def test_only_rules_with_free_weights_are_fitted(family):
+    settings = VERB.parse({"combine": "contrastive", "members": ["llama", "qwen"], "weights": {"fit": "text.dev"}})
+    (problem,) = VERB.check(settings, facts(family, "llama", "qwen"))
+    assert "fitted for linear and log_linear, found 'contrastive'" in problem

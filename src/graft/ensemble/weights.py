@@ -1,20 +1,24 @@
 """Interpolation weights fitted to held-out text, without any model in memory.
 
-Each member is run once over the text; one number for each member and token, the log-probability of the token that
-comes, is all that a mixture's weights depend on.
+Each member is run once over the text. A mixture's weights depend on one number for each member and token, the
+log-probability of the token that comes; a product's on the whole distributions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+
+from graft.ensemble.log_linear import FLOOR
 
 
 @dataclass(frozen=True)
 class Fit:
-    """`weights [members]`, the mixture's mean loss and each member's (nats a token), how many EM steps, and `gap`: at
-    most so many nats a token are left to gain."""
+    """`weights [members]`, the ensemble's mean loss and each member's (nats a token), how many steps, and `gap`: about
+    so many nats a token (for a mixture at most) are left to gain."""
 
     weights: np.ndarray
     loss: float
@@ -57,3 +61,71 @@ def fit_linear(
     loss = -float(share @ (np.log(weights @ probs) + top))
     alone = -np.where(np.isinf(log_probs[:, usable]).any(1), -np.inf, log_probs[:, usable] @ share)
     return Fit(weights, loss, alone, steps, gap)
+
+
+def fit_log_linear(
+    log_probs: Sequence[torch.Tensor],
+    gold: torch.Tensor,
+    importance: np.ndarray | None = None,
+    *,
+    tolerance: float = 1e-8,
+    most_steps: int = 50,
+) -> Fit:
+    """Weights of a product, negative ones allowed, that minimise the mean of -log p(gold); p ∝ exp(Σ λᵢ log pᵢ).
+
+    `log_probs`: `[tokens, vocabulary] float32` of each member; `gold [tokens]`. The loss is convex (a log-sum-exp less
+    a linear term), so Newton's method with halved steps finds its minimum: the product is at most as bad as any member.
+    Probabilities below the smallest float32 count as that.
+    """
+    share = torch.full((len(gold),), 1 / len(gold), dtype=torch.float64)
+    if importance is not None:
+        share = torch.as_tensor(importance, dtype=torch.float64) / float(np.sum(importance))
+    floored = [each.clamp(min=FLOOR) for each in log_probs]
+    weights = torch.full((len(floored),), 1 / len(floored), dtype=torch.float64)
+    now = _moments(floored, gold, share, weights)
+    gap, steps = np.inf, 0
+    while steps < most_steps:
+        step = torch.linalg.lstsq(now.curvature, now.gradient[:, None], driver="gelsd").solution[:, 0]
+        slope = float(now.gradient @ step)
+        gap = slope / 2
+        if gap < tolerance:
+            break
+        size, then = 1.0, _moments(floored, gold, share, weights - step)
+        while then.loss > now.loss - 1e-4 * size * slope and size > 1e-6:
+            size /= 2
+            then = _moments(floored, gold, share, weights - size * step)
+        weights, now, steps = weights - size * step, then, steps + 1
+    alone = [-float(share @ each.gather(-1, gold[:, None])[:, 0].double()) for each in floored]
+    return Fit(weights.numpy(), now.loss, np.array(alone), steps, gap)
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Mean loss, its gradient `[members]` and second derivatives `[members, members]`."""
+
+    loss: float
+    gradient: torch.Tensor
+    curvature: torch.Tensor
+
+
+def _moments(
+    log_probs: Sequence[torch.Tensor], gold: torch.Tensor, share: torch.Tensor, weights: torch.Tensor, piece: int = 256
+) -> _Moments:
+    """The gradient is what the product expects of log pᵢ less what the text gives, the curvature their covariance."""
+    loss, members = 0.0, len(log_probs)
+    gradient, curvature = weights.new_zeros(members), weights.new_zeros(members, members)
+    for start in range(0, len(gold), piece):
+        part = torch.stack(
+            [each[start : start + piece] for each in log_probs]
+        ).double()  # [members, tokens, vocabulary]
+        own, count = gold[start : start + piece], share[start : start + piece]
+        scores = torch.einsum("m,mtv->tv", weights, part)
+        total = scores.logsumexp(-1)
+        found = (scores - total[:, None]).exp()
+        given = part.gather(-1, own.expand(members, -1)[..., None])[..., 0]
+        expected = torch.einsum("tv,mtv->mt", found, part)
+        centred = part - expected[..., None]
+        loss += float(count @ (total - weights @ given))
+        gradient += (expected - given) @ count
+        curvature += torch.einsum("t,tv,mtv,ntv->mn", count, found, centred, centred)
+    return _Moments(loss, gradient, curvature)

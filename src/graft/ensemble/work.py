@@ -7,17 +7,20 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from graft import data, lineage
+from graft.data.corpus import text_of
 from graft.ensemble.settings import EnsembleSettings, FittedWeights
-from graft.ensemble.weights import Fit, fit_linear
 from graft.errors import CannotCombine
 from graft.methods import method
 from graft.settings import parse
 from graft.verb import Facts, Job
+
+if TYPE_CHECKING:
+    from graft.ensemble.weights import Fit
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -47,7 +50,7 @@ def problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[st
         wrong = method("graft.ensemble", settings.rule).problem(_constants(settings))
         found += [wrong] if wrong else []
     if isinstance(settings.weights, FittedWeights):
-        found += _fit_problems(settings, settings.weights)
+        found += _fit_problems(settings)
     return found
 
 
@@ -59,11 +62,10 @@ def _constants(settings: EnsembleSettings) -> list[float]:
     return rule.default(len(settings.names), parse(rule.Settings, settings.options))
 
 
-def _fit_problems(settings: EnsembleSettings, weights: FittedWeights) -> list[str]:
-    found = []
-    if settings.rule != "linear":
-        found.append(f"weights can be fitted for `combine: linear`, found {settings.rule!r}: give its weights")
-    return found
+def _fit_problems(settings: EnsembleSettings) -> list[str]:
+    if settings.rule in ("linear", "log_linear"):
+        return []
+    return [f"weights can be fitted for linear and log_linear, found {settings.rule!r}: give its options"]
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def run(job: Job) -> dict[str, Any]:
         found = {
             "loss": fit.loss,
             "member_losses": dict(zip(settings.names, map(float, fit.members), strict=True)),
-            "em_steps": fit.steps,
+            "steps": fit.steps,
             "gap": fit.gap,
         }
     _write(job, settings, weights)
@@ -107,24 +109,49 @@ def _write(job: Job, settings: EnsembleSettings, weights: list[float]) -> None:
 
 
 def fit_weights(settings: EnsembleSettings, weights: FittedWeights, job: Job) -> Fit:
-    """Each member is run once over the text; then EM. Tokens of a mixture's parts count by the parts' shares."""
+    """Each member is run once over the text; EM for a mixture, Newton's method for a product.
+
+    A mixture of data sets counts by its shares: the loss is the mean over the parts' mean losses a token.
+    """
     name, split = data.split_ref(weights.fit)
     corpus = data.open_corpus(job.data, name, job.root)
+    fingerprints = [corpus.fingerprint, *(part.fingerprint for part, _ in corpus.parts)]
     for member in settings.names:
-        _check_unseen(
-            member, job.models[member], [corpus.fingerprint, *(p.fingerprint for p, _ in corpus.parts)], split
-        )
-    texts, importance = [], []
-    for part, share in corpus.parts:
-        documents = list(itertools.islice(part.records(split), weights.documents))
-        texts += documents
-        importance += [share / len(documents)] * len(documents)
-    columns = [_token_log_probs(job.models[member], texts, job.device) for member in settings.names]
+        _check_unseen(member, job.models[member], fingerprints, split)
+    read = [list(itertools.islice(part.records(split), weights.documents)) for part, _ in corpus.parts]
+    texts = [text_of(record) for records in read for record in records]
+    parts = np.repeat(np.arange(len(read)), [len(records) for records in read])
+    shares = np.array([share for _, share in corpus.parts])
+    folders = [job.models[member] for member in settings.names]
+    fit = _fit_product if settings.rule == "log_linear" else _fit_mixture
+    return fit(folders, texts, parts, shares, job.device)
+
+
+def _fit_mixture(folders: list[Path], texts: list[str], parts: np.ndarray, shares: np.ndarray, device: Any) -> Fit:
+    from graft.ensemble.weights import fit_linear
+
+    columns = [_token_log_probs(folder, texts, device) for folder in folders]
     lengths = [len(column) for column in columns[0]]
     if any([len(c) for c in column] != lengths for column in columns):
         raise CannotCombine("the members cut the text into different tokens: their predictions cannot be matched")
-    mean = np.repeat(np.asarray(importance) / np.maximum(lengths, 1) * np.mean(lengths), lengths)
-    return fit_linear(np.stack([np.concatenate(column) for column in columns]), mean)
+    importance = _importance(np.repeat(parts, lengths), shares)
+    return fit_linear(np.stack([np.concatenate(column) for column in columns]), importance)
+
+
+def _fit_product(folders: list[Path], texts: list[str], parts: np.ndarray, shares: np.ndarray, device: Any) -> Fit:
+    from graft.ensemble.reading import common_context, distributions, token_ids
+    from graft.ensemble.weights import fit_log_linear
+
+    ids = token_ids(folders, texts)
+    context, width = common_context(folders)
+    read = [distributions(folder, ids, context=context, width=width, device=device) for folder in folders]
+    importance = _importance(parts[read[0].texts.numpy()], shares)
+    return fit_log_linear([each.log_probs for each in read], read[0].gold, importance)
+
+
+def _importance(parts: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """How much each token counts, given the part it is from: a part's tokens together count as its share."""
+    return shares[parts] / np.bincount(parts, minlength=len(shares))[parts]
 
 
 def _check_unseen(member: str, folder: Path, fingerprints: list[str], split: str) -> None:
@@ -152,10 +179,9 @@ def trained_on(folder: Path) -> dict[tuple[str, str], str]:
     return found
 
 
-def _token_log_probs(folder: Path, records: list[dict[str, Any]], device: str | None) -> list[np.ndarray]:
+def _token_log_probs(folder: Path, texts: list[str], device: str | None) -> list[np.ndarray]:
     from graft import models
-    from graft.data.corpus import text_of
     from graft.evaluate.scorer import Scorer
 
     scorer = Scorer(models.load(folder, device=device), models.load_tokenizer(folder))
-    return [scored.log_probs for scored in scorer.documents([text_of(record) for record in records])]
+    return [scored.log_probs for scored in scorer.documents(texts)]
