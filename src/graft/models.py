@@ -55,7 +55,7 @@ def load(
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     try:
         with _no_bars(hub):
-            model, info = _class_of(config).from_pretrained(
+            model, info = model_class(config).from_pretrained(
                 place,
                 dtype=wanted or "auto",
                 local_files_only=not hub,
@@ -73,7 +73,8 @@ def load(
     return model.to(device).eval() if device else model.eval()
 
 
-def _class_of(config: PretrainedConfig) -> Any:
+def model_class(config: PretrainedConfig) -> Any:
+    """The `transformers` class that a configuration names, else the Auto class of its kind."""
     import transformers
 
     name = next(iter(config.architectures or ()), None)

@@ -1,0 +1,65 @@
+"""Merging: one model out of the weights of several. One file a method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from graft.errors import Problem, SettingsError
+from graft.merge.settings import DeltaSettings, MergeSettings
+from graft.methods import method, method_names
+from graft.settings import Settings, parse
+from graft.verb import Estimate, Facts, Job, Verb
+
+ROOMS = ("engine", "journal", "preflight", "settings", "stream")
+
+
+class Merge(Verb[MergeSettings]):
+    """Combines weights into one model of the same size."""
+
+    name = "merge"
+    summary = "Combine the weights of several models of one initialisation into one model."
+
+    def types(self) -> Mapping[str, type[Settings]]:
+        return {name: method("graft.merge", name).Settings for name in method_names("graft.merge")}
+
+    def parse(self, raw: Any, path: tuple[str | int, ...] = ()) -> MergeSettings:
+        name = raw.get("method", "linear") if isinstance(raw, dict) else "linear"
+        if not isinstance(name, str):
+            raise SettingsError([Problem((*path, "method"), f"expected the name of a method, found {name!r}")])
+        return parse(method("graft.merge", name).Settings, raw, path)
+
+    def check(self, settings: MergeSettings, models: Mapping[str, Facts]) -> list[str]:
+        from graft.merge.preflight import problems
+
+        never, may_be_forced = problems(settings, models)
+        return never if settings.force else never + may_be_forced
+
+    def facts(self, settings: MergeSettings, models: Mapping[str, Facts], key: str) -> Facts:
+        first = models[settings.parents[0]]
+        same = {models[name].initialisation for name in settings.parents}
+        width = {"float32": 4, "bfloat16": 2, "float16": 2}.get(settings.dtype or "")
+        return Facts(
+            first.architecture,
+            first.initialisation if len(same) == 1 else f"of:{key}",
+            first.vocabulary,
+            first.parameters,
+            first.parameters * width if width else first.bytes,
+            first.config,
+            trained_on=frozenset().union(*(models[name].trained_on for name in settings.parents)),
+        )
+
+    def estimate(self, settings: MergeSettings, models: Mapping[str, Facts]) -> Estimate:
+        made = self.facts(settings, models, "")
+        moved = made.bytes + sum(models[name].bytes for name in settings.parents)
+        memory = 300 * 2**20 + 2**22 * len(settings.parents)
+        return Estimate(made.parameters, made.bytes, memory, moved / 1e9, "streamed; by bytes moved at 1 GB/s")
+
+    def run(self, job: Job) -> dict[str, Any]:
+        from graft.merge.engine import run
+
+        return run(job)
+
+
+VERB = Merge()
+__all__ = ["VERB", "DeltaSettings", "MergeSettings"]
