@@ -283,3 +283,13 @@ def test_only_rules_with_free_weights_are_fitted(family):
     settings = VERB.parse({"combine": "contrastive", "members": ["llama", "qwen"], "weights": {"fit": "text.dev"}})
     (problem,) = VERB.check(settings, facts(family, "llama", "qwen"))
     assert "fitted for linear and log_linear, found 'contrastive'" in problem
+
+
+def test_a_gate_is_fitted_from_a_recipe_and_stands_in_the_folder(family):
+    raw = {"members": ["llama", "gpt2"], "weights": {"fit": "text.dev", "gate": 0}}
+    target, found = run(family, raw, {"text": lines(family / "text.jsonl", 60)})
+    assert found["loss"] <= found["loss_without_gate"] + 1e-3
+    assert graft_models.load(target).gate.outer.weight.shape == (2, 4)
+    settings = VERB.parse({**raw, "combine": "log_linear"})
+    (problem,) = VERB.check(settings, facts(family, "llama", "gpt2"))
+    assert "a gate gives the weights of a mixture" in problem

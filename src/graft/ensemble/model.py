@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from graft import lineage, models
+from graft.ensemble.gate import Gate, features
 from graft.errors import CheckpointError, RequestError, RunError
 from graft.methods import method
 from graft.settings import parse
@@ -28,7 +29,8 @@ from graft.settings import parse
 
 class EnsembleConfig(PretrainedConfig):
     """`members`: name, path (relative to the ensemble's folder), hash and configuration of each; `combine`: the rule,
-    `options`: its settings; `weights`: one for each member. A member whose weight is zero is never run."""
+    `options`: its settings; `weights`: one for each member. A member whose weight is zero is never run. `gate`: weights
+    that follow the context; `weights` are then what it gave on average."""
 
     model_type = "graft_ensemble"
 
@@ -38,11 +40,13 @@ class EnsembleConfig(PretrainedConfig):
         combine: str = "linear",
         weights: Sequence[float] = (),
         options: dict[str, Any] | None = None,
+        gate: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         self.members = list(members)
         self.combine, self.options = combine, dict(options or {})
         self.weights = [float(weight) for weight in weights]
+        self.gate = gate
         configs = [entry["config"] for entry in self.members]
         self.vocab_size = min((int(c["vocab_size"]) for c in configs), default=0)
         self.num_hidden_layers = sum(layers_of(self.members, self.weights))
@@ -114,6 +118,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         self.combine, self.options = rule.combine, parse(rule.Settings, config.options)
         self.active = [place for place, weight in enumerate(config.weights) if weight]
         self.weights = torch.tensor([config.weights[place] for place in self.active], dtype=torch.float32)
+        self.gate = Gate.from_plain(config.gate) if config.gate else None
         self.spans = _spans(layers_of(config.members, config.weights))
         self.limits = [_context(entry["config"]) for entry in config.members]
         self.takes = [set(inspect.signature(type(member).forward).parameters) for member in made]
@@ -172,7 +177,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         self._check_inputs(input_ids, past_key_values)
         given = {"attention_mask": attention_mask, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
         log_probs = [self._member(place, input_ids, given, past_key_values) for place in self.active]
-        mixed = self.combine(log_probs, self.weights, self.options)
+        weights = self.weights if self.gate is None else self.gate(features(log_probs))
+        mixed = self.combine(log_probs, weights, self.options)
         self._check_outputs(mixed, log_probs, attention_mask)
         loss = None
         if labels is not None:
@@ -237,6 +243,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         for entry, member in zip(self.config.members, self.members, strict=True):
             entries.append(self._placed(entry, member, folder, self_contained))
         config.members = entries
+        config.gate = self.gate.plain() if self.gate is not None else None
         config.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
 

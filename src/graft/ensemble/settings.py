@@ -14,6 +14,10 @@ class FittedWeights(Settings):
 
     fit: Annotated[DataRef, Field(description="Data set and split, such as `mixed.dev`.")]
     documents: Annotated[int, Field(gt=0, description="At most so many documents of each data set are read.")] = 200
+    gate: Annotated[
+        int | None,
+        Field(ge=0, description="Weights that follow the context: 0, a linear gate; more, a gate with so many units."),
+    ] = None
 
 
 class EnsembleSettings(Settings):

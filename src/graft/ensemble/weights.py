@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ class Fit:
     members: np.ndarray
     steps: int
     gap: float
+    gate: dict[str, Any] | None = None
+    """A gate as plain values; `weights` and `loss` are then its, `constant` the loss of the best constant weights."""
+    constant: float | None = None
 
 
 def fit_linear(
