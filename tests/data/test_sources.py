@@ -1,0 +1,191 @@
+"""Sources read what they say, and say where they cannot."""
+
+import csv
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+
+from graft import data
+from graft.data.corpus import text_of
+from graft.data.sources import docstrings, library_files
+from graft.errors import DataError, SettingsError, UnknownName
+
+ROWS = [{"text": f"document {n}, ünïcode"} for n in range(40)]
+
+
+def corpus(raw, root=Path(), name="set"):
+    return data.open_corpus({name: data.parse(raw)}, name, root)
+
+
+def everything(raw, root=Path()):
+    """All records of all splits."""
+    found = []
+    for split in data.SPLITS:
+        try:
+            found += corpus(raw, root).records(split)
+        except DataError:
+            continue
+    return found
+
+
+def test_the_librarys_code_is_its_files():
+    found = everything({"source": "python-library", "packages": ["json"]})
+    files = {path.read_text() for name, path in library_files([]) if name.startswith("json/")}
+    assert {record["text"] for record in found} == {text for text in files if text.strip()}
+
+
+def test_the_librarys_docstrings_are_its_prose():
+    found = {
+        record["text"]
+        for record in everything({"source": "python-library", "keep": "docstrings", "packages": ["json"]})
+    }
+    assert any(text.startswith("JSON (JavaScript Object Notation)") for text in found)
+    assert all(len(text) >= 80 for text in found)
+
+
+def test_docstrings_are_taken_from_modules_classes_and_functions():
+    long = "x" * 80
+    code = f'"""A {long}"""\nclass C:\n    """B {long}"""\n    def f(self):\n        """short"""\n        "no {long}"\n'
+    assert [text[0] for text in docstrings(code)] == ["A", "B"]
+
+
+def test_a_package_that_is_not_there_is_named():
+    opened = corpus({"source": "python-library", "packages": ["jason"]})
+    with pytest.raises(DataError, match="'jason'"):
+        list(opened.records("train"))
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".xz"])
+def test_jsonl_is_read_plain_and_compressed(tmp_path, ending):
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+    pack = {"": lambda b: b, ".gz": gzip.compress, ".xz": lzma.compress}[ending]
+    (tmp_path / f"a.jsonl{ending}").write_bytes(pack(content))
+    found = everything({"source": "jsonl", "path": f"a.jsonl{ending}"}, tmp_path)
+    assert sorted(map(text_of, found)) == sorted(map(text_of, ROWS))
+
+
+def test_csv_and_tsv_are_read_with_quotes_and_lines_inside(tmp_path):
+    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
+        with open(tmp_path / name, "w", newline="") as file:
+            writer = csv.writer(file, delimiter=delimiter)
+            writer.writerow(["body", "class"])
+            writer.writerow(["one, two\nthree", "x"])
+            writer.writerow(['said "no"', "y"])
+        raw = {"source": "csv", "path": name, "fields": {"text": "body", "label": "class"}}
+        found = everything(raw, tmp_path)
+        assert {(r["text"], r["label"]) for r in found} == {("one, two\nthree", "x"), ('said "no"', "y")}
+
+
+def test_parquet_is_read(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    assert len(everything({"source": "parquet", "path": "a.parquet"}, tmp_path)) == len(ROWS)
+
+
+def test_a_hugging_face_folder_keeps_its_own_splits(tmp_path):
+    import datasets
+
+    parts = {"train": ROWS[:20], "validation": ROWS[20:30], "test": ROWS[30:]}
+    made = datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in parts.items()})
+    made.save_to_disk(str(tmp_path / "set"))
+    opened = corpus({"source": "huggingface", "name": "set"}, tmp_path)
+    assert [len(list(opened.records(split))) for split in ("train", "dev", "test")] == [20, 10, 10]
+
+
+def test_a_data_set_on_the_hub_needs_the_network_allowed(tmp_path):
+    with pytest.raises(DataError, match="hub: true"):
+        list(corpus({"source": "huggingface", "name": "some/set"}, tmp_path).records("train"))
+    assert "hub: true" in data.problems(data.parse({"source": "huggingface", "name": "some/set"}), tmp_path)[0]
+
+
+def test_a_folder_of_text_is_a_document_a_file_in_a_fixed_order(tmp_path):
+    for name in ("b.txt", "a.txt", "skip.bin"):
+        (tmp_path / name).write_text(f"text of {name}")
+    raw = {"source": "text", "train": str(tmp_path)}
+    assert [r["text"] for r in corpus(raw).records("train")] == ["text of a.txt", "text of b.txt"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"document": "file"}, ["one\ntwo\n\nthree\n---\nfour"]),
+        ({"document": "line"}, ["one", "two", "three", "---", "four"]),
+        ({"document": "paragraph"}, ["one\ntwo", "three\n---\nfour"]),
+        ({"separator": "---"}, ["one\ntwo\n\nthree", "four"]),
+    ],
+)
+def test_what_a_document_is(tmp_path, settings, expected):
+    (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n---\nfour\n")
+    found = corpus({"source": "text", "train": str(tmp_path / "a.txt"), **settings}).records("train")
+    assert [record["text"].strip("\n") for record in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "raw", "message"),
+    [
+        ("a.jsonl", b'{"text": "fine"}\n{"text": \n', {}, r"a.jsonl, line 2: expected a JSON object"),
+        ("a.jsonl", b'{"text": "fine"}\n[1, 2]\n', {}, r"line 2: expected a JSON object, found list"),
+        ("a.jsonl", b'{"text": "fine"}\n{"body": "x"}\n', {}, r"line 2: expected a field 'text'"),
+        ("a.jsonl", b'{"text": 7}\n', {}, r"line 1: expected text in 'text', found int"),
+        ("a.jsonl", b'{"body": 7}\n', {}, r"line 1: found the fields body, expected those of a format"),
+        ("a.jsonl", b"", {}, r"found an empty file"),
+        ("a.jsonl", b'{"text": "a\x00b"}\n', {}, r"line 1: expected text, found binary data"),
+        ("a.jsonl", b'{"text": "fine"}\n\xff\xfe\n', {}, r"line 2: expected UTF-8 text, found byte 0xff"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "fine"}\n' * 999)[:40], {}, r"damaged or cut short"),
+        ("a.jsonl.xz", b"no xz", {}, r"damaged or cut short"),
+        ("a.csv", b"text,label\na,b\nc\n", {"source": "csv"}, r"line 3: expected 2 values as in the header, found 1"),
+        ("a.parquet", b"no parquet", {"source": "parquet"}, r"expected a parquet file"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', {}, r"line 1: expected `messages` as a list"),
+    ],
+)
+def test_a_bad_file_is_named_with_the_line(tmp_path, name, content, raw, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(corpus({"source": "jsonl", "path": name, **raw}, tmp_path).records("train"))
+
+
+def test_an_empty_text_file_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("\n \n")
+    with pytest.raises(DataError, match=r"a.txt: expected text, found an empty file"):
+        list(corpus({"source": "text", "path": "a.txt"}, tmp_path).records("train"))
+
+
+def test_a_file_that_is_not_there_is_named_before_anything_is_read(tmp_path):
+    (problem,) = data.problems(data.parse({"source": "text", "path": "nothing.txt"}), tmp_path)
+    assert "nothing.txt" in problem
+    assert "relative to the recipe's folder" in problem
+
+
+@pytest.mark.parametrize(
+    ("raw", "error", "message"),
+    [
+        ({"source": "jsonl", "pth": "x"}, SettingsError, "did you mean 'path'"),
+        ({"source": "jsonI", "path": "x"}, UnknownName, "did you mean 'jsonl'"),
+        ({"source": "jsonl"}, SettingsError, "expected `path`"),
+        ({"source": "jsonl", "path": "a", "train": "b"}, SettingsError, "found both"),
+        ({"mix": {"a": 0}}, SettingsError, "above 0"),
+        ({"path": "x"}, SettingsError, "expected `source:` or `mix:`"),
+        ({"source": "text", "path": "x", "splits": {"dev": 0.6, "test": 0.5}}, SettingsError, "dev \\+ test below 1"),
+    ],
+)
+def test_wrong_settings_say_what_is_right(raw, error, message):
+    with pytest.raises(error, match=message):
+        data.parse(raw)
+
+
+def test_formats_are_inferred_from_the_fields(tmp_path):
+    records = {
+        "text": {"text": "a"},
+        "labelled": {"text": "a", "label": 3},
+        "completion": {"prompt": "a", "completion": "b"},
+        "pairs": {"source": "a", "target": "b"},
+        "chat": {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
+    }
+    for format, record in records.items():
+        (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
+        assert corpus({"source": "jsonl", "path": "a.jsonl"}, tmp_path).format == format
