@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tiny_members import five, prompts
+from tiny_members import TOKENS, five, prompts
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -240,6 +240,8 @@ def test_weights_are_fitted_on_what_the_members_give_the_text(family):
     for weight, loss in zip(weights, losses, strict=True):
         assert weight == 0 or found["loss"] <= loss - np.log(weight) + 1e-9
     assert found["loss"] <= min(losses) + 1e-6
+    gained = sum(each["shapley"] for each in found["contributions"].values())
+    assert gained == pytest.approx(np.log(TOKENS) - found["loss"], abs=1e-3)
 
 
 def test_fitting_on_text_that_a_member_was_trained_on_is_refused(family):

@@ -11,7 +11,7 @@ from graft.methods import method, method_names
 from graft.settings import Settings, parse
 from graft.verb import Estimate, Facts, Job, Verb
 
-ROOMS = ("fitting", "gate", "model", "reading", "settings", "weights", "work")
+ROOMS = ("contributions", "fitting", "gate", "model", "reading", "settings", "weights", "work")
 
 
 class Ensemble(Verb[EnsembleSettings]):

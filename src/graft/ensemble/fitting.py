@@ -12,6 +12,7 @@ import torch
 
 from graft import data, lineage, models
 from graft.data.corpus import text_of
+from graft.ensemble.contributions import MOST, contributions
 from graft.ensemble.gate import features, fit_gate
 from graft.ensemble.linear import Settings, combine
 from graft.ensemble.reading import common_context, distributions, token_ids
@@ -49,7 +50,12 @@ def _fit_mixture(folders: list[Path], texts: list[str], parts: np.ndarray, share
     if any([len(c) for c in column] != lengths for column in columns):
         raise CannotCombine("the members cut the text into different tokens: their predictions cannot be matched")
     importance = _importance(np.repeat(parts, lengths), shares)
-    return fit_linear(np.stack([np.concatenate(column) for column in columns]), importance)
+    told = np.stack([np.concatenate(column) for column in columns])
+    fit = fit_linear(told, importance)
+    if len(folders) > MOST:
+        return fit
+    nothing = float(np.log(models.load_config(folders[0]).vocab_size))
+    return replace(fit, contributions=contributions(told, nothing, importance))
 
 
 def _fit_product(folders: list[Path], texts: list[str], parts: np.ndarray, shares: np.ndarray, device: Any) -> Fit:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def run(job: Job) -> dict[str, Any]:
         "member_losses": dict(zip(settings.names, map(float, fit.members), strict=True)),
         "steps": fit.steps,
         "gap": fit.gap,
+        "contributions": {name: asdict(each) for name, each in zip(settings.names, fit.contributions, strict=False)},
         **({} if fit.gate is None else {"loss_without_gate": fit.constant}),
     }
 
