@@ -1,0 +1,170 @@
+"""Token streams hold every document once, are made once, and say what is trained on."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from graft import data
+from graft.data.render import assistant_spans, render
+from graft.data.stream import tokenize
+from graft.errors import DataError
+
+
+def corpus_of(tmp_path, rows, **more):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = {"source": "jsonl", "train": str(path), "splits": {"dev": 0, "test": 0}, **more}
+    return data.open_corpus({"set": data.parse(raw)}, "set", tmp_path)
+
+
+def trained_text(rendered, tokenizer):
+    return tokenizer.decode(rendered.ids[rendered.trained])
+
+
+def test_text_is_trained_on_whole_but_for_what_nothing_stands_before(letters):
+    (found,) = render([{"text": "abc"}], "text", letters)
+    assert found.ids.tolist() == [1, 100, 101, 102, 2]
+    assert found.trained.tolist() == [False, True, True, True, True]
+    assert found.bytes == 3
+
+
+@pytest.mark.parametrize(
+    ("format", "record", "whole", "trained"),
+    [
+        ("completion", {"prompt": "ab", "completion": "cd"}, "<s>abcd</s>", "cd</s>"),
+        ("pairs", {"source": "ab", "target": "c"}, "<s>ab\nc</s>", "c</s>"),
+        ("labelled", {"text": "ab", "label": "yes"}, "<s>ab\nyes</s>", "yes</s>"),
+    ],
+)
+def test_of_a_prompt_with_an_answer_the_answer_is_trained_on(letters, format, record, whole, trained):
+    (found,) = render([record], format, letters)
+    assert letters.decode(found.ids) == whole
+    assert trained_text(found, letters) == trained
+
+
+CHAT = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello"},
+    {"role": "user", "content": "bye"},
+    {"role": "assistant", "content": "see you"},
+]
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + ' </s>' }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (None, ["hello</s>\n", "see you</s>\n"]),
+        (CHATML, ["hello<|im_end|>\n", "see you<|im_end|>\n"]),
+        (LLAMA2, [" hello </s>", " see you </s>"]),
+    ],
+)
+def test_of_a_chat_only_what_the_assistant_says_is_trained_on(letters, template, said):
+    from copy import deepcopy
+
+    tokenizer = deepcopy(letters)
+    tokenizer.chat_template = template or letters.chat_template
+    text = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    spans = assistant_spans(CHAT, tokenizer)
+    assert [text[a:b] for a, b in spans] == said
+    (found,) = render([{"messages": CHAT}], "chat", tokenizer)
+    assert letters.decode(found.ids) == text
+    assert trained_text(found, letters) == "".join(said)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(letters):
+    from copy import deepcopy
+
+    tokenizer = deepcopy(letters)
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(DataError, match="changes earlier turns"):
+        assistant_spans(CHAT, tokenizer)
+
+
+def test_a_stream_holds_every_document_in_order(letters, tmp_path):
+    rows = [{"text": text} for text in ("abc", "d", "xyzxyz")]
+    stream = tokenize(corpus_of(tmp_path, rows), "train", letters, tmp_path / "cache")
+    assert stream.documents == 3
+    assert [letters.decode(stream.document(i)[0]) for i in range(3)] == ["<s>abc</s>", "<s>d</s>", "<s>xyzxyz</s>"]
+    assert stream.bytes.tolist() == [3, 1, 6]
+    assert stream.ids.dtype == np.uint16
+    assert isinstance(stream.ids, np.memmap)
+
+
+def test_a_stream_is_made_once(letters, tmp_path, monkeypatch):
+    corpus = corpus_of(tmp_path, [{"text": "abc"}])
+    first = tokenize(corpus, "train", letters, tmp_path / "cache")
+    monkeypatch.setattr("graft.data.render.render", lambda *_: pytest.fail("made again"))
+    again = tokenize(corpus, "train", letters, tmp_path / "cache")
+    assert again.ids.tolist() == first.ids.tolist()
+
+
+def test_another_tokenizer_or_split_makes_another_stream(letters, tmp_path):
+    from copy import deepcopy
+
+    corpus = corpus_of(tmp_path, [{"text": "abc"}])
+    tokenize(corpus, "train", letters, tmp_path / "cache")
+    other = deepcopy(letters)
+    other.bos_token = "</s>"
+    assert tokenize(corpus, "train", other, tmp_path / "cache").ids[0] == 2
+
+
+def test_what_a_kill_left_is_not_taken_for_a_stream(letters, tmp_path):
+    corpus = corpus_of(tmp_path, [{"text": "abc"}])
+    tokenize(corpus, "train", letters, tmp_path / "cache")
+    (folder,) = (tmp_path / "cache" / "streams").iterdir()
+    half = folder.parent / f".{folder.name}.99999.part"
+    folder.rename(half)
+    (half / "stream.json").unlink()
+    assert tokenize(corpus, "train", letters, tmp_path / "cache").documents == 1
+
+
+def test_raw_records_are_not_trained_on(letters, tmp_path):
+    corpus = corpus_of(tmp_path, [{"question": "a", "answer": "b"}], format="raw")
+    with pytest.raises(DataError, match="give their `format`"):
+        tokenize(corpus, "train", letters, tmp_path / "cache")
+
+
+MEASURE = """
+import json, resource, sys
+from pathlib import Path
+from graft import data, models
+from graft.data.stream import tokenize
+tokenizer = models.load_tokenizer(sys.argv[1])
+raw = {"source": "text", "document": "paragraph", "path": sys.argv[2]}
+tokenize(data.open_corpus({"s": data.parse(raw)}, "s", Path()), "train", tokenizer, Path(sys.argv[3]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_when_the_corpus_grows(letters, tmp_path):
+    letters.save_pretrained(tmp_path / "tokenizer")
+    peaks = []
+    for size in (4, 20):
+        with open(tmp_path / f"{size}.txt", "w") as file:
+            for number in range(size * 1_000):
+                file.write(f"paragraph {number} " + "of some text " * 75 + "\n\n")
+        words = [str(tmp_path / "tokenizer"), str(tmp_path / f"{size}.txt"), str(tmp_path / f"cache{size}")]
+        made = subprocess.run(
+            [sys.executable, "-c", MEASURE, *words],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "RAYON_NUM_THREADS": "1"},
+        )
+        peaks.append(int(made.stdout) / 1024)
+    # 16 MB more text; tokens go to the disk, per document 8 bytes of offsets, 8 of sizes and a hash stay
+    assert peaks[1] - peaks[0] < 30
