@@ -1,4 +1,4 @@
-"""Long texts can be cut into pieces, without a text's pieces ever being in two splits."""
+"""Less of a data set: long texts in pieces that are never in two splits, and the first documents of each group."""
 
 from __future__ import annotations
 
@@ -33,3 +33,12 @@ def test_all_pieces_of_a_text_are_in_one_split(tmp_path):
 
 def test_pieces_change_the_fingerprint(tmp_path):
     assert corpus_of(tmp_path, ["a\n" * 50]).fingerprint != corpus_of(tmp_path, ["a\n" * 50], pieces=10).fingerprint
+
+
+def test_the_limit_holds_for_each_group_of_files(tmp_path):
+    for name in ("most", "held-out"):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} {i}\n" for i in range(20)))
+    settings = {"source": "text", "document": "line", "path": "most.txt", "test": "held-out.txt", "limit": 5}
+    corpus = open_corpus({"lines": parse({**settings, "splits": {"dev": 0}})}, "lines", tmp_path)
+    assert [r["text"] for r in corpus.records("train")] == [f"most {i}" for i in range(5)]
+    assert [r["text"] for r in corpus.records("test")] == [f"held-out {i}" for i in range(5)]

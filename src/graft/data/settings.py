@@ -40,7 +40,10 @@ class Shares(Settings):
 class Source(Settings):
     """What all sources share."""
 
-    limit: Annotated[int | None, Field(gt=0, description="Read at most this many documents (before splitting).")] = None
+    limit: Annotated[
+        int | None,
+        Field(gt=0, description="Read at most this many documents of each group of files, or each split."),
+    ] = None
     splits: Annotated[Shares, Field(description="Shares of dev and test, by the hash of each document.")] = Shares()
     pieces: Annotated[
         int | None,

@@ -11,6 +11,7 @@ import inspect
 import io
 import itertools
 import json
+import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +35,19 @@ def read(settings: kinds.Source, root: Path) -> Iterator[Tagged]:
         kinds.Parquet: _records,
         kinds.HuggingFace: _hugging_face,
     }
-    return itertools.islice(readers[type(settings)](settings, root), settings.limit)
+    for part in _groups(settings):
+        rows = readers[type(settings)](part, root)
+        yield from rows if isinstance(part, kinds.HuggingFace) else itertools.islice(rows, settings.limit)
+
+
+def _groups(settings: kinds.Source) -> Iterator[kinds.Source]:
+    """The settings once for each group of files, so that `limit` holds for each."""
+    if isinstance(settings, kinds.Files):
+        groups = list(settings.groups())
+        for group in groups:
+            yield settings.model_copy(update={other: None for other in groups if other != group})
+    else:
+        yield settings
 
 
 def content_files(settings: kinds.Source, root: Path) -> list[Path]:
@@ -59,11 +72,12 @@ def library_files(packages: list[str]) -> list[tuple[str, Path]]:
     """
     top = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
-    names = sorted(
-        (path.relative_to(top).as_posix(), path)
-        for path in top.rglob("*.py")
-        if not left_out & set(path.relative_to(top).parts)
-    )
+    names = []
+    for folder, folders, file_names in os.walk(top):
+        folders[:] = [name for name in folders if name not in left_out]
+        found = (Path(folder, name) for name in file_names if name.endswith(".py"))
+        names += [(path.relative_to(top).as_posix(), path) for path in found]
+    names.sort()
     if not packages:
         return names
     chosen = [
@@ -203,7 +217,7 @@ def _hugging_face(settings: kinds.HuggingFace, root: Path) -> Iterator[Tagged]:
     shape = Shape(settings.format, settings.fields)
     for split, rows in _hugging_face_splits(settings, root).items():
         given = None if settings.split is not None else {"validation": "dev", "valid": "dev"}.get(split, split)
-        for number, row in enumerate(rows, 1):
+        for number, row in enumerate(itertools.islice(rows, settings.limit), 1):
             yield (
                 (given if given in kinds.SPLITS else None),
                 shape.record(dict(row), f"{settings.name}, {split} {number}"),
