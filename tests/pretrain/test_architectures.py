@@ -1,0 +1,64 @@
+"""Sizes come near what was asked; impossible pairs are refused; the formula counts what the class has."""
+
+import pytest
+
+from graft.errors import CannotCombine
+from graft.pretrain import VERB
+from graft.pretrain.architectures import (
+    TABLE,
+    Shape,
+    build,
+    config_for,
+    count_parameters,
+    dimensions,
+    estimate_parameters,
+    positions_for,
+)
+
+IDS = {"bos": 1, "eos": 2, "pad": 0}
+
+
+@pytest.mark.parametrize(("architecture", "positions"), list(TABLE))
+@pytest.mark.parametrize("size", [1_000_000, 3_000_000, 12_000_000])
+def test_a_model_of_a_size_has_about_that_many_parameters(architecture, positions, size):
+    hidden, layers, heads = dimensions(size, architecture, positions, 2000, 256)
+    config = config_for(architecture, positions, Shape(hidden, layers, heads, 2000, 256, 0.0, IDS))
+    real = count_parameters(config)
+    # widths go in steps of 32 channels: in the smallest models a step is a tenth of the size
+    assert real == pytest.approx(size, rel=0.12)
+    assert estimate_parameters(architecture, positions, hidden, layers, heads, 2000, 256) == pytest.approx(
+        real, rel=0.02
+    )
+
+
+def test_a_model_has_as_many_parameters_as_its_configuration_says():
+    config = config_for("decoder", "rotary", Shape(64, 2, 2, 300, 32, 0.0, IDS))
+    assert count_parameters(config) == sum(p.numel() for p in build(config).parameters())
+
+
+def test_positions_that_no_class_carries_are_refused_with_those_there_are():
+    with pytest.raises(CannotCombine, match="no encoder with alibi positions; for encoder there are: rotary, learned"):
+        positions_for("encoder", "alibi")
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"data": "d"}, "either `size`"),
+        ({"data": "d", "size": "1M", "hidden": 32, "layers": 2}, "either `size`"),
+        ({"data": "d", "size": "1M", "architecture": "encoder", "positions": "alibi"}, "no encoder with alibi"),
+        ({"data": "d", "size": "1M", "architecture": "encoder", "objective": "causal"}, "does not go with"),
+        ({"data": "d", "hidden": 32, "layers": 2, "heads": 5}, "expected `heads` to divide"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_runs(raw, message):
+    (problem, *_) = VERB.check(VERB.parse(raw), {})
+    assert message in problem
+
+
+def test_the_estimate_knows_parameters_disk_memory_and_time():
+    estimate = VERB.estimate(VERB.parse({"data": "d", "size": "3M", "budget": "2M tokens"}), {})
+    assert estimate.parameters == pytest.approx(3_000_000, rel=0.1)
+    assert estimate.disk_bytes == 4 * estimate.parameters
+    assert estimate.memory_bytes > 16 * estimate.parameters
+    assert estimate.seconds == pytest.approx(6 * estimate.parameters * 2e6 / 60e9)

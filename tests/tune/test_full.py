@@ -1,0 +1,118 @@
+"""Full tuning trains what it should and nothing else, on every format."""
+
+import json
+
+import pytest
+import torch
+
+from graft import data, lineage, models
+from graft.checkpoint import TensorReader
+from graft.data.tokenizers import train_tokenizer
+from graft.errors import RequestError, SettingsError, UnknownName
+from graft.pretrain.architectures import Shape, build, config_for
+from graft.tune import VERB
+from graft.tune.full import trained_names
+from graft.verb import Facts, Job
+
+ROWS = {
+    "text": [{"text": f"plain text number {n}"} for n in range(30)],
+    "completion": [{"prompt": f"count {n}: ", "completion": str(n + 1)} for n in range(30)],
+    "pairs": [{"source": f"word {n}", "target": f"drow {n}"} for n in range(30)],
+    "labelled": [{"text": f"item {n}", "label": n % 2} for n in range(30)],
+    "chat": [
+        {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}!"}]}
+        for n in range(30)
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    raw = data.parse({"source": "python-library", "packages": ["json"], "splits": {"dev": 0, "test": 0}})
+    tokenizer = train_tokenizer(data.open_corpus({"c": raw}, "c", folder), "bpe", 400)
+    torch.manual_seed(0)
+    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+    models.save(
+        build(config_for("decoder", "rotary", Shape(32, 2, 2, len(tokenizer), 64, 0.0, ids))), tokenizer, folder
+    )
+    return folder
+
+
+def run(folder, base, format="text", **raw):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[format]))
+    sets = {"rows": data.parse({"source": "jsonl", "path": "rows.jsonl", "splits": {"dev": 0.2, "test": 0}})}
+    settings = VERB.parse({"from": "base", "data": "rows", "budget": "4 steps", "batch_size": 4, **raw})
+    for name in ("out", "scratch", "cache"):
+        (folder / name).mkdir(exist_ok=True)
+    job = Job(
+        "m",
+        settings,
+        0,
+        folder / "out",
+        folder / "scratch",
+        folder / "cache",
+        {"base": base},
+        sets,
+        folder,
+        device="cpu",
+    )
+    return VERB.run(job)
+
+
+def changed(base, tuned):
+    with TensorReader(base) as before, TensorReader(tuned) as after:
+        assert before.names == after.names
+        return {name for name in before.names if not torch.equal(before.read(name), after.read(name))}
+
+
+@pytest.mark.parametrize("format", list(ROWS))
+def test_any_format_can_be_tuned_on(tmp_path, base, format):
+    found = run(tmp_path, base, format)
+    assert found["dev_loss"] > 0
+    assert changed(base, tmp_path / "out")
+    assert lineage.vocabulary_hash(tmp_path / "out") == lineage.vocabulary_hash(base)
+
+
+def test_frozen_weights_stay_as_they_are_to_the_bit(tmp_path, base):
+    found = run(tmp_path, base, method={"full": {"freeze": ["*embed_tokens*", "model.layers.0.*"]}})
+    assert changed(base, tmp_path / "out")
+    assert not any("layers.0." in name or "embed" in name for name in changed(base, tmp_path / "out"))
+    assert 0 < found["trained_parameters"] < found["parameters"]
+
+
+def test_only_what_is_named_is_trained(tmp_path, base):
+    run(tmp_path, base, method={"full": {"only": ["*.mlp.down_proj.*"]}})
+    assert changed(base, tmp_path / "out") == {f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)}
+
+
+def test_a_pattern_that_matches_nothing_is_refused_with_names_that_are_there():
+    with pytest.raises(RequestError, match=r"matches none.*q_proj"):
+        trained_names(["model.q_proj.weight"], ["*.k_proj.*"], [])
+
+
+def test_freezing_everything_is_refused():
+    with pytest.raises(RequestError, match="freeze all"):
+        trained_names(["a", "b"], ["*"], [])
+
+
+def test_wrong_settings_name_the_right_ones():
+    with pytest.raises(UnknownName, match="did you mean 'full'"):
+        VERB.parse({"from": "a", "data": "b", "method": "ful"})
+    with pytest.raises(SettingsError, match="did you mean 'freeze'"):
+        VERB.parse({"from": "a", "data": "b", "method": {"full": {"freze": []}}})
+    with pytest.raises(SettingsError, match="one method"):
+        VERB.parse({"from": "a", "data": "b", "method": {}})
+
+
+def test_an_ensemble_has_no_weights_to_tune():
+    facts = Facts("decoder", "i", "v", 10, 40, mergeable=False)
+    (problem,) = VERB.check(VERB.parse({"from": "duo", "data": "b"}), {"duo": facts})
+    assert "no weights of its own" in problem
+
+
+def test_a_tuned_model_keeps_its_initialisation():
+    facts = Facts("decoder", "i", "v", 10, 40)
+    found = VERB.facts(VERB.parse({"from": "a", "data": "b"}), {"a": facts}, "key")
+    assert (found.initialisation, found.vocabulary) == ("i", "v")
