@@ -27,7 +27,7 @@ def test_a_model_of_a_size_has_about_that_many_parameters(architecture, position
     # widths go in steps of 32 channels: in the smallest models a step is a tenth of the size
     assert real == pytest.approx(size, rel=0.12)
     assert estimate_parameters(architecture, positions, hidden, layers, heads, 2000, 256) == pytest.approx(
-        real, rel=0.02
+        real, rel=0.06
     )
 
 
