@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,15 +28,29 @@ def load_config(path: str | Path, *, hub: bool = False) -> PretrainedConfig:
 
 def load_tokenizer(path: str | Path, *, hub: bool = False) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder or hub id. Raises RequestError where it has none."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    # for some model types the Auto class takes the type's own tokenizer, whatever the folder says it was saved from
+    chosen = PreTrainedTokenizerFast if _saved_class(path) in GENERAL_TOKENIZERS else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_place(path, hub), local_files_only=not hub, trust_remote_code=False)
+        tokenizer = chosen.from_pretrained(_place(path, hub), local_files_only=not hub, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RequestError(f"{path}: expected a tokenizer (tokenizer.json), found none that loads ({error})") from None
     if not getattr(tokenizer, "is_fast", False):
         raise RequestError(f"{path}: expected a fast tokenizer (tokenizer.json), found {type(tokenizer).__name__}")
     return tokenizer  # type: ignore[return-value]
+
+
+GENERAL_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
+"""Names under which a tokenizer is saved that is all in its `tokenizer.json`."""
+
+
+def _saved_class(folder: str | Path) -> str | None:
+    path = Path(folder) / "tokenizer_config.json"
+    try:
+        return json.loads(path.read_text()).get("tokenizer_class") if path.is_file() else None
+    except ValueError as error:
+        raise RequestError(f"{path}: expected JSON, found a damaged file ({error})") from None
 
 
 def load(

@@ -1,0 +1,130 @@
+"""Hashes follow content alone; manifests are strict; a folder's facts come from it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from graft import lineage, models
+from graft.errors import CheckpointError, RequestError
+from graft.lineage import Manifest, Parent
+
+
+def tiny(seed=0):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config)
+
+
+def manifest(**more):
+    plain = {
+        "name": "m", "verb": "tune", "verb_version": 1, "key": "k", "hash": "h", "initialisation": "i",
+        "vocabulary": "v", "architecture": "decoder", "parameters": 3,
+    }  # fmt: skip
+    return Manifest(**{**plain, **more})
+
+
+def test_the_hash_of_weights_does_not_depend_on_the_shards(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="5KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
+    assert lineage.hash_weights(tmp_path / "one") == lineage.hash_weights(tmp_path / "many")
+
+
+def test_one_changed_value_changes_the_hash(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path / "a")
+    with torch.no_grad():
+        model.model.norm.weight[3] += 1e-6
+    model.save_pretrained(tmp_path / "b")
+    assert lineage.hash_weights(tmp_path / "a") != lineage.hash_weights(tmp_path / "b")
+
+
+def test_a_manifest_comes_back_as_it_was_written(tmp_path):
+    written = manifest(parents=[Parent(name="p", path="../p", hash="x")], metrics={"loss": 1.5}, notes={"ü": [1]})
+    lineage.write_manifest(tmp_path, written)
+    assert lineage.read_manifest(tmp_path) == written
+    assert lineage.read_manifest(tmp_path / "none") is None
+
+
+def test_a_damaged_manifest_is_named(tmp_path):
+    (tmp_path / "graft.json").write_text('{"name": ')
+    with pytest.raises(CheckpointError, match=r"graft.json: the manifest is damaged"):
+        lineage.read_manifest(tmp_path)
+
+
+def test_facts_without_a_manifest_come_from_configuration_and_headers(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    facts = lineage.facts_of(tmp_path)
+    assert facts.architecture == "decoder"
+    assert facts.parameters == model.num_parameters()
+    assert facts.bytes == 4 * model.num_parameters()
+    assert facts.initialisation.startswith("unknown:")
+
+
+def test_a_copy_of_a_folder_has_the_same_facts_and_another_model_does_not(tmp_path):
+    tiny(0).save_pretrained(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    tiny(1).save_pretrained(tmp_path / "c")
+    a, b, c = (lineage.facts_of(tmp_path / name).initialisation for name in "abc")
+    assert a == b != c
+
+
+def test_facts_with_a_manifest_are_the_manifests(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    lineage.write_manifest(tmp_path, manifest(initialisation="of:base", trained_on=["x"]))
+    facts = lineage.facts_of(tmp_path)
+    assert facts.initialisation == "of:base"
+    assert facts.trained_on == {"x"}
+
+
+def test_a_folder_that_is_no_models_is_refused(tmp_path):
+    with pytest.raises(RequestError, match=r"expected a model's folder with config.json"):
+        lineage.facts_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "decoder"),
+        ({"architectures": ["BertForMaskedLM"]}, "encoder"),
+        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "encoder-decoder"),
+    ],
+)
+def test_architectures_are_told_from_configurations(config, expected):
+    assert lineage.architecture_of(config) == expected
+
+
+def test_vocabularies_are_the_same_by_their_strings_and_numbers(tmp_path):
+    for name, tokens in (("a", {"x": 0, "y": 1}), ("b", {"y": 1, "x": 0}), ("c", {"x": 1, "y": 0})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": tokens}, "added_tokens": []}))
+    a, b, c = (lineage.vocabulary_hash(tmp_path / name) for name in "abc")
+    assert a == b != c
+
+
+def test_versions_and_code_are_recorded():
+    assert {"graft", "torch", "transformers", "python"} <= set(lineage.versions())
+    assert set(lineage.code_state()) == {"commit", "dirty"}
+
+
+def test_models_are_found_by_their_manifests(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        lineage.write_manifest(tmp_path / "models" / name, manifest(name=name))
+    assert set(lineage.find_models(tmp_path)) == {"a", "b"}
+    assert set(lineage.find_models(tmp_path / "models" / "a")) == {"a"}
+
+
+def test_a_truncated_model_does_not_load(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="truncated"):
+        models.load(tmp_path)
