@@ -12,6 +12,7 @@ from graft.data.objectives import (
     Masked,
     Prefix,
     Span,
+    Tokens,
     causal_row,
     masked_row,
     objective_for,
@@ -22,9 +23,16 @@ from graft.data.objectives import (
 )
 from graft.errors import CannotCombine, DataError
 from graft.pretrain.architectures import TABLE, Shape, build, config_for
-from graft.train.losses import TokenLoss, attention_mask, model_inputs
+from graft.train.attention import attention_mask, model_inputs
+from graft.train.losses import TokenLoss
 
 IDS = {"bos": 1, "eos": 2, "pad": 0}
+MASKING = Tokens(0, 1, 2, 3, np.arange(4, 100), np.zeros(0, np.int64))
+"""A hundred tokens, of which pad, start, end and mask come first."""
+
+
+def with_sentinels(first, sentinels):
+    return Tokens(0, 1, 2, 3, np.arange(first, 400), np.array(sentinels))
 
 
 def packed(ids, segments, trained=None):
@@ -92,7 +100,7 @@ def test_an_additive_mask_is_zero_where_seen_and_very_small_elsewhere():
 def test_masking_hides_its_share_in_berts_proportions():
     ids = np.tile(np.arange(10, 60), 80)
     row = packed(ids, [0] * len(ids))
-    found = masked_row(row, Masked(), np.random.default_rng(0), 3, 100, np.array([0, 1, 2, 3]))
+    found = masked_row(row, Masked(), np.random.default_rng(0), MASKING)
     chosen = found["labels"] != -100
     assert chosen.sum() == round(0.15 * len(ids))
     assert (found["labels"][chosen] == ids[chosen]).all()
@@ -105,21 +113,31 @@ def test_masking_hides_its_share_in_berts_proportions():
 
 def test_masking_never_takes_special_tokens_or_padding():
     row = packed([1, 10, 2, 0], [0, 0, 0, -1])
-    found = masked_row(
-        row, Masked(share=0.9, masked=1, random=0), np.random.default_rng(0), 3, 100, np.array([0, 1, 2, 3])
-    )
+    found = masked_row(row, Masked(share=0.9, masked=1, random=0), np.random.default_rng(0), MASKING)
     assert found["input_ids"].tolist() == [1, 3, 2, 0]
     assert found["labels"].tolist() == [-100, 10, -100, -100]
 
 
+def test_of_data_with_answers_only_the_answers_are_masked():
+    row = packed([10, 11, 12, 13, 2], [0] * 5, [0, 0, 0, 1, 1])
+    found = masked_row(row, Masked(masked=1, random=0), np.random.default_rng(0), MASKING, answers_only=True)
+    assert found["input_ids"].tolist() == [10, 11, 12, 3, 2]
+    assert found["labels"].tolist() == [-100, -100, -100, 13, -100]
+
+
+def test_shares_of_masking_cannot_exceed_all():
+    with pytest.raises(ValueError, match="masked \\+ random of at most 1"):
+        Masked(masked=0.8, random=0.3)
+
+
 def test_span_corruption_is_t5s_example(monkeypatch):
     # "Thank you for inviting me to your party last week": for inviting / last are taken out
-    ids = np.array([20, 21, 22, 23, 24, 25, 26, 27, 28, 29])
-    hidden = np.isin(ids, [22, 23, 28])
+    ids = np.array([1, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 2])
+    hidden = np.isin(ids[1:-1], [22, 23, 28])
     monkeypatch.setattr("graft.data.objectives.span_mask", lambda *_: hidden)
-    row = span_row(ids, Span(), np.random.default_rng(0), np.array([90, 91, 92]), 2)
-    assert row["input_ids"].tolist() == [20, 21, 90, 24, 25, 26, 27, 91, 29]
-    assert row["labels"].tolist() == [90, 22, 23, 91, 28, 2]
+    row = span_row(ids, Span(), np.random.default_rng(0), with_sentinels(20, [7, 8, 9]))
+    assert row["input_ids"].tolist() == [20, 21, 7, 24, 25, 26, 27, 8, 29, 2]
+    assert row["labels"].tolist() == [7, 22, 23, 8, 28, 2]
 
 
 @pytest.mark.parametrize("length", [2, 3, 10, 100, 333])
@@ -136,7 +154,7 @@ def test_spans_take_out_their_share_in_runs_of_their_mean_length(length):
 
 def test_a_corrupted_text_can_be_put_together_again():
     ids = np.arange(200, 300)
-    row = span_row(ids, Span(), np.random.default_rng(1), np.arange(4, 10), 2)
+    row = span_row(ids, Span(), np.random.default_rng(1), with_sentinels(10, range(4, 10)))
     runs, current = {}, None
     for token in row["labels"][:-1]:
         if token < 10:
@@ -144,7 +162,7 @@ def test_a_corrupted_text_can_be_put_together_again():
             runs[current] = []
         else:
             runs[current].append(int(token))
-    whole = [t for token in row["input_ids"] for t in (runs[int(token)] if token < 10 else [int(token)])]
+    whole = [t for token in row["input_ids"][:-1] for t in (runs[int(token)] if token < 10 else [int(token)])]
     assert whole == ids.tolist()
 
 
@@ -208,7 +226,7 @@ def test_pairs_go_into_the_two_halves_of_an_encoder_decoder(letters, tmp_path):
     corpus = data.open_corpus({"s": data.parse(raw)}, "s", tmp_path)
     rows = objective_rows(corpus, "train", letters, Span(), length=24, seed=0, cache=tmp_path)
     batch = rows.collate([rows[0]])
-    assert letters.decode(batch["input_ids"][0]) == "<s>abc\n"
+    assert letters.decode(batch["input_ids"][0]) == "abc\n</s>"
     assert letters.decode(batch["labels"][0]) == "de</s>"
 
 

@@ -7,30 +7,31 @@ span      runs of tokens are replaced by sentinels, which the decoder expands (T
 
 A batch holds `input_ids [batch, length]`, `labels` (-100: not trained on; for decoders labels[t] is the token at t,
 which is predicted at t - 1), `segments` (tokens see each other only within one; -1 is padding), `positions`, and for
-prefix LM `prefix` (bool: read in both directions). All of it follows from the seed and the row's number alone.
+prefix LM `prefix` (bool: read in both directions). Where a row holds one document only, `attention_mask` stands in the
+place of segments and positions. All of it follows from the seed and the row's number alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
+from graft.data.alone import IGNORED, PaddedCollate, answers, pieces, some
 from graft.data.corpus import AnyCorpus
-from graft.data.packing import Mapped, MixedRows, pack
-from graft.data.rows import Order, Row, Rows
-from graft.data.stream import TokenStream, tokenize
+from graft.data.packing import Mapped, pack
+from graft.data.rows import Row, Rows
+from graft.data.stream import tokenize
+from graft.data.tokenizers import SENTINELS
 from graft.errors import CannotCombine, DataError
 from graft.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-IGNORED = -100
-"""Label of tokens that are not trained on."""
 
 
 class Causal(Settings):
@@ -53,9 +54,19 @@ class Masked(Settings):
     masked: Annotated[float, Field(ge=0, le=1, description="Share of these that become the mask token.")] = 0.8
     random: Annotated[float, Field(ge=0, le=1, description="Share of these that become a random token.")] = 0.1
 
+    @model_validator(mode="after")
+    def _at_most_all(self) -> Masked:
+        if self.masked + self.random > 1:
+            raise ValueError(f"expected masked + random of at most 1, found {self.masked} + {self.random}")
+        return self
+
 
 class Span(Settings):
-    """Runs of tokens are replaced by sentinels, which the decoder expands."""
+    """Runs of tokens are replaced by sentinels, which the decoder expands.
+
+    Data that says what is to be produced (a completion, a label, a target) goes in whole instead: what is read into the
+    encoder, what is to be produced into the decoder.
+    """
 
     kind: Literal["span"] = "span"
     share: Annotated[float, Field(gt=0, lt=1, description="Share of the tokens that are taken out.")] = 0.15
@@ -84,6 +95,34 @@ def objective_for(architecture: str, settings: Settings | None) -> Settings:
     return chosen
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """The token ids that objectives need."""
+
+    pad: int
+    """Fills rows up; never read."""
+    start: int | None
+    end: int
+    mask: int | None
+    plain: np.ndarray
+    """Ids that stand for text: these may be hidden, and stand in for others."""
+    sentinels: np.ndarray
+    """Ids of `<extra_id_0>`, … in order; empty for a tokenizer without them."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerFast) -> Tokens:
+        """Those of a tokenizer. Raises DataError where it has no end token."""
+        vocabulary = tokenizer.get_vocab()
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        if end is None:
+            raise DataError("training needs a tokenizer with an end token; this one has none")
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
+        plain = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
+        sentinels = np.array([vocabulary[name] for name in SENTINELS if name in vocabulary], np.int64)
+        return cls(int(pad), start, int(end), tokenizer.mask_token_id, plain, sentinels)
+
+
 def objective_rows(
     corpus: AnyCorpus,
     split: str,
@@ -93,42 +132,49 @@ def objective_rows(
     length: int,
     seed: int,
     cache: Path,
+    together: bool = True,
 ) -> Rows:
-    """Rows of `length` tokens of one split, ready for a model: what pretraining and tuning train on."""
+    """Rows of `length` tokens of one split, ready for a model: what pretraining and tuning train on.
+
+    Without `together` a row holds one document, for models that cannot keep several apart. Raises DataError where
+    there is nothing to train on, or for a tokenizer without the tokens that the objective needs.
+    """
     streams = [(tokenize(part, split, tokenizer, cache), share) for part, share in corpus.parts]
-    pad = pad_token(tokenizer)
-    if isinstance(settings, Span):
-        return _encoder_decoder_rows(streams, corpus.format, tokenizer, settings, length, seed, pad)
-    rows = pack(streams, length, seed, whole=corpus.format != "text", pad=pad)
-    if len(rows) == 0:
-        raise DataError(
-            f"{corpus.name}.{split}: nothing to train on within {length} tokens: every label is masked; raise `length`"
-        )
+    tokens, name = Tokens.of(tokenizer), f"{corpus.name}.{split}"
+    _check_tokens(settings, tokens, corpus.format)
+    whole = corpus.format != "text"
+    if isinstance(settings, Span) and whole:
+        keep_end = corpus.format == "chat"
+        found = answers(streams, length, seed, keep_end=keep_end, start=tokens.start, end=tokens.end)
+        return Mapped(some(found, name, length), lambda row, i: row, PaddedCollate(tokens.pad))
+    together = together and not isinstance(settings, Span)
+    rows = pack(streams, length, seed, whole=whole, pad=tokens.pad) if together else pieces(
+        streams, length, seed, whole=whole
+    )  # fmt: skip
+    change = _change(settings, tokens, whole, seed)
+    return Mapped(some(rows, name, length), change, stacked if together else PaddedCollate(tokens.pad))
+
+
+def _check_tokens(settings: Settings, tokens: Tokens, format: str) -> None:
+    if isinstance(settings, Masked) and tokens.mask is None:
+        raise DataError("masked LM needs a tokenizer with a mask token; this one has none")
+    if isinstance(settings, Span) and format == "text" and not len(tokens.sentinels):
+        raise DataError("span corruption needs a tokenizer with sentinels (<extra_id_0>, …); this one has none")
+
+
+def _change(settings: Settings, tokens: Tokens, whole: bool, seed: int) -> Callable[[Row, int], Row]:
+    """What the objective does to row `i`; `whole`: the data says what is to be produced."""
     if isinstance(settings, Prefix):
-        text = corpus.format == "text"
-        return Mapped(rows, lambda row, i: prefix_row(row, _random(seed, i) if text else None), stacked)
+        return lambda row, i: prefix_row(row, None if whole else _random(seed, i))
     if isinstance(settings, Masked):
-        special = special_tokens(tokenizer)
-        if tokenizer.mask_token_id is None:
-            raise DataError("masked LM needs a tokenizer with a mask token; this one has none")
-        mask = int(tokenizer.mask_token_id)
-        size = len(tokenizer)
-        return Mapped(rows, lambda row, i: masked_row(row, settings, _random(seed, i), mask, size, special), stacked)
-    return Mapped(rows, lambda row, i: causal_row(row), stacked)
+        return lambda row, i: masked_row(row, settings, _random(seed, i), tokens, answers_only=whole)
+    if isinstance(settings, Span):
+        return lambda row, i: span_row(row["input_ids"], settings, _random(seed, i), tokens)
+    return lambda row, i: causal_row(row)
 
 
 def _random(seed: int, index: int) -> np.random.Generator:
     return np.random.default_rng([seed, index, 3])
-
-
-def pad_token(tokenizer: PreTrainedTokenizerFast) -> int:
-    """What fills rows up; never read, so any token will do."""
-    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """Ids that are never masked or taken out."""
-    return np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
 
 
 def causal_row(row: Row) -> Row:
@@ -158,36 +204,44 @@ def prefix_row(row: Row, random: np.random.Generator | None) -> Row:
 
 
 def masked_row(
-    row: Row, settings: Masked, random: np.random.Generator, mask: int, size: int, special: np.ndarray
+    row: Row, settings: Masked, random: np.random.Generator, tokens: Tokens, *, answers_only: bool = False
 ) -> Row:
-    """Hides `share` of the tokens: most behind the mask token, some behind a random one, the rest as they are."""
+    """Hides `share` of the tokens: most behind the mask token, some behind a random one, the rest as they are.
+
+    `answers_only` hides only tokens that are to be produced.
+    """
     ids = row["input_ids"].copy()
-    eligible = np.flatnonzero((row["segments"] >= 0) & ~np.isin(ids, special))
-    chosen = (
-        random.permutation(eligible)[: max(1, round(settings.share * len(eligible)))] if len(eligible) else eligible
-    )
+    allowed = (row["trained"] if answers_only else row["segments"] >= 0) & np.isin(ids, tokens.plain)
+    eligible = np.flatnonzero(allowed)
+    count = min(len(eligible), max(1, round(settings.share * len(eligible))))
+    chosen = random.permutation(eligible)[:count]
     labels = np.full(len(ids), IGNORED, np.int64)
     labels[chosen] = ids[chosen]
-    draw = random.random(len(chosen))
-    ids[chosen[draw < settings.masked]] = mask
+    draw = random.random(count)
+    ids[chosen[draw < settings.masked]] = tokens.mask
     swapped = chosen[(draw >= settings.masked) & (draw < settings.masked + settings.random)]
-    ids[swapped] = random.choice(np.setdiff1d(np.arange(size), special), len(swapped))
+    ids[swapped] = random.choice(tokens.plain, len(swapped))
     return {"input_ids": ids, "labels": labels, "segments": row["segments"], "positions": row["positions"]}
 
 
-def span_row(ids: np.ndarray, settings: Span, random: np.random.Generator, sentinels: np.ndarray, end: int) -> Row:
-    """`ids [n]` with runs replaced by sentinels, and the decoder's labels: each sentinel with its run, then `end`."""
-    hidden = span_mask(len(ids), settings, random, len(sentinels))
-    starts = hidden & ~np.concatenate([[False], hidden[:-1]])
+def span_row(ids: np.ndarray, settings: Span, random: np.random.Generator, tokens: Tokens) -> Row:
+    """`ids [n]` with runs replaced by sentinels, and the labels: each sentinel with its run. Both finish with the end.
+
+    The start and end tokens of documents are left out.
+    """
+    ids = ids[np.isin(ids, tokens.plain)]
+    hidden = span_mask(len(ids), settings, random, len(tokens.sentinels))
+    starts = hidden & ~np.concatenate([[False], hidden])[:-1]
     number = np.cumsum(starts) - 1
     inputs: list[int] = []
     labels: list[int] = []
     for place, token in enumerate(ids):
         if starts[place]:
-            inputs.append(int(sentinels[number[place]]))
-            labels.append(int(sentinels[number[place]]))
+            sentinel = int(tokens.sentinels[number[place]])
+            inputs.append(sentinel)
+            labels.append(sentinel)
         (labels if hidden[place] else inputs).append(int(token))
-    return {"input_ids": np.array(inputs), "labels": np.array([*labels, end])}
+    return {"input_ids": np.array([*inputs, tokens.end]), "labels": np.array([*labels, tokens.end])}
 
 
 def span_mask(length: int, settings: Span, random: np.random.Generator, most: int) -> np.ndarray:
@@ -204,110 +258,6 @@ def _cut(total: int, parts: int, random: np.random.Generator) -> np.ndarray:
     """`parts` whole numbers ≥ 1 that sum to `total`, every way of cutting equally likely."""
     cuts = np.sort(random.choice(np.arange(1, total), parts - 1, replace=False))
     return np.diff(np.concatenate([[0], cuts, [total]]))
-
-
-def _encoder_decoder_rows(
-    streams: Sequence[tuple[TokenStream, float]],
-    format: str,
-    tokenizer: PreTrainedTokenizerFast,
-    settings: Span,
-    length: int,
-    seed: int,
-    pad: int,
-) -> Rows:
-    """One piece of a document a row: an encoder–decoder's attention has no room for several documents in one row."""
-    end = int(tokenizer.eos_token_id if tokenizer.eos_token_id is not None else pad)
-    collate = PaddedCollate(pad)
-    parts: list[Rows] = []
-    for place, (stream, _) in enumerate(streams):
-        pieces = PieceRows(stream, length, seed + place, whole=format != "text")
-        if format == "text":
-            sentinels = sentinel_tokens(tokenizer)
-            special = special_tokens(tokenizer)
-
-            def corrupt(row: Row, i: int, sentinels: np.ndarray = sentinels, special: np.ndarray = special) -> Row:
-                ids = row["input_ids"]
-                return span_row(ids[~np.isin(ids, special)], settings, _random(seed, i), sentinels, end)
-
-            parts.append(Mapped(pieces, corrupt, collate))
-        else:
-            parts.append(Mapped(pieces, lambda row, i: source_target_row(row), collate))
-    if len(parts) == 1:
-        return parts[0]
-    mixed = MixedRows(parts, [share for _, share in streams], seed)
-    return Mapped(mixed, lambda row, i: row, collate)
-
-
-def sentinel_tokens(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """Ids of `<extra_id_0>`, … in order. Raises DataError for a tokenizer without them."""
-    from graft.data.tokenizers import SENTINELS
-
-    vocabulary = tokenizer.get_vocab()
-    found = [vocabulary[name] for name in SENTINELS if name in vocabulary]
-    if not found:
-        raise DataError("span corruption needs a tokenizer with sentinels (<extra_id_0>, …); this one has none")
-    return np.array(found)
-
-
-def source_target_row(row: Row) -> Row:
-    """What is read goes into the encoder, what is to be produced (with its end) is what the decoder is trained on."""
-    first = int(np.argmax(row["trained"]))
-    return {"input_ids": row["input_ids"][:first], "labels": row["input_ids"][first:]}
-
-
-class PieceRows:
-    """Documents, or pieces of at most `length` tokens of them, one a row, shuffled anew in each epoch.
-
-    `whole`: a document is one row, of which `length` tokens are kept; those of which nothing is trained on then go.
-    """
-
-    def __init__(self, stream: TokenStream, length: int, seed: int, *, whole: bool):
-        self.stream, self.length = stream, length
-        sizes = np.diff(np.asarray(stream.offsets))
-        counts = np.ones_like(sizes) if whole else np.maximum(-(-sizes // length), 1)
-        if whole:
-            useful = [stream.document(d)[1][:length].any() for d in range(stream.documents)]
-            counts = np.asarray(useful, np.int64)
-        self.document = np.repeat(np.arange(len(sizes)), counts)
-        first = np.repeat(np.cumsum(counts) - counts, counts)
-        self.piece = np.arange(len(self.document)) - first
-        if len(self.document) == 0:
-            raise DataError(f"nothing to train on within {length} tokens: every label is masked; raise `length`")
-        self.rows = Order(len(self.document), seed)
-
-    def __len__(self) -> int:
-        return self.rows.count
-
-    def __getitem__(self, index: int) -> Row:
-        place = self.rows(index)[1]
-        ids, trained = self.stream.document(int(self.document[place]))
-        here = slice(int(self.piece[place]) * self.length, (int(self.piece[place]) + 1) * self.length)
-        return {"input_ids": ids[here].astype(np.int64), "trained": trained[here]}
-
-    def collate(self, rows: Sequence[Row]) -> dict:
-        raise NotImplementedError("pieces differ in length: an objective's collate pads them")
-
-
-class PaddedCollate:
-    """Rows of different lengths padded to the longest: `input_ids`, `attention_mask`, `labels`."""
-
-    def __init__(self, pad: int):
-        self.pad = pad
-
-    def __call__(self, rows: Sequence[Row]) -> dict:
-        import torch
-
-        def padded(name: str, fill: int) -> torch.Tensor:
-            longest = max(len(row[name]) for row in rows)
-            made = np.full((len(rows), longest), fill, np.int64)
-            for place, row in enumerate(rows):
-                made[place, : len(row[name])] = row[name]
-            return torch.from_numpy(made)
-
-        mask = torch.zeros(len(rows), max(len(row["input_ids"]) for row in rows), dtype=torch.int64)
-        for place, row in enumerate(rows):
-            mask[place, : len(row["input_ids"])] = 1
-        return {"input_ids": padded("input_ids", self.pad), "attention_mask": mask, "labels": padded("labels", IGNORED)}
 
 
 def stacked(rows: Sequence[Row]) -> dict:

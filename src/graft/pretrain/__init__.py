@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from graft.errors import CannotCombine
-from graft.pretrain.settings import NewTokenizer, PretrainSettings, TokenizerOf
+from graft.errors import CannotCombine, RequestError
+from graft.pretrain.settings import NewTokenizer, PretrainSettings, TokenizerAt, TokenizerOf
 from graft.settings import Settings, parse
 from graft.verb import Estimate, Facts, Job, Verb
 
@@ -25,6 +26,24 @@ class Pretrain(Verb[PretrainSettings]):
     def parse(self, raw: Any, path: tuple[str | int, ...] = ()) -> PretrainSettings:
         return parse(PretrainSettings, raw, path)
 
+    def located(self, settings: PretrainSettings, root: Path) -> PretrainSettings:
+        if not isinstance(settings.tokenizer, TokenizerAt):
+            return settings
+        folder = (root / Path(settings.tokenizer.path).expanduser()).resolve()
+        if not (folder / "tokenizer.json").is_file():
+            raise RequestError(f"expected a tokenizer (tokenizer.json) at {folder}, found none")
+        return settings.model_copy(update={"tokenizer": TokenizerAt(path=str(folder))})
+
+    def content(self, settings: PretrainSettings) -> Any:
+        from graft.lineage import hash_file
+
+        if not isinstance(settings.tokenizer, TokenizerAt):
+            return settings.plain()
+        names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+        files = [Path(settings.tokenizer.path) / name for name in names]
+        hashes = {file.name: hash_file(file) for file in files if file.is_file()}
+        return {**settings.plain(), "tokenizer": hashes}
+
     def check(self, settings: PretrainSettings, models: Mapping[str, Facts]) -> list[str]:
         from graft.data.objectives import objective_for
         from graft.pretrain.architectures import positions_for
@@ -38,15 +57,33 @@ class Pretrain(Verb[PretrainSettings]):
                 test()
             except CannotCombine as error:
                 found.append(str(error))
-        if (settings.size is None) == (settings.hidden is None or settings.layers is None):
+        given = [name for name in ("hidden", "layers", "heads") if getattr(settings, name) is not None]
+        if settings.size is not None and given:
+            found.append(f"expected either `size` or {', '.join(f'`{name}`' for name in given)}, found both")
+        elif settings.size is None and not {"hidden", "layers"} <= set(given):
             found.append("expected either `size`, or `hidden` and `layers`")
-        if settings.hidden and settings.heads and settings.hidden % settings.heads:
+        elif settings.hidden and settings.heads and settings.hidden % settings.heads:
             found.append(f"expected `heads` to divide `hidden`, found {settings.heads} and {settings.hidden}")
-        return found
+        return found or self._check_size(settings, models)
+
+    def _check_size(self, settings: PretrainSettings, models: Mapping[str, Facts]) -> list[str]:
+        found = self._parameters(settings, models)
+        if settings.size is None or abs(found / settings.size - 1) <= 0.1:
+            return []
+        return [
+            f"expected a size that a model of this kind can have, found {settings.size:,}: the nearest has {found:,} "
+            f"parameters, {self._vocabulary_size(settings, models):,} tokens included"
+        ]
 
     def facts(self, settings: PretrainSettings, models: Mapping[str, Facts], key: str) -> Facts:
-        own = isinstance(settings.tokenizer, NewTokenizer)
-        vocabulary = f"of:{key}" if own else models[settings.tokenizer.of].vocabulary  # type: ignore[union-attr]
+        from graft.lineage import vocabulary_hash
+
+        if isinstance(settings.tokenizer, TokenizerOf):
+            vocabulary = models[settings.tokenizer.of].vocabulary
+        elif isinstance(settings.tokenizer, TokenizerAt):
+            vocabulary = vocabulary_hash(Path(settings.tokenizer.path))
+        else:
+            vocabulary = f"of:{key}"
         parameters = self._parameters(settings, models)
         return Facts(settings.architecture, f"of:{key}", vocabulary, parameters, 4 * parameters)
 
@@ -61,20 +98,24 @@ class Pretrain(Verb[PretrainSettings]):
         return run(job)
 
     @staticmethod
-    def _parameters(settings: PretrainSettings, models: Mapping[str, Facts]) -> int:
-        from graft.pretrain.architectures import dimensions, estimate_parameters, positions_for
+    def _vocabulary_size(settings: PretrainSettings, models: Mapping[str, Facts]) -> int:
+        """Tokens: of a new tokenizer what was asked for, of a model that does not exist yet a guess."""
+        if isinstance(settings.tokenizer, TokenizerOf):
+            return int(models[settings.tokenizer.of].config.get("vocab_size", NewTokenizer().size))
+        if isinstance(settings.tokenizer, TokenizerAt):
+            from tokenizers import Tokenizer
+
+            return Tokenizer.from_file(str(Path(settings.tokenizer.path) / "tokenizer.json")).get_vocab_size()
+        return settings.tokenizer.size
+
+    def _parameters(self, settings: PretrainSettings, models: Mapping[str, Facts]) -> int:
+        from graft.pretrain.architectures import estimate_parameters, positions_for, shape_of
 
         positions = positions_for(settings.architecture, settings.positions)
-        if isinstance(settings.tokenizer, TokenizerOf):
-            vocabulary = int(models[settings.tokenizer.of].config.get("vocab_size", 32_000))
-        else:
-            vocabulary = settings.tokenizer.size
-        if settings.size is not None:
-            shape = dimensions(settings.size, settings.architecture, positions, vocabulary, settings.length)
-        else:
-            shape = (settings.hidden or 0, settings.layers or 0, settings.heads or 1)
+        vocabulary = self._vocabulary_size(settings, models)
+        shape = shape_of(settings, vocabulary)
         return estimate_parameters(settings.architecture, positions, *shape, vocabulary, settings.length)
 
 
 VERB = Pretrain()
-__all__ = ["VERB", "NewTokenizer", "PretrainSettings", "TokenizerOf"]
+__all__ = ["VERB", "NewTokenizer", "PretrainSettings", "TokenizerAt", "TokenizerOf"]

@@ -24,6 +24,8 @@ from graft.errors import CannotCombine
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from graft.pretrain.settings import PretrainSettings
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -168,22 +170,27 @@ def count_parameters(config: PretrainedConfig) -> int:
         return model.num_parameters()
 
 
-HEAD = 32
-"""Channels of an attention head in small models: heads stay useful when the model is narrow."""
+def default_heads(hidden: int) -> int:
+    """Attention heads of about 32 channels in models narrower than 512, of about 64 in wider ones, that fill `hidden`.
+
+    Channels of a head are even where they can be, which rotary positions need.
+    """
+    wanted = 32 if hidden < 512 else 64
+    fitting = [heads for heads in range(1, hidden + 1) if hidden % heads == 0]
+    even = [heads for heads in fitting if hidden // heads % 2 == 0] or fitting
+    return min(even, key=lambda heads: abs(hidden // heads - wanted))
 
 
 def dimensions(size: int, architecture: str, positions: str, vocabulary: int, length: int) -> tuple[int, int, int]:
     """(hidden, layers, heads) of the model whose number of parameters comes nearest to `size`.
 
-    Width grows in steps of 32 channels and depth follows the width (a layer for every 40 channels, at least 2), within
-    three layers either way; of shapes near in size the one with that ratio is taken. Heads have 32 channels in models
-    narrower than 512 and 64 in wider ones.
+    Width grows in steps of a head (32 channels, from 512 on 64) and depth follows the width (a layer for every 40
+    channels, at least 2), within three layers either way; of shapes near in size the one with that ratio is taken.
     """
     best: tuple[float, tuple[int, int, int]] | None = None
-    for hidden in range(HEAD, 4096 + 1, HEAD if size < 100_000_000 else 2 * HEAD):
-        typical = max(2, round(hidden / 40))
+    for hidden in (*range(32, 512, 32), *range(512, 4096 + 1, 64)):
+        typical, heads, found = max(2, round(hidden / 40)), default_heads(hidden), 0
         for layers in range(max(1, typical - 3), typical + 4):
-            heads = hidden // (HEAD if hidden < 512 else 2 * HEAD)
             found = estimate_parameters(architecture, positions, hidden, layers, heads, vocabulary, length)
             off = abs(found - size) / size + 0.003 * abs(layers - typical)
             if best is None or off < best[0]:
@@ -192,6 +199,16 @@ def dimensions(size: int, architecture: str, positions: str, vocabulary: int, le
             break
     assert best is not None
     return best[1]
+
+
+def shape_of(settings: PretrainSettings, vocabulary: int) -> tuple[int, int, int]:
+    """(hidden, layers, heads): as the settings give them, or from their size."""
+    if settings.size is not None:
+        positions = positions_for(settings.architecture, settings.positions)
+        return dimensions(settings.size, settings.architecture, positions, vocabulary, settings.length)
+    assert settings.hidden
+    assert settings.layers
+    return settings.hidden, settings.layers, settings.heads or default_heads(settings.hidden)
 
 
 def estimate_parameters(

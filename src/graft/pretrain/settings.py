@@ -24,6 +24,12 @@ class TokenizerOf(Settings):
     of: Annotated[ModelRef, Field(description="A model of the recipe, or a folder.")]
 
 
+class TokenizerAt(Settings):
+    """A tokenizer in a folder."""
+
+    path: Annotated[str, Field(description="A folder with `tokenizer.json`, relative to the recipe's.")]
+
+
 class PretrainSettings(TrainSettings):
     """A model trained from scratch."""
 
@@ -38,7 +44,7 @@ class PretrainSettings(TrainSettings):
     hidden: Annotated[int | None, Field(gt=0, description="Channels.")] = None
     layers: Annotated[int | None, Field(gt=0, description="Layers (of each half of an encoder-decoder).")] = None
     heads: Annotated[
-        int | None, Field(gt=0, description="Attention heads; None: 32 channels each, 64 from 512 on.")
+        int | None, Field(gt=0, description="Attention heads; None: of about 32 channels each, 64 from 512 on.")
     ] = None
     positions: Annotated[
         Literal["rotary", "learned", "sinusoidal", "alibi", "relative"] | None,
@@ -46,9 +52,10 @@ class PretrainSettings(TrainSettings):
     ] = None
     length: Annotated[int, Field(ge=8, description="Context in tokens.")] = 256
     dropout: Annotated[float, Field(ge=0, lt=1, description="Dropout while training.")] = 0.0
-    tokenizer: Annotated[NewTokenizer | TokenizerOf, Field(description="A tokenizer to train, or `{of: MODEL}`.")] = (
-        NewTokenizer()
-    )
+    tokenizer: Annotated[
+        NewTokenizer | TokenizerOf | TokenizerAt,
+        Field(description="A tokenizer to train (`{algorithm: bpe, size: 4096}`), `{of: MODEL}` or `{path: FOLDER}`."),
+    ] = NewTokenizer()
     objective: Annotated[
         ObjectiveSettings | None, Field(description="None: causal, masked or span, by the architecture.")
     ] = None

@@ -2,62 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from graft.data.objectives import IGNORED
+from graft.train.attention import Batch, model_inputs, predicts_in_place
 
-Batch = Mapping[str, torch.Tensor]
-
-
-def attention_mask(
-    segments: torch.Tensor, *, causal: bool, prefix: torch.Tensor | None = None, additive: torch.dtype | None = None
-) -> torch.Tensor:
-    """[batch, 1, length, length], True where a query (row) may see a key (column).
-
-    `segments [batch, length]`: tokens see each other only within one; -1 is padding, which sees itself alone. With
-    `causal` no token sees later ones, except that tokens of a `prefix [batch, length] bool` see all of it. `additive`
-    gives 0 and the smallest number of that dtype instead, for attention that adds its mask.
-    """
-    seen = (segments[:, :, None] == segments[:, None, :]) & (segments >= 0)[:, :, None]
-    if causal:
-        earlier = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
-        both = earlier[None] if prefix is None else earlier[None] | (prefix[:, :, None] & prefix[:, None, :])
-        seen = seen & both
-    seen = seen | torch.eye(segments.shape[1], dtype=torch.bool, device=segments.device)
-    seen = seen[:, None]
-    if additive is None:
-        return seen
-    return torch.zeros(seen.shape, dtype=additive, device=seen.device).masked_fill(~seen, torch.finfo(additive).min)
-
-
-def model_inputs(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
-    """What the model's forward takes: ids, and for packed rows a mask of segments and restarted positions."""
-    plain = getattr(model, "module", model)
-    inputs = {"input_ids": batch["input_ids"]}
-    if "attention_mask" in batch:
-        inputs["attention_mask"] = batch["attention_mask"]
-    if "segments" not in batch:
-        return inputs
-    config = plain.config
-    causal = "MaskedLM" not in type(plain).__name__
-    adds = getattr(config, "_attn_implementation", "eager") != "sdpa"
-    inputs["attention_mask"] = attention_mask(
-        batch["segments"], causal=causal, prefix=batch.get("prefix"), additive=torch.float32 if adds else None
-    )
-    if takes_positions(plain):
-        inputs["position_ids"] = batch["positions"]
-    return inputs
-
-
-def takes_positions(model: Any) -> bool:
-    """Whether the model's forward takes `position_ids`; ALiBi models see distances only and need none."""
-    import inspect
-
-    return "position_ids" in inspect.signature(type(model).forward).parameters
+CHUNK_NUMBERS = 1 << 20
+"""Logits that are looked at together, so that what is made of them on the way stays small and in the cache."""
 
 
 class TokenLoss:
@@ -69,37 +23,68 @@ class TokenLoss:
 
     def weight(self, batch: Batch) -> int:
         """Number of label tokens."""
-        return int((self._labels(batch) != IGNORED).sum())
-
-    def _labels(self, batch: Batch) -> torch.Tensor:
-        return batch["labels"]
+        return int((batch["labels"] != IGNORED).sum())
 
     def __call__(self, model: Any, batch: Batch) -> torch.Tensor:
-        """The summed loss, a scalar."""
+        """The summed loss, a scalar. `model` may be wrapped (DDP)."""
         plain = getattr(model, "module", model)
-        labels = batch["labels"]
-        inputs = model_inputs(model, batch)
+        labels, inputs = batch["labels"], model_inputs(plain, batch)
         if plain.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = shifted_right(labels, plain.config)
-            logits = model(**inputs, use_cache=False).logits
-        elif "MaskedLM" in type(plain).__name__:
-            logits = model(**inputs).logits
-        else:
-            logits, labels = model(**inputs, use_cache=False).logits[:, :-1], labels[:, 1:]
-        return summed_cross_entropy(logits, labels)
+            return summed_cross_entropy(model(**inputs, use_cache=False).logits, labels)
+        if predicts_in_place(plain):
+            return summed_cross_entropy(model(**inputs).logits, labels)
+        return summed_cross_entropy(model(**inputs, use_cache=False).logits, shifted_left(labels))
+
+
+def shifted_left(labels: torch.Tensor) -> torch.Tensor:
+    """labels[t + 1] at t: what a decoder predicts there. Labels are moved since logits would have to be copied."""
+    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
 
 
 def shifted_right(labels: torch.Tensor, config: Any) -> torch.Tensor:
     """The decoder's inputs for these labels: the start token, then all labels but the last."""
-    start = config.decoder_start_token_id
-    moved = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
+    start = torch.full_like(labels[:, :1], config.decoder_start_token_id)
+    moved = torch.cat([start, labels[:, :-1]], dim=1)
     return moved.masked_fill(moved == IGNORED, config.pad_token_id or 0)
 
 
 def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """-Σ log softmax(logits [..., vocabulary])[labels [...]] over labels that are not ignored, in fp32."""
-    wanted = labels.reshape(-1) != IGNORED
-    flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    if not bool(wanted.all()) and int(wanted.sum()) < 0.75 * len(targets):
-        flat, targets = flat[wanted], targets[wanted]
-    return F.cross_entropy(flat.float(), targets, ignore_index=IGNORED, reduction="sum")
+    flat, targets = logits.flatten(0, -2), labels.flatten()
+    if targets.device.type == "cpu":  # elsewhere, counting the labels would make the device wait
+        wanted = (targets != IGNORED).nonzero().squeeze(1)
+        if len(wanted) < 0.75 * len(targets):
+            flat, targets = flat[wanted], targets[wanted]
+    return _SummedCrossEntropy.apply(flat, targets)
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Goes over the logits in chunks, forward and backward: no copy of them in fp32 is ever held."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_nv: torch.Tensor, labels_n: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros((), device=logits_nv.device)
+        normalisers_n = torch.empty(len(labels_n), device=logits_nv.device)
+        for here in _chunks(logits_nv):
+            chunk = logits_nv[here].float()
+            normalisers_n[here] = chunk.logsumexp(-1)
+            chosen = chunk.gather(-1, labels_n[here].clamp(min=0)[:, None]).squeeze(1)
+            total += ((normalisers_n[here] - chosen) * (labels_n[here] != IGNORED)).sum()
+        ctx.save_for_backward(logits_nv, labels_n, normalisers_n)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits_nv, labels_n, normalisers_n = ctx.saved_tensors
+        gradient_nv = torch.empty_like(logits_nv)
+        for here in _chunks(logits_nv):
+            scale_n1 = (upstream[0] * (labels_n[here] != IGNORED))[:, None]
+            chunk = (logits_nv[here].float() - normalisers_n[here][:, None]).exp_().mul_(scale_n1)
+            gradient_nv[here] = chunk.scatter_add_(-1, labels_n[here].clamp(min=0)[:, None], -scale_n1)
+        return gradient_nv, None
+
+
+def _chunks(logits_nv: torch.Tensor) -> Iterator[slice]:
+    size = max(1, CHUNK_NUMBERS // logits_nv.shape[-1])
+    return (slice(start, start + size) for start in range(0, len(logits_nv), size))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from graft import data, lineage, models
-from graft.data.objectives import objective_for, objective_rows
+from graft.data.objectives import objective_for
 from graft.methods import method
-from graft.train.losses import TokenLoss
 from graft.tune.settings import TuneSettings
 from graft.verb import Job
 
@@ -19,29 +18,22 @@ def run(job: Job) -> dict[str, Any]:
     """Tune and write a model folder into `job.out`; returns the metrics of the training."""
     import torch
 
-    from graft.train.loop import train
+    from graft.train.on_text import train_on_text
 
     settings = job.settings
     assert isinstance(settings, TuneSettings)
     start = job.models[settings.from_]
-    tokenizer = models.load_tokenizer(start)
-    model = models.load(start, dtype=torch.float32)
-    ((name, options),) = settings.method.items()
-    how = method("graft.tune", name)
-    model = how.apply(model, how.Settings(**options)).train()
     name, split = data.split_ref(settings.data)
     corpus = data.open_corpus(job.data, name, job.root)
-    objective = objective_for(lineage.architecture_of(model.config.to_dict()), settings.objective)
-    common: dict[str, Any] = {"length": settings.length or context(model.config), "seed": job.seed, "cache": job.cache}
     torch.manual_seed(job.seed)
-    result = train(
-        model, objective_rows(corpus, split, tokenizer, objective, **common), TokenLoss(), settings, job.out,
-        scratch=job.scratch, seed=job.seed, dev=objective_rows(corpus, "dev", tokenizer, objective, **common),
-        device=job.device, save=lambda trained, folder: models.save(trained, tokenizer, folder),
-    )  # fmt: skip
-    models.save(model, tokenizer, job.out)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {**result.metrics, "parameters": model.num_parameters(), "trained_parameters": trained}
+    model = models.load(start, dtype=torch.float32)
+    ((how, options),) = settings.method.items()
+    chosen = method("graft.tune", how)
+    model = chosen.apply(model, chosen.Settings(**options))
+    objective = objective_for(lineage.architecture_of(model.config.to_dict()), settings.objective)
+    tokenizer, length = models.load_tokenizer(start), settings.length or context(model.config)
+    metrics = train_on_text(job, model, tokenizer, corpus, split, objective, length)
+    return {**metrics, "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
 def context(config: Any) -> int:

@@ -1,0 +1,59 @@
+"""Training a node on text: the part that every verb shares which trains on a data set."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from graft import data, models
+from graft.data.objectives import Prefix, objective_rows
+from graft.data.rows import Rows
+from graft.errors import CannotCombine
+from graft.settings import Settings
+from graft.train.attention import keeps_apart
+from graft.train.loop import train
+from graft.train.losses import TokenLoss
+from graft.train.settings import TrainSettings
+from graft.verb import Job
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+def train_on_text(
+    job: Job,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    corpus: data.AnyCorpus,
+    split: str,
+    objective: Settings,
+    length: int,
+) -> dict[str, Any]:
+    """Train `model` in place on a split of `corpus`, write it into `job.out`, return the metrics.
+
+    The dev loss is measured on the corpus's dev split, unless its settings (of any part) say `splits: {dev: 0}`.
+    """
+    assert isinstance(job.settings, TrainSettings)
+    together = model.config.is_encoder_decoder or keeps_apart(model, length)
+    if isinstance(objective, Prefix) and not together:
+        raise CannotCombine(
+            f"prefix LM needs a model that takes a mask of its own over {length} tokens, which "
+            f"{type(model).__name__} does not; use `objective: causal` or a shorter `length`"
+        )
+
+    def rows(split: str) -> Rows:
+        return objective_rows(
+            corpus, split, tokenizer, objective, length=length, seed=job.seed, cache=job.cache, together=together
+        )
+
+    result = train(
+        model, rows(split), TokenLoss(), job.settings, job.out, scratch=job.scratch, seed=job.seed,
+        dev=rows("dev") if _has_dev(corpus) else None, device=job.device,
+        save=lambda trained, folder: models.save(trained, tokenizer, folder),
+    )  # fmt: skip
+    models.save(model, tokenizer, job.out)
+    return {**result.metrics, "parameters": model.num_parameters()}
+
+
+def _has_dev(corpus: data.AnyCorpus) -> bool:
+    settings = [part.settings for part, _ in corpus.parts]
+    return all(source.splits.dev > 0 or getattr(source, "dev", None) for source in settings)
