@@ -220,3 +220,19 @@ def test_a_model_that_gives_nan_is_named(tokenizer, sets, tmp_path):
     models.save(broken, tokenizer, tmp_path / "broken")
     with pytest.raises(RunError, match=r"broken on plain\.test"):
         run({"broken": tmp_path / "broken"}, [{"measure": "bits_per_byte", "on": ["plain.test"]}], sets, tmp_path)
+
+
+def test_a_model_that_rules_a_text_out_gets_no_number_and_stops_nobody(family, sets, tmp_path, monkeypatch):
+    def ruled_out(self, texts):
+        found = whole(self, texts)
+        if type(self.model).__name__ == "GPT2LMHeadModel":
+            found[0].log_probs[0] = -np.inf
+        return found
+
+    whole = Scorer.documents
+    monkeypatch.setattr(Scorer, "documents", ruled_out)
+    rows = run(family, [{"measure": "bits_per_byte", "on": ["plain.test"]}], sets, tmp_path)
+    assert [row["kind"] for row in rows] == ["score", "score"]
+    assert rows[0]["value"] > 0
+    assert rows[1]["value"] is None
+    assert "probability zero" in rows[1]["note"]

@@ -115,10 +115,9 @@ def _measure(
 def _row(name: str, model_hash: str, subject: Subject, scored: Scored, seed: int, cost: Mapping[str, float]) -> Row:
     metric, sums = scored.metric, scored.statistics
     value = float(metric.value(sums.sum(0, keepdims=True))[0])
-    if not np.isfinite(value):
-        raise RunError(
-            f"{name} on {subject.on}: {metric.name} is {value}: the model gives probability zero to what comes, or NaN"
-        )
+    if np.isnan(value):
+        raise RunError(f"{name} on {subject.on}: {metric.name} is not a number; check the model's weights")
+    note = "" if np.isfinite(value) else "infinite: the model gives probability zero to what comes"
     if metric.proportion:
         low, high = statistics.wilson(float(sums[:, 0].sum()), len(sums))
     else:
@@ -131,7 +130,8 @@ def _row(name: str, model_hash: str, subject: Subject, scored: Scored, seed: int
         "task": subject.task.settings.name if subject.task else subject.name,
         "metric": metric.name,
         "on": subject.on,
-        "value": value,
+        "value": _finite(value),
+        "note": note,
         "low": _finite(low),
         "high": _finite(high),
         "confidence": statistics.CONFIDENCE,
@@ -155,7 +155,8 @@ def _finite(value: float) -> float | None:
 
 
 def _resampled(metric: metrics.Metric, sums: np.ndarray) -> statistics.Score:
-    return lambda counts: metric.value(counts @ sums)
+    finite = np.where(np.isfinite(sums), sums, 1e300)  # what is not drawn must count nothing, and 0 · inf is not 0
+    return lambda counts: metric.value(counts @ finite)
 
 
 def _compared(results: Results, subject: Subject, by_model: Sequence[Sequence[Row]], seed: int) -> list[Row]:
@@ -172,6 +173,8 @@ def _compared(results: Results, subject: Subject, by_model: Sequence[Sequence[Ro
 def _compare(results: Results, subject: Subject, a: Row, b: Row, seed: int, key: str) -> Row | None:
     first, second = results.read_items(a), results.read_items(b)
     if first is None or second is None or first[0] != second[0]:
+        return None
+    if a["value"] is None or b["value"] is None:
         return None
     metric = _metric_of(subject, a["metric"], first[1])
     test = "paired bootstrap"
