@@ -11,7 +11,7 @@ from graft.methods import method, method_names
 from graft.settings import Settings, parse
 from graft.verb import Estimate, Facts, Job, Verb
 
-ROOMS = ("engine", "journal", "preflight", "settings", "stream")
+ROOMS = ("engine", "journal", "preflight", "settings", "slices", "stream")
 
 
 class Merge(Verb[MergeSettings]):

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -65,20 +66,23 @@ def stream(
 ) -> None:
     """Make every tensor that the journal does not know yet."""
     chosen = method("graft.merge", settings.method)
-    made = [n for n in plan.tensors if n not in journal.finished]
-    total = sum(writer.headers[n].end - writer.headers[n].start for n in made)
+    every = {name: _tensors(name, plan, settings, readers, workers, seed, chosen) for name in plan.tensors}
+    floats = {name: tensors for name, tensors in every.items() if plan.tensors[name][0] in FLOATS}
+    if hasattr(chosen, "survey"):
+        found = chosen.survey(list(floats.values()), settings)
+        floats = {name: replace(tensors, survey=found) for name, tensors in floats.items()}
+    made = [name for name in plan.tensors if name not in journal.finished]
 
     def one(name: str) -> int:
-        sources = {m: Source(m, readers[m], place) for m, place in plan.places[name].items()}
-        header = writer.headers[name]
-        if header.dtype in FLOATS:
-            tensors = _tensors(name, header.shape, sources, settings, workers, seed, chosen)
-            tensors.write(chosen.rule(tensors, settings), writer)
+        size = writer.headers[name].end - writer.headers[name].start
+        if name in floats:
+            floats[name].write(chosen.rule(floats[name], settings), writer)
         else:
-            _copy(name, sources, writer)
-        journal.note(name, header.end - header.start)
-        return header.end - header.start
+            _copy(every[name], writer)
+        journal.note(name, size)
+        return size
 
+    total = sum(writer.headers[n].end - writer.headers[n].start for n in made)
     with Progress("merging", total, "B") as progress, ThreadPoolExecutor(AT_ONCE) as several:
         futures = [several.submit(one, name) for name in made]
         try:
@@ -91,27 +95,32 @@ def stream(
 
 def _tensors(
     name: str,
-    shape: tuple[int, ...],
-    sources: Mapping[str, Source],
+    plan: Layout,
     settings: MergeSettings,
+    readers: Mapping[str, TensorReader],
     workers: Workers,
     seed: int,
     chosen: ModuleType,
 ) -> Tensors:
+    sources = {model: Source(model, readers[model], place) for model, place in plan.places[name].items()}
     base = sources[settings.base_name] if settings.base_name is not None else None
-    models = [sources[model] for model in settings.names]
-    return Tensors(name, shape, models, base, workers, seed, getattr(chosen, "BY_ROWS", False))
+    models = [sources[model] for model in settings.names if model in sources]
+    by_rows = getattr(chosen, "by_rows", lambda settings: False)(settings)
+    return Tensors(name, plan.tensors[name][1], models, base, workers, seed, by_rows)
 
 
-def _copy(name: str, sources: Mapping[str, Source], writer: TensorWriter) -> None:
+def _copy(tensors: Tensors, writer: TensorWriter) -> None:
     """Tensors of whole numbers are buffers: they must be the same everywhere and are taken over."""
+    sources = [*([tensors.base] if tensors.base else []), *tensors.models]
     if not same_bytes(sources):
-        raise CannotCombine(f"{name} holds whole numbers that differ between {', '.join(sources)}: they have no mean")
-    source = next(iter(sources.values()))
-    header = source.reader.headers[source.name]
+        raise CannotCombine(
+            f"{tensors.name} holds whole numbers that differ between {', '.join(s.model for s in sources)}: "
+            "they have no mean"
+        )
+    header = sources[0].reader.headers[sources[0].name]
     content = bytearray(header.end - header.start)
-    source.reader.read_into(source.name, 0, memoryview(content))
-    writer.write(name, 0, memoryview(content))
+    sources[0].reader.read_into(sources[0].name, 0, memoryview(content))
+    writer.write(tensors.name, 0, memoryview(content))
 
 
 def _files_beside(plan: Layout, parent: Path, out: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from graft.checkpoint import FLOATS, Headers, read_headers
 from graft.errors import CannotCombine, CheckpointError
 from graft.lineage import facts_of, read_config
 from graft.merge.settings import MergeSettings
+from graft.merge.slices import restacked, stack
 from graft.verb import Facts
 
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -96,13 +97,18 @@ def layout(settings: MergeSettings, folders: Mapping[str, Path]) -> Layout:
     configs = {name: read_config(folders[name]) for name in settings.parents}
     tied = {name: _tied(headers[name], configs[name]) for name in settings.parents}
     names = {name: {**dict.fromkeys(headers[name])} | tied[name] for name in settings.parents}
-    common = _names(settings.parents, headers, names)
-    places = {t: {name: names[name][t] or t for name in settings.parents} for t in common}
-    _same_shapes(settings.parents, headers, places)
-    config = dict(configs[reference])
+    slices = getattr(settings, "slices", None)
+    if slices:
+        places = stack({name: sorted(found) for name, found in headers.items()}, slices)
+        config = restacked(configs, slices)
+    else:
+        common = _names(settings.parents, headers, names)
+        places = {t: {name: names[name][t] or t for name in settings.parents} for t in common}
+        _same_shapes(settings.parents, headers, places)
+        config = dict(configs[reference])
     if settings.dtype is not None:
         config = {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": settings.dtype}
-    if any(t in common for t in tied[reference]):
+    if any(t in places for t in tied[reference]):
         config["tie_word_embeddings"] = False
     differences = {
         name: found for name in others if (found := different_keys(configs[reference], configs[name], MEANING_KEYS))
@@ -111,12 +117,17 @@ def layout(settings: MergeSettings, folders: Mapping[str, Path]) -> Layout:
     if differences:
         notes["config_differences"] = differences
     return Layout(
-        {t: _stored(headers[reference], places[t][reference], settings.dtype) for t in common},
+        {t: _stored(headers[name], found, settings.dtype) for t, ((name, found), *_) in _items(places)},
         places,
         config,
         notes,
         forced,
     )
+
+
+def _items(places: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    for tensor in sorted(places):
+        yield tensor, list(places[tensor].items())
 
 
 def _stored(headers: Headers, name: str, dtype: str | None) -> tuple[str, tuple[int, ...]]:

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from graft.settings import Bytes, ModelRef, Settings
 
+PerModel = float | dict[ModelRef, float]
+"""One number for all models, or one for each."""
+
 
 class MergeSettings(Settings):
     """One model out of the weights of several."""
@@ -44,6 +47,14 @@ class MergeSettings(Settings):
         """One weight a model."""
         return list(self.models.values()) if isinstance(self.models, dict) else [1.0] * len(self.models)
 
+    def each(self, value: PerModel) -> list[float]:
+        """One number a model. Raises ValueError where a mapping does not name the models."""
+        if not isinstance(value, dict):
+            return [value] * len(self.names)
+        if set(value) != set(self.names):
+            raise ValueError(f"expected a value for each of {', '.join(self.names)}, found {', '.join(value)}")
+        return [value[name] for name in self.names]
+
     @property
     def base_name(self) -> str | None:
         """The model that the others are measured from, where the method has one."""
@@ -59,3 +70,22 @@ class DeltaSettings(MergeSettings):
     """One model out of a base and the differences (task vectors) of models tuned from it."""
 
     base: Annotated[ModelRef, Field(description="The model that the others were tuned from.")]
+
+
+class SparseSettings(DeltaSettings):
+    """A base plus sparse task vectors."""
+
+    density: Annotated[PerModel, Field(description="Share of each task vector that is kept, in (0, 1].")] = 0.5
+    scale: Annotated[float, Field(description="Factor of the combined task vector, λ in the papers.")] = 1.0
+    normalise: Annotated[bool, Field(description="Divide by the sum of the weights that take part.")] = False
+
+    @property
+    def densities(self) -> list[float]:
+        """One density a model."""
+        return self.each(self.density)
+
+    @model_validator(mode="after")
+    def _shares(self) -> SparseSettings:
+        if wrong := [d for d in self.densities if not 0 < d <= 1]:
+            raise ValueError(f"expected a density above 0 and at most 1, found {wrong[0]}")
+        return self

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -112,7 +112,8 @@ class Tensors:
     seed: int = 0
     by_rows: bool = False
     """Pieces hold whole rows (of the last dimension)."""
-    _checked: list[bool] = field(default_factory=list)
+    survey: Any = None
+    """What the method measured over all tensors before it began with the first."""
 
     @property
     def count(self) -> int:
@@ -175,7 +176,7 @@ def finite(values: Tensor) -> bool:
     return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all())
 
 
-def same_bytes(sources: Mapping[str, Source]) -> bool:
+def same_bytes(sources: Sequence[Source]) -> bool:
     """Whether all parents store the same bytes: for tensors of whole numbers, which have no mean."""
-    first, *others = (source.reader.read(source.name) for source in sources.values())
+    first, *others = (source.reader.read(source.name) for source in sources)
     return all(torch.equal(first, other) for other in others)
