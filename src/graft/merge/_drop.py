@@ -1,0 +1,82 @@
+"""Deltas of which elements are dropped at random, all with one probability or the small ones more often."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graft.merge._deltas import Sparse, rescaling
+from graft.merge._random import uniform
+from graft.merge.stream import Piece, Tensors
+
+Mask = Callable[[int, Tensor, int], Tensor]
+"""(model, its delta, first element) → float32 factors, 0 where an element is dropped."""
+
+
+def dropped(tensors: Tensors, densities: Sequence[float], rescale: str) -> Sparse:
+    """DARE: each element is kept with the probability that is its model's density.
+
+    `rescale` divides what is kept by that probability, restores the L1 norm of the tensor, or does nothing.
+    """
+
+    def factors(model: int, delta: Tensor, start: int) -> Tensor:
+        share = densities[model]
+        if share >= 1:
+            return torch.ones_like(delta)
+        drawn = uniform(tensors.seed, tensors.name, tensors.models[model].model, start, len(delta))
+        mask = torch.from_numpy((drawn < np.uint32(round(share * 2**32))).astype(np.float32))
+        return mask.div_(share) if rescale == "probability" else mask
+
+    return _masked(tensors, factors, rescale)
+
+
+def dropped_by_rank(tensors: Tensors, densities: Sequence[float], epsilons: Sequence[float], rescale: str) -> Sparse:
+    """DELLA: in each row the probability to be kept grows with the rank of |δ|, from density − ε to density + ε.
+
+    `tensors` must come by rows. `rescale` divides each element by its own probability, restores the L1 norm of the
+    tensor, or does nothing.
+    """
+
+    def factors(model: int, delta: Tensor, start: int) -> Tensor:
+        if densities[model] >= 1:
+            return torch.ones_like(delta)
+        rows = delta.view(-1, tensors.row)
+        drawn = uniform(tensors.seed, tensors.name, tensors.models[model].model, start, len(delta))
+        by_rank = _kept_by_rank(drawn.reshape(rows.shape), densities[model], epsilons[model], rescale)
+        made = torch.empty_like(rows).scatter_(1, _order(rows), by_rank)
+        return made.view(-1)
+
+    return _masked(tensors, factors, rescale)
+
+
+def _order(rows: Tensor) -> Tensor:
+    """[rows, columns] int64: the columns of every row by growing magnitude, equal ones by place."""
+    # the bits of a positive float order like the float: with the column below them one sort of whole numbers does it
+    packed = (rows.abs().view(torch.int32).to(torch.int64) << 32).add_(torch.arange(rows.shape[1]))
+    return torch.from_numpy(np.sort(packed.numpy(), axis=1) & 0xFFFFFFFF)
+
+
+def _kept_by_rank(drawn: np.ndarray, density: float, epsilon: float, rescale: str) -> Tensor:
+    """[rows, columns] float32 factors in the order of the ranks."""
+    columns = drawn.shape[1]
+    rank = np.arange(columns) / (columns - 1) if columns > 1 else np.full(1, 0.5)
+    shares = density - epsilon + 2 * epsilon * rank
+    mask = torch.from_numpy((drawn < np.round(shares * 2**32).astype(np.uint32)).astype(np.float32))
+    return mask.div_(torch.from_numpy(shares.astype(np.float32))) if rescale == "probability" else mask
+
+
+def _masked(tensors: Tensors, factors: Mask, rescale: str) -> Sparse:
+    def sparse(piece: Piece) -> list[Tensor]:
+        return [delta.mul_(factors(model, delta, piece.start)) for model, delta in enumerate(piece.deltas())]
+
+    if rescale != "l1":
+        return sparse
+    whole = rescaling(tensors, sparse)
+
+    def rescaled(piece: Piece) -> list[Tensor]:
+        return [delta.mul_(factor) for delta, factor in zip(sparse(piece), whole, strict=True)]
+
+    return rescaled
