@@ -54,10 +54,9 @@ def reference() -> str:
     sources = [section(f"`source: {name}`", cls, skip=("source",)) for name, cls in SOURCES.items()]
     measures = [section(f"`measure: {name}`", cls, skip=("measure",)) for name, cls in MEASURES.items()]
     made = [verb(name) for name in verb_names()]
-    types = [cls for found in made for cls in found.types().values()]
-    parts = dict.fromkeys(
-        inner for cls in [*SOURCES.values(), Mixture, *types, *MEASURES.values()] for inner in _inner(cls)
-    )
+    types: list[type[BaseModel]] = [*SOURCES.values(), Mixture, *MEASURES.values()]
+    types += [cls for found in made for cls in found.types().values()]
+    parts = dict.fromkeys(inner for cls in types for inner in _inner(cls))
     written = [
         INTRODUCTION,
         "## Data\n",
@@ -165,7 +164,8 @@ def _default(field: FieldInfo) -> str:
 
 
 def _value(value: Any) -> str:
-    return value if isinstance(value, str) and value else json.dumps(value, default=str)
+    plain = isinstance(value, str) and value.isprintable() and value != ""
+    return str(value) if plain else json.dumps(value, default=str)
 
 
 def _is_written(cls: type[BaseModel]) -> bool:

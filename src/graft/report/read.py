@@ -11,12 +11,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeGuard
 
-import yaml
-
 from graft import verbs
 from graft.errors import CheckpointError, GraftError, RequestError
 from graft.lineage import MANIFEST, read_manifest
 from graft.settings import references
+from graft.yaml_lines import read_yaml
 
 Row = Mapping[str, Any]
 
@@ -177,12 +176,10 @@ def read_lines(path: Path, problems: list[str]) -> Iterator[Row]:
 def _recipe(path: Path, problems: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problems.append(f"{path.name} cannot be read: {error}")
-        return {}
-    return recipe if isinstance(recipe, dict) else {}
+    document = read_yaml(path.read_text(encoding="utf-8", errors="replace"))
+    if document.problems:
+        problems.append(f"{path.name} cannot be read: {document.problems[0]}")
+    return document.value if isinstance(document.value, dict) else {}
 
 
 def _models(folder: Path, recipe: Mapping[str, Any], problems: list[str]) -> dict[str, Model]:
