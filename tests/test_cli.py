@@ -110,6 +110,16 @@ def test_a_run_that_fails_exits_with_1_and_debug_shows_the_trace(family, monkeyp
     assert "raise TrainingError" in invoke("run", recipe, "--out", folder).stderr
 
 
+def test_a_defect_of_ours_is_one_line_that_says_how_to_see_more(family, monkeypatch):
+    recipe, _ = family
+    monkeypatch.setattr("graft.recipe.read_yaml", lambda text: 1 / 0)
+    result = invoke("plan", recipe)
+    assert result.exit_code == 1
+    assert (
+        result.stderr == "graft: ZeroDivisionError: division by zero; this is a defect of graft: --debug shows where\n"
+    )
+
+
 def test_debug_may_stand_anywhere(family):
     recipe, _ = family
     recipe.write_text("family: f\nmodels:\n  a: {grow: {fails: true}}\n")

@@ -147,6 +147,29 @@ def test_a_file_that_is_no_recipe_says_why(recipe, text, expected):
     assert problem.startswith(expected)
 
 
+def test_measures_are_checked_with_everything_else(recipe):
+    path = recipe("""
+        family: f
+        models: {a: {grow: }}
+        evaluate:
+          - {measure: bits_per_bite, on: [x.test]}
+          - {measure: perplexity, on: [note.test], limti: 3}
+          - {measure: perplexity, on: [note.test]}
+          - {task: trivia.yaml}
+        """)
+    assert problems(path)[0].startswith(
+        "line 5: evaluate.0.measure: unknown measure 'bits_per_bite' (did you mean 'bits_per_byte'?)"
+    )
+    assert problems(path)[1].startswith("line 6: evaluate.1.limti: unknown key (did you mean 'limit'?)")
+    path.write_text(path.read_text().replace("bits_per_bite", "bits_per_byte").replace("limti", "limit"))
+    assert problems(path) == [
+        "line 5: evaluate.0.on.0: unknown data set 'x.test'; there are: none",
+        "line 6: evaluate.1.on.0: unknown data set 'note.test'; there are: none",
+        "line 7: evaluate.2.on.0: unknown data set 'note.test'; there are: none",
+        f"line 8: evaluate.3.task: expected a task's file at {path.parent / 'trivia.yaml'}",
+    ]
+
+
 def test_a_file_that_is_not_there_is_a_wrong_request(tmp_path):
     with pytest.raises(RequestError, match=r"expected a recipe \(a YAML file\) at .*none.yaml"):
         read_recipe(tmp_path / "none.yaml")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from graft.errors import CheckpointError, Locked, RequestError, UnknownName
+from graft.errors import CheckpointError, DiskError, Locked, RequestError, UnknownName
 from graft.lineage import read_manifest
 from graft.run import NodesFailed, run
 
@@ -276,11 +277,27 @@ def test_what_an_older_recipe_left_half_made_is_not_gone_on_from(family, tmp_pat
     assert weights(folder) == weights(tmp_path / "clean")
 
 
-def test_a_folder_that_may_not_be_written_says_so(family, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.EACCES, "may not be written; change its permissions"), (errno.ENOSPC, "the disk is full")],
+)
+def test_a_folder_without_permission_and_a_full_disk_say_so(family, monkeypatch, number, words):
+    recipe, folder, _ = family
+
+    def refuse(path, *args, **kwargs):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(DiskError, match=words):
+        run(recipe, folder)
+
+
+def test_a_file_where_the_folder_should_be_says_so(family, tmp_path):
     recipe, _, _ = family
     (tmp_path / "file").write_text("")
-    with pytest.raises((RequestError, OSError), match=r"file"):
-        run(recipe, tmp_path / "file" / "run")
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(RequestError, match="expected a folder or room for one, found a file there"):
+            run(recipe, place)
 
 
 def test_load_copies_a_model_and_takes_its_facts(family, tmp_path):

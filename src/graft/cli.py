@@ -48,6 +48,13 @@ def tidy(command: F) -> F:
         except GraftError as error:
             _show_error(error, as_json)
             raise typer.Exit(error.exit_code) from None
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:  # noqa: BLE001  (a defect of graft: said in one line, with the way to see more)
+            defect = GraftError(f"{type(error).__name__}: {error}; this is a defect of graft: --debug shows where")
+            defect.__cause__ = error
+            _show_error(defect, as_json)
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.echo("stopped; the same command goes on from where it stood", err=True)
             raise typer.Exit(130) from None

@@ -6,7 +6,6 @@ setting resolved, every name known, the order of the nodes found, and the facts 
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -212,8 +211,13 @@ class _Reader:
     def _measures(self, raw: list[Any]) -> Sequence[Any]:
         if not raw:
             return []
-        evaluate = importlib.import_module("graft.evaluate")
-        return self.attempt(("evaluate",), lambda: evaluate.parse(raw, ("evaluate",))) or []
+        from graft import evaluate
+
+        measures = self.attempt(("evaluate",), lambda: evaluate.parse(raw, ("evaluate",))) or []
+        for place, measure in enumerate(measures):
+            if isinstance(measure, evaluate.TaskMeasure) and not (self.root / measure.task).is_file():
+                self.problem(("evaluate", place, "task"), f"expected a task's file at {self.root / measure.task}")
+        return measures
 
     def _names(
         self, outline: Outline, sets: Mapping[str, DataSettings], nodes: Mapping[str, Node], measures: Sequence[Any]

@@ -89,7 +89,10 @@ def locked(places: Places, *, wait: bool) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     with disk_errors(places.folder):
-        places.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            places.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise RequestError(f"{places.folder}: expected a folder or room for one, found a file there") from None
         lock = FileLock(places.lock)
         try:
             lock.acquire(timeout=0)

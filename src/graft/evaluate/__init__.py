@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from graft.evaluate.settings import MEASURES, Measure, parse
+from graft.evaluate.settings import MEASURES, Measure, TaskMeasure, parse
 
-__all__ = ["MEASURES", "Measure", "evaluate", "parse"]
+__all__ = ["MEASURES", "Measure", "TaskMeasure", "evaluate", "parse"]
 
 
 def evaluate(
