@@ -10,6 +10,7 @@ from graft.pretrain.architectures import (
     build,
     config_for,
     count_parameters,
+    default_heads,
     dimensions,
     estimate_parameters,
     positions_for,
@@ -49,6 +50,8 @@ def test_positions_that_no_class_carries_are_refused_with_those_there_are():
         ({"data": "d", "size": "1M", "architecture": "encoder", "positions": "alibi"}, "no encoder with alibi"),
         ({"data": "d", "size": "1M", "architecture": "encoder", "objective": "causal"}, "does not go with"),
         ({"data": "d", "hidden": 32, "layers": 2, "heads": 5}, "expected `heads` to divide"),
+        ({"data": "d", "size": "1M", "heads": 4}, "either `size` or `heads`, found both"),
+        ({"data": "d", "size": "50k"}, "the nearest has"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_runs(raw, message):
@@ -62,3 +65,11 @@ def test_the_estimate_knows_parameters_disk_memory_and_time():
     assert estimate.disk_bytes == 4 * estimate.parameters
     assert estimate.memory_bytes > 16 * estimate.parameters
     assert estimate.seconds == pytest.approx(6 * estimate.parameters * 2e6 / 60e9)
+
+
+@pytest.mark.parametrize("hidden", [32, 48, 100, 320, 511, 512, 672, 1000, 4096])
+def test_heads_fill_the_width_and_are_about_as_wide_as_is_useful(hidden):
+    heads = default_heads(hidden)
+    assert hidden % heads == 0
+    if hidden in (32, 320, 512, 4096):
+        assert hidden // heads == (32 if hidden < 512 else 64)

@@ -1,10 +1,14 @@
 """Pretraining makes a complete model, the same every time."""
 
+import shutil
+
 import pytest
 import torch
 
 from graft import checkpoint, data, lineage, models
-from graft.pretrain import VERB
+from graft.data.settings import Shares
+from graft.errors import RequestError
+from graft.pretrain import VERB, TokenizerAt
 from graft.verb import Job
 
 SETS = {"json": data.parse({"source": "python-library", "packages": ["json", "html"], "splits": {"dev": 0.2}})}
@@ -62,6 +66,51 @@ def test_a_tokenizer_can_be_another_models(tmp_path):
     run(tmp_path / "base", {"tokenizer": {"size": 500}})
     run(tmp_path / "other", {"tokenizer": {"of": "base"}}, models_={"base": tmp_path / "base" / "out"})
     assert lineage.vocabulary_hash(tmp_path / "base" / "out") == lineage.vocabulary_hash(tmp_path / "other" / "out")
+
+
+def test_a_tokenizer_can_stand_in_a_folder_and_counts_by_its_content(tmp_path):
+    run(tmp_path / "base", {"tokenizer": {"size": 500}})
+    models.load_tokenizer(tmp_path / "base" / "out").save_pretrained(tmp_path / "tokens")
+    found = run(tmp_path / "other", {"tokenizer": {"path": str(tmp_path / "tokens")}})
+    assert lineage.vocabulary_hash(tmp_path / "base" / "out") == lineage.vocabulary_hash(tmp_path / "other" / "out")
+    written = VERB.parse({"data": "json", "hidden": 32, "layers": 1, "length": 64, "tokenizer": {"path": "tokens"}})
+    located = VERB.located(written, tmp_path)
+    facts = VERB.facts(located, {}, "k")
+    assert facts.vocabulary == lineage.vocabulary_hash(tmp_path / "tokens")
+    assert facts.parameters == pytest.approx(found["parameters"], rel=0.02)
+    moved = shutil.copytree(tmp_path / "tokens", tmp_path / "moved")
+    elsewhere = VERB.located(written.model_copy(update={"tokenizer": TokenizerAt(path=str(moved))}), tmp_path)
+    assert VERB.content(elsewhere) == VERB.content(located)
+    (moved / "tokenizer.json").write_text((moved / "tokenizer.json").read_text() + " ")
+    assert VERB.content(elsewhere) != VERB.content(located)
+
+
+def test_a_tokenizer_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(RequestError, match="expected a tokenizer"):
+        VERB.located(VERB.parse({"data": "d", "size": "1M", "tokenizer": {"path": "none"}}), tmp_path)
+
+
+def test_what_a_killed_run_left_in_the_folder_does_no_harm(tmp_path):
+    raw = {"tokenizer": {"size": 500}, "keep": {"last": 1}}
+    run(tmp_path / "clean", raw)
+    out = tmp_path / "again" / "out"
+    (out / "checkpoints" / "step-99").mkdir(parents=True)
+    (out / "model.safetensors").write_bytes(b"half a fi")
+    (out / "config.json").write_text('{"model_ty')
+    (out / "log.jsonl").write_text('{"step": 1, "lo')
+    run(tmp_path / "again", raw)
+    assert lineage.hash_weights(out) == lineage.hash_weights(tmp_path / "clean" / "out")
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-6"]
+    assert len((out / "log.jsonl").read_text().splitlines()) == len(
+        (tmp_path / "clean" / "out" / "log.jsonl").read_text().splitlines()
+    )
+
+
+def test_a_data_set_without_a_dev_split_trains_without_a_dev_loss(tmp_path):
+    sets = {"json": SETS["json"].model_copy(update={"splits": Shares(dev=0, test=0)})}
+    found = run(tmp_path, {"tokenizer": {"size": 500}, "budget": "1 step"}, sets=sets)
+    assert "dev_loss" not in found
+    assert found["loss"] > 0
 
 
 def test_training_lowers_the_loss_on_real_text(tmp_path):

@@ -4,14 +4,16 @@ import json
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from graft import data, lineage, models
 from graft.checkpoint import TensorReader
 from graft.data.tokenizers import train_tokenizer
-from graft.errors import RequestError, SettingsError, UnknownName
+from graft.errors import CannotCombine, RequestError, SettingsError, UnknownName
 from graft.pretrain.architectures import Shape, build, config_for
 from graft.tune import VERB
 from graft.tune.full import trained_names
+from graft.tune.work import context
 from graft.verb import Facts, Job
 
 ROWS = {
@@ -26,13 +28,17 @@ ROWS = {
 }
 
 
+def tokenizer_and_ids(folder, algorithm="bpe", size=400, **more):
+    raw = data.parse({"source": "python-library", "packages": ["json"], "splits": {"dev": 0, "test": 0}})
+    tokenizer = train_tokenizer(data.open_corpus({"c": raw}, "c", folder), algorithm, size, **more)
+    return tokenizer, {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    raw = data.parse({"source": "python-library", "packages": ["json"], "splits": {"dev": 0, "test": 0}})
-    tokenizer = train_tokenizer(data.open_corpus({"c": raw}, "c", folder), "bpe", 400)
+    tokenizer, ids = tokenizer_and_ids(folder)
     torch.manual_seed(0)
-    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
     models.save(
         build(config_for("decoder", "rotary", Shape(32, 2, 2, len(tokenizer), 64, 0.0, ids))), tokenizer, folder
     )
@@ -73,6 +79,38 @@ def test_any_format_can_be_tuned_on(tmp_path, base, format):
     assert found["dev_loss"] > 0
     assert changed(base, tmp_path / "out")
     assert lineage.vocabulary_hash(tmp_path / "out") == lineage.vocabulary_hash(base)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "positions", "formats"),
+    [("encoder", "rotary", ("text", "labelled")), ("encoder-decoder", "relative", ("text", "pairs", "chat"))],
+)
+def test_encoders_and_encoder_decoders_are_tuned_too(tmp_path, architecture, positions, formats):
+    tokenizer, ids = tokenizer_and_ids(tmp_path, size=500, sentinels=True)
+    shape = Shape(32, 1, 2, len(tokenizer), 64, 0.0, ids)
+    models.save(build(config_for(architecture, positions, shape)), tokenizer, tmp_path / "start")
+    for format in formats:
+        found = run(tmp_path / format, tmp_path / "start", format)
+        assert found["dev_loss"] > 0
+        assert changed(tmp_path / "start", tmp_path / format / "out")
+
+
+def test_a_model_with_a_recurrent_state_is_tuned_on_one_document_a_row(tmp_path):
+    tokenizer, _ = tokenizer_and_ids(tmp_path)
+    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, state_size=4)
+    models.save(MambaForCausalLM(config), tokenizer, tmp_path / "start")
+    assert run(tmp_path / "tuned", tmp_path / "start", length=32)["dev_loss"] > 0
+    with pytest.raises(CannotCombine, match="a mask of its own"):
+        run(tmp_path / "prefix", tmp_path / "start", length=32, objective="prefix")
+
+
+def test_the_context_is_the_shortest_of_what_model_and_tokenizer_name(base):
+    tokenizer = models.load_tokenizer(base)
+    config = models.load_config(base)
+    assert context(config, tokenizer) == 64
+    tokenizer.model_max_length = 50
+    assert context(config, tokenizer) == 50
+    assert context(MambaConfig(), models.load_tokenizer(base)) == 1024
 
 
 def test_frozen_weights_stay_as_they_are_to_the_bit(tmp_path, base):

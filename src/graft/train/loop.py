@@ -43,6 +43,10 @@ Save = Callable[[Any, Path], None]
 LOOK_S = 0.5
 """Losses are read from the device, checked and logged this often."""
 
+DEV_SHARE, DEV_ROWS = 0.2, 64
+"""A dev loss reads this share of the rows that are trained on between two of them, but so many rows at least: it costs
+a few percent of the time, however large the dev split is."""
+
 
 class Objective(Protocol):
     """What is made small."""
@@ -107,8 +111,8 @@ def train(
 
     Parameters that require a gradient are trained, in fp32. The gradient is that of the sum of the losses over the
     step's rows divided by their weight, however the rows are cut into pieces and spread over processes. `dev` gives
-    the dev loss (mean over all its units). `save` is needed for kept checkpoints and the moving average. Writes
-    `out/log.jsonl` and `out/checkpoints/`; only the main process writes.
+    the dev loss (mean over all units of its first rows). `save` is needed for kept checkpoints and the moving average.
+    Writes `out/log.jsonl` and `out/checkpoints/`; only the main process writes.
 
     Raises RequestError for settings that do not fit what is given, TrainingError where labels are all masked or the
     loss is not finite, KeyboardInterrupt after Ctrl-C (with the state saved).
@@ -164,6 +168,7 @@ class Training:
         self.wrapped = place.wrap(model)
         self.steps = settings.budget.steps(len(rows), settings.batch_size, _row_tokens(rows))
         self.every = settings.evaluate_every or max(1, self.steps // 10)
+        self.dev_rows = max(DEV_ROWS, int(DEV_SHARE * self.every * settings.batch_size))
         self.at = Position()
         self.kept_before: dict[int, float | None] = {}
         self.pending: list[Pending] = []
@@ -434,10 +439,11 @@ class Training:
 
     @torch.no_grad()
     def _dev_loss(self, dev: Rows) -> float:
-        """Loss a unit over all rows of `dev`, each read once by one of the processes."""
+        """Loss a unit over the first rows of `dev` (always the same), each read once by one of the processes."""
         size = self.settings.batch_size // (self.settings.accumulate * self.place.world)
-        starts = range(self.place.rank * size, len(dev), size * self.place.world)
-        plans = ([range(start, min(start + size, len(dev)))] for start in starts)
+        count = min(len(dev), self.dev_rows)
+        starts = range(self.place.rank * size, count, size * self.place.world)
+        plans = ([range(start, min(start + size, count))] for start in starts)
         total, weight = torch.zeros((), dtype=torch.float64, device=self.place.device), 0.0
         self.model.eval()
         with Ahead(dev, plans, self.objective, self.place.device.type == "cuda") as steps:

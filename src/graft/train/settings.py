@@ -163,7 +163,10 @@ class TrainSettings(Settings):
     )
     keep: Keep = Field(default_factory=lambda: Keep(), description="which checkpoints on the way are kept")
     evaluate_every: int | None = Field(
-        default=None, ge=1, description="steps between measurements of the dev loss; null for ten in the whole training"
+        default=None,
+        ge=1,
+        description="steps between measurements of the dev loss (on a fifth as many rows as these steps read, 64 at "
+        "least); null for ten in the whole training",
     )
     early_stopping: EarlyStopping | None = Field(default=None, description="stop when the dev loss no longer falls")
     checkpoint_every: Interval | None = Field(

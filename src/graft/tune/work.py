@@ -31,15 +31,14 @@ def run(job: Job) -> dict[str, Any]:
     chosen = method("graft.tune", how)
     model = chosen.apply(model, chosen.Settings(**options))
     objective = objective_for(lineage.architecture_of(model.config.to_dict()), settings.objective)
-    tokenizer, length = models.load_tokenizer(start), settings.length or context(model.config)
+    tokenizer = models.load_tokenizer(start)
+    length = settings.length or context(model.config, tokenizer)
     metrics = train_on_text(job, model, tokenizer, corpus, split, objective, length)
     return {**metrics, "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
-def context(config: Any) -> int:
-    """The longest context a configuration names, 1024 at most."""
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        longest = getattr(config, name, None)
-        if isinstance(longest, int) and longest > 0:
-            return min(longest, LONGEST)
-    return LONGEST
+def context(config: Any, tokenizer: Any) -> int:
+    """The longest context that the configuration and the tokenizer name, 1024 at most."""
+    named = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    named.append(tokenizer.model_max_length)
+    return min([LONGEST, *(longest for longest in named if isinstance(longest, int) and longest > 0)])
