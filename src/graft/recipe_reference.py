@@ -6,6 +6,7 @@ What a field means is said once, in its `description`; this module only lays it 
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import sys
 import types
@@ -56,7 +57,7 @@ def reference() -> str:
     made = [verb(name) for name in verb_names()]
     types: list[type[BaseModel]] = [*SOURCES.values(), Mixture, *MEASURES.values()]
     types += [cls for found in made for cls in found.types().values()]
-    parts = dict.fromkeys(inner for cls in types for inner in _inner(cls))
+    parts = list(dict.fromkeys(itertools.chain.from_iterable(map(_inner, types))))
     written = [
         INTRODUCTION,
         "## Data\n",
