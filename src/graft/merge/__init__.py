@@ -11,7 +11,7 @@ from graft.methods import method, method_names
 from graft.settings import Settings, parse
 from graft.verb import Estimate, Facts, Job, Verb
 
-ROOMS = ("engine", "journal", "preflight", "settings", "slices", "stream")
+ROOMS = ("architecture", "engine", "journal", "preflight", "related", "settings", "slices", "stream")
 
 
 class Merge(Verb[MergeSettings]):
@@ -37,11 +37,12 @@ class Merge(Verb[MergeSettings]):
 
     def facts(self, settings: MergeSettings, models: Mapping[str, Facts], key: str) -> Facts:
         first = models[settings.parents[0]]
-        same = {models[name].initialisation for name in settings.parents}
+        grown = {models[name].initialisation for name in settings.parents}
+        unknown = any(name.startswith("unknown:") for name in grown)
         width = {"float32": 4, "bfloat16": 2, "float16": 2}.get(settings.dtype or "")
         return Facts(
             first.architecture,
-            first.initialisation if len(same) == 1 else f"of:{key}",
+            first.initialisation if len(grown) == 1 else f"unknown:{key}" if unknown else f"of:{key}",
             first.vocabulary,
             first.parameters,
             first.parameters * width if width else first.bytes,

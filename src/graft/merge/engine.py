@@ -20,8 +20,11 @@ from typing import Any
 
 from graft.checkpoint import FLOATS, TensorReader, TensorWriter, atomic_write
 from graft.errors import CannotCombine
+from graft.lineage import read_manifest
+from graft.merge.architecture import architecture, verify
 from graft.merge.journal import Journal
-from graft.merge.preflight import Layout, layout, verify
+from graft.merge.preflight import INSTEAD, Layout, layout
+from graft.merge.related import RELATED, correlation
 from graft.merge.settings import MergeSettings
 from graft.merge.stream import Source, Tensors, Workers, same_bytes
 from graft.methods import method
@@ -43,16 +46,17 @@ def run(job: Job) -> dict[str, Any]:
     assert isinstance(settings, MergeSettings)
     plan = layout(settings, job.models)
     _files_beside(plan, job.models[settings.parents[0]], job.out)
-    plan.notes["verified_as"] = verify(job.out, plan.tensors)
+    plan.notes["verified_as"] = verify(architecture(job.out), {n: shape for n, (_, shape) in plan.tensors.items()})
     with ExitStack() as opened:
         readers = {name: opened.enter_context(TensorReader(job.models[name])) for name in settings.parents}
+        forced = [*plan.forced, *_unrelated(settings, plan, readers, job.models)]
         writer = TensorWriter(job.out, plan.tensors, settings.shard, resume=True)
         opened.callback(writer.close)
         what = {"settings": settings.plain(), "seed": job.seed, "parents": _stamps(job.models)}
         journal = opened.enter_context(Journal(job.scratch / "finished", what, job.out))
         workers = opened.enter_context(Workers())
         stream(settings, job.seed, plan, readers, writer, journal, workers)
-    return {"notes": plan.notes, "forced": list(plan.forced)}
+    return {"notes": plan.notes, "forced": forced}
 
 
 def stream(
@@ -121,6 +125,32 @@ def _copy(tensors: Tensors, writer: TensorWriter) -> None:
     content = bytearray(header.end - header.start)
     sources[0].reader.read_into(sources[0].name, 0, memoryview(content))
     writer.write(tensors.name, 0, memoryview(content))
+
+
+def _unrelated(
+    settings: MergeSettings, plan: Layout, readers: Mapping[str, TensorReader], folders: Mapping[str, Path]
+) -> list[str]:
+    """Models without a manifest, compared with the first by their weights: what was overridden, one sentence each.
+
+    Raises CannotCombine where they did not grow from one initialisation and that is not forced.
+    """
+    first, *others = settings.parents
+    if settings.method == "passthrough":
+        return []
+    unknown = {name for name, folder in folders.items() if read_manifest(folder) is None}
+    pairs = [name for name in others if name in unknown or first in unknown]
+    found = {n: correlation(readers[first], readers[n], list(plan.places.values()), (first, n)) for n in pairs}
+    if found:
+        plan.notes["correlation_of_weights"] = {name: round(value, 4) for name, value in found.items()}
+    wrong = [
+        f"the weights of {name} and {first} have a correlation of {value:.3f}: they grew from different "
+        f"initialisations, and the mean of their weights is no model; {INSTEAD}"
+        for name, value in found.items()
+        if value < RELATED
+    ]
+    if wrong and not settings.force:
+        raise CannotCombine("\n".join(wrong))
+    return wrong
 
 
 def _files_beside(plan: Layout, parent: Path, out: Path) -> None:

@@ -14,13 +14,13 @@ SYNC_BYTES = 1 << 30
 
 
 class Journal:
-    """`with Journal(file, what) as journal`: `.finished` names, `.note(name, size, files)` from any thread.
+    """`with Journal(file, what) as journal`: `.finished` names, `.note(name, size)` from any thread.
 
     `what` describes the work (JSON-ready); notes of any other work are thrown away.
     """
 
-    def __init__(self, path: Path, what: Any, folder: Path, sync_bytes: int = SYNC_BYTES):
-        self.path, self.folder, self.sync_bytes = path, folder, sync_bytes
+    def __init__(self, path: Path, what: Any, folder: Path):
+        self.path, self.folder = path, folder
         self.what = json.dumps(what, sort_keys=True)
         self._lock = threading.Lock()
         self._waiting: list[str] = []
@@ -39,7 +39,7 @@ class Journal:
         with self._lock:
             self._waiting.append(name)
             self._bytes += size
-            if self._bytes >= self.sync_bytes:
+            if self._bytes >= SYNC_BYTES:
                 self._flush()
 
     def _flush(self) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from graft.checkpoint import FLOATS, Headers, read_headers
-from graft.errors import CannotCombine, CheckpointError
+from graft.errors import CannotCombine
 from graft.lineage import facts_of, read_config
+from graft.merge.architecture import architecture
 from graft.merge.settings import MergeSettings
 from graft.merge.slices import restacked, stack
 from graft.verb import Facts
@@ -25,6 +26,7 @@ MEANING_KEYS = (
     "tie_word_embeddings",
 )  # fmt: skip
 """Settings that leave the shapes as they are and change what the weights mean."""
+Places = Mapping[str, Mapping[str, str]]
 INSTEAD = "an ensemble combines their predictions instead: {ensemble: {combine: linear, members: [...]}}"
 
 
@@ -34,7 +36,7 @@ class Layout:
 
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     """Name → (dtype as safetensors names it, shape)."""
-    places: Mapping[str, Mapping[str, str]]
+    places: Places
     """Name → parent → name of the tensor there (another one, where that parent ties the two)."""
     config: dict[str, Any]
     notes: dict[str, Any] = field(default_factory=dict)
@@ -95,37 +97,28 @@ def layout(settings: MergeSettings, folders: Mapping[str, Path]) -> Layout:
         raise CannotCombine("\n".join([*never, *forced]))
     headers = {name: read_headers(folders[name]) for name in settings.parents}
     configs = {name: read_config(folders[name]) for name in settings.parents}
-    tied = {name: _tied(headers[name], configs[name]) for name in settings.parents}
-    names = {name: {**dict.fromkeys(headers[name])} | tied[name] for name in settings.parents}
     slices = getattr(settings, "slices", None)
     if slices:
-        places = stack({name: sorted(found) for name, found in headers.items()}, slices)
+        places: Places = stack({name: sorted(found) for name, found in headers.items()}, slices)
         config = restacked(configs, slices)
     else:
-        common = _names(settings.parents, headers, names)
-        places = {t: {name: names[name][t] or t for name in settings.parents} for t in common}
+        tied = {name: _tied(folders[name], headers[name]) for name in settings.parents}
+        places = _places(settings.parents, headers, tied)
         _same_shapes(settings.parents, headers, places)
         config = dict(configs[reference])
+        if any(name in tied[reference] for name in places):
+            config["tie_word_embeddings"] = False
     if settings.dtype is not None:
         config = {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": settings.dtype}
-    if any(t in places for t in tied[reference]):
-        config["tie_word_embeddings"] = False
-    differences = {
-        name: found for name in others if (found := different_keys(configs[reference], configs[name], MEANING_KEYS))
-    }
     notes: dict[str, Any] = {"config_from": reference}
-    if differences:
-        notes["config_differences"] = differences
-    return Layout(
-        {t: _stored(headers[name], found, settings.dtype) for t, ((name, found), *_) in _items(places)},
-        places,
-        config,
-        notes,
-        forced,
-    )
+    differ = {name: different_keys(configs[reference], configs[name], MEANING_KEYS) for name in others}
+    if any(differ.values()):
+        notes["config_differences"] = {name: found for name, found in differ.items() if found}
+    tensors = {t: _stored(headers[name], found, settings.dtype) for t, ((name, found), *_) in _items(places)}
+    return Layout(tensors, places, config, notes, forced)
 
 
-def _items(places: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def _items(places: Places) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     for tensor in sorted(places):
         yield tensor, list(places[tensor].items())
 
@@ -138,33 +131,28 @@ def _stored(headers: Headers, name: str, dtype: str | None) -> tuple[str, tuple[
     return STORED[dtype] if dtype is not None and is_float else header.dtype, header.shape
 
 
-def _tied(headers: Headers, config: Mapping[str, Any]) -> dict[str, str]:
-    """Tensors that this parent does not store because they are the same as another: the output matrix, usually."""
-    if not config.get("tie_word_embeddings"):
-        return {}
-    inputs = [
-        n
-        for n in headers
-        if n.endswith(("embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight"))
-    ]
-    return {"lm_head.weight": inputs[0]} if len(inputs) == 1 and "lm_head.weight" not in headers else {}
+def _tied(folder: Path, headers: Headers) -> dict[str, str]:
+    """Tensors that a parent says are the same as another one it stores: the output matrix, usually."""
+    found = architecture(folder)
+    return {name: same for name, same in found.tied.items() if same in headers} if found else {}
 
 
-def _names(parents: Sequence[str], headers: Mapping[str, Headers], names: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The tensors of the output. A tied tensor is written where some parent stores it apart."""
-    stored = set().union(*(headers[name] for name in parents))
+def _places(
+    parents: Sequence[str], headers: Mapping[str, Headers], tied: Mapping[str, Mapping[str, str]]
+) -> dict[str, dict[str, str]]:
+    """Where each tensor of the output stands in each parent. One that all parents tie is left out."""
+    everywhere = set.intersection(*(set(tied[name]) for name in parents))
+    stored = sorted(set().union(*(headers[name] for name in parents)) - everywhere)
     for name in parents:
-        missing = sorted(stored - set(names[name]))
+        missing = [t for t in stored if t not in headers[name] and t not in tied[name]]
         if missing:
             raise CannotCombine(
                 f"{name} lacks {len(missing)} tensors that other parents have: {', '.join(missing[:5])}; {INSTEAD}"
             )
-    return sorted(stored)
+    return {t: {name: t if t in headers[name] else tied[name][t] for name in parents} for t in stored}
 
 
-def _same_shapes(
-    parents: Sequence[str], headers: Mapping[str, Headers], places: Mapping[str, Mapping[str, str]]
-) -> None:
+def _same_shapes(parents: Sequence[str], headers: Mapping[str, Headers], places: Places) -> None:
     wrong = []
     for tensor, place in places.items():
         shapes = {name: headers[name][place[name]].shape for name in parents}
@@ -174,32 +162,3 @@ def _same_shapes(
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise CannotCombine(f"expected tensors of one shape, found {'; '.join(wrong[:5])}{more}; {INSTEAD}")
-
-
-def verify(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
-    """Check names and shapes of `tensors` against the model that the configuration in `folder` builds, without weights.
-
-    Returns what was checked. Raises CheckpointError naming tensors that the architecture needs and that are missing,
-    or that have another shape there.
-    """
-    import torch
-
-    from graft.models import load_config, model_class
-
-    config = load_config(folder)
-    made = model_class(config)
-    with torch.device("meta"):
-        model = made.from_config(config) if hasattr(made, "from_config") else made(config)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
-    prefix = f"{model.base_model_prefix}."
-    found = {name: shape for name, (_, shape) in tensors.items()}
-    found |= {prefix + name: shape for name, shape in found.items()}
-    missing = sorted(set(wanted) - set(found))
-    wrong = [f"{n} {list(found[n])}, expected {list(s)}" for n, s in wanted.items() if n in found and found[n] != s]
-    if missing or wrong:
-        raise CheckpointError(
-            f"the output does not fit {type(model).__name__}: "
-            + "; ".join([*([f"missing {', '.join(missing[:5])}"] if missing else []), *wrong[:5]])
-        )
-    return type(model).__name__

@@ -1,0 +1,73 @@
+"""What a configuration says the weights must be: names and shapes of a model that is built without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from graft.errors import CheckpointError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The tensors of a `transformers` class."""
+
+    name: str
+    """Name of the class."""
+    shapes: Shapes
+    tied: Mapping[str, str]
+    """Tensors that are the same as another one and need not be stored."""
+    prefix: str
+    """What checkpoints of the model without its head leave out before names."""
+    converted: bool
+    """Checkpoints name their tensors otherwise and are converted while they are loaded."""
+
+
+def architecture(folder: Path) -> Architecture | None:
+    """The architecture that `config.json` of `folder` names; None where this `transformers` does not know it."""
+    import torch
+    from transformers import CONFIG_MAPPING
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    from graft.lineage import read_config
+    from graft.models import load_config, model_class
+
+    kind = read_config(folder).get("model_type")
+    if kind not in CONFIG_MAPPING:
+        return None
+    config = load_config(folder)
+    made = model_class(config)
+    with torch.device("meta"):
+        model = made.from_config(config) if hasattr(made, "from_config") else made(config)
+    return Architecture(
+        type(model).__name__,
+        {name: tuple(value.shape) for name, value in model.state_dict().items()},
+        dict(getattr(model, "all_tied_weights_keys", None) or {}),
+        f"{model.base_model_prefix}.",
+        bool(get_checkpoint_conversion_mapping(kind)),
+    )
+
+
+def verify(made: Architecture | None, shapes: Shapes) -> str:
+    """Check the tensors of the output against its architecture; returns what was checked, in words.
+
+    Raises CheckpointError naming tensors that the architecture needs and that are missing or of another shape.
+    """
+    if made is None:
+        return "not checked: this version of transformers does not know the architecture"
+    if made.converted:
+        return f"not checked by name: transformers converts the tensors of {made.name} while it loads them"
+    found = {**shapes, **{made.prefix + name: shape for name, shape in shapes.items()}}
+    missing = sorted(name for name in made.shapes if name not in found and name not in made.tied)
+    wrong = [
+        f"{name} is {list(found[name])}, expected {list(shape)}"
+        for name, shape in made.shapes.items()
+        if name in found and found[name] != shape
+    ]
+    if missing or wrong:
+        lacks = [f"missing {len(missing)}: {', '.join(missing[:5])}"] if missing else []
+        raise CheckpointError(f"the output would not fit {made.name}: {'; '.join([*lacks, *wrong[:5]])}")
+    return made.name
