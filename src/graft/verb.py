@@ -30,7 +30,7 @@ class Facts:
     bytes: int
     """Size of the weights on disk."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """The `transformers` configuration, where it is known already."""
+    """The `transformers` configuration, or what of it is known already."""
     mergeable: bool = True
     """False where the node has no weights of its own to average (an ensemble)."""
     trained_on: frozenset[str] = frozenset()

@@ -73,3 +73,13 @@ def test_heads_fill_the_width_and_are_about_as_wide_as_is_useful(hidden):
     assert hidden % heads == 0
     if hidden in (32, 320, 512, 4096):
         assert hidden // heads == (32 if hidden < 512 else 64)
+
+
+def test_a_model_with_the_tokenizer_of_one_that_does_not_exist_yet_knows_its_size():
+    first = VERB.facts(VERB.parse({"data": "d", "size": "1M", "tokenizer": {"size": 700}}), {}, "a")
+    settings = VERB.parse({"data": "d", "size": "400k", "architecture": "encoder", "tokenizer": {"of": "first"}})
+    assert VERB.check(settings, {"first": first}) == []
+    second = VERB.facts(settings, {"first": first}, "b")
+    assert second.parameters == pytest.approx(400_000, rel=0.1)
+    assert (second.vocabulary, second.initialisation) == (first.vocabulary, "of:b")
+    assert first.initialisation == "of:a"

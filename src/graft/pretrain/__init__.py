@@ -85,7 +85,11 @@ class Pretrain(Verb[PretrainSettings]):
         else:
             vocabulary = f"of:{key}"
         parameters = self._parameters(settings, models)
-        return Facts(settings.architecture, f"of:{key}", vocabulary, parameters, 4 * parameters)
+        config = {
+            "vocab_size": self._vocabulary_size(settings, models),
+            "max_position_embeddings": settings.length,
+        }
+        return Facts(settings.architecture, f"of:{key}", vocabulary, parameters, 4 * parameters, config)
 
     def estimate(self, settings: PretrainSettings, models: Mapping[str, Facts]) -> Estimate:
         from graft.train.estimate import training_estimate
@@ -99,9 +103,9 @@ class Pretrain(Verb[PretrainSettings]):
 
     @staticmethod
     def _vocabulary_size(settings: PretrainSettings, models: Mapping[str, Facts]) -> int:
-        """Tokens: of a new tokenizer what was asked for, of a model that does not exist yet a guess."""
+        """Tokens; of a new tokenizer what was asked for."""
         if isinstance(settings.tokenizer, TokenizerOf):
-            return int(models[settings.tokenizer.of].config.get("vocab_size", NewTokenizer().size))
+            return int(models[settings.tokenizer.of].config["vocab_size"])
         if isinstance(settings.tokenizer, TokenizerAt):
             from tokenizers import Tokenizer
 
