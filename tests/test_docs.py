@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -34,11 +35,25 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.slow
-def test_every_command_of_the_guide_runs(workplace):
+def graft(words: list[str]) -> None:
+    """Run a command in this process; it has to succeed."""
     from graft.cli import app
 
-    shown: dict[str, int] = {}
+    result = CliRunner().invoke(app, words, catch_exceptions=True, input="")
+    assert result.exit_code == 0, f"{shlex.join(words)}\n{result.output}\n{result.exception!r}"
+
+
+@pytest.mark.slow
+def test_what_the_pages_show_runs(workplace):
+    """The guide from top to bottom; then the README's example and the page on evaluation on the guide's models."""
+    shown = run_guide()
+    assert {"run", "plan", "tree", "report", "pretrain", "tune", "merge", "ensemble", "eval", "chat"} <= shown
+    run_readme()
+    run_evaluation()
+
+
+def run_guide() -> set[str]:
+    shown = set()
     for language, title, content in blocks((DOCS / "guide.md").read_text()):
         if title:
             Path(title).write_text(content)
@@ -46,10 +61,30 @@ def test_every_command_of_the_guide_runs(workplace):
             exec(compile(content, "guide.md", "exec"), {})
         for words in commands(content) if language == "console" else ():
             assert words[0] == "graft", f"the guide shows a command that is not ours: {shlex.join(words)}"
-            result = CliRunner().invoke(app, words[1:], catch_exceptions=True, input="")
-            assert result.exit_code == 0, f"{shlex.join(words)}\n{result.output}\n{result.exception!r}"
-            shown[words[1]] = shown.get(words[1], 0) + 1
-    assert {"run", "plan", "tree", "report", "pretrain", "tune", "merge", "ensemble", "eval", "chat"} <= set(shown)
+            graft(words[1:])
+            shown.add(words[1])
+    return shown
+
+
+def run_readme() -> None:
+    Path("tuned-on-code").symlink_to("runs/little/models/coder")
+    Path("tuned-on-mail").symlink_to("runs/little/models/writer")
+    Path("notes.jsonl").write_text("".join(json.dumps({"text": f"note {i}: call {i * 7}"}) + "\n" for i in range(80)))
+    (recipe,) = [content for language, _, content in blocks((ROOT / "README.md").read_text()) if language == "yaml"]
+    Path("mine.yaml").write_text(recipe)
+    graft(["run", "mine.yaml"])
+    assert {"code", "mail", "soup", "duo"} == {path.name for path in Path("runs/mine/models").iterdir()}
+
+
+def run_evaluation() -> None:
+    things = [{"thing": f"thing {i}", "colour": ("red", "green", "blue")[i % 3]} for i in range(9)]
+    Path("colours.jsonl").write_text("".join(json.dumps(thing) + "\n" for thing in things))
+    for _, title, content in blocks((DOCS / "evaluate.md").read_text()):
+        if title:
+            Path(title).write_text(content)
+    graft(["eval", "tuned-on-code", "--set", "task=colours.yaml", "--measure", "task", "--out", "runs/colours"])
+    rows = [json.loads(line) for line in Path("runs/colours/results.jsonl").read_text().splitlines()]
+    assert {row["metric"]: row["n"] for row in rows} == {"accuracy": 9, "accuracy_per_byte": 9}
 
 
 @pytest.mark.parametrize("page", sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("bench/*.md")]))

@@ -66,7 +66,7 @@ class Generation(OnData):
 
 
 class TaskMeasure(Measure):
-    """A task from a file."""
+    """A task from a file: `{task: FILE}`, with or without `measure: task`."""
 
     task: Annotated[str, Field(description="A YAML or Python file, relative to the recipe's folder.")]
 
@@ -102,7 +102,7 @@ def _one(raw: Any, path: tuple[str | int, ...]) -> Measure:
         names = ", ".join(name for name in MEASURES if name != "task")
         raise SettingsError([Problem(path, f"expected `measure:` ({names}) or `task: FILE`, found {raw!r}")])
     if "task" in raw:
-        return parse_settings(TaskMeasure, raw, path)
+        return parse_settings(TaskMeasure, {k: v for k, v in raw.items() if (k, v) != ("measure", "task")}, path)
     if raw["measure"] not in MEASURES or raw["measure"] == "task":
         raise UnknownName("measure", str(raw["measure"]), [name for name in MEASURES if name != "task"])
     return parse_settings(MEASURES[raw["measure"]], raw, path)
