@@ -188,6 +188,9 @@ def test_a_branch_starts_where_its_parent_ended(tmp_path):
     assert set(curves) == {"base", "coder", "writer"}
     assert curves["base"].end[0] == 60 * 8192
     assert curves["coder"].loss[0][0] == 61 * 8192
+    losses = [v for _, v in curves["base"].loss]
+    assert curves["base"].mean[-1][1] == pytest.approx(sum(losses[-2:]) / 2)
+    assert curves["base"].mean[30][1] == pytest.approx(sum(losses[29:32]) / 3)
     assert [t for t, _ in curves["base"].dev] == [20 * 8192, 40 * 8192, 60 * 8192]
 
 

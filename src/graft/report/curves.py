@@ -8,26 +8,29 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from graft.report.colours import verb_class
-from graft.report.labels import Box, place
+from graft.report.labels import dot_box, place
 from graft.report.read import Model, Row, Run, is_number
 from graft.report.svg import element, fit, line, linear, padded, path, picture, spread, text, ticks, title
 from graft.report.words import si
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, POINTS = 940.0, 340.0, 48.0, 150.0, 12.0, 44.0, 300
 
+Spot = tuple[float, float]
+
 
 @dataclass(frozen=True)
 class Curve:
-    """A model's training: (tokens seen by it and its ancestors, loss) of the batches, and of the dev set."""
+    """A model's training: (tokens seen by it and its ancestors, loss) of the batches, their mean, and the dev set's."""
 
     model: Model
-    loss: list[tuple[float, float]]
-    dev: list[tuple[float, float]]
+    loss: list[Spot]
+    mean: list[Spot]
+    dev: list[Spot]
 
     @property
-    def end(self) -> tuple[float, float]:
-        """The last point."""
-        return self.loss[-1]
+    def end(self) -> Spot:
+        """Where the mean ends."""
+        return self.mean[-1]
 
 
 def draw_curves(run: Run) -> Markup:
@@ -53,22 +56,24 @@ def draw_curves(run: Run) -> Markup:
         element(
             "g",
             title(f"{c.model.name}: loss {c.end[1]:.3f} after {si(c.end[0])} tokens"),
-            path([(x(t), y(v)) for t, v in c.loss], class_="curve"),
+            path([(x(t), y(v)) for t, v in c.loss], class_="batches"),
+            path([(x(t), y(v)) for t, v in c.mean], class_="curve"),
             *(element("circle", cx=x(t), cy=y(v), r=3, class_="dev") for t, v in c.dev),
             class_=verb_class(c.model.verb),
             clip_path="url(#plot)",
         )
         for c in curves
     ]
-    labels = _labels(curves, [(x(c.end[0]), y(c.end[1])) for c in curves])
+    drawn = [(x(t), y(v)) for c in curves for t, v in c.loss + c.mean]
+    labels = _labels(curves, [(x(c.end[0]), y(c.end[1])) for c in curves], drawn)
     return picture(WIDTH, HEIGHT, clip, *grid, *lines, *labels, label="training curves")
 
 
-def _labels(curves: Sequence[Curve], ends: Sequence[tuple[float, float]]) -> list[Markup]:
+def _labels(curves: Sequence[Curve], ends: Sequence[Spot], lines: Sequence[Spot]) -> list[Markup]:
     """Names in the right margin, apart from each other; a curve that ends before it is named at its end."""
     margin = [i for i, (x, _) in enumerate(ends) if x > WIDTH - RIGHT - 60]
     placed = dict(zip(margin, spread([ends[i][1] for i in margin], 16, TOP + 6, HEIGHT - BOTTOM - 2), strict=True))
-    taken: list[Box] = []
+    taken = [dot_box(x, y, 2) for x, y in lines]
     drawn = []
     for index, (curve, (x, y)) in enumerate(zip(curves, ends, strict=True)):
         words = fit(f"{curve.model.name} {curve.end[1]:.2f}", 12.5, RIGHT - 24)
@@ -77,7 +82,7 @@ def _labels(curves: Sequence[Curve], ends: Sequence[tuple[float, float]]) -> lis
             leader = path([(x, y), (edge - 12, at), (edge - 4, at)], class_="leader")
             named = leader + text(edge, at + 4, words, class_="label")
         else:
-            label = place(words, x, y - 20, taken, (LEFT, 0, WIDTH, HEIGHT - BOTTOM))
+            label = place(words, x, y, taken, (LEFT, 0, WIDTH, HEIGHT - BOTTOM))
             taken += [label.box] if label else []
             named = label.draw(x, y) if label else Markup("")
         drawn.append(element("g", named, class_=verb_class(curve.model.verb)))
@@ -94,7 +99,7 @@ def curves_of(run: Run) -> list[Curve]:
         loss = [(start + t, float(row["loss"])) for row, t in tokens if is_number(row.get("loss"))]
         dev = [(start + t, float(row["dev_loss"])) for row, t in tokens if is_number(row.get("dev_loss"))]
         if loss:
-            found.append(Curve(model, _smooth(loss), dev))
+            found.append(Curve(model, _thinned(loss), _thinned(_moving_mean(loss)), dev))
     return found
 
 
@@ -119,8 +124,18 @@ def _start(name: str, models: Mapping[str, Model], spans: Mapping[str, float], a
     return max((_start(p, models, spans, inner) + spans[p] for p in parents), default=0.0)
 
 
-def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means over windows, at most `POINTS` of them: what the eye can tell apart. The last point stands as it is."""
+def _moving_mean(points: list[Spot]) -> list[Spot]:
+    """Each loss as the mean of those around it, a twentieth of all at most."""
+    reach = len(points) // 40
+    found = []
+    for index, (tokens, _) in enumerate(points):
+        window = points[max(index - reach, 0) : index + reach + 1]
+        found.append((tokens, sum(v for _, v in window) / len(window)))
+    return found
+
+
+def _thinned(points: list[Spot]) -> list[Spot]:
+    """At most `POINTS` means over neighbours: what the eye can tell apart."""
     window = -(-len(points) // POINTS)
     groups = [points[i : i + window] for i in range(0, len(points), window)]
     return [(group[-1][0], sum(v for _, v in group) / len(group)) for group in groups]
@@ -128,5 +143,5 @@ def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _loss_range(curves: Sequence[Curve]) -> tuple[float, float]:
     """From the lowest loss to the highest, leaving out the fall at the start, which would flatten all that follows."""
-    values = [v for c in curves for _, v in c.loss[len(c.loss) // 20 :] + c.dev]
+    values = [v for c in curves for _, v in c.mean[len(c.mean) // 20 :] + c.dev]
     return padded(min(values), max(values), 0.04)

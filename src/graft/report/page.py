@@ -54,7 +54,7 @@ def render_page(run: Run) -> str:
         panels=[(column, score_panel(run, column)) for column in run.columns],
         costs=[(c, drawn) for c in run.columns if (drawn := [p for cost in COSTS if (p := cost_panel(run, c, cost))])],
         curves=draw_curves(run),
-        pairs=[(column, rows) for column in run.columns if (rows := list(_pairs(run, column)))],
+        pairs=[(c, *_by_kinship(rows)) for c in run.columns if (rows := list(_pairs(run, c)))],
         table=[_line(run, model) for model in run.models.values()],
         provenance=[_provenance(run, model) for model in run.models.values()],
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -115,10 +115,10 @@ def _standing(run: Run, column: Column) -> str:
 
 
 def _pairs(run: Run, column: Column) -> Iterator[dict[str, Any]]:
-    """Paired comparisons of a column: combinations with their parents first."""
+    """Paired comparisons of a column, the descendant first where one comes from the other."""
     rows = [row for c, row in run.comparisons if c == column]
     reach, places = difference_reach(rows), places_for([h for row in rows if (h := half(row))])
-    for row in sorted(rows, key=lambda r: not _kin(run, *r["models"])):
+    for row in rows:
         a, b = row["models"]
         if a in run.models[b].parents:
             a, b = b, a
@@ -128,13 +128,17 @@ def _pairs(run: Run, column: Column) -> Iterator[dict[str, Any]]:
             "a": a,
             "b": b,
             "kin": _kin(run, a, b),
-            "verbs": (run.models[a].verb, run.models[b].verb),
             "difference": f"{fixed(row['difference'] * sign, places, sign=True)}",
             "bar": difference_bar(row, sign, column, reach),
-            "p": p_text(p) if is_number(p) else "–",
+            "p": p_text(p).removeprefix("p ").removeprefix("= ") if is_number(p) else "–",
             "test": str(row.get("test") or "").replace("_", " "),
             "n": row.get("n", "–"),
         }
+
+
+def _by_kinship(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The pairs of which one is the other's parent, and the rest."""
+    return [row for row in rows if row["kin"]], [row for row in rows if not row["kin"]]
 
 
 def _kin(run: Run, a: str, b: str) -> bool:
