@@ -253,6 +253,7 @@ def evaluate(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the measure.")
     ] = None,
+    task: Annotated[list[str] | None, typer.Option("--task", help="A task's file; may be repeated.")] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="Take the data sets (and without --on the measures) of this.")
     ] = None,
@@ -271,10 +272,13 @@ def evaluate(
     from graft.one import yaml_file
 
     family = yaml_file(recipe) if recipe else {}
-    one: dict[str, Any] = {"measure": measure, **({"on": on} if on else {})}
+    asked: list[dict[str, Any]] = [{"task": file} for file in task or []]
+    if on or not (task or recipe):
+        asked.append({"measure": measure, **({"on": on} if on else {})})
     for word in settings or []:
-        assigned(one, word)
-    measures = family.get("evaluate", []) if recipe and not on else [one]
+        for one in asked:
+            assigned(one, word)
+    measures = asked or family.get("evaluate", [])
     rows = measure_all(
         models, measures, data_sets=family.get("data"), out=out, root=recipe.parent if recipe else ".", seed=seed,
         device=device,
