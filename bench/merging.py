@@ -1,0 +1,176 @@
+"""Merging beside mergekit and `cp`: whole processes, seconds and resident memory, bfloat16 models, page cache warm.
+
+    sh bench/venv_mergekit.sh
+    python bench/merging.py [--size 1.1B] [--models 3] [--methods linear ties] [--repeats 3] [--alone]
+
+`--size` and `--models` may be several: how time grows. `--alone` leaves mergekit out. The family (one base and so many
+models) stays in bench/work/merging for the next run. `cp` reads all the bytes that a merge reads and writes as many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from _merging_family import WIDTHS, bytes_of, family, files_of
+from _side_by_side import Measured, Side, measure, report
+
+HERE = Path(__file__).resolve().parent
+MERGEKIT = HERE / ".venv-mergekit" / "bin" / "mergekit-yaml"
+GRAFT = Path(sys.executable).parent / "graft"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method with settings that mean the same on both sides."""
+
+    goal: float
+    """Times faster than mergekit."""
+    base: bool = True
+    count: int | None = None
+    """Models it takes, where it does not take any number."""
+    ours: dict[str, Any] = field(default_factory=dict)
+    theirs: dict[str, Any] = field(default_factory=dict)
+    each: dict[str, Any] = field(default_factory=dict)
+
+
+HALF = {"density": 0.5}
+CASES = {
+    "linear": Case(7, base=False, each={"weight": 1}),
+    "slerp": Case(5, base=False, count=2, ours={"t": 0.5}, theirs={"t": 0.5}),
+    "task_arithmetic": Case(5, each={"weight": 1}),
+    "model_stock": Case(5),
+    "karcher": Case(10, base=False),
+    "dare_ties": Case(20, ours=HALF, each=HALF | {"weight": 1}),
+    "ties": Case(30, ours=HALF, each=HALF | {"weight": 1}),
+    "della": Case(30, ours=HALF | {"epsilon": 0.15}, each=HALF | {"weight": 1, "epsilon": 0.15}),
+}
+
+
+@dataclass
+class Process:
+    """A command run whole. Calling it gives seconds; the most it held in memory (MB, mapped files too) is kept."""
+
+    command: Sequence[str | Path]
+    out: Path
+    held: list[float] = field(default_factory=list)
+
+    def __call__(self) -> float:
+        shutil.rmtree(self.out, ignore_errors=True)
+        for part in self.out.parent.glob(f".{self.out.name}*"):
+            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink()
+        start = time.perf_counter()
+        child = subprocess.Popen([str(c) for c in self.command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        assert child.stderr is not None
+        said = child.stderr.read()
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.perf_counter() - start
+        if status != 0:
+            raise SystemExit(f"{shlex.join(map(str, self.command))} failed:\n{said.decode()[-3000:]}")
+        self.held.append(usage.ru_maxrss / 1000)
+        return seconds
+
+
+def ours(method: str, case: Case, folders: dict[str, Path], names: Sequence[str], out: Path) -> Process:
+    """`graft merge` of the models."""
+    settings = case.ours | ({"base": folders["base"]} if case.base else {})
+    options = [f"--{key}={value}" for key, value in settings.items()]
+    return Process([GRAFT, "merge", out, *(folders[n] for n in names), f"--method={method}", *options, "--json"], out)
+
+
+def theirs(method: str, case: Case, folders: dict[str, Path], names: Sequence[str], out: Path) -> Process:
+    """`mergekit-yaml` of the same models."""
+    config: dict[str, Any] = {
+        "merge_method": method,
+        "models": [{"model": str(folders[name]), "parameters": case.each} for name in names],
+        "parameters": case.theirs,
+        "dtype": "bfloat16",
+    }
+    if case.base or method == "slerp":
+        config["base_model"] = str(folders["base" if case.base else names[0]])
+    written = out.parent / f"{method}.yaml"
+    written.write_text(yaml.safe_dump(config))
+    return Process([MERGEKIT, written, out, "--quiet", "--random-seed", "0"], out)
+
+
+def copying(case: Case, folders: dict[str, Path], names: Sequence[str], out: Path) -> Process:
+    """One model copied, the others read."""
+    read = [str(f) for n in names for f in files_of(folders[n])] + (
+        [str(f) for f in files_of(folders["base"])] if case.base else []
+    )
+    first, *others = read
+    rest = f" && cat {shlex.join(others)} > /dev/null" if others else ""
+    return Process(["sh", "-c", f"mkdir {shlex.quote(str(out))} && cp {shlex.quote(first)} {out}/{rest}"], out)
+
+
+def room(work: Path, size: str, models: int) -> None:
+    """Stops where the disk has no room for the family and two outputs; says where memory cannot hold it."""
+    needed = bytes_of(size) * (models + 3)
+    there = sum(p.stat().st_size for p in (work / size).rglob("*.safetensors"))
+    free = shutil.disk_usage(work).free + there
+    if free < 1.2 * needed:
+        raise SystemExit(f"{work}: needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free")
+    if (memory := psutil.virtual_memory().available) < needed:
+        print(
+            f"memory ({memory / 1e9:.1f} GB) cannot hold {needed / 1e9:.1f} GB: files come from disk", file=sys.stderr
+        )
+
+
+def compare(method: str, size: str, models: int, work: Path, repeats: int, alone: bool) -> None:
+    """Rows for one method: seconds, then memory."""
+    room(work, size, models)
+    folders, case = family(work, size, models), CASES[method]
+    names = list(folders)[1 : 1 + (case.count or models)]
+    out = work / "out"
+    made: dict[str, Process] = {"graft": ours(method, case, folders, names, out / "graft")}
+    out.mkdir(exist_ok=True)
+    if not alone:
+        made["mergekit 0.1.5"] = theirs(method, case, folders, names, out / "mergekit")
+    made["cp"] = copying(case, folders, names, out / "cp")
+    sides: list[Side] = [Side(name, _number(process)) for name, process in made.items()]
+    seconds = measure(sides, repeats)
+    what = f"merge {method}, {len(names)} models of {size} in bfloat16"
+    report(what, seconds, "s")
+    report(f"{what}, memory", [Measured(n, tuple(p.held[-repeats:])) for n, p in made.items() if n != "cp"], "MB")
+    if not alone:
+        times = seconds[1].median / seconds[0].median
+        print(json.dumps({"method": method, "faster": round(times, 2), "goal": case.goal}), file=sys.stderr)
+    shutil.rmtree(out)
+
+
+def _number(process: Process) -> Callable[[], float]:
+    return lambda: process()
+
+
+def main() -> None:
+    """Two rows for each method, size and number of models."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", nargs="+", choices=WIDTHS, default=["1.1B"])
+    parser.add_argument("--models", nargs="+", type=int, default=[3])
+    parser.add_argument("--methods", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--alone", action="store_true", help="without mergekit")
+    parser.add_argument("--work", type=Path, default=HERE / "work" / "merging")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    for size in args.size:
+        for models in args.models:
+            for method in args.methods:
+                compare(method, size, models, args.work, args.repeats, args.alone)
+
+
+if __name__ == "__main__":
+    main()
