@@ -70,7 +70,7 @@ class Processes:
 
     def _make(self, work: Work) -> Outcome:
         process = subprocess.Popen(
-            [sys.executable, "-m", "graft._worker"],
+            [sys.executable, "-P", "-m", "graft._worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | _threads(self.slots),

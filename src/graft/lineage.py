@@ -61,6 +61,8 @@ class Manifest(Settings):
     metrics: dict[str, Any] = {}
     notes: dict[str, Any] = {}
     forced: list[str] = []
+    threads: int | None = None
+    """Threads that torch computed with, where it did: the same bytes need the same number."""
     created: str = ""
     seconds: float = 0.0
 

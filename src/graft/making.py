@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -127,9 +128,14 @@ def _manifest(work: Work, found: Mapping[str, Any], seconds: float) -> Manifest:
         metrics={name: value for name, value in found.items() if name not in ("notes", "forced")},
         notes=found.get("notes", {}),
         forced=found.get("forced", []),
+        threads=_threads(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(seconds, 3),
     )
+
+
+def _threads() -> int | None:
+    return sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
 
 
 def _parent(name: str, folder: Path, target: Path) -> Parent:
