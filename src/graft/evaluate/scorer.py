@@ -297,11 +297,18 @@ class Scorer:
         order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
         with Progress("generating", len(prompts), "prompts") as progress:
             for batch in self._batches(order, lambda i: (len(ids[i]) + max_tokens) // 8):
-                rows = [([] if ids[i] and not self.start else [self.prefix_token]) + ids[i][-room:] for i in batch]
+                rows = [self._prompt(ids[i], room) for i in batch]
                 for i, text in zip(batch, self._generate_batch(rows, max_tokens, stop), strict=True):
                     written[i] = text
                 progress.advance(len(batch))
         return written
+
+    def _prompt(self, ids: list[int], room: int) -> list[int]:
+        """The last tokens of a prompt that leave room for what is written; an encoder's ends as it does in training."""
+        if self.encoder_decoder:
+            end = self.tokenizer.eos_token_id
+            return [*ids[: self.context - 1], *([] if end is None else [int(end)])]
+        return ([] if ids and not self.start else [self.prefix_token]) + ids[-room:]
 
     def _generate_batch(self, rows: list[list[int]], max_tokens: int, stop: Sequence[str]) -> list[str]:
         from transformers import StoppingCriteriaList
