@@ -84,6 +84,19 @@ def test_the_fingerprint_follows_content_and_settings_not_the_place(tmp_path):
     assert opened(tmp_path / "a.jsonl").fingerprint != first
 
 
+def test_the_fingerprint_says_which_file_feeds_which_split(tmp_path):
+    for name in "abc":
+        write(tmp_path / f"{name}.jsonl", [name])
+    place = {name: str(tmp_path / f"{name}.jsonl") for name in "abc"}
+
+    def fingerprint(**splits):
+        return data.open_corpus({"s": data.parse({"source": "jsonl", **splits})}, "s", Path()).fingerprint
+
+    two_in_train = fingerprint(test=[place["a"]], train=[place["b"], place["c"]])
+    assert two_in_train != fingerprint(test=[place["a"], place["b"]], train=[place["c"]])
+    assert two_in_train == fingerprint(train=[place["b"], place["c"]], test=place["a"])
+
+
 def test_mixtures_of_mixtures_multiply_their_shares(tmp_path):
     write(tmp_path / "a.jsonl", ["x"])
     source = {"source": "jsonl", "path": str(tmp_path / "a.jsonl")}

@@ -79,6 +79,17 @@ def test_csv_and_tsv_are_read_with_quotes_and_lines_inside(tmp_path):
         assert {(r["text"], r["label"]) for r in found} == {("one, two\nthree", "x"), ('said "no"', "y")}
 
 
+def test_a_long_document_in_one_field_of_a_csv_is_read(tmp_path):
+    long = "word " * 60_000
+    (tmp_path / "a.csv").write_text(f"text\n{long}\n")
+    assert [r["text"] for r in everything({"source": "csv", "path": "a.csv"}, tmp_path)] == [long]
+
+
+def test_a_pair_of_surrogates_is_one_letter(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n')
+    assert [r["text"] for r in everything({"source": "jsonl", "path": "a.jsonl"}, tmp_path)] == ["😀"]
+
+
 def test_parquet_is_read(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -136,6 +147,7 @@ def test_what_a_document_is(tmp_path, settings, expected):
         ("a.jsonl", b"", {}, r"found an empty file"),
         ("a.jsonl", b'{"text": "a\x00b"}\n', {}, r"line 1: expected text, found binary data"),
         ("a.jsonl", b'{"text": "fine"}\n\xff\xfe\n', {}, r"line 2: expected UTF-8 text, found byte 0xff"),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": "a\\ud800b"}\n', {}, r"line 2: .* found \\ud800, half of a surrogate"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "fine"}\n' * 999, mtime=0)[:40], {}, r"damaged or cut short"),
         ("a.jsonl.xz", b"no xz", {}, r"damaged or cut short"),
         ("a.csv", b"text,label\na,b\nc\n", {"source": "csv"}, r"line 3: expected 2 values as in the header, found 1"),

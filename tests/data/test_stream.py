@@ -10,7 +10,7 @@ import pytest
 
 from graft import data
 from graft.data.render import assistant_spans, render
-from graft.data.stream import tokenize
+from graft.data.stream import tokenize, tokenizer_hash
 from graft.errors import DataError
 
 
@@ -91,6 +91,32 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(letters):
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(DataError, match="changes earlier turns"):
         assistant_spans(CHAT, tokenizer)
+
+
+def test_spaces_that_the_assistant_says_are_trained_on_whatever_a_tokenizer_says_of_their_place(letters):
+    from copy import deepcopy
+
+    from tokenizers import processors
+
+    tokenizer = deepcopy(letters)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    chat = [{"role": "user", "content": "a  b"}, {"role": "assistant", "content": "if x:\n    y"}]
+    (found,) = render([{"messages": chat}], "chat", tokenizer)
+    assert trained_text(found, letters) == "if x:\n    y</s>\n"
+
+
+def test_a_tokenizer_that_cuts_and_pads_gives_every_token_and_no_more(letters):
+    from copy import deepcopy
+
+    tokenizer = deepcopy(letters)
+    before = tokenizer_hash(tokenizer)
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding()
+    found = list(render([{"text": "a" * 20}, {"text": "b"}], "text", tokenizer))
+    assert [len(r.ids) for r in found] == [22, 3]
+    (chat,) = render([{"messages": CHAT}], "chat", tokenizer)
+    assert letters.decode(chat.ids) == letters.apply_chat_template(CHAT, tokenize=False)
+    assert tokenizer_hash(tokenizer) == before
 
 
 def test_a_stream_holds_every_document_in_order(letters, tmp_path):

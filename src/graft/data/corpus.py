@@ -40,9 +40,9 @@ class Corpus:
     def fingerprint(self) -> str:
         """sha256 of the settings and of the content of every file behind them."""
         digest = hashlib.sha256(json.dumps(_content_settings(self.settings), sort_keys=True).encode())
-        for path in sources.content_files(self.settings, self.root):
+        for split, path in sources.content_files(self.settings, self.root):
             with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+                digest.update(f"{split} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
         return digest.hexdigest()
 
     @property
@@ -172,7 +172,7 @@ def problems(settings: DataSettings, root: Path) -> list[str]:
         ]
     return [
         f"{path}: expected data, found an empty file"
-        for path in found
+        for _, path in found
         if path.stat().st_size == 0 and path.suffix != ".py"
     ]
 

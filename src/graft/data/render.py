@@ -16,9 +16,10 @@ import numpy as np
 from graft.errors import DataError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-VERSION = 1
+VERSION = 2
 """Counted up when the same record gives other tokens."""
 
 
@@ -47,14 +48,39 @@ def render(records: Sequence[dict[str, Any]], format: str, tokenizer: PreTrained
     if format == "text":
         yield from _texts(records, tokenizer)
     elif format == "chat":
-        yield from (_chat(record["messages"], tokenizer) for record in records)
+        yield from _chats([record["messages"] for record in records], tokenizer)
     else:
         yield from _answers(records, tokenizer)
 
 
 def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """Token ids of each text, nothing added."""
-    return [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+    """Token ids of each text, nothing added, nothing cut off."""
+    return [e.ids for e in uncut(tokenizer).encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def encode_with_places(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Token ids [n] of each text and the characters [n, 2] each token stands for, spaces included."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(uncut(tokenizer).to_str())
+    backend.post_processor = None  # GPT-2's takes the spaces out of a token's place, and with them whole tokens
+    for encoded in backend.encode_batch(list(texts), add_special_tokens=False):
+        yield np.array(encoded.ids, np.int64), np.array(encoded.offsets, np.int64).reshape(-1, 2)
+
+
+def uncut(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """The tokenizer itself, without the truncation and padding that it was saved with or last called with."""
+    from tokenizers import Tokenizer
+
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is None and backend.padding is None:
+        return backend
+    backend = Tokenizer.from_str(backend.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _texts(records: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerFast) -> Iterator[Rendered]:
@@ -75,20 +101,18 @@ def _answers(records: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerFa
         yield Rendered(ids, trained, len(answer.encode("utf-8", "surrogatepass")))
 
 
-def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> Rendered:
+def _chats(chats: Sequence[list[dict[str, str]]], tokenizer: PreTrainedTokenizerFast) -> Iterator[Rendered]:
     if not tokenizer.chat_template:
         raise DataError("chat data needs a tokenizer with a chat template; this one has none")
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    spans = assistant_spans(messages, tokenizer)
-    encoded = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-    starts = np.array([start for start, _ in encoded.offsets], dtype=np.int64)
-    ends = np.array([end for _, end in encoded.offsets], dtype=np.int64)
-    trained = np.zeros(len(starts), dtype=bool)
-    for first, last in spans:
-        trained |= (starts >= first) & (ends <= last) & (ends > starts)
-    trained[:1] = False
-    said = sum(len(text[first:last].encode()) for first, last in spans)
-    return Rendered(np.array(encoded.ids, dtype=np.int64), trained, said)
+    texts = [str(tokenizer.apply_chat_template(messages, tokenize=False)) for messages in chats]
+    for messages, text, (ids, places) in zip(chats, texts, encode_with_places(texts, tokenizer), strict=True):
+        spans = assistant_spans(messages, tokenizer)
+        starts, ends = places.T
+        trained = np.zeros(len(ids), dtype=bool)
+        for first, last in spans:
+            trained |= (starts >= first) & (ends <= last) & (ends > starts)
+        trained[:1] = False
+        yield Rendered(ids, trained, sum(len(text[first:last].encode()) for first, last in spans))
 
 
 def assistant_spans(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> list[tuple[int, int]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import csv
 import inspect
-import io
 import itertools
 import json
 import os
@@ -50,19 +49,19 @@ def _groups(settings: kinds.Source) -> Iterator[kinds.Source]:
         yield settings
 
 
-def content_files(settings: kinds.Source, root: Path) -> list[Path]:
-    """The files whose content decides what `read` gives; empty where there are none to name (a data set on the hub)."""
+def content_files(settings: kinds.Source, root: Path) -> list[tuple[str | None, Path]]:
+    """(split it is given to, file) of all files whose content decides what `read` gives.
+
+    Empty where there are none to name (a data set on the hub).
+    """
     if isinstance(settings, kinds.PythonLibrary):
-        return [path for _, path in library_files(settings.packages)]
+        return [(None, path) for _, path in library_files(settings.packages)]
     if isinstance(settings, kinds.Files):
-        return [
-            p for paths in settings.groups().values() for path in paths for p in files.find(path, settings.source, root)
-        ]
+        return list(_placed(settings, root))
     assert isinstance(settings, kinds.HuggingFace)
     place = root / settings.name
-    return (
-        sorted(p for p in place.rglob("*") if p.is_file() and not p.name.startswith("cache-")) if place.is_dir() else []
-    )
+    found = sorted(p for p in place.rglob("*") if p.is_file() and not p.name.startswith("cache-"))
+    return [(None, path) for path in found]
 
 
 def library_files(packages: list[str]) -> list[tuple[str, Path]]:
@@ -174,8 +173,13 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Record]]:
         place = f"{path}, line {number}"
         try:
             row = json.loads(line)
+            if "\\ud" in line or "\\uD" in line:
+                json.dumps(row, ensure_ascii=False).encode()
         except json.JSONDecodeError as error:
             raise DataError(f"{place}: expected a JSON object, found {line[:60]!r} ({error.msg})") from None
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise DataError(f"{place}: expected text, found {half}, half of a surrogate pair; replace it") from None
         if not isinstance(row, dict):
             raise DataError(f"{place}: expected a JSON object, found {type(row).__name__} {line[:60]!r}")
         yield place, row
@@ -183,8 +187,8 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Record]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Record]]:
     delimiter = "\t" if ".tsv" in path.suffixes else ","
-    text = io.StringIO("\n".join(line for _, line in files.lines(path)))
-    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+    csv.field_size_limit(2**31 - 1)  # a whole document may stand in one field
+    reader = csv.DictReader((f"{line}\n" for _, line in files.lines(path)), delimiter=delimiter, strict=True)
     try:
         for row in reader:
             place = f"{path}, line {reader.line_num}"

@@ -60,7 +60,7 @@ class TokenStream:
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """sha256 of all that decides the tokens of a record."""
     ends = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id]
-    plain = tokenizer.backend_tokenizer.to_str() + json.dumps([ends, tokenizer.chat_template])
+    plain = render.uncut(tokenizer).to_str() + json.dumps([ends, tokenizer.chat_template])
     return hashlib.sha256(plain.encode()).hexdigest()
 
 
