@@ -82,7 +82,7 @@ def run_evaluation() -> None:
     for _, title, content in blocks((DOCS / "evaluate.md").read_text()):
         if title:
             Path(title).write_text(content)
-    graft(["eval", "tuned-on-code", "--set", "task=colours.yaml", "--measure", "task", "--out", "runs/colours"])
+    graft(["eval", "tuned-on-code", "--task", "colours.yaml", "--out", "runs/colours"])
     rows = [json.loads(line) for line in Path("runs/colours/results.jsonl").read_text().splitlines()]
     assert {row["metric"]: row["n"] for row in rows} == {"accuracy": 9, "accuracy_per_byte": 9}
 
