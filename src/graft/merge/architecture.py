@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from graft.errors import CheckpointError
@@ -51,6 +54,40 @@ def architecture(folder: Path) -> Architecture | None:
     )
 
 
+class Check:
+    """Builds the architecture of a folder beside other work, in a process of its own.
+
+    `transformers` takes seconds and hundreds of megabytes to import, which a merge has no other use for; where it is
+    imported already, this process does it.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._process: subprocess.Popen[str] | None = None
+        if "transformers" not in sys.modules:
+            command = [sys.executable, "-m", "graft.merge.architecture", str(folder)]
+            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def found(self) -> Architecture | None:
+        """The architecture; waits for it. Raises CheckpointError where the configuration does not build a model."""
+        if self._process is None:
+            return architecture(self.folder)
+        answer, errors = self._process.communicate()
+        if self._process.returncode:
+            reason = (errors.strip().splitlines() or ["no reason given"])[-1]
+            raise CheckpointError(f"{self.folder}: the configuration does not build a model ({reason})")
+        plain = json.loads(answer.splitlines()[-1])
+        if plain is None:
+            return None
+        return Architecture(**plain | {"shapes": {name: tuple(shape) for name, shape in plain["shapes"].items()}})
+
+    def close(self) -> None:
+        """End the process where it still runs."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.communicate()
+
+
 def verify(made: Architecture | None, shapes: Shapes) -> str:
     """Check the tensors of the output against its architecture; returns what was checked, in words.
 
@@ -71,3 +108,8 @@ def verify(made: Architecture | None, shapes: Shapes) -> str:
         lacks = [f"missing {len(missing)}: {', '.join(missing[:5])}"] if missing else []
         raise CheckpointError(f"the output would not fit {made.name}: {'; '.join([*lacks, *wrong[:5]])}")
     return made.name
+
+
+if __name__ == "__main__":
+    built = architecture(Path(sys.argv[1]))
+    print(json.dumps(built and asdict(built)))

@@ -21,7 +21,7 @@ from typing import Any
 from graft.checkpoint import FLOATS, TensorReader, TensorWriter, atomic_write
 from graft.errors import CannotCombine
 from graft.lineage import read_manifest
-from graft.merge.architecture import architecture, verify
+from graft.merge.architecture import Check, verify
 from graft.merge.journal import Journal
 from graft.merge.preflight import INSTEAD, Layout, layout
 from graft.merge.related import RELATED, correlation
@@ -46,8 +46,9 @@ def run(job: Job) -> dict[str, Any]:
     assert isinstance(settings, MergeSettings)
     plan = layout(settings, job.models)
     _files_beside(plan, job.models[settings.parents[0]], job.out)
-    plan.notes["verified_as"] = verify(architecture(job.out), {n: shape for n, (_, shape) in plan.tensors.items()})
     with ExitStack() as opened:
+        check = Check(job.out)
+        opened.callback(check.close)
         readers = {name: opened.enter_context(TensorReader(job.models[name])) for name in settings.parents}
         forced = [*plan.forced, *_unrelated(settings, plan, readers, job.models)]
         writer = TensorWriter(job.out, plan.tensors, settings.shard, resume=True)
@@ -56,6 +57,7 @@ def run(job: Job) -> dict[str, Any]:
         journal = opened.enter_context(Journal(job.scratch / "finished", what, job.out))
         workers = opened.enter_context(Workers())
         stream(settings, job.seed, plan, readers, writer, journal, workers)
+        plan.notes["verified_as"] = verify(check.found(), {n: shape for n, (_, shape) in plan.tensors.items()})
     return {"notes": plan.notes, "forced": forced}
 
 

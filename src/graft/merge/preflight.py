@@ -61,7 +61,8 @@ def problems(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[list
             never.append(f"{name} is of architecture {b.architecture} and {first} of {a.architecture}; {INSTEAD}")
         elif different := different_keys(a.config, b.config, SHAPE_KEYS):
             never.append(f"{name} and {first} differ in shape: {'; '.join(different)}; {INSTEAD}")
-        if a.vocabulary != b.vocabulary:
+        known = not any(found.startswith("none:") for found in (a.vocabulary, b.vocabulary))
+        if known and a.vocabulary != b.vocabulary:
             forced.append(
                 f"{name} and {first} have different vocabularies: rows of their embeddings stand for different tokens; "
                 "an ensemble that matches their tokens combines them instead"
@@ -102,7 +103,9 @@ def layout(settings: MergeSettings, folders: Mapping[str, Path]) -> Layout:
         places: Places = stack({name: sorted(found) for name, found in headers.items()}, slices)
         config = restacked(configs, slices)
     else:
-        tied = {name: _tied(folders[name], headers[name]) for name in settings.parents}
+        # who ties what matters only where not all store the same tensors
+        alike = all(headers[name].keys() == headers[reference].keys() for name in others)
+        tied = {name: {} if alike else _tied(folders[name], headers[name]) for name in settings.parents}
         places = _places(settings.parents, headers, tied)
         _same_shapes(settings.parents, headers, places)
         config = dict(configs[reference])
