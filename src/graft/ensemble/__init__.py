@@ -11,7 +11,7 @@ from graft.methods import method, method_names
 from graft.settings import Settings, parse
 from graft.verb import Estimate, Facts, Job, Verb
 
-ROOMS = ("contributions", "fitting", "gate", "model", "reading", "settings", "weights", "work")
+ROOMS = ("contributions", "fitting", "gate", "model", "reading", "settings", "union", "weights", "work")
 
 
 class Ensemble(Verb[EnsembleSettings]):
@@ -46,7 +46,7 @@ class Ensemble(Verb[EnsembleSettings]):
         return Facts(
             first.architecture,
             f"of:{key}",
-            first.vocabulary,
+            first.vocabulary if settings.vocabulary == "same" else f"union:{key}",
             sum(m.parameters for m in members),
             sum(m.bytes for m in members) if settings.self_contained else 0,
             mergeable=False,

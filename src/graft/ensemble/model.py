@@ -22,6 +22,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from graft import lineage, models
 from graft.ensemble.gate import Gate, features
+from graft.ensemble.settings import NOT_A_MIXTURE
+from graft.ensemble.union import Union, union_of
 from graft.errors import CheckpointError, RequestError, RunError
 from graft.methods import method
 from graft.settings import parse
@@ -30,7 +32,8 @@ from graft.settings import parse
 class EnsembleConfig(PretrainedConfig):
     """`members`: name, path (relative to the ensemble's folder), hash and configuration of each; `combine`: the rule,
     `options`: its settings; `weights`: one for each member. A member whose weight is zero is never run. `gate`: weights
-    that follow the context; `weights` are then what it gave on average."""
+    that follow the context; `weights` are then what it gave on average. `vocabulary`: `same`, or `union` of the
+    members' token strings (`vocab_size` of them)."""
 
     model_type = "graft_ensemble"
 
@@ -41,6 +44,8 @@ class EnsembleConfig(PretrainedConfig):
         weights: Sequence[float] = (),
         options: dict[str, Any] | None = None,
         gate: dict[str, Any] | None = None,
+        vocabulary: str = "same",
+        vocab_size: int | None = None,
         **kwargs: Any,
     ):
         self.members = list(members)
@@ -48,7 +53,9 @@ class EnsembleConfig(PretrainedConfig):
         self.weights = [float(weight) for weight in weights]
         self.gate = gate
         configs = [entry["config"] for entry in self.members]
-        self.vocab_size = min((int(c["vocab_size"]) for c in configs), default=0)
+        self.vocabulary = vocabulary
+        smallest = min((int(c["vocab_size"]) for c in configs), default=0)
+        self.vocab_size = vocab_size if vocab_size and vocabulary == "union" else smallest
         self.num_hidden_layers = sum(layers_of(self.members, self.weights))
         self.layer_types = ["full_attention"] * self.num_hidden_layers
         longest = [n for n in map(_context, configs) if n]
@@ -109,8 +116,13 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_cache_class = True
 
-    def __init__(self, config: EnsembleConfig, members: Sequence[PreTrainedModel] | None = None):
+    def __init__(
+        self, config: EnsembleConfig, members: Sequence[PreTrainedModel] | None = None, union: Union | None = None
+    ):
         super().__init__(config)
+        if (config.vocabulary == "union") != (union is not None):
+            raise RequestError("an ensemble over a union of vocabularies is loaded with its members' tokenizers")
+        self.union = union
         made = members if members is not None else [_fresh(entry["config"]) for entry in config.members]
         self.members = nn.ModuleList(made)
         self.folder: Path | None = None
@@ -154,6 +166,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             raise RequestError(
                 f"expected a token in every prompt, found none in rows {rows}: begin them with bos_token"
             )
+        if self.union is not None:
+            kwargs["use_cache"] = False
         return super().generate(inputs, **kwargs)  # type: ignore[misc]
 
     def forward(
@@ -172,7 +186,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         Raises RequestError for an empty prompt and for a context longer than a member's; RunError naming the member
         whose logits are NaN.
         """
-        if use_cache and past_key_values is None:
+        if use_cache and past_key_values is None and self.union is None:
             past_key_values = DynamicCache(config=self.config)
         self._check_inputs(input_ids, past_key_values)
         given = {"attention_mask": attention_mask, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
@@ -187,6 +201,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _member(self, place: int, input_ids: torch.Tensor, given: dict[str, Any], cache: Cache | None) -> torch.Tensor:
         """A member's log-probabilities on the ensemble's device, through its view of the cache."""
+        if self.union is not None:
+            return self._member_of_union(self.union, place, input_ids, given)
         takes, member = self.takes[place], self.members[place]
         device = next(member.parameters()).device
         inputs = {name: _to(value, device) for name, value in given.items() if name in takes and value is not None}
@@ -200,6 +216,25 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             return logits.to(self.device)
         # a vocabulary padded to a round size has rows that no token uses: they are no part of the distribution
         return (logits if own else logits[..., : self.config.vocab_size]).float().log_softmax(-1).to(self.device)
+
+    def _member_of_union(
+        self, union: Union, place: int, input_ids: torch.Tensor, given: dict[str, Any]
+    ) -> torch.Tensor:
+        """The same where members cut text differently: read whole, looked at where the union's tokens end."""
+        member = self.members[place]
+        ids, mask, ends = union.cut(place, input_ids, given["attention_mask"])
+        limit = self.limits[place]
+        if limit is not None and ids.shape[1] > limit:
+            raise RequestError(
+                f"member {self.config.members[place]['name']!r} was made for {limit} tokens, found a context of "
+                f"{ids.shape[1]} of its own: shorten it"
+            )
+        device = next(member.parameters()).device
+        logits = member(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        keep = given["logits_to_keep"]
+        ends = ends[:, keep] if isinstance(keep, torch.Tensor) else ends[:, -keep:]
+        rows = torch.arange(len(ends), device=device)[:, None]
+        return union.spread(logits[rows, ends.to(device)], place).to(self.device)
 
     def _check_inputs(self, input_ids: torch.Tensor, cache: Cache | None) -> None:
         length = input_ids.shape[-1]
@@ -276,7 +311,10 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         wanted = kwargs.get("dtype", kwargs.get("torch_dtype"))
         dtype = None if wanted in (None, "auto") else wanted
         members = [_load(entry, folder, dtype) for entry in config.members]
-        model = cls(config, members).eval()
+        union = None
+        if config.vocabulary == "union":
+            union = union_of([models.load_tokenizer(folder / entry["path"]) for entry in config.members])
+        model = cls(config, members, union).eval()
         model.folder = folder.resolve()
         if (folder / "generation_config.json").exists():
             model.generation_config = type(model.generation_config).from_pretrained(folder)
@@ -323,11 +361,14 @@ def ensemble_of(
     members: dict[str, PreTrainedModel],
     weights: Sequence[float] | None = None,
     combine: str = "linear",
+    *,
+    union: Union | None = None,
     **options: Any,
 ) -> EnsembleForCausalLM:
     """An ensemble of models in memory, with the rule's own weights where none are given.
 
-    Raises RequestError for weights that the rule cannot use.
+    `union` is that of the members' tokenizers (`union_of`) where their vocabularies differ; a mixture's only. Raises
+    RequestError for weights that the rule cannot use.
     """
     rule = method("graft.ensemble", combine)
     parsed = parse(rule.Settings, options)
@@ -340,8 +381,11 @@ def ensemble_of(
         {"name": name, "path": model.config._name_or_path or "", "hash": "", "config": model.config.to_dict()}
         for name, model in members.items()
     ]
-    config = EnsembleConfig(entries, combine, chosen, parsed.plain())
-    return EnsembleForCausalLM(config, list(members.values())).eval()
+    if union is not None and combine != "linear":
+        raise RequestError(NOT_A_MIXTURE.format(combine))
+    over: dict[str, Any] = {"vocabulary": "union", "vocab_size": len(union.tokens)} if union else {}
+    config = EnsembleConfig(entries, combine, chosen, parsed.plain(), **over)
+    return EnsembleForCausalLM(config, list(members.values()), union).eval()
 
 
 def register() -> None:

@@ -20,6 +20,9 @@ class FittedWeights(Settings):
     ] = None
 
 
+NOT_A_MIXTURE = "a union of vocabularies is for mixtures (linear), found {!r}: other rules need the same tokens"
+
+
 class EnsembleSettings(Settings):
     """Members whose predictions are combined at every token."""
 
@@ -37,6 +40,13 @@ class EnsembleSettings(Settings):
         Literal["uniform"] | FittedWeights | None,
         Field(description="`uniform`, or `{fit: DATA.dev}`; left out where `members` gives weights."),
     ] = None
+    vocabulary: Annotated[
+        Literal["same", "union"],
+        Field(
+            description="`same`: members of one vocabulary, others are refused; `union`: a token that only some "
+            "members have gets what they give (linear)."
+        ),
+    ] = "same"
     self_contained: Annotated[bool, Field(description="Copy the members into the ensemble's folder.")] = False
 
     @model_validator(mode="before")

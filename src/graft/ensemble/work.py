@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from graft.ensemble.settings import EnsembleSettings, FittedWeights
+from graft.ensemble.settings import NOT_A_MIXTURE, EnsembleSettings, FittedWeights
 from graft.methods import method
 from graft.settings import parse
 from graft.verb import Facts, Job
@@ -28,9 +28,10 @@ def problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[st
     found = []
     first = settings.names[0]
     for name in settings.names[1:]:
-        if models[name].vocabulary != models[first].vocabulary:
+        if models[name].vocabulary != models[first].vocabulary and settings.vocabulary == "same":
             found.append(
-                f"{name} and {first} have different vocabularies: their predictions cannot be matched token by token"
+                f"{name} and {first} have different vocabularies: their predictions cannot be matched token by token; "
+                "a mixture can be made over `vocabulary: union`"
             )
         if models[name].architecture != models[first].architecture:
             found.append(f"{name} is a {models[name].architecture} and {first} a {models[first].architecture}")
@@ -38,12 +39,22 @@ def problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[st
         found.append(
             f"an ensemble needs decoders, which predict token by token; {first} is an {models[first].architecture}"
         )
+    if settings.vocabulary == "union":
+        found += _union_problems(settings)
     if not isinstance(settings.weights, FittedWeights):
         wrong = method("graft.ensemble", settings.rule).problem(_constants(settings))
         found += [wrong] if wrong else []
     if isinstance(settings.weights, FittedWeights):
         found += _fit_problems(settings)
     return found
+
+
+def _union_problems(settings: EnsembleSettings) -> list[str]:
+    if settings.rule != "linear":
+        return [NOT_A_MIXTURE.format(settings.rule)]
+    if isinstance(settings.weights, FittedWeights):
+        return ["weights are fitted for members of one vocabulary: give those of a union beside the members"]
+    return []
 
 
 def _constants(settings: EnsembleSettings) -> list[float]:
@@ -87,6 +98,16 @@ def run(job: Job) -> dict[str, Any]:
     }
 
 
+def _write_union(job: Job, settings: EnsembleSettings) -> dict[str, Any]:
+    """Write the union's tokenizer; returns what the configuration is to hold of it."""
+    from graft import models
+    from graft.ensemble.union import union_of, write_tokenizer
+
+    union = union_of([models.load_tokenizer(job.models[name]) for name in settings.names])
+    write_tokenizer(union, job.models[settings.names[0]], job.out)
+    return {"vocabulary": "union", "vocab_size": len(union.tokens)}
+
+
 def _write(job: Job, settings: EnsembleSettings, weights: list[float], gate: Any = None) -> None:
     from graft.checkpoint import atomic_write
     from graft.ensemble.model import EnsembleConfig, member_entry
@@ -103,5 +124,6 @@ def _write(job: Job, settings: EnsembleSettings, weights: list[float], gate: Any
     for file in TOKENIZER_FILES:
         if (first / file).exists():
             shutil.copyfile(first / file, job.out / file)
-    config = EnsembleConfig(entries, settings.rule, weights, settings.options, gate)
+    over = _write_union(job, settings) if settings.vocabulary == "union" else {}
+    config = EnsembleConfig(entries, settings.rule, weights, settings.options, gate, **over)
     atomic_write(job.out / "config.json", json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
