@@ -45,6 +45,31 @@ def test_one_changed_value_changes_the_hash(tmp_path):
     assert lineage.hash_weights(tmp_path / "a") != lineage.hash_weights(tmp_path / "b")
 
 
+def test_a_hash_is_remembered_until_a_file_changes_even_to_one_of_the_same_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(lineage, "SETTLED_NS", -(10**9))
+    read = []
+    monkeypatch.setattr(lineage, "_hash_tensor", lambda reader, name: read.append(name) or name.encode())
+    tiny().save_pretrained(tmp_path)
+    first = lineage.hash_weights(tmp_path)
+    once = len(read)
+    assert lineage.hash_weights(tmp_path) == first
+    assert len(read) == once > 0
+    (tmp_path / "model.safetensors").touch()
+    lineage.hash_weights(tmp_path)
+    assert len(read) == 2 * once
+
+
+def test_a_file_that_has_just_been_written_is_read_again(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    before = lineage.hash_weights(tmp_path)
+    path = tmp_path / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    with open(path, "r+b") as file:
+        file.write(content)
+    assert lineage.hash_weights(tmp_path) != before
+
+
 def test_a_manifest_comes_back_as_it_was_written(tmp_path):
     written = manifest(parents=[Parent(name="p", path="../p", hash="x")], metrics={"loss": 1.5}, notes={"ü": [1]})
     lineage.write_manifest(tmp_path, written)

@@ -6,19 +6,22 @@ import hashlib
 import json
 import os
 import subprocess
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import graft
-from graft.checkpoint import WIDTH, TensorReader, atomic_write, read_headers
+from graft.checkpoint import INDEX, WIDTH, TensorReader, atomic_write, read_headers, weight_files
 from graft.errors import CheckpointError, RequestError
 from graft.settings import Settings
 from graft.verb import Facts
 
 MANIFEST = "graft.json"
+SETTLED_NS = 2 * 10**9
 
 
 class Parent(Settings):
@@ -91,9 +94,23 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_weights(folder: Path, *, threads: int | None = None) -> str:
-    """sha256 of all tensors (name, dtype, shape, bytes), the same however they are sharded."""
-    with TensorReader(folder) as reader, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+def hash_weights(folder: Path) -> str:
+    """sha256 of all tensors (name, dtype, shape, bytes), the same however they are sharded.
+
+    A process that asks again gets what it was told, as long as the files are those they were.
+    """
+    folder = Path(folder).resolve()
+    stats = {path.name: path.stat() for path in [*weight_files(folder), *folder.glob(INDEX)]}
+    stamps = tuple((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats.items())
+    newest = max(max(s.st_mtime_ns, s.st_ctime_ns) for s in stats.values())
+    # a file that has just been written may change once more within one tick of the file system's clock
+    settled = time.time_ns() - newest > SETTLED_NS
+    return (_hash_files if settled else _hash_files.__wrapped__)(folder, stamps)
+
+
+@lru_cache(maxsize=128)
+def _hash_files(folder: Path, stamps: tuple[tuple[str | int, ...], ...]) -> str:
+    with TensorReader(folder) as reader, ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = pool.map(lambda name: _hash_tensor(reader, name), reader.names)
         whole = hashlib.sha256()
         for digest in digests:
