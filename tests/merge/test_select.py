@@ -58,11 +58,9 @@ def workers():
 @pytest.fixture(params=["one pass", "bad guesses", "little room"])
 def difficulty(request, monkeypatch):
     """However the first bracket lies and however little may be held, the answer is the same."""
-    if request.param != "one pass":
-        monkeypatch.setattr(_select, "PIECE", 1)
     if request.param == "bad guesses":
-        monkeypatch.setattr(_select, "SAMPLES", 2)
-        monkeypatch.setattr(_select, "RUN", 3)
+        monkeypatch.setattr(_select, "SAMPLES", 1)
+        monkeypatch.setattr(_select, "EVERY", 23)
         monkeypatch.setattr(_select, "MARGIN", 0.0)
     if request.param == "little room":
         monkeypatch.setattr(_select, "HELD", 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -40,16 +41,36 @@ def dropped_by_rank(tensors: Tensors, densities: Sequence[float], epsilons: Sequ
     tensor, or does nothing.
     """
 
+    ranks = [_Ranks.of(tensors.row, density, epsilon) for density, epsilon in zip(densities, epsilons, strict=True)]
+
     def factors(model: int, delta: Tensor, start: int) -> Tensor:
         if densities[model] >= 1:
             return torch.ones_like(delta)
         rows = delta.view(-1, tensors.row)
         drawn = uniform(tensors.seed, tensors.name, tensors.models[model].model, start, len(delta))
-        by_rank = _kept_by_rank(drawn.reshape(rows.shape), densities[model], epsilons[model], rescale)
-        made = torch.empty_like(rows).scatter_(1, _order(rows), by_rank)
-        return made.view(-1)
+        mask = torch.from_numpy((drawn.reshape(rows.shape) < ranks[model].limits).astype(np.float32))
+        if rescale == "probability":
+            mask.mul_(ranks[model].inverses)
+        return torch.empty_like(rows).scatter_(1, _order(rows), mask).view(-1)
 
     return _masked(tensors, factors, rescale)
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """Of each rank in a row of so many columns, smallest magnitude first."""
+
+    limits: np.ndarray
+    """uint32: a draw below it keeps the element."""
+    inverses: Tensor
+    """float32: one over the probability to be kept."""
+
+    @classmethod
+    def of(cls, columns: int, density: float, epsilon: float) -> _Ranks:
+        rank = np.arange(columns) / (columns - 1) if columns > 1 else np.full(columns, 0.5)
+        shares = density - epsilon + 2 * epsilon * rank
+        limits = np.minimum(np.round(shares * 2**32), 2**32 - 1).astype(np.uint32)
+        return cls(limits, torch.from_numpy((1 / shares).astype(np.float32)))
 
 
 def _order(rows: Tensor) -> Tensor:
@@ -57,15 +78,6 @@ def _order(rows: Tensor) -> Tensor:
     # the bits of a positive float order like the float: with the column below them one sort of whole numbers does it
     packed = (rows.abs().view(torch.int32).to(torch.int64) << 32).add_(torch.arange(rows.shape[1]))
     return torch.from_numpy(np.sort(packed.numpy(), axis=1) & 0xFFFFFFFF)
-
-
-def _kept_by_rank(drawn: np.ndarray, density: float, epsilon: float, rescale: str) -> Tensor:
-    """[rows, columns] float32 factors in the order of the ranks."""
-    columns = drawn.shape[1]
-    rank = np.arange(columns) / (columns - 1) if columns > 1 else np.full(1, 0.5)
-    shares = density - epsilon + 2 * epsilon * rank
-    mask = torch.from_numpy((drawn < np.round(shares * 2**32).astype(np.uint32)).astype(np.float32))
-    return mask.div_(torch.from_numpy(shares.astype(np.float32))) if rescale == "probability" else mask
 
 
 def _masked(tensors: Tensors, factors: Mask, rescale: str) -> Sparse:
