@@ -49,13 +49,16 @@ def run(job: Job) -> dict[str, Any]:
     with ExitStack() as opened:
         check = Check(job.out)
         opened.callback(check.close)
-        workers = opened.enter_context(Workers())
         readers = {name: opened.enter_context(TensorReader(job.models[name])) for name in settings.parents}
-        forced = [*plan.forced, *_unrelated(settings, plan, readers, job.models)]
+        with Workers(1):
+            # a few small samples: torch's own threads would take longer to meet than to work
+            forced = [*plan.forced, *_unrelated(settings, plan, readers, job.models)]
         writer = TensorWriter(job.out, plan.tensors, settings.shard, resume=True)
         opened.callback(writer.close)
         what = {"settings": settings.plain(), "seed": job.seed, "parents": _stamps(job.models)}
         journal = opened.enter_context(Journal(job.scratch / "finished", what, job.out))
+        # opened last and so closed first: no thread works on files that are closed
+        workers = opened.enter_context(Workers())
         stream(settings, job.seed, plan, readers, writer, journal, workers)
         plan.notes["verified_as"] = verify(check.found(), {n: shape for n, (_, shape) in plan.tensors.items()})
     return {"notes": plan.notes, "forced": forced}
