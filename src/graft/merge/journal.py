@@ -28,10 +28,13 @@ class Journal:
         self.finished = self._read()
 
     def _read(self) -> set[str]:
-        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
+        text = self.path.read_text() if self.path.exists() else ""
+        lines = text.split("\n")[:-1]
         if not lines or lines[0] != self.what:
             self.path.write_text(self.what + "\n")
             return set()
+        # a kill may have torn the last line: the next is not to begin behind it
+        os.truncate(self.path, text.rfind("\n") + 1)
         return {json.loads(line) for line in lines[1:]}
 
     def note(self, name: str, size: int) -> None:
