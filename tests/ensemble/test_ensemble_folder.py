@@ -295,3 +295,15 @@ def test_a_gate_is_fitted_from_a_recipe_and_stands_in_the_folder(family):
     settings = VERB.parse({**raw, "combine": "log_linear"})
     (problem,) = VERB.check(settings, facts(family, "llama", "gpt2"))
     assert "a gate gives the weights of a mixture" in problem
+
+
+def test_the_draft_of_a_recipe_drafts(family):
+    target, _ = run(family, {"members": ["llama", "gpt2"], "draft": "gpt2"})
+    loaded = graft_models.load(target)
+    ids, _ = prompts(1, 9, ())
+    plain = loaded.generate(ids, do_sample=False, max_new_tokens=8, eos_token_id=None)
+    assert torch.equal(loaded.speculate(ids, max_new_tokens=8).sequences, plain)
+    with pytest.raises(SettingsError, match=r"a member as draft \(llama, gpt2\), found 'qwen'"):
+        VERB.parse({"members": ["llama", "gpt2"], "draft": "qwen"})
+    with pytest.raises(RequestError, match="expected the member that drafts"):
+        ensemble_of({"llama": loaded.members[0]}).speculate(ids, max_new_tokens=8)

@@ -47,6 +47,10 @@ class EnsembleSettings(Settings):
             "members have gets what they give (linear)."
         ),
     ] = "same"
+    draft: Annotated[
+        ModelRef | None,
+        Field(description="The member that drafts blocks of tokens where the ensemble speculates; best a fast one."),
+    ] = None
     self_contained: Annotated[bool, Field(description="Copy the members into the ensemble's folder.")] = False
 
     @model_validator(mode="before")
@@ -62,6 +66,8 @@ class EnsembleSettings(Settings):
             raise ValueError("expected weights beside the members or in `weights`, found both")
         if isinstance(self.members, list) and len(set(self.members)) < len(self.members):
             raise ValueError(f"expected each member once, found {self.members}")
+        if self.draft is not None and self.draft not in self.members:
+            raise ValueError(f"expected a member as draft ({', '.join(self.members)}), found {self.draft!r}")
         return self
 
     @property

@@ -125,5 +125,5 @@ def _write(job: Job, settings: EnsembleSettings, weights: list[float], gate: Any
         if (first / file).exists():
             shutil.copyfile(first / file, job.out / file)
     over = _write_union(job, settings) if settings.vocabulary == "union" else {}
-    config = EnsembleConfig(entries, settings.rule, weights, settings.options, gate, **over)
+    config = EnsembleConfig(entries, settings.rule, weights, settings.options, gate, draft=settings.draft, **over)
     atomic_write(job.out / "config.json", json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
