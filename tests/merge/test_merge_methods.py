@@ -1,5 +1,7 @@
 """Each method against its twin, and what must hold for all of them. Pieces are so small that every tensor has many."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -290,6 +292,20 @@ def test_a_density_for_each_model(tmp_path):
     base, (a, b) = arrays(parents, "w")
     expected = base + twins.elect([a - base, twins.trim(b - base, 0.1)], [1, 1], False)
     np.testing.assert_allclose(made["w"].double().numpy(), expected, **TOLERANCE)
+
+
+def test_sce_weighs_small_task_vectors_by_its_formula_too(tmp_path):
+    """mergekit weighs all alike where the mean square is below 1e-6, which real task vectors are."""
+    parents = relatives(2, step=1e-4)
+    parents["b"]["w"] = parents["base"]["w"] + 5 * (parents["b"]["w"] - parents["base"]["w"])
+    made = merged({"method": "sce", "base": "base", "models": ["a", "b"]}, parents, tmp_path)
+    base, models = arrays(parents, "w")
+    np.testing.assert_allclose(made["w"] - base, twins.sce(base, models, 1) - base, rtol=2e-3, atol=3e-7)
+
+
+def test_the_page_on_merging_tells_of_every_method():
+    page = (Path(__file__).parents[2] / "docs" / "merging.md").read_text()
+    assert [name for name in method_names("graft.merge") if f"`{name}`" not in page] == []
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
