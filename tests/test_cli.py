@@ -15,7 +15,7 @@ from graft._verb_command import fields_of, models_field, requested
 from graft.cli import app
 from graft.errors import RequestError
 
-COMMANDS = ["run", "plan", "tree", "report", "pretrain", "tune", "merge", "ensemble", "eval", "chat"]
+COMMANDS = ["run", "plan", "tree", "relate", "report", "pretrain", "tune", "merge", "ensemble", "eval", "chat"]
 
 
 def invoke(*words, input=""):

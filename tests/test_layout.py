@@ -23,7 +23,7 @@ LAYERS = [
     {"plan"},
     {"making"},
     {"executors"},
-    {"_worker", "run", "report", "recipe_reference", "tree"},
+    {"_worker", "run", "report", "recipe_reference", "relate", "tree"},
     {"one", "chatting"},
     {"api", "_verb_command"},
     {"cli"},

@@ -11,6 +11,7 @@ COMMANDS = {
     "run": "run",
     "plan": "plan",
     "tree": "tree",
+    "relate": "relate",
     "report": "report",
     "pretrain": "pretrain",
     "tune": "tune",

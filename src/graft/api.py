@@ -16,6 +16,7 @@ from graft.recipe import read_recipe
 from graft.run import RunResult, run
 
 if TYPE_CHECKING:
+    from graft.relate import Relation
     from graft.tree import Member
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "merge",
     "plan",
     "pretrain",
+    "relate",
     "report",
     "run",
     "tree",
@@ -51,6 +53,11 @@ def plan(
 def tree(place: Path | str) -> dict[str, Member]:
     """The family of a recipe, of a run's folder, or of one model with its ancestors, by name."""
     return trees.family_of(place)
+
+
+def relate(a: Path | str, b: Path | str, *, seed: int = 0) -> Relation:
+    """How the models in two folders are related, and what may therefore be combined; reads a sample of the weights."""
+    return importlib.import_module("graft.relate").relate(a, b, seed=seed)
 
 
 def report(folder: Path | str) -> Path:

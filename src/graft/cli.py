@@ -172,6 +172,24 @@ def tree(
 
 @app.command()
 @tidy
+def relate(
+    a: Annotated[Path, typer.Argument(metavar="A", help="The folder of a model.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The folder of another one.")],
+    seed: Annotated[int, typer.Option(help="Seed of the shuffles that chance is measured by.")] = 0,
+    json_: Json = False,
+) -> None:
+    """Say how two models are related and what of them may be combined, and how.
+
+    Example: [bold]graft relate models/coder models/writer[/bold]
+    """
+    from graft import relate as kinship
+
+    found = kinship.relate(a, b, seed=seed)
+    typer.echo(json.dumps(found.plain())) if json_ else _print(kinship.render(found))
+
+
+@app.command()
+@tidy
 def report(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of a run.")], json_: Json = False
 ) -> None:

@@ -1,0 +1,110 @@
+"""What the weights of two checkpoints say about each other, from a sample of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from graft.checkpoint import TensorReader
+from graft.lineage import hash_weights, read_manifest
+from graft.relate import sample, statistics
+from graft.relate.sample import comparable
+from graft.relate.statistics import Test
+
+ALPHA = 0.001
+"""Of unrelated pairs, so many are taken for relatives by chance."""
+MATCHED_ALPHA, MATCHED = 0.01, 0.2
+"""A row has been found again where shuffles seldom do as well, and it goes this far from chance to equality."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The verdict of the weights and the test that it rests on."""
+
+    found: Literal["related", "permuted", "unrelated", "incomparable"]
+    test: Test | None = None
+    what: str = ""
+
+
+def weigh(a: TensorReader, b: TensorReader, *, same_tokens: bool, seed: int = 0) -> Evidence:
+    """Judge two checkpoints by corresponding rows; where those have nothing in common, by matched ones.
+
+    `same_tokens`: rows of the embeddings stand for the same tokens, and tell which dimension became which.
+    """
+    parts = comparable(a.headers, b.headers)
+    if parts is None:
+        return Evidence("incomparable", what="the two store no matrix of the same name and shape")
+    test = _in_place(a, b, parts.layers, seed)
+    stay = np.arange(parts.width)
+    if test.p <= ALPHA:
+        moved = _moved(a, b, parts.layers)
+        if not moved:
+            return Evidence("related", test, "the same rows of their matrices correlate")
+        again = _matched(a, b, moved, stay, seed)
+        if _is_match(again):
+            return Evidence("permuted", again, f"rows of {len(moved)} kinds of matrices stand in another order")
+        return Evidence("related", test, "the same rows of their matrices correlate")
+    for order in [stay, *([_order(a, b, parts.embedding)] if same_tokens and parts.embedding else [])]:
+        again = _matched(a, b, sample.kinds(parts.layers), order, seed)
+        if _is_match(again):
+            return Evidence("permuted", again, "their rows are found again in another order")
+    return Evidence("unrelated", test, "neither the same rows nor matched ones correlate")
+
+
+def _in_place(a: TensorReader, b: TensorReader, layers: Sequence[str], seed: int) -> Test:
+    pairs = (
+        (statistics.unit(sample.blocks(a, n)), statistics.unit(sample.blocks(b, n))) for n in sample.spread(layers)
+    )
+    return statistics.in_place(statistics.cross(pairs), seed)
+
+
+def _moved(a: TensorReader, b: TensorReader, layers: Sequence[str]) -> list[str]:
+    """Matrices whose rows are found again better elsewhere than in place."""
+    found = []
+    for name in sample.kinds(layers):
+        ours, theirs = sample.some_rows(a, name), sample.some_rows(b, name)
+        stay = np.arange(ours.shape[1])
+        here = float((ours * theirs).sum(axis=1).mean())
+        best = statistics.matched([ours], [sample.all_rows(b, name, stay)], draws=9)
+        if best.excess >= MATCHED and here < best.value - MATCHED:
+            found.append(name)
+    return found
+
+
+def _matched(a: TensorReader, b: TensorReader, names: Sequence[str], order: np.ndarray, seed: int) -> Test:
+    some = [sample.some_rows(a, name) for name in names]
+    return statistics.matched(some, [sample.all_rows(b, name, order) for name in names], seed)
+
+
+def _is_match(test: Test) -> bool:
+    return test.p <= MATCHED_ALPHA and test.excess >= MATCHED
+
+
+def _order(a: TensorReader, b: TensorReader, embedding: str) -> np.ndarray:
+    """Which dimension of b is which of a, by how the embeddings of the same tokens vary along it."""
+    ours, theirs = (statistics.unit(sample.blocks(r, embedding, sample.TOKENS).T) for r in (a, b))
+    return statistics.best_order(ours @ theirs.T)
+
+
+def same_weights(a: TensorReader, b: TensorReader, folders: tuple[Path, Path]) -> bool:
+    """Whether all tensors are the same: by the manifests' hashes; without them a sample first, all bytes last."""
+    if {n: (h.dtype, h.shape) for n, h in a.headers.items()} != {n: (h.dtype, h.shape) for n, h in b.headers.items()}:
+        return False
+    ours, theirs = (read_manifest(folder) for folder in folders)
+    if ours is not None and theirs is not None:
+        return ours.hash == theirs.hash
+    if not all(_same_start(a, b, name) for name in a.names):
+        return False
+    return hash_weights(folders[0]) == hash_weights(folders[1])
+
+
+def _same_start(a: TensorReader, b: TensorReader, name: str, size: int = 1 << 12) -> bool:
+    count = min(size, a.headers[name].end - a.headers[name].start)
+    ours, theirs = bytearray(count), bytearray(count)
+    a.read_into(name, 0, memoryview(ours))
+    b.read_into(name, 0, memoryview(theirs))
+    return ours == theirs

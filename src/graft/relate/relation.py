@@ -1,0 +1,188 @@
+"""The answer: how two checkpoints are related, on what evidence, and what may be combined how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from graft.checkpoint import TensorReader
+from graft.lineage import Manifest, architecture_of, read_config, read_manifest
+from graft.relate.vocabulary import Overlap, overlap, tokens
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from graft.relate.evidence import Evidence
+
+Kind = Literal[
+    "same folder",
+    "same weights",
+    "same initialisation",
+    "permuted",
+    "other initialisation",
+    "different size",
+    "different architecture",
+    "ensemble",
+    "not comparable",
+]
+TRACE = 0.1
+"""Below this correlation so little of a common start is left that merging refuses two models."""
+
+
+@dataclass(frozen=True)
+class Relation:
+    """How two checkpoints are related. `p` is small where chance would seldom make unrelated models look so alike."""
+
+    a: str
+    b: str
+    kind: Kind
+    evidence: str
+    """What the answer rests on, in words."""
+    correlation: float | None
+    """Of corresponding rows of weights (matched rows where `kind` is permuted)."""
+    p: float | None
+    vocabulary: Overlap | None
+    """None where one of the two has no tokenizer."""
+    weights: Literal["yes", "after alignment", "no"]
+    """Whether their weights may be combined."""
+    weights_why: str
+    predictions: Literal["yes", "with vocabulary handling", "no"]
+    """Whether their predictions may be combined."""
+    predictions_why: str
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON-ready values."""
+        return asdict(self)
+
+
+def relate(a: Path | str, b: Path | str, *, seed: int = 0) -> Relation:
+    """How the checkpoints in the folders `a` and `b` are related, and what may therefore be combined.
+
+    Reads configurations, manifests, tokenizers, headers and a sample of the weights; `seed` is that of the shuffles.
+    Raises RequestError for a folder that holds no model and CheckpointError for a damaged one.
+    """
+    one, two = Path(a), Path(b)
+    first, second = tokens(one), tokens(two)
+    words = overlap(first, second) if first is not None and second is not None else None
+    kind, evidence, correlation, p = _kinship(one, two, words, seed)
+    weights = _weights(kind, correlation, words)
+    return Relation(
+        str(a), str(b), kind, evidence, correlation, p, words, *weights, *_predictions(one, two, kind, words)
+    )
+
+
+Kinship = tuple[Kind, str, float | None, float | None]
+
+
+def _kinship(a: Path, b: Path, words: Overlap | None, seed: int) -> Kinship:
+    """(kind, evidence, correlation, p)."""
+    from graft.merge.preflight import SHAPE_KEYS, different_keys
+
+    ours, theirs = read_config(a), read_config(b)
+    manifests = [read_manifest(folder) for folder in (a, b)]
+    if a.resolve() == b.resolve():
+        return "same folder", "both paths lead to it", None, None
+    if any(m is not None and not m.mergeable for m in manifests):
+        return "ensemble", "a manifest says that the model has no weights of its own", None, None
+    if different := different_keys(ours, theirs, ("model_type",)):
+        return "different architecture", "; ".join(different), None, None
+    if different := different_keys(ours, theirs, SHAPE_KEYS):
+        return "different size", "; ".join(different), None, None
+    return _by_weights(a, b, manifests, words, seed)
+
+
+def _by_weights(a: Path, b: Path, manifests: Sequence[Manifest | None], words: Overlap | None, seed: int) -> Kinship:
+    from graft.relate.evidence import same_weights, weigh
+
+    with TensorReader(a) as ours, TensorReader(b) as theirs:
+        if same_weights(ours, theirs, (a, b)):
+            return "same weights", "every tensor is the same", None, None
+        found = weigh(ours, theirs, same_tokens=words is None or words.same, seed=seed)
+    return _said(found, _common_start(manifests))
+
+
+def _common_start(manifests: Sequence[Manifest | None]) -> bool | None:
+    """What the manifests say about the initialisations; None where they say nothing."""
+    first, second = (m.initialisation if m is not None else "unknown:" for m in manifests)
+    return None if first.startswith("unknown:") or second.startswith("unknown:") else first == second
+
+
+def _said(found: Evidence, common: bool | None) -> Kinship:
+    """Weights and manifests together: a common start that a manifest records is one; else the weights decide."""
+    kinds: dict[str, Kind] = {
+        "related": "same initialisation",
+        "permuted": "permuted",
+        "unrelated": "other initialisation",
+        "incomparable": "not comparable",
+    }
+    kind, evidence = kinds[found.found], found.what
+    value, p = (found.test.value, found.test.p) if found.test is not None else (None, None)
+    if common:
+        return "same initialisation", f"the manifests name one initialisation; {evidence}", value, p
+    if common is False:
+        evidence = f"{evidence}; the manifests name two initialisations"
+    return kind, evidence, value, p
+
+
+def _weights(
+    kind: Kind, correlation: float | None, words: Overlap | None
+) -> tuple[Literal["yes", "after alignment", "no"], str]:
+    other_rows = words is not None and not words.same
+    match kind:
+        case "same folder" | "same weights":
+            return "yes", "a mean of the two is either of them: there is nothing to gain"
+        case "same initialisation" if correlation is not None and correlation < TRACE:
+            return "no", f"only a trace of their common start is left (correlation {correlation:.3f})"
+        case "same initialisation" if other_rows:
+            return "after alignment", "the rows of their embeddings stand for different tokens"
+        case "same initialisation":
+            return "yes", "any method of merge"
+        case "permuted":
+            return "after alignment", "their units stand in different orders, which have to be matched first"
+        case "other initialisation":
+            return "after alignment", "a plain mean of their weights is no model; matching their units may make it one"
+        case "ensemble":
+            return "no", "an ensemble has no weights of its own: merge its members"
+        case "not comparable":
+            return "no", "their tensors have different names or shapes, or are stored packed: convert one of the two"
+    return "no", f"{kind}: their tensors do not correspond"
+
+
+def _predictions(
+    a: Path, b: Path, kind: Kind, words: Overlap | None
+) -> tuple[Literal["yes", "with vocabulary handling", "no"], str]:
+    first, second = (_family(folder) for folder in (a, b))
+    if first != second:
+        return "no", f"one is of architecture {first} and the other of {second}"
+    if kind in ("same folder", "same weights"):
+        return "yes", "an ensemble of the two predicts what either does"
+    if words is None:
+        return "with vocabulary handling", "one has no tokenizer.json: nothing says that their tokens are the same"
+    if not words.same:
+        return "with vocabulary handling", f"an ensemble with `vocabulary: union`: {words}"
+    return "yes", "an ensemble: their tokens are the same"
+
+
+def _family(folder: Path) -> str:
+    manifest = read_manifest(folder)
+    return manifest.architecture if manifest is not None else architecture_of(read_config(folder))
+
+
+def render(relation: Relation) -> Table:
+    """The answer as a table for people."""
+    from rich.table import Table
+
+    table = Table(title=f"{relation.a} and {relation.b}", show_header=False, title_justify="left")
+    table.add_row("related as", relation.kind)
+    numbers = "" if relation.correlation is None else f" (correlation {relation.correlation:.3f}, p {_p(relation.p)})"
+    table.add_row("evidence", relation.evidence + numbers)
+    table.add_row("vocabulary", str(relation.vocabulary or "unknown: no tokenizer.json"))
+    table.add_row("weights", f"{relation.weights}: {relation.weights_why}")
+    table.add_row("predictions", f"{relation.predictions}: {relation.predictions_why}")
+    return table
+
+
+def _p(p: float | None) -> str:
+    return "unknown" if p is None else f"{p:.2g}"
