@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +28,8 @@ class Architecture:
     """What checkpoints of the model without its head leave out before names."""
     converted: bool
     """Checkpoints name their tensors otherwise and are converted while they are loaded."""
+    computed: Sequence[str] = ()
+    """Tensors that the model makes itself where they are not stored (sinusoidal positions)."""
 
 
 def architecture(folder: Path) -> Architecture | None:
@@ -45,12 +48,14 @@ def architecture(folder: Path) -> Architecture | None:
     made = model_class(config)
     with torch.device("meta"):
         model = made.from_config(config) if hasattr(made, "from_config") else made(config)
+    computed = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     return Architecture(
         type(model).__name__,
         {name: tuple(value.shape) for name, value in model.state_dict().items()},
         dict(getattr(model, "all_tied_weights_keys", None) or {}),
         f"{model.base_model_prefix}.",
         bool(get_checkpoint_conversion_mapping(kind)),
+        [name for name in model.state_dict() if any(re.search(pattern, name) for pattern in computed)],
     )
 
 
@@ -98,7 +103,8 @@ def verify(made: Architecture | None, shapes: Shapes) -> str:
     if made.converted:
         return f"not checked by name: transformers converts the tensors of {made.name} while it loads them"
     found = {**shapes, **{made.prefix + name: shape for name, shape in shapes.items()}}
-    missing = sorted(name for name in made.shapes if name not in found and name not in made.tied)
+    stored = set(made.shapes) - set(made.tied) - set(made.computed)
+    missing = sorted(stored - set(found))
     wrong = [
         f"{name} is {list(found[name])}, expected {list(shape)}"
         for name, shape in made.shapes.items()
