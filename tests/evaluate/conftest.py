@@ -8,12 +8,22 @@ from transformers import (
     BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MptConfig,
     MptForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -62,6 +72,24 @@ def make(kind):
         return _louder(
             MptForCausalLM(MptConfig(vocab_size=SIZE, d_model=32, n_layers=2, n_heads=4, max_seq_len=400, **IDS))
         )
+    if kind == "gptj":
+        config = GPTJConfig(vocab_size=SIZE, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=400, **IDS)
+        return _louder(GPTJForCausalLM(config))
+    if kind == "gptneo":  # every other layer looks back eight tokens
+        layers = {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 8}
+        config = GPTNeoConfig(
+            vocab_size=SIZE, hidden_size=32, num_heads=4, max_position_embeddings=400, **layers, **IDS
+        )
+        return _louder(GPTNeoForCausalLM(config))
+    if kind == "mamba":
+        config = MambaConfig(vocab_size=SIZE, hidden_size=32, num_hidden_layers=2, state_size=8, **IDS)
+        return _louder(MambaForCausalLM(config))
+    if kind == "convolution":
+        layers = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "num_key_value_heads": 2}
+        return _louder(Lfm2ForCausalLM(Lfm2Config(**small, **layers, block_multiple_of=8)))
+    if kind == "gpt1":  # knows no cache
+        config = OpenAIGPTConfig(vocab_size=SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=400)
+        return _louder(OpenAIGPTLMHeadModel(config))
     if kind == "t5":
         config = T5Config(
             vocab_size=SIZE, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0

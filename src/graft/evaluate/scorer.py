@@ -1,9 +1,9 @@
 """What a model says of texts: log-probabilities of documents, of continuations and of choices, and generated text.
 
-Shared text is read once. Requests are sorted by their tokens; what many of them begin with (a few-shot prompt) is read
-once into a cache; requests that go on alike (one question, several choices) are packed into one row, in which a mask
-lets each choice see the question and itself only. Whether a model honours such masks is found out on the model itself,
-by comparing with plain rows; where it does not, plain rows are used.
+Shared text is read once (`sharing.py`): what many requests begin with (a few-shot prompt) goes into a cache; requests
+that go on alike (one question, several choices) are branches of one row, in which a mask lets each token see only what
+leads to it. Whether a model honours such masks is found out on the model itself, on the longest rows there are, by
+comparing with plain rows; where it does not, plain rows are used.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import torch
 from torch.nn import functional as F
 
 from graft.errors import RequestError, RunError
+from graft.evaluate.sharing import Request, Row, plan
 from graft.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+WINDOWS = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size", "local_attention")
+"""Names that configurations give to how far a layer looks back."""
 LOGIT_BYTES = 128 * 2**20
 """Logits held at once: rows are batched up to this."""
-WORTH = 32
-"""Tokens that requests must share before they are read apart from the rest."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,6 @@ class Continuation:
     tokens: int
 
 
-@dataclass(frozen=True)
-class _Request:
-    """`tokens` as read by the model (without the last), `wanted` the last len(wanted) tokens to be predicted."""
-
-    index: int
-    tokens: tuple[int, ...]
-    wanted: tuple[int, ...]
-
-
 class Scorer:
     """Scores with one model. `context` is the longest input in tokens; `start` puts the start token before requests."""
 
@@ -77,7 +69,10 @@ class Scorer:
         self.vocabulary = int(model.config.vocab_size)
         self.encoder_decoder = bool(model.config.is_encoder_decoder)
         self.tokens_read = 0
-        self._style: str | None = None if share else "plain"
+        self._style: str | None = None if share and can_branch(model) else "plain"
+        self._window = least_window(model.config)
+        self._proved = (0, 0)
+        self._prefix: tuple[tuple[int, ...], Any] | None = None
 
     @property
     def prefix_token(self) -> int:
@@ -140,7 +135,7 @@ class Scorer:
                 progress.advance(len(found))
         return [result for result in results if result is not None]
 
-    def _prepared(self, requests: Sequence[tuple[str, str]]) -> list[_Request]:
+    def _prepared(self, requests: Sequence[tuple[str, str]]) -> list[Request]:
         """Requests as tokens, sorted so that those which begin alike stand together."""
         moved = [_move_spaces(context, continuation) for context, continuation in requests]
         wholes = self._encode_all([c + k for c, k in moved])
@@ -154,22 +149,23 @@ class Scorer:
                     f"request {index}: expected a continuation of at least one token, found {continuation!r}"
                 )
             tokens = [*before, *context, *wanted][-(self.context + 1) :]
-            made.append(_Request(index, tuple(tokens[:-1]), tuple(wanted[-self.context :])))
+            made.append(Request(index, tuple(tokens[:-1]), tuple(wanted[-self.context :])))
         return sorted(made, key=lambda request: request.tokens)
 
-    def _answers(self, requests: list[_Request]) -> Iterator[list[tuple[int, Continuation]]]:
-        style = self._mask_style(max(len(r.tokens) for r in requests))
-        if style == "plain":
+    def _answers(self, requests: list[Request]) -> Iterator[list[tuple[int, Continuation]]]:
+        if self._style == "plain":
             yield from self._plain(requests)
             return
-        for cluster, shared in _clusters(requests):
-            groups = _groups(cluster, shared)
-            if all(len(group) == 1 for group, _ in groups) and shared == 0:
-                yield from self._plain(cluster)
-            else:
-                yield from self._shared(groups, shared, style)
+        alone, clusters = plan(requests)
+        for cluster in clusters:
+            rows = sorted(cluster.rows, key=lambda row: len(row.tokens), reverse=True)
+            for batch in self._batches(rows, lambda row: len(row.tokens) + row.prefix // 4):
+                found = self._shared(batch)
+                yield from [found] if found else self._plain([r for row in batch for r in row.requests])
+        self._prefix = None
+        yield from self._plain(alone)
 
-    def _plain(self, requests: list[_Request]) -> Iterator[list[tuple[int, Continuation]]]:
+    def _plain(self, requests: list[Request]) -> Iterator[list[tuple[int, Continuation]]]:
         """One row a request, padded behind: nothing but causal attention is asked of the model."""
         for batch in self._batches(sorted(requests, key=lambda r: len(r.tokens)), lambda r: len(r.tokens)):
             longest = max(len(r.tokens) for r in batch)
@@ -181,7 +177,7 @@ class Scorer:
             yield self._gathered(batch, logits, list(enumerate(places)))
 
     def _gathered(
-        self, requests: list[_Request], logits: torch.Tensor, places: list[tuple[int, list[int]]]
+        self, requests: list[Request], logits: torch.Tensor, places: list[tuple[int, list[int]]]
     ) -> list[tuple[int, Continuation]]:
         """Answers from `logits [rows, length, vocabulary]`; for each request its row and columns."""
         rows = torch.tensor([row for row, here in places for _ in here], device=logits.device)
@@ -198,71 +194,91 @@ class Scorer:
             found.append((request.index, answer))
         return found
 
-    def _shared(
-        self, groups: list[tuple[list[_Request], int]], prefix: int, style: str
-    ) -> Iterator[list[tuple[int, Continuation]]]:
-        """Groups that all begin with the same `prefix` tokens, read once; a row of branches for each group."""
-        cache = self._read_prefix(groups[0][0][0].tokens[:prefix]) if prefix else None
-        rows = [_Branches.of(group, prefix, shared) for group, shared in groups]
-        rows.sort(key=lambda row: len(row.tokens))
-        for batch in self._batches(rows, lambda row: len(row.tokens) + prefix // 4):
-            longest = max(len(row.tokens) for row in batch)
-            inputs = torch.zeros(len(batch), longest, dtype=torch.long)
-            positions = torch.zeros(len(batch), longest, dtype=torch.long)
-            seen = torch.zeros(len(batch), 1, longest, prefix + longest, dtype=torch.bool)
-            seen[:, :, :, :prefix] = True
-            for place, row in enumerate(batch):
-                size = len(row.tokens)
-                inputs[place, :size] = torch.tensor(row.tokens)
-                positions[place, :size] = torch.tensor(row.positions)
-                seen[place, 0, :size, prefix : prefix + size] = row.seen()
-                seen[place, 0, size:, prefix] = True
-            logits = self._forward(
-                inputs.to(self.device),
-                mask=self._mask(seen.to(self.device), style),
-                positions=positions.to(self.device),
-                cache=_repeated(cache, len(batch)),
-            )
-            requests = [request for row in batch for request in row.requests]
-            places = [(place, here) for place, row in enumerate(batch) for here in row.places]
-            yield self._gathered(requests, logits, places)
+    def _shared(self, rows: list[Row]) -> list[tuple[int, Continuation]] | None:
+        """Answers of rows behind one prefix; None where the model cannot read rows as long as these.
 
-    def _read_prefix(self, tokens: Sequence[int]) -> Any:
+        Rows longer than any before are not trusted: some of their branches are read alone and must come out the same.
+        """
+        extent = (
+            rows[0].prefix + max(len(row.tokens) for row in rows),
+            max(len(request.tokens) for row in rows for request in row.requests),
+        )
+        if self._window is not None and max(extent) >= self._window:
+            return None
+        proved = all(size <= known for size, known in zip(extent, self._proved, strict=True))
+        for style in [self._style] if self._style else ["bool", "additive"]:
+            if proved:
+                return self._branches(rows, style)
+            found = self._tried(rows, style)
+            if found and self._agrees(found, rows):
+                self._style = style
+                self._proved = max(extent[0], self._proved[0]), max(extent[1], self._proved[1])
+                return found
+        self._style = "plain"
+        return None
+
+    def _tried(self, rows: list[Row], style: str) -> list[tuple[int, Continuation]] | None:
+        """The answers, or None from a model that cannot take such a mask or cache, which each says in its own way."""
+        if style == "plain":
+            return None
+        try:
+            return self._branches(rows, style)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, RunError):
+            return None
+
+    def _agrees(self, found: list[tuple[int, Continuation]], rows: list[Row]) -> bool:
+        """Whether a second branch, the last one of the longest row and the longest request score as they do alone."""
+        row = max(rows, key=lambda row: len(row.tokens))
+        longest = max((r for row in rows for r in row.requests), key=lambda r: len(r.tokens))
+        witnesses = {r.index: r for r in (*row.requests[1:2], row.requests[-1], longest)}
+        alone = dict(pair for part in self._plain(list(witnesses.values())) for pair in part)
+        tree = dict(found)
+        scale = 1e-3 if next(self.model.parameters()).dtype == torch.float32 else 0.1
+        return all(abs(alone[i].log_prob - tree[i].log_prob) < scale * max(1, alone[i].tokens / 16) for i in alone)
+
+    def _branches(self, rows: list[Row], style: str) -> list[tuple[int, Continuation]]:
+        """Rows read behind their prefix under a mask that keeps branches apart."""
+        prefix, longest = rows[0].prefix, max(len(row.tokens) for row in rows)
+        inputs = torch.zeros(len(rows), longest, dtype=torch.long)
+        positions = torch.zeros(len(rows), longest, dtype=torch.long)
+        seen = torch.zeros(len(rows), 1, longest, prefix + longest, dtype=torch.bool)
+        seen[:, :, :, :prefix] = True
+        for place, row in enumerate(rows):
+            size = len(row.tokens)
+            inputs[place, :size] = torch.tensor(row.tokens)
+            positions[place, :size] = torch.tensor(row.positions)
+            seen[place, 0, :size, prefix : prefix + size] = row.seen()
+            seen[place, 0, size:, prefix] = True
+        cache = self._read_prefix(rows[0].requests[0].tokens[:prefix]) if prefix else None
+        logits = self._forward(
+            inputs.to(self.device),
+            mask=self._mask(seen.to(self.device), style),
+            positions=positions.to(self.device),
+            cache=None if cache is None else _repeated(cache, prefix, len(rows)),
+        )
+        requests = [request for row in rows for request in row.requests]
+        return self._gathered(
+            requests, logits, [(place, here) for place, row in enumerate(rows) for here in row.places]
+        )
+
+    def _read_prefix(self, tokens: tuple[int, ...]) -> Any:
+        """A cache that holds the tokens; the last one made is kept for the rows behind it."""
         from transformers import DynamicCache
 
-        cache = DynamicCache(config=self.model.config)
-        self._forward(torch.tensor([list(tokens)], device=self.device), cache=cache, keep=1)
-        return cache
+        if self._prefix is None or self._prefix[0] != tokens:
+            self._prefix = None
+            cache = DynamicCache(config=self.model.config)
+            self._forward(torch.tensor([list(tokens)], device=self.device), cache=cache, keep=1)
+            self._prefix = (tokens, cache)
+        return self._prefix[1]
 
     def _mask(self, seen: torch.Tensor, style: str) -> torch.Tensor:
         if style == "bool":
             return seen
-        return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, torch.finfo(torch.float32).min)
-
-    def _mask_style(self, longest: int) -> str:
-        """`bool` or `additive`: what mask this model honours, with positions and a cache; `plain` where none is."""
-        window = getattr(self.model.config, "sliding_window", None)
-        if _any_window(self.model.config) or (window is not None and longest >= window):
-            return "plain"
-        if self._style is None:
-            self._style = next((style for style in ("bool", "additive") if self._honours(style)), "plain")
-        return self._style
-
-    def _honours(self, style: str) -> bool:
-        """Whether a small tree scores as its branches do one by one."""
-        random = np.random.default_rng(0)
-        ids = [int(token) for token in random.integers(0, self.vocabulary, size=14)]
-        prefix, question, tails = tuple(ids[:5]), tuple(ids[5:9]), [tuple(ids[9:12]), tuple(ids[12:])]
-        requests = [_Request(i, (prefix + question + t)[:-1], t) for i, t in enumerate(tails)]
-        plain = dict(pair for part in self._plain(requests) for pair in part)
-        try:
-            tree = dict(
-                pair for part in self._shared([(requests, len(prefix + question))], len(prefix), style) for pair in part
-            )
-        except (RuntimeError, ValueError, TypeError, IndexError):  # a model that cannot take such a mask says so
-            return False
-        scale = 1e-3 if next(self.model.parameters()).dtype == torch.float32 else 0.1
-        return all(abs(plain[i].log_prob - tree[i].log_prob) < scale for i in plain)
+        dtype = next(self.model.parameters()).dtype
+        return torch.zeros(seen.shape, device=seen.device, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
     def _decoded(self, requests: Sequence[tuple[str, str]]) -> list[Continuation]:
         """For encoder–decoders: the context goes into the encoder, the continuation into the decoder."""
@@ -282,7 +298,7 @@ class Scorer:
         decoder, _ = _padded([[begin, *t[:-1]] for t in targets], self.device)
         self.tokens_read += inputs.numel() + decoder.numel()
         logits = self.model(input_ids=inputs, attention_mask=mask, decoder_input_ids=decoder).logits
-        requests = [_Request(i, (), tuple(t)) for i, t in enumerate(targets)]
+        requests = [Request(i, (), tuple(t)) for i, t in enumerate(targets)]
         places = [(i, list(range(len(t)))) for i, t in enumerate(targets)]
         return [answer for _, answer in self._gathered(requests, logits, places)]
 
@@ -391,43 +407,6 @@ class Scorer:
             raise RequestError(f"expected a model that predicts text from left to right, found {name}")
 
 
-@dataclass(frozen=True)
-class _Branches:
-    """A row for requests that begin alike: what they share, then each one's own tokens."""
-
-    requests: list[_Request]
-    tokens: list[int]
-    positions: list[int]
-    branch: list[int]
-    places: list[list[int]]
-
-    @classmethod
-    def of(cls, requests: list[_Request], prefix: int, shared: int) -> _Branches:
-        """`shared` tokens, of which `prefix` are in the cache already."""
-        # a token that predicts the first one of a continuation may lie in the shared part, but not in the cache
-        tokens = list(requests[0].tokens[prefix:shared])
-        positions = list(range(prefix, shared))
-        branch = [-1] * len(tokens)
-        places = []
-        for number, request in enumerate(requests):
-            own = request.tokens[shared:]
-            start = len(tokens)
-            first = len(request.tokens) - len(request.wanted)
-            places.append(
-                [(start + at - shared) if at >= shared else at - prefix for at in range(first, len(request.tokens))]
-            )
-            tokens += own
-            positions += range(shared, len(request.tokens))
-            branch += [number] * len(own)
-        return cls(requests, tokens, positions, branch, places)
-
-    def seen(self) -> torch.Tensor:
-        """[length, length] bool: a token sees what is shared and its own branch, up to itself."""
-        branch = torch.tensor(self.branch)
-        same = (branch[:, None] == branch[None, :]) | (branch[None, :] == -1)
-        return same & torch.ones(len(branch), len(branch), dtype=torch.bool).tril()
-
-
 class _Stop:
     """Ends a row once what it wrote holds a stop string."""
 
@@ -445,12 +424,26 @@ def longest_context(config: Any, most: int = 2048) -> int:
     return min([most, *(int(n) for n in found if isinstance(n, int) and n > 0)])
 
 
-def _any_window(config: Any) -> bool:
-    """Whether a member of an ensemble attends within a window, which a mask from outside would widen."""
-    members = getattr(config, "members", None)
-    if not isinstance(members, list):
+def can_branch(model: Any) -> bool:
+    """Whether what a model keeps of a text is keys and values: a recurrent state runs from one branch into the next."""
+    from transformers import DynamicCache
+
+    if getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder:
         return False
-    return any(entry["config"].get("sliding_window") or entry["config"].get("members") for entry in members)
+    return all(hasattr(layer, "keys") for layer in DynamicCache(config=model.config).layers)
+
+
+def least_window(config: Any) -> int | None:
+    """Tokens that the narrowest layer attends to, members of an ensemble included; None: all there are.
+
+    A mask from outside would widen such a window, or count it in nodes of a row instead of positions.
+    """
+    plain = config if isinstance(config, dict) else config.to_dict()
+    kinds = plain.get("layer_types")
+    local = not kinds or any("sliding" in kind or "chunked" in kind for kind in kinds)
+    found = [plain.get(name) for name in WINDOWS if local]
+    found += [least_window(entry["config"]) for entry in plain.get("members") or () if isinstance(entry, dict)]
+    return min((size for size in found if isinstance(size, int) and size > 0), default=None)
 
 
 def _windows(place: int, tokens: int, context: int) -> Iterator[tuple[int, int, int, int]]:
@@ -475,65 +468,18 @@ def _move_spaces(context: str, continuation: str) -> tuple[str, str]:
     return (context[:-trailing], context[-trailing:] + continuation) if trailing else (context, continuation)
 
 
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two requests begin with together."""
-    size = min(len(first), len(second))
-    for place in range(size):
-        if first[place] != second[place]:
-            return place
-    return size
+def _repeated(cache: Any, tokens: int, times: int) -> Any:
+    """A copy of a cache of one row of `tokens`, for `times` rows; the original stays as it is.
 
-
-def _usable(request: _Request) -> int:
-    """Tokens of a request that may be shared: those before the one that predicts its continuation's first."""
-    return len(request.tokens) - len(request.wanted)
-
-
-def _clusters(requests: list[_Request]) -> Iterator[tuple[list[_Request], int]]:
-    """Runs of sorted requests that begin with WORTH tokens or more together, and how many; others come with 0.
-
-    A run of one question's choices is left to `_groups`, unless questions share something as well.
+    Raises ValueError where the model did not put the keys and values of every token into it.
     """
-    runs: list[list[_Request]] = []
-    for request in requests:
-        if runs and min(_common(runs[-1][0].tokens, request.tokens), _usable(request)) >= WORTH:
-            runs[-1].append(request)
-        else:
-            runs.append([request])
-    alone: list[_Request] = []
-    for run in runs:
-        shared = min(min(_common(run[0].tokens, r.tokens) for r in run), min(map(_usable, run)))
-        if len(_groups(run, shared)) > 1:
-            yield run, shared
-        else:
-            alone += run
-    if alone:
-        yield alone, 0
-
-
-def _groups(requests: list[_Request], prefix: int) -> list[tuple[list[_Request], int]]:
-    """Sorted requests that go on alike behind `prefix`, with how many tokens they share: worth it from a quarter on."""
-    groups: list[tuple[list[_Request], int]] = []
-    for request in requests:
-        if groups:
-            group, shared = groups[-1]
-            common = min(shared, _common(group[0].tokens, request.tokens), _usable(request))
-            if (common - prefix) * 4 >= len(request.tokens) - prefix and common > prefix:
-                groups[-1] = ([*group, request], common)
-                continue
-        groups.append(([request], _usable(request)))
-    return groups
-
-
-def _repeated(cache: Any, times: int) -> Any:
-    """A copy of a cache of one row, for `times` rows; the original stays as it is."""
     import copy
 
-    if cache is None:
-        return None
     made = copy.copy(cache)
     made.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in made.layers:
+        if layer.keys is None or layer.keys.shape[2] != tokens:
+            raise ValueError(f"expected a cache of {tokens} tokens, found another one")
         layer.keys = layer.keys.expand(times, -1, -1, -1)
         layer.values = layer.values.expand(times, -1, -1, -1)
     return made
