@@ -8,9 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from _side_by_side import Side, measure, report, timed
-
 import graft
+from _side_by_side import Side, measure, report, timed
 from graft.models import load_tokenizer
 
 

@@ -11,7 +11,19 @@ from graft.methods import method, method_names
 from graft.settings import Settings, parse
 from graft.verb import Estimate, Facts, Job, Verb
 
-ROOMS = ("contributions", "fitting", "gate", "model", "reading", "settings", "speculative", "union", "weights", "work")
+ROOMS = (
+    "contributions",
+    "fitting",
+    "gate",
+    "model",
+    "reading",
+    "seq2seq",
+    "settings",
+    "speculative",
+    "union",
+    "weights",
+    "work",
+)
 
 
 class Ensemble(Verb[EnsembleSettings]):

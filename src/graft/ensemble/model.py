@@ -16,7 +16,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -66,8 +73,10 @@ class EnsembleConfig(PretrainedConfig):
         self.num_attention_heads = max(
             (_first(c, "num_attention_heads", "n_head", "n_heads") or 0 for c in configs), default=0
         )
-        kwargs.setdefault("architectures", ["EnsembleForCausalLM"])
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        kind = "Seq2SeqLM" if configs and configs[0].get("is_encoder_decoder") else "CausalLM"
+        kwargs.setdefault("architectures", [f"EnsembleFor{kind}"])
+        kwargs["is_encoder_decoder"] = kind == "Seq2SeqLM"
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
             kwargs.setdefault(name, configs[0].get(name) if configs else None)
         kwargs["tie_word_embeddings"] = False
         super().__init__(**kwargs)
@@ -85,7 +94,8 @@ def layers_of(members: Sequence[dict[str, Any]], weights: Sequence[float]) -> li
 def _layers(config: dict[str, Any]) -> int:
     if config.get("model_type") == EnsembleConfig.model_type:
         return sum(layers_of(config["members"], config["weights"]))
-    found = _first(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    decoders = ("num_decoder_layers", "decoder_layers") if config.get("is_encoder_decoder") else ()
+    found = _first(config, *decoders, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
     if found is None:
         raise RequestError(
             f"a member of type {config.get('model_type')!r} names no number of layers: it has no cache to share"
@@ -94,6 +104,8 @@ def _layers(config: dict[str, Any]) -> int:
 
 
 def _context(config: dict[str, Any]) -> int | None:
+    if config.get("is_encoder_decoder"):
+        return None
     if config.get("model_type") == EnsembleConfig.model_type:
         return min((n for n in (_context(entry["config"]) for entry in config["members"]) if n), default=None)
     return _first(config, "max_position_embeddings", "n_positions", "max_seq_len")
@@ -326,7 +338,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         union = None
         if config.vocabulary == "union":
             union = union_of([models.load_tokenizer(folder / entry["path"]) for entry in config.members])
-        model = cls(config, members, union).eval()
+        model = ensemble_class(config)(config, members, union).eval()
         model.folder = folder.resolve()
         if (folder / "generation_config.json").exists():
             model.generation_config = type(model.generation_config).from_pretrained(folder)
@@ -348,9 +360,20 @@ def _load(entry: dict[str, Any], folder: Path, dtype: Any) -> PreTrainedModel:
     return models.load(place, dtype=dtype)
 
 
+def ensemble_class(config: EnsembleConfig) -> type[EnsembleForCausalLM]:
+    """The class of an ensemble with these members. Raises RequestError for encoder-decoders mixed with decoders."""
+    kinds = {bool(entry["config"].get("is_encoder_decoder")) for entry in config.members}
+    if len(kinds) > 1:
+        raise RequestError("expected members of one kind, found encoder-decoders beside decoders: leave one kind out")
+    from graft.ensemble.seq2seq import EnsembleForSeq2SeqLM
+
+    return EnsembleForSeq2SeqLM if kinds == {True} else EnsembleForCausalLM
+
+
 def _fresh(config: dict[str, Any]) -> PreTrainedModel:
     plain = dict(config)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(plain.pop("model_type"), **plain))
+    auto = AutoModelForSeq2SeqLM if plain.get("is_encoder_decoder") else AutoModelForCausalLM
+    return auto.from_config(AutoConfig.for_model(plain.pop("model_type"), **plain))
 
 
 def _to(value: Any, device: torch.device) -> Any:
@@ -397,7 +420,7 @@ def ensemble_of(
         raise RequestError(NOT_A_MIXTURE.format(combine))
     over: dict[str, Any] = {"vocabulary": "union", "vocab_size": len(union.tokens)} if union else {}
     config = EnsembleConfig(entries, combine, chosen, parsed.plain(), **over)
-    return EnsembleForCausalLM(config, list(members.values()), union).eval()
+    return ensemble_class(config)(config, list(members.values()), union).eval()
 
 
 def register() -> None:

@@ -35,10 +35,10 @@ def problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[st
             )
         if models[name].architecture != models[first].architecture:
             found.append(f"{name} is a {models[name].architecture} and {first} a {models[first].architecture}")
-    if models[first].architecture != "decoder":
-        found.append(
-            f"an ensemble needs decoders, which predict token by token; {first} is an {models[first].architecture}"
-        )
+    if models[first].architecture == "encoder":
+        found.append(f"an ensemble needs decoders, which predict token by token; {first} is an encoder")
+    if models[first].architecture == "encoder-decoder":
+        found += _translator_problems(settings)
     if settings.vocabulary == "union":
         found += _union_problems(settings)
     if not isinstance(settings.weights, FittedWeights):
@@ -46,6 +46,17 @@ def problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[st
         found += [wrong] if wrong else []
     if isinstance(settings.weights, FittedWeights):
         found += _fit_problems(settings)
+    return found
+
+
+def _translator_problems(settings: EnsembleSettings) -> list[str]:
+    found = []
+    if isinstance(settings.weights, FittedWeights):
+        found.append("weights are fitted for decoders: give those of encoder-decoders beside the members")
+    if settings.vocabulary == "union":
+        found.append("a union of vocabularies is for decoders, found encoder-decoders")
+    if settings.draft is not None:
+        found.append("speculation is for decoders, found encoder-decoders: leave the draft out")
     return found
 
 
