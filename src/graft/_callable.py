@@ -7,21 +7,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
-COMMANDS = {
-    "run": "run",
-    "plan": "plan",
-    "tree": "tree",
-    "relate": "relate",
-    "report": "report",
-    "pretrain": "pretrain",
-    "tune": "tune",
-    "merge": "merge",
-    "ensemble": "ensemble",
-    "evaluate": "evaluate",
-    "chat": "chat",
-    "load": "load",
-}
-"""Public name → function of `graft.api`."""
+COMMANDS = ("run", "plan", "tree", "report", "pretrain", "tune", "merge", "ensemble", "evaluate", "chat", "load")
+"""The functions of `graft.api` that are called as attributes of `graft`."""
 
 
 class _Room(ModuleType):
@@ -29,7 +16,7 @@ class _Room(ModuleType):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         api = importlib.import_module("graft.api")
-        return getattr(api, COMMANDS[self.__name__.rpartition(".")[2]])(*args, **kwargs)
+        return getattr(api, self.__name__.rpartition(".")[2])(*args, **kwargs)
 
 
 class Package(ModuleType):
@@ -48,7 +35,7 @@ class Package(ModuleType):
         except ModuleNotFoundError as error:
             if error.name != f"graft.{name}":
                 raise
-        return getattr(importlib.import_module("graft.api"), COMMANDS[name])
+        return getattr(importlib.import_module("graft.api"), name)
 
 
 def install(package: str) -> None:
