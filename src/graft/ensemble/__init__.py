@@ -13,14 +13,17 @@ from graft.verb import Estimate, Facts, Job, Verb
 
 ROOMS = (
     "contributions",
+    "diversity",
     "fitting",
     "gate",
     "model",
     "reading",
     "seq2seq",
     "settings",
+    "show",
     "speculative",
     "union",
+    "voting",
     "weights",
     "work",
 )
