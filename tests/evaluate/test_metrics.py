@@ -66,6 +66,20 @@ def test_class_metrics_are_scikit_learns(name):
     assert value(metric, sums) == pytest.approx(expected)
 
 
+def test_class_metrics_of_a_resample_are_those_of_the_drawn_items():
+    wanted, found, drawn = [0, 1, 2, 1], [0, 2, 2, 1], [0, 0, 1, 3]
+    for name in ("f1_macro", "mcc"):
+        metric, sums = class_metric(name, found, wanted, 3)
+        again = [[values[i] for i in drawn] for values in (wanted, found)]
+        expected = f1_score(*again, average="macro") if name == "f1_macro" else matthews_corrcoef(*again)
+        assert float(metric.value(np.bincount(drawn, minlength=4)[None] @ sums)[0]) == pytest.approx(expected)
+
+
+def test_statistics_stay_small_with_many_classes():
+    _, sums = class_metric("mcc", [5, 7], [5, 6], 150)
+    assert sums.shape == (2, 450)
+
+
 def test_accuracy_counts_the_right_ones():
     metric, sums = class_metric("accuracy", [0, 1, 2, 2], [0, 1, 1, 2], 3)
     assert value(metric, sums) == 0.75

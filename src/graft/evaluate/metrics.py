@@ -1,7 +1,7 @@
 """Metrics. Each is a function of sums of per-item statistics, so that resampling items never scores anything again.
 
 Outputs become statistics `[items, k]`; `Metric.value` turns weighted sums of them, `[draws, k]`, into scores
-`[draws]`. A confusion matrix is such a sum, and so are BLEU's and chrF's counts.
+`[draws]`. How often a class was right, meant and guessed are such sums, and so are BLEU's and chrF's counts.
 """
 
 from __future__ import annotations
@@ -115,37 +115,40 @@ def _sacrebleu(name: str, outputs: Sequence[str], targets: Sequence[Sequence[str
 
 
 def class_metric(name: str, found: Sequence[int], wanted: Sequence[int], classes: int) -> tuple[Metric, np.ndarray]:
-    """A metric of classes with its statistics: accuracy as a mean, the others as a function of the confusion matrix."""
+    """A metric of classes with its statistics: accuracy as a mean, the others from how often each class was right,
+    meant and guessed, `[items, 3 · classes]`."""
     guesses, truths = np.asarray(found), np.asarray(wanted)
     if name == "accuracy":
         return mean(name, proportion=True), mean_items((guesses == truths).astype(float).tolist())
     if name not in ("f1_macro", "f1_micro", "mcc"):
         raise UnknownName("metric", name, ("accuracy", "f1_macro", "f1_micro", "mcc"))
-    cells = np.zeros((len(truths), classes * classes))
-    cells[np.arange(len(truths)), truths * classes + guesses] = 1
+    counts = np.zeros((len(truths), 3, classes))
+    items = np.arange(len(truths))
+    counts[items, 0, truths] = guesses == truths
+    counts[items, 1, truths] = 1
+    counts[items, 2, guesses] = 1
     compute = {"f1_macro": _f1_macro, "f1_micro": _f1_micro, "mcc": _mcc}[name]
-    return Metric(name, "", True, lambda sums: compute(sums.reshape(-1, classes, classes))), cells
+    flat = counts.reshape(len(truths), 3 * classes)
+    return Metric(name, "", True, lambda sums: compute(*sums.reshape(-1, 3, classes).swapaxes(0, 1))), flat
 
 
-def _f1_macro(confusion: np.ndarray) -> np.ndarray:
-    """Mean over the classes that occur, as truth or guess, of F1; `confusion [draws, truth, guess]`."""
-    right = np.diagonal(confusion, axis1=1, axis2=2)
-    either = confusion.sum(1) + confusion.sum(2)
+def _f1_macro(right: np.ndarray, meant: np.ndarray, guessed: np.ndarray) -> np.ndarray:
+    """Mean over the classes that occur, as truth or guess, of F1; all `[draws, classes]`."""
+    either = meant + guessed
     f1 = np.divide(2 * right, either, out=np.zeros_like(right), where=either > 0)
     return f1.sum(1) / np.maximum((either > 0).sum(1), 1)
 
 
-def _f1_micro(confusion: np.ndarray) -> np.ndarray:
+def _f1_micro(right: np.ndarray, meant: np.ndarray, guessed: np.ndarray) -> np.ndarray:
     """F1 over all decisions, which for one label an item is the accuracy."""
-    return np.trace(confusion, axis1=1, axis2=2) / confusion.sum((1, 2))
+    return 2 * right.sum(1) / (meant + guessed).sum(1)
 
 
-def _mcc(confusion: np.ndarray) -> np.ndarray:
+def _mcc(right: np.ndarray, meant: np.ndarray, guessed: np.ndarray) -> np.ndarray:
     """Matthews' correlation for any number of classes (Gorodkin 2004)."""
-    total, right = confusion.sum((1, 2)), np.trace(confusion, axis1=1, axis2=2)
-    truth, guess = confusion.sum(2), confusion.sum(1)
-    top = right * total - (truth * guess).sum(1)
-    bottom = np.sqrt((total**2 - (guess**2).sum(1)) * (total**2 - (truth**2).sum(1)))
+    total = meant.sum(1)
+    top = right.sum(1) * total - (meant * guessed).sum(1)
+    bottom = np.sqrt((total**2 - (guessed**2).sum(1)) * (total**2 - (meant**2).sum(1)))
     return np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
 
 
