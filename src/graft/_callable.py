@@ -7,7 +7,20 @@ import sys
 from types import ModuleType
 from typing import Any
 
-COMMANDS = ("run", "plan", "tree", "report", "pretrain", "tune", "merge", "ensemble", "evaluate", "chat", "load")
+COMMANDS = (
+    "run",
+    "plan",
+    "tree",
+    "relate",
+    "report",
+    "pretrain",
+    "tune",
+    "merge",
+    "ensemble",
+    "evaluate",
+    "chat",
+    "load",
+)
 """The functions of `graft.api` that are called as attributes of `graft`."""
 
 
