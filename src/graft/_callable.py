@@ -20,6 +20,7 @@ COMMANDS = (
     "evaluate",
     "chat",
     "load",
+    "show",
 )
 """The functions of `graft.api` that are called as attributes of `graft`."""
 

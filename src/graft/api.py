@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from graft import tree as trees
 from graft.chatting import Talk
+from graft.checkpoint import atomic_write
 from graft.models import load
 from graft.one import data_at, make_one
 from graft.plan import Places, Plan, make_plan
@@ -16,6 +17,7 @@ from graft.recipe import read_recipe
 from graft.run import RunResult, run
 
 if TYPE_CHECKING:
+    from graft.ensemble.show import Spoken
     from graft.relate import Relation
     from graft.tree import Member
 
@@ -31,6 +33,7 @@ __all__ = [
     "relate",
     "report",
     "run",
+    "show",
     "tree",
     "tune",
 ]
@@ -141,6 +144,15 @@ def evaluate(
         seed=seed,
         device=device,
     )
+
+
+def show(ensemble: Path | str, text: str, *, page: Path | str | None = None, device: str | None = None) -> Spoken:
+    """Which member of a mixture speaks at which token of `text`; with `page` also as an HTML page there."""
+    room = importlib.import_module("graft.ensemble.show")
+    spoken = room.speaks(ensemble, text, device=device)
+    if page is not None:
+        atomic_write(Path(page), room.page(spoken))
+    return spoken
 
 
 def chat(model: Path | str, prompt: str, **settings: Any) -> str:

@@ -339,6 +339,26 @@ def chat(
         typer.echo()
 
 
+@app.command()
+@tidy
+def show(
+    model: Annotated[Path, typer.Argument(metavar="ENSEMBLE", help="The folder of a mixture.")],
+    text: Annotated[str, typer.Option("--text", "-t", help="What is shown.")],
+    page: Annotated[Path | None, typer.Option("--html", help="Also write a page that shows all parts.")] = None,
+    device: Device = None,
+    json_: Json = False,
+) -> None:
+    """Show which member of an ensemble speaks at which token.
+
+    Example: [bold]graft show models/duo --text 'def add(a, b):'[/bold]
+    """
+    from graft.api import show as spoken_in
+    from graft.ensemble.show import coloured
+
+    spoken = spoken_in(model, text, page=page, device=device)
+    typer.echo(json.dumps(spoken.plain())) if json_ else _print(coloured(spoken))
+
+
 def _said(prompt: str | None) -> Iterator[str]:
     """What is said: the prompt, the whole of stdin, or line after line from a terminal."""
     if prompt is not None:

@@ -240,6 +240,8 @@ def test_weights_are_fitted_on_what_the_members_give_the_text(family):
     for weight, loss in zip(weights, losses, strict=True):
         assert weight == 0 or found["loss"] <= loss - np.log(weight) + 1e-9
     assert found["loss"] <= min(losses) + 1e-6
+    assert found["error_correlation"]["llama"]["llama"] == pytest.approx(1)
+    assert found["error_correlation"]["gpt2"]["llama"] == found["error_correlation"]["llama"]["gpt2"]
     gained = sum(each["shapley"] for each in found["contributions"].values())
     assert gained == pytest.approx(np.log(TOKENS) - found["loss"], abs=1e-3)
 

@@ -13,6 +13,7 @@ import torch
 from graft import data, lineage, models
 from graft.data.corpus import text_of
 from graft.ensemble.contributions import MOST, contributions
+from graft.ensemble.diversity import error_correlation
 from graft.ensemble.gate import features, fit_gate
 from graft.ensemble.linear import Settings, combine
 from graft.ensemble.reading import common_context, distributions, token_ids
@@ -51,7 +52,7 @@ def _fit_mixture(folders: list[Path], texts: list[str], parts: np.ndarray, share
         raise CannotCombine("the members cut the text into different tokens: their predictions cannot be matched")
     importance = _importance(np.repeat(parts, lengths), shares)
     told = np.stack([np.concatenate(column) for column in columns])
-    fit = fit_linear(told, importance)
+    fit = replace(fit_linear(told, importance), correlation=error_correlation(told))
     if len(folders) > MOST:
         return fit
     nothing = float(np.log(models.load_config(folders[0]).vocab_size))

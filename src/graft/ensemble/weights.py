@@ -29,6 +29,8 @@ class Fit:
     gate: dict[str, Any] | None = None
     """A gate as plain values; `weights` and `loss` are then its, `constant` the loss of the best constant weights."""
     constant: float | None = None
+    correlation: np.ndarray | None = None
+    """Of the members' surprise at each token, `[members, members]`, where it was computed."""
     contributions: Sequence[Any] = ()
     """What each member contributes (`contributions.Contribution`); empty where that was not computed."""
 

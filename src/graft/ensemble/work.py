@@ -105,8 +105,15 @@ def run(job: Job) -> dict[str, Any]:
         "steps": fit.steps,
         "gap": fit.gap,
         "contributions": {name: asdict(each) for name, each in zip(settings.names, fit.contributions, strict=False)},
+        **({} if fit.correlation is None else {"error_correlation": _table(settings.names, fit.correlation)}),
         **({} if fit.gate is None else {"loss_without_gate": fit.constant}),
     }
+
+
+def _table(names: list[str], values: Any) -> dict[str, dict[str, float | None]]:
+    """A matrix by names; None where a value is not finite."""
+    rows = [dict(zip(names, (float(v) if abs(v) < float("inf") else None for v in row), strict=True)) for row in values]
+    return dict(zip(names, rows, strict=True))
 
 
 def _write_union(job: Job, settings: EnsembleSettings) -> dict[str, Any]:
