@@ -47,7 +47,7 @@ def graft(words: list[str]) -> None:
 def test_what_the_pages_show_runs(workplace):
     """The guide from top to bottom; then the README's example and the page on evaluation on the guide's models."""
     shown = run_guide()
-    assert {"run", "plan", "tree", "report", "pretrain", "tune", "merge", "ensemble", "eval", "chat"} <= shown
+    assert {"run", "plan", "tree", "report", "pretrain", "tune", "merge", "relate", "ensemble", "eval", "chat"} <= shown
     run_readme()
     run_evaluation()
 

@@ -143,6 +143,22 @@ def test_another_vocabulary_is_shown_by_token_strings(family, tmp_path):
     assert "43% of the smaller" in found.predictions_why
 
 
+def test_a_model_with_more_rows_of_embeddings_is_still_a_relative(family, tmp_path):
+    model = graft.load(family["one"])
+    model.resize_token_embeddings(104)
+    found = graft.relate(family["base"], save(model, tmp_path / "grown", words=100))
+    assert (found.kind, found.weights, found.vocabulary.shared) == ("same initialisation", "after alignment", 96)
+
+
+def test_weights_that_correlate_outweigh_manifests_that_name_two_starts(family, tmp_path):
+    folders = [save(graft.load(family[name]), tmp_path / name) for name in ("base", "one")]
+    for folder in folders:
+        manifest(folder, folder.name, hash=folder.name)
+    found = graft.relate(*folders)
+    assert (found.kind, found.weights) == ("same initialisation", "yes")
+    assert "without `force`" in found.evidence
+
+
 def test_without_a_tokenizer_nothing_is_said_about_tokens(family, tmp_path):
     graft.load(family["one"]).save_pretrained(tmp_path / "bare")
     found = graft.relate(family["base"], tmp_path / "bare")

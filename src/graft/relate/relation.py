@@ -67,7 +67,7 @@ def relate(a: Path | str, b: Path | str, *, seed: int = 0) -> Relation:
     first, second = tokens(one), tokens(two)
     words = overlap(first, second) if first is not None and second is not None else None
     kind, evidence, correlation, p = _kinship(one, two, words, seed)
-    weights = _weights(kind, correlation, words)
+    weights = _weights(kind, correlation, _rows_differ(one, two, words))
     return Relation(
         str(a), str(b), kind, evidence, correlation, p, words, *weights, *_predictions(one, two, kind, words)
     )
@@ -110,7 +110,7 @@ def _common_start(manifests: Sequence[Manifest | None]) -> bool | None:
 
 
 def _said(found: Evidence, common: bool | None) -> Kinship:
-    """Weights and manifests together: a common start that a manifest records is one; else the weights decide."""
+    """Weights and manifests together: a common start that manifests record is one; else the weights decide."""
     kinds: dict[str, Kind] = {
         "related": "same initialisation",
         "permuted": "permuted",
@@ -119,24 +119,32 @@ def _said(found: Evidence, common: bool | None) -> Kinship:
     }
     kind, evidence = kinds[found.found], found.what
     value, p = (found.test.value, found.test.p) if found.test is not None else (None, None)
-    if common:
+    if common and found.found in ("related", "unrelated"):
         return "same initialisation", f"the manifests name one initialisation; {evidence}", value, p
     if common is False:
-        evidence = f"{evidence}; the manifests name two initialisations"
+        evidence = f"{evidence}; the manifests name two initialisations: without `force`, no merge takes both"
     return kind, evidence, value, p
 
 
+def _rows_differ(a: Path, b: Path, words: Overlap | None) -> bool:
+    """Whether the embeddings have other rows, by tokens or by number."""
+    from graft.merge.preflight import different_keys
+
+    return (words is not None and not words.same) or bool(
+        different_keys(read_config(a), read_config(b), ("vocab_size",))
+    )
+
+
 def _weights(
-    kind: Kind, correlation: float | None, words: Overlap | None
+    kind: Kind, correlation: float | None, rows_differ: bool
 ) -> tuple[Literal["yes", "after alignment", "no"], str]:
-    other_rows = words is not None and not words.same
     match kind:
         case "same folder" | "same weights":
             return "yes", "a mean of the two is either of them: there is nothing to gain"
         case "same initialisation" if correlation is not None and correlation < TRACE:
             return "no", f"only a trace of their common start is left (correlation {correlation:.3f})"
-        case "same initialisation" if other_rows:
-            return "after alignment", "the rows of their embeddings stand for different tokens"
+        case "same initialisation" if rows_differ:
+            return "after alignment", "the rows of their embeddings stand for different tokens or differ in number"
         case "same initialisation":
             return "yes", "any method of merge"
         case "permuted":
