@@ -10,6 +10,7 @@ import torch
 from graft import data, models
 from graft.errors import DataError, RequestError, RunError, SettingsError
 from graft.evaluate import evaluate, parse
+from graft.evaluate.items import subjects
 from graft.evaluate.scorer import Scorer
 from graft.evaluate.tasks import load_task
 
@@ -114,7 +115,8 @@ def test_classification_chooses_the_likeliest_label(family, sets, tmp_path):
     records = list(data.open_corpus(sets, "classes", tmp_path).records("test"))
     right = 0
     for record in records:
-        even, odd = scorer.loglikelihoods([(record["text"] + "\n", label) for label in ("even", "odd")])
+        pairs = [("<s>" + record["text"] + "\n", label) for label in ("even", "odd")]  # begun as in training
+        even, odd = scorer.loglikelihoods(pairs)
         right += ("even" if even.log_prob >= odd.log_prob else "odd") == record["label"]
     assert [row["metric"] for row in rows] == ["accuracy", "mcc"]
     assert rows[0]["value"] == pytest.approx(right / len(records))
@@ -176,9 +178,30 @@ def test_a_python_task_gives_functions_for_templates(tmp_path):
     assert task.target({"word": "hi"}) == ["HI"]
 
 
+def test_drawn_shots_follow_their_seed(family, sets, tmp_path):
+    write(tmp_path / "numbers.jsonl", [{"n": n} for n in range(40)])
+    write(tmp_path / "asked.jsonl", [{"n": 99}])
+    found = {}
+    for seed in (1, 1, 2):
+        (tmp_path / "t.yaml").write_text(
+            "name: t\ndata: {source: jsonl, format: raw, test: asked.jsonl, train: numbers.jsonl}\n"
+            f"prompt: '{{{{ n }}}}'\ntarget: x\nshots: 3\nshots_seed: {seed}\n"
+        )
+        (subject,) = subjects(parse([{"task": "t.yaml"}])[0], sets, tmp_path)
+        drawn = [example["n"] for example in subject.examples]
+        assert found.setdefault(seed, drawn) == drawn
+        assert len(set(drawn)) == 3
+    assert found[1] != found[2]
+
+
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
+        (
+            "name: t\ndata: x\nprompt: a\ntarget: b\nsplit: train\nshots: 1\n",
+            RequestError,
+            "from another split than train",
+        ),
         ("name: t\ndata: x\npromt: a\ntarget: b\n", SettingsError, "did you mean 'prompt'"),
         ("name: t\ndata: x\ntarget: b\n", RequestError, "expected `prompt`"),
         (

@@ -1,11 +1,15 @@
 """Every fast path against the plainest way to compute the same number."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig
 
 from graft.errors import RequestError, RunError
-from graft.evaluate.scorer import Scorer, _windows, least_window
+from graft.evaluate.scorer import Scorer, _windows, least_window, longest_context, most_tokens
 
 FEW_SHOT = "Question: what is up? Answer: the sky.\n\n" * 3
 DECODERS = (
@@ -164,6 +168,48 @@ def test_an_encoder_decoder_reads_the_context_and_writes_the_continuation(model_
 def test_bits_of_an_encoder_decoder_are_refused(model_of, tokenizer):
     with pytest.raises(RequestError, match="left to right"):
         Scorer(model_of("t5"), tokenizer).documents(["text"])
+
+
+def test_the_start_token_stands_where_the_tokenizer_puts_it_or_where_it_is_asked_for(model_of, tokenizer):
+    model = model_of("llama")
+    starting = copy.deepcopy(tokenizer)
+    starting.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    pair = ("a context", " goes on")
+    without, asked = (Scorer(model, tokenizer).loglikelihoods([pair], start=start)[0] for start in (None, True))
+    assert without.log_prob == pytest.approx(by_hand(model, tokenizer, *pair)[0], abs=1e-4)
+    assert asked.log_prob == pytest.approx(by_hand(model, tokenizer, "<s>" + pair[0], pair[1])[0], abs=1e-4)
+    assert Scorer(model, starting).loglikelihoods([pair]) == [asked]
+    assert Scorer(model, starting).loglikelihoods([("<s>" + pair[0], pair[1])]) == [asked]  # and not twice
+
+
+def test_requests_use_all_that_a_model_can_read(model_of, tokenizer):
+    assert Scorer(model_of("llama"), tokenizer).longest == 400
+    assert Scorer(model_of("bloom"), tokenizer).longest == 2048
+    wide = LlamaConfig(max_position_embeddings=8192)
+    assert (most_tokens(wide, tokenizer), longest_context(wide)) == (8192, 2048)
+
+
+def test_a_continuation_longer_than_the_model_reads_is_refused(model_of, tokenizer):
+    with pytest.raises(RequestError, match="at most 8, found 9"):
+        Scorer(model_of("llama"), tokenizer, context=8).loglikelihoods([("c", " " + "x" * 8)])
+
+
+def test_writing_more_than_the_model_reads_is_refused(model_of, tokenizer):
+    with pytest.raises(RequestError, match="fewer than 8 tokens"):
+        Scorer(model_of("llama"), tokenizer, context=8).generate(["a"], max_tokens=8)
+
+
+def test_a_model_that_knows_several_ends_stops_at_each(model_of, tokenizer):
+    model = model_of("llama")
+    (whole,) = Scorer(model, tokenizer).generate(["hello"], max_tokens=8)
+    stop = tokenizer(whole[2])["input_ids"][0]
+    kept = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = [2, stop]
+    try:
+        (cut,) = Scorer(model, tokenizer).generate(["hello"], max_tokens=8)
+    finally:
+        model.generation_config.eos_token_id = kept
+    assert cut == whole[: whole.index(whole[2]) + 1]
 
 
 def test_an_empty_continuation_is_refused(model_of, tokenizer):

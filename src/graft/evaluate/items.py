@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ def _of_task(measure: TaskMeasure, sets: Mapping[str, Any], root: Path) -> Subje
         own = data.parse(settings.data, (path.name, "data"))
         corpus = data.open_corpus({settings.name: own}, settings.name, path.parent)
     records = list(itertools.islice(corpus.records(settings.split), measure.limit))
-    examples = list(itertools.islice(corpus.records(settings.shots_from), settings.shots)) if settings.shots else []
+    examples = _examples(corpus, settings)
     if len(examples) < settings.shots:
         raise RequestError(
             f"{path}: expected {settings.shots} examples in {settings.shots_from}, found {len(examples)}"
@@ -126,6 +127,16 @@ def _of_task(measure: TaskMeasure, sets: Mapping[str, Any], root: Path) -> Subje
     on = f"{settings.name}.{settings.split}"
     ones = np.ones(len(records))
     return Subject(measure, "task", task, on, settings.version, records, ones, examples, corpus.fingerprint)
+
+
+def _examples(corpus: data.AnyCorpus, settings: TaskSettings) -> list[dict[str, Any]]:
+    """The first `shots` records of their split, or as many drawn with a seed."""
+    if not settings.shots:
+        return []
+    if settings.shots_seed is None:
+        return list(itertools.islice(corpus.records(settings.shots_from), settings.shots))
+    found = list(corpus.records(settings.shots_from))
+    return random.Random(settings.shots_seed).sample(found, min(settings.shots, len(found)))
 
 
 def score(subject: Subject, scorer: Scorer) -> list[Scored]:
@@ -154,7 +165,7 @@ def _choose(subject: Subject, task: Task, before: str, scorer: Scorer) -> list[S
     assert task.choices is not None
     options = [task.choices(record) for record in subject.records]
     requests = [(before + task.prompt(r), o) for r, own in zip(subject.records, options, strict=True) for o in own]
-    answers = iter(scorer.loglikelihoods(requests))
+    answers = iter(scorer.loglikelihoods(requests, start=_start(subject)))
     truths = [task.right(record) for record in subject.records]
     guesses: dict[str, list[int]] = {"raw": [], "byte": [], "token": []}
     notes = []
@@ -181,8 +192,15 @@ def _choose(subject: Subject, task: Task, before: str, scorer: Scorer) -> list[S
 
 def _write(subject: Subject, task: Task, before: str, scorer: Scorer) -> list[Scored]:
     prompts = [before + task.prompt(record) for record in subject.records]
-    written = scorer.generate(prompts, max_tokens=task.settings.max_tokens, stop=task.settings.stop)
+    written = scorer.generate(
+        prompts, max_tokens=task.settings.max_tokens, stop=task.settings.stop, start=_start(subject)
+    )
     targets = [task.target(record) for record in subject.records]
     notes = [{"written": w, "targets": t} for w, t in zip(written, targets, strict=True)]
     found = (metrics.text_metric(name, written, targets) for name in task.metrics)
     return [Scored(metric, sums, notes) for metric, sums in found]
+
+
+def _start(subject: Subject) -> bool | None:
+    """A data set's records begin with the start token, as they do in training; a task's as the tokenizer has it."""
+    return True if isinstance(subject.measure, OnData) else None

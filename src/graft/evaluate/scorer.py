@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 WINDOWS = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size", "local_attention")
 """Names that configurations give to how far a layer looks back."""
+UNLIMITED = 10**9
+"""Tokenizers that set no limit give a larger number than this."""
 LOGIT_BYTES = 128 * 2**20
 """Logits held at once: rows are batched up to this."""
 
@@ -52,7 +54,11 @@ class Continuation:
 
 
 class Scorer:
-    """Scores with one model. `context` is the longest input in tokens; `start` puts the start token before requests."""
+    """Scores with one model.
+
+    `context` is the longest input in tokens; None: all that the model can read, of documents 2048 at most.
+    Requests and prompts begin with the start token where `start` says so; None: where the tokenizer puts one itself.
+    """
 
     def __init__(
         self,
@@ -60,11 +66,13 @@ class Scorer:
         tokenizer: PreTrainedTokenizerFast,
         *,
         context: int | None = None,
-        start: bool = False,
+        start: bool | None = None,
         share: bool = True,
     ):
-        self.model, self.tokenizer, self.start = model.eval(), tokenizer, start
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.start = puts_start(tokenizer) if start is None else start
         self.context = context or longest_context(model.config)
+        self.longest = context or most_tokens(model.config, tokenizer)
         self.device = next(model.parameters()).device
         self.vocabulary = int(model.config.vocab_size)
         self.encoder_decoder = bool(model.config.is_encoder_decoder)
@@ -117,16 +125,17 @@ class Scorer:
     # continuations
 
     @torch.inference_mode()
-    def loglikelihoods(self, requests: Sequence[tuple[str, str]]) -> list[Continuation]:
-        """log p(continuation | context) of each (context, continuation).
+    def loglikelihoods(self, requests: Sequence[tuple[str, str]], *, start: bool | None = None) -> list[Continuation]:
+        """log p(continuation | context) of each (context, continuation); `start` instead of the scorer's own.
 
         Tokens as lm-eval cuts them: spaces at the end of a context go to its continuation, both are tokenised together,
-        an empty context becomes the start token, and what is too long loses its beginning.
+        an empty context becomes the start token, and what is too long loses its beginning. Raises RequestError for a
+        continuation that is empty or longer than the model can read.
         """
         if self.encoder_decoder:
             return self._decoded(requests)
         self._must_be_decoder()
-        prepared = self._prepared(requests)
+        prepared = self._prepared(requests, self.start if start is None else start)
         results: list[Continuation | None] = [None] * len(requests)
         with Progress("scoring", len(requests), "requests") as progress:
             for found in self._answers(prepared):
@@ -135,22 +144,31 @@ class Scorer:
                 progress.advance(len(found))
         return [result for result in results if result is not None]
 
-    def _prepared(self, requests: Sequence[tuple[str, str]]) -> list[Request]:
+    def _prepared(self, requests: Sequence[tuple[str, str]], start: bool) -> list[Request]:
         """Requests as tokens, sorted so that those which begin alike stand together."""
         moved = [_move_spaces(context, continuation) for context, continuation in requests]
         wholes = self._encode_all([c + k for c, k in moved])
         contexts = self._encode_all([c for c, _ in moved])
         made = []
         for index, (whole, context, (_, continuation)) in enumerate(zip(wholes, contexts, moved, strict=True)):
-            before = [self.prefix_token] if not context or self.start else []
-            wanted = whole[len(context) :]
-            if not wanted:
+            wanted = whole[len(context) :] or self._encode(continuation)  # where both are one token, each is its own
+            if not 0 < len(wanted) <= self.longest:
                 raise RequestError(
-                    f"request {index}: expected a continuation of at least one token, found {continuation!r}"
+                    f"request {index}: expected a continuation of at least one token and at most {self.longest}, "
+                    f"found {len(wanted)}: {continuation[:80]!r}"
                 )
-            tokens = [*before, *context, *wanted][-(self.context + 1) :]
-            made.append(Request(index, tuple(tokens[:-1]), tuple(wanted[-self.context :])))
+            if not context and len(wanted) > 1 and wanted[0] == self.prefix_token:
+                context, wanted = wanted[:1], wanted[1:]
+            tokens = [*self._before(context, start), *context, *wanted]
+            made.append(Request(index, tuple(tokens[-(self.longest + 1) : -1]), tuple(wanted)))
         return sorted(made, key=lambda request: request.tokens)
+
+    def _before(self, tokens: Sequence[int], start: bool) -> list[int]:
+        """What goes before the tokens of a context: the start token, if it is asked for and not there already."""
+        if not tokens:
+            return [self.prefix_token]
+        known = [t for t in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) if t is not None][:1]
+        return known if start and list(tokens[:1]) != known else []
 
     def _answers(self, requests: list[Request]) -> Iterator[list[tuple[int, Continuation]]]:
         if self._style == "plain":
@@ -285,15 +303,16 @@ class Scorer:
         results = []
         order = sorted(range(len(requests)), key=lambda i: len(requests[i][0]))
         for batch in self._batches(order, lambda i: len(requests[i][0]) // 2 + len(requests[i][1]) // 2 + 2):
-            sources = self._encode_all([requests[i][0] for i in batch])
-            targets = self._encode_all([requests[i][1] for i in batch])
+            moved = [_move_spaces(*requests[i]) for i in batch]
+            sources = self._encode_all([context for context, _ in moved])
+            targets = self._encode_all([continuation for _, continuation in moved])
+            if not all(targets):
+                raise RequestError("expected continuations of at least one token, found an empty one")
             results += list(zip(batch, self._decode_batch(sources, targets), strict=True))
         return [answer for _, answer in sorted(results, key=lambda pair: pair[0])]
 
     def _decode_batch(self, sources: list[list[int]], targets: list[list[int]]) -> list[Continuation]:
-        end = self.tokenizer.eos_token_id
-        sources = [[*s, *([] if end is None else [end])][: self.context] for s in sources]
-        inputs, mask = _padded(sources, self.device)
+        inputs, mask = _padded([self._source(ids) for ids in sources], self.device)
         begin = self.model.config.decoder_start_token_id
         decoder, _ = _padded([[begin, *t[:-1]] for t in targets], self.device)
         self.tokens_read += inputs.numel() + decoder.numel()
@@ -305,26 +324,36 @@ class Scorer:
     # generation
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[str], *, max_tokens: int = 64, stop: Sequence[str] = ()) -> list[str]:
-        """What the model writes after each prompt, greedily, up to the first of `stop` (left out) or `max_tokens`."""
+    def generate(
+        self, prompts: Sequence[str], *, max_tokens: int = 64, stop: Sequence[str] = (), start: bool | None = None
+    ) -> list[str]:
+        """What the model writes after each prompt, greedily, up to the first of `stop` (left out) or `max_tokens`.
+
+        A prompt that is too long loses its beginning. Raises RequestError where `max_tokens` leave no room for one.
+        """
         written: list[str] = [""] * len(prompts)
         ids = self._encode_all(list(prompts))
-        room = max(1, self.context - max_tokens)
+        room = self.longest - max_tokens
+        if room < 1 and not self.encoder_decoder:
+            raise RequestError(f"expected fewer than {self.longest} tokens to write, all the model reads: {max_tokens}")
+        begin = self.start if start is None else start
         order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
         with Progress("generating", len(prompts), "prompts") as progress:
             for batch in self._batches(order, lambda i: (len(ids[i]) + max_tokens) // 8):
-                rows = [self._prompt(ids[i], room) for i in batch]
+                rows = [self._prompt(ids[i], room, begin) for i in batch]
                 for i, text in zip(batch, self._generate_batch(rows, max_tokens, stop), strict=True):
                     written[i] = text
                 progress.advance(len(batch))
         return written
 
-    def _prompt(self, ids: list[int], room: int) -> list[int]:
-        """The last tokens of a prompt that leave room for what is written; an encoder's ends as it does in training."""
-        if self.encoder_decoder:
-            end = self.tokenizer.eos_token_id
-            return [*ids[: self.context - 1], *([] if end is None else [int(end)])]
-        return ([] if ids and not self.start else [self.prefix_token]) + ids[-room:]
+    def _prompt(self, ids: list[int], room: int, start: bool) -> list[int]:
+        """The last tokens of a prompt that leave room for what is written."""
+        return self._source(ids) if self.encoder_decoder else [*self._before(ids, start), *ids][-room:]
+
+    def _source(self, ids: list[int]) -> list[int]:
+        """What an encoder reads: its end is marked as in training."""
+        end = self.tokenizer.eos_token_id
+        return [*ids[: self.longest - 1], *([] if end is None else [int(end)])]
 
     def _generate_batch(self, rows: list[list[int]], max_tokens: int, stop: Sequence[str]) -> list[str]:
         from transformers import StoppingCriteriaList
@@ -340,12 +369,17 @@ class Scorer:
             do_sample=False,
             num_beams=1,
             pad_token_id=int(pad or 0),
-            eos_token_id=self.tokenizer.eos_token_id,
             stopping_criteria=stops,
+            **self._end(),
         )
         self.tokens_read += made.numel()
         texts = self.tokenizer.batch_decode(made[:, begin:], skip_special_tokens=True)
         return [_before(text, stop) for text in texts]
+
+    def _end(self) -> dict[str, Any]:
+        """The tokenizer's end token, for a model that does not say itself where it ends (it may know several)."""
+        known = self.model.generation_config.eos_token_id is not None
+        return {} if known else {"eos_token_id": self.tokenizer.eos_token_id}
 
     # reading
 
@@ -420,8 +454,23 @@ class _Stop:
 
 def longest_context(config: Any, most: int = 2048) -> int:
     """Tokens a model can read, `most` at most."""
-    found = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    return min([most, *(int(n) for n in found if isinstance(n, int) and n > 0)])
+    return min([most, *_lengths(config)])
+
+
+def most_tokens(config: Any, tokenizer: Any) -> int:
+    """All the tokens that a model can read; where its configuration does not say, as its tokenizer says, else 2048."""
+    said = getattr(tokenizer, "model_max_length", None) or UNLIMITED
+    return min(_lengths(config), default=2048 if said >= UNLIMITED else int(said))
+
+
+def _lengths(config: Any) -> list[int]:
+    found = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")]
+    return [size for size in found if isinstance(size, int) and size > 0]
+
+
+def puts_start(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts its start token before a text by itself."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def can_branch(model: Any) -> bool:

@@ -56,6 +56,9 @@ class TaskSettings(Settings):
     metrics: Annotated[list[str] | None, Field(description="None: accuracy for choices, exact_match for text.")] = None
     shots: Annotated[int, Field(ge=0, description="Solved examples before each prompt.")] = 0
     shots_from: Annotated[Literal["train", "dev"], Field(description="Split the examples come from.")] = "train"
+    shots_seed: Annotated[int | None, Field(description="Examples are drawn with this seed; None: the first ones.")] = (
+        None
+    )
     separator: Annotated[str, Field(description="Between examples.")] = "\n\n"
     max_tokens: Annotated[int, Field(gt=0, description="Tokens to write at most.")] = 64
     stop: Annotated[list[str], Field(description="Writing ends before any of these.")] = ["\n"]
@@ -112,6 +115,10 @@ def make_task(
     for name in ("prompt", "target"):
         if getattr(settings, name) is None and name not in functions:
             raise RequestError(f"{place or settings.name}: expected `{name}`, found none")
+    if settings.shots and settings.shots_from == settings.split:
+        raise RequestError(
+            f"{place or settings.name}: expected shots from another split than {settings.split}, which is measured on"
+        )
     prompt = functions.get("prompt") or _template(settings.prompt or "")
     target = functions.get("target") or _template(settings.target or "")
     task = Task(settings, prompt, _choices(settings, functions), lambda record: _as_list(target(record)))

@@ -22,7 +22,7 @@ from graft.evaluate.results import Results, Row, key_of
 from graft.evaluate.scorer import Scorer
 from graft.evaluate.settings import Measure
 
-VERSION = 2
+VERSION = 3
 """Counted up when the same model and items give other numbers."""
 
 
