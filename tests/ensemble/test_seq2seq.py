@@ -1,5 +1,8 @@
 """Ensembles of encoder-decoders: against brute force over the members, with beams, padding and caches."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from tiny_members import llama, prompts, sharp
@@ -102,6 +105,19 @@ def test_it_is_saved_with_its_members_and_loads_by_the_auto_class(ensemble, tmp_
     before = ensemble.generate(ids, attention_mask=mask, num_beams=2, **PLAIN)
     for loaded in (models.load(tmp_path / "both"), AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "both")):
         assert torch.equal(loaded.generate(ids, attention_mask=mask, num_beams=2, **PLAIN), before)
+
+
+AUTO = """
+import sys, graft
+from transformers import AutoModelForSeq2SeqLM
+print(type(AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1])).__name__)
+"""
+
+
+def test_the_auto_class_knows_it_after_import_graft(ensemble, tmp_path):
+    ensemble.save_pretrained(tmp_path / "both", self_contained=True)
+    done = subprocess.run([sys.executable, "-c", AUTO, str(tmp_path / "both")], capture_output=True, text=True)
+    assert done.stdout.split() == ["EnsembleForSeq2SeqLM"], done.stderr
 
 
 def test_decoders_beside_encoder_decoders_are_refused(members):
