@@ -22,7 +22,7 @@ def register_when_imported() -> None:
 
 
 def _register() -> None:
-    import graft.ensemble.seq2seq  # noqa: F401
+    import graft.ensemble.model  # noqa: F401
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -120,6 +120,12 @@ def test_the_auto_class_knows_it_after_import_graft(ensemble, tmp_path):
     assert done.stdout.split() == ["EnsembleForSeq2SeqLM"], done.stderr
 
 
+@pytest.mark.parametrize("room", ["model", "seq2seq", "show"])
+def test_its_rooms_may_be_imported_in_any_order(room):
+    program = f"import graft.ensemble.{room}; import transformers; import graft.ensemble.model"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
+
+
 def test_decoders_beside_encoder_decoders_are_refused(members):
     with pytest.raises(RequestError, match="encoder-decoders beside decoders"):
         ensemble_of({"translator": members["small"], "writer": llama()})

@@ -427,6 +427,8 @@ def register() -> None:
     """Make the Auto classes of `transformers` know ensembles."""
     AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig, exist_ok=True)
     AutoModelForCausalLM.register(EnsembleConfig, EnsembleForCausalLM, exist_ok=True)
+    # registers its class as it is imported; not above, since its class is made from the one here
+    import graft.ensemble.seq2seq  # noqa: F401
 
 
 register()
