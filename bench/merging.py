@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ import psutil
 import yaml
 
 from _merging_family import WIDTHS, bytes_of, family, files_of
-from _side_by_side import Measured, Side, measure, report
+from _side_by_side import Measured, Side, json_of, measure, report
 
 HERE = Path(__file__).resolve().parent
 MERGEKIT = HERE / ".venv-mergekit" / "bin" / "mergekit-yaml"
@@ -60,6 +57,18 @@ CASES = {
 }
 
 
+WATCH = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+seconds = time.perf_counter() - start
+sys.stderr.buffer.write(done.stderr)
+print(json.dumps({"seconds": seconds, "held": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000}))
+sys.exit(done.returncode)
+"""
+"""Runs a command from a small process: Linux counts the memory of the process that starts another as that one's too."""
+
+
 @dataclass
 class Process:
     """A command run whole. Calling it gives seconds; the most it held in memory (MB, mapped files too) is kept."""
@@ -69,19 +78,11 @@ class Process:
     held: list[float] = field(default_factory=list)
 
     def __call__(self) -> float:
+        """Run it, without what an earlier run wrote."""
         shutil.rmtree(self.out, ignore_errors=True)
-        for part in self.out.parent.glob(f".{self.out.name}*"):
-            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink()
-        start = time.perf_counter()
-        child = subprocess.Popen([str(c) for c in self.command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        assert child.stderr is not None
-        said = child.stderr.read()
-        _, status, usage = os.wait4(child.pid, 0)
-        seconds = time.perf_counter() - start
-        if status != 0:
-            raise SystemExit(f"{shlex.join(map(str, self.command))} failed:\n{said.decode()[-3000:]}")
-        self.held.append(usage.ru_maxrss / 1000)
-        return seconds
+        found = json_of([sys.executable, "-I", "-S", "-c", WATCH, *self.command])
+        self.held.append(found["held"])
+        return found["seconds"]
 
 
 def ours(method: str, case: Case, folders: dict[str, Path], names: Sequence[str], out: Path) -> Process:
@@ -140,7 +141,7 @@ def compare(method: str, size: str, models: int, work: Path, repeats: int, alone
     if not alone:
         made["mergekit 0.1.5"] = theirs(method, case, folders, names, out / "mergekit")
     made["cp"] = copying(case, folders, names, out / "cp")
-    sides: list[Side] = [Side(name, _number(process)) for name, process in made.items()]
+    sides = [Side(name, process) for name, process in made.items()]
     seconds = measure(sides, repeats)
     what = f"merge {method}, {len(names)} models of {size} in bfloat16"
     report(what, seconds, "s")
@@ -149,10 +150,6 @@ def compare(method: str, size: str, models: int, work: Path, repeats: int, alone
         times = seconds[1].median / seconds[0].median
         print(json.dumps({"method": method, "faster": round(times, 2), "goal": case.goal}), file=sys.stderr)
     shutil.rmtree(out)
-
-
-def _number(process: Process) -> Callable[[], float]:
-    return lambda: process()
 
 
 def main() -> None:
