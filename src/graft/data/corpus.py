@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.data import sources
+from graft.data.distinct import Distinct
 from graft.data.settings import FIELDS, SPLITS, DataSettings, Files, HuggingFace, Mixture, Source
 from graft.errors import DataError, UnknownName
 
@@ -72,15 +73,16 @@ class Corpus:
 
     def _placed(self) -> Iterator[tuple[str, Record]]:
         """(split, record) of every record; of exact duplicates only the first is kept, whichever split it is in."""
-        seen: set[int] = set()
+        seen, place = Distinct(), "train"
         given = isinstance(self.settings, Files) and {"dev", "test"} & set(self.settings.groups())
         taken = given or set()
         for split, record in sources.read(self.settings, self.root):
             identity = identity_of(record)
-            if identity not in seen:
-                seen.add(identity)
+            if split != sources.SAME:
                 place = split or _split_of(identity, self.settings, taken)
-                yield from ((place, piece) for piece in _pieces(record, self.settings.pieces))
+            if seen.add(identity):
+                for piece in _pieces(record, self.settings.pieces):
+                    yield place, piece
 
     def _why_empty(self, split: str) -> str:
         documents = sum(1 for _ in self._placed())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import lzma
@@ -65,13 +66,44 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 yield number, text.rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}, line {number}: expected UTF-8 text, found byte 0x{error.object[error.start]:02x}; convert it"
-        ) from None
+        raise _not_utf8(path, number, error) from None
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
-        raise DataError(f"{path}, after line {number}: the compressed file is damaged or cut short ({error})") from None
+        raise _cut_short(path, number, error) from None
 
 
-def read_text(path: Path) -> str:
-    """The whole file as text. Raises DataError as `lines` does."""
-    return "\n".join(line for _, line in lines(path))
+def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> DataError:
+    found = error.object[error.start]
+    return DataError(f"{path}, line {line}: expected UTF-8 text, found byte 0x{found:02x}; convert it")
+
+
+def _cut_short(path: Path, line: int, error: Exception) -> DataError:
+    return DataError(f"{path}, after line {line}: the compressed file is damaged or cut short ({error})")
+
+
+def blocks(path: Path, size: int) -> Iterator[str]:
+    """The text in blocks of about `size` bytes, cut behind a line end where there is one; line ends are made `\\n`.
+
+    A text of less than `size` is one block, without its last line end. Raises DataError as `lines` does.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    held, number = "", 1
+    try:
+        with open_bytes(path) as file:
+            while raw := file.read(size):
+                if b"\0" in raw:
+                    number += raw[: raw.index(b"\0")].count(b"\n")
+                    raise DataError(f"{path}, line {number}: expected text, found binary data")
+                text = held + decoder.decode(raw)
+                number += raw.count(b"\n")
+                end = (text.rfind("\n") + 1 or len(text)) if len(raw) == size else 0
+                held = text[end:]
+                if end:
+                    yield text[:end].replace("\r\n", "\n")
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        number += error.object[: error.start].count(b"\n")
+        raise _not_utf8(path, number, error) from None
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+        raise _cut_short(path, number - 1, error) from None
+    if held:
+        yield held.replace("\r\n", "\n").removesuffix("\n")

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from graft.data.encode import encode, encode_with_places
 from graft.errors import DataError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-VERSION = 2
-"""Counted up when the same record gives other tokens."""
+VERSION = 3
+"""Counted up when the same record gives other tokens, or a stream is kept in another form."""
 
 
 @dataclass(frozen=True)
@@ -51,36 +51,6 @@ def render(records: Sequence[dict[str, Any]], format: str, tokenizer: PreTrained
         yield from _chats([record["messages"] for record in records], tokenizer)
     else:
         yield from _answers(records, tokenizer)
-
-
-def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """Token ids of each text, nothing added, nothing cut off."""
-    return [e.ids for e in uncut(tokenizer).encode_batch_fast(list(texts), add_special_tokens=False)]
-
-
-def encode_with_places(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Token ids [n] of each text and the characters [n, 2] each token stands for, spaces included."""
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_str(uncut(tokenizer).to_str())
-    backend.post_processor = None  # GPT-2's takes the spaces out of a token's place, and with them whole tokens
-    for encoded in backend.encode_batch(list(texts), add_special_tokens=False):
-        yield np.array(encoded.ids, np.int64), np.array(encoded.offsets, np.int64).reshape(-1, 2)
-
-
-def uncut(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """The tokenizer itself, without the truncation and padding that it was saved with or last called with."""
-    from tokenizers import Tokenizer
-
-    backend = tokenizer.backend_tokenizer
-    if backend.truncation is None and backend.padding is None:
-        return backend
-    backend = Tokenizer.from_str(backend.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
 
 
 def _texts(records: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerFast) -> Iterator[Rendered]:

@@ -102,7 +102,10 @@ class TextFiles(Files):
     source: Literal["text"]
     document: Annotated[
         Literal["file", "line", "paragraph"],
-        Field(description="What a document is: a file, a line, or lines up to an empty one."),
+        Field(
+            description="What a document is: a file, a line, or lines up to an empty one. "
+            "One of more than 4 MB comes in parts, all of one split."
+        ),
     ] = "file"
     separator: Annotated[
         str | None, Field(description="Documents end at a line that reads exactly so; goes before `document`.")

@@ -1,6 +1,7 @@
 """From the settings of a source to a stream of records: plain dicts, in a fixed order.
 
-`read(settings, root)` yields `(split, record)`, where split is None for what is to be split by hash.
+`read(settings, root)` yields `(split, record)`, where split is None for what is to be split by hash and SAME for
+the next part of a text too long to be held.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ from graft.errors import DataError
 
 Record = dict[str, Any]
 Tagged = tuple[str | None, Record]
+
+SAME = "same"
+"""In the place of a split: that of the record before, whose text goes on here."""
+MOST = 1 << 22
+"""Bytes of a document in a text file that are held at once; a longer one comes in parts."""
 
 
 def read(settings: kinds.Source, root: Path) -> Iterator[Tagged]:
@@ -118,33 +124,37 @@ def docstrings(code: str) -> Iterator[str]:
 def _text(settings: kinds.TextFiles, root: Path) -> Iterator[Tagged]:
     for split, path in _placed(settings, root):
         empty = True
-        for text in _documents(path, settings):
+        for goes_on, text in _documents(path, settings):
             empty = False
-            yield split, {"text": text}
+            yield (SAME if goes_on and split is None else split), {"text": text}
         if empty:
             raise DataError(f"{path}: expected text, found an empty file")
 
 
-def _documents(path: Path, settings: kinds.TextFiles) -> Iterator[str]:
+def _documents(path: Path, settings: kinds.TextFiles) -> Iterator[tuple[bool, str]]:
+    """(whether it goes on from the text before it, text); a document of more than MOST bytes comes in parts."""
     if settings.separator is None and settings.document == "line":
-        yield from (line for _, line in files.lines(path) if line.strip())
-        return
+        found: Iterator[tuple[bool, str]] = ((False, line) for _, line in files.lines(path))
+    elif settings.separator is None and settings.document == "file":
+        found = ((number > 0, block) for number, block in enumerate(files.blocks(path, MOST)))
+    else:
+        found = _between(files.lines(path), settings.separator)
+    yield from ((goes_on, text) for goes_on, text in found if text.strip())
+
+
+def _between(lines: Iterator[tuple[int, str]], separator: str | None) -> Iterator[tuple[bool, str]]:
+    """What stands between lines that read `separator`, or between empty ones."""
     held: list[str] = []
-    whole = settings.separator is None and settings.document == "file"
-    for _, line in files.lines(path):
-        ends = line == settings.separator if settings.separator is not None else not line.strip()
-        if ends and not whole:
-            yield from _joined(held)
-            held = []
-        else:
+    size, goes_on = 0, False
+    for _, line in lines:
+        ends = line == separator if separator is not None else not line.strip()
+        if ends or size > MOST:
+            yield goes_on, "\n".join(held)
+            held, size, goes_on = [], 0, not ends
+        if not ends:
             held.append(line)
-    yield from _joined(held)
-
-
-def _joined(held: list[str]) -> Iterator[str]:
-    text = "\n".join(held)
-    if text.strip():
-        yield text
+            size += len(line) + 1
+    yield goes_on, "\n".join(held)
 
 
 def _placed(settings: kinds.Files, root: Path) -> Iterator[tuple[str | None, Path]]:

@@ -1,31 +1,39 @@
 """Token streams: a split of a corpus as token ids on disk, made once and memory-mapped, so that memory stays flat.
 
 A stream's folder holds `ids.bin` (uint16 or uint32), `trained.bin` (uint8; absent where all but first tokens are
-trained on), `offsets.npy` (int64 [documents + 1]), `bytes.npy` (int64 [documents]) and `stream.json`.
+trained on), `offsets.bin` (int64 [documents + 1]), `bytes.bin` (int64 [documents]) and `stream.json`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from graft.checkpoint import atomic_folder
 from graft.data import render
 from graft.data.corpus import Corpus, text_of
+from graft.data.encode import uncut
 from graft.errors import DataError
 from graft.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-BATCH_CHARACTERS = 4_000_000
+T = TypeVar("T")
+R = TypeVar("R")
+
+BATCH_CHARACTERS = 1 << 20
 """Text that is tokenised in one call: enough for all cores, little enough to hold."""
+AHEAD = 2
+"""Batches that are being tokenised while another is written and the next is read."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class TokenStream:
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """sha256 of all that decides the tokens of a record."""
     ends = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id]
-    plain = render.uncut(tokenizer).to_str() + json.dumps([ends, tokenizer.chat_template])
+    plain = uncut(tokenizer).to_str() + json.dumps([ends, tokenizer.chat_template])
     return hashlib.sha256(plain.encode()).hexdigest()
 
 
@@ -83,8 +91,8 @@ def open_stream(folder: Path) -> TokenStream:
     trained = folder / "trained.bin"
     return TokenStream(
         _mapped(folder / "ids.bin", facts["dtype"]),
-        np.load(folder / "offsets.npy", mmap_mode="r"),
-        np.load(folder / "bytes.npy", mmap_mode="r"),
+        _mapped(folder / "offsets.bin", "int64"),
+        _mapped(folder / "bytes.bin", "int64"),
         _mapped(trained, "uint8") if trained.exists() else None,
     )
 
@@ -96,31 +104,44 @@ def _mapped(path: Path, dtype: str) -> np.ndarray:
 def _write(corpus: Corpus, split: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
     plain = corpus.format == "text"
-    offsets, sizes = [np.zeros(1, np.int64)], [np.zeros(0, np.int64)]
     total = 0
     with (
         open(folder / "ids.bin", "wb") as ids,
         open(folder / "trained.bin", "wb") as trained,
+        open(folder / "offsets.bin", "wb") as offsets,
+        open(folder / "bytes.bin", "wb") as sizes,
         Progress(f"tokenising {corpus.name}.{split}", None, "tokens") as progress,
     ):
-        for batch in _batches(corpus.records(split)):
-            done = list(render.render(batch, corpus.format, tokenizer))
+        np.zeros(1, np.int64).tofile(offsets)
+        for done in _ahead(
+            lambda batch: list(render.render(batch, corpus.format, tokenizer)), _batches(corpus.records(split))
+        ):
             np.concatenate([r.ids for r in done]).astype(dtype).tofile(ids)
             if not plain:
                 np.concatenate([r.trained for r in done]).astype(np.uint8).tofile(trained)
             ends = total + np.cumsum([len(r.ids) for r in done])
-            offsets.append(ends.astype(np.int64))
-            sizes.append(np.array([r.bytes for r in done], np.int64))
+            ends.astype(np.int64).tofile(offsets)
+            np.array([r.bytes for r in done], np.int64).tofile(sizes)
             progress.advance(int(ends[-1]) - total)
             total = int(ends[-1])
     if total == 0:
         raise DataError(f"{corpus.name}.{split}: expected text, found only empty documents")
     if plain:
         (folder / "trained.bin").unlink()
-    np.save(folder / "offsets.npy", np.concatenate(offsets))
-    np.save(folder / "bytes.npy", np.concatenate(sizes))
     facts = {"name": corpus.name, "split": split, "dtype": dtype, "tokens": total}
     (folder / "stream.json").write_text(json.dumps(facts))
+
+
+def _ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """The results of `work` in order, while threads work on up to AHEAD further items."""
+    with ThreadPoolExecutor(AHEAD) as pool:
+        waiting: deque[Future[R]] = deque()
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _batches(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
