@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 
+from graft.checkpoint import atomic_write
 from graft.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -63,28 +66,41 @@ class Check:
     """Builds the architecture of a folder beside other work, in a process of its own.
 
     `transformers` takes seconds and hundreds of megabytes to import, which a merge has no other use for; where it is
-    imported already, this process does it.
+    imported already, this process does it. What was found stays in `cache`, named by configuration and version.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, cache: Path):
         self.folder = folder
+        made_of = (folder / "config.json").read_bytes() + metadata.version("transformers").encode()
+        self._kept = cache / f"architecture-{hashlib.sha256(made_of).hexdigest()[:32]}.json"
         self._process: subprocess.Popen[str] | None = None
-        if "transformers" not in sys.modules:
+        if not self._kept.exists() and "transformers" not in sys.modules:
             command = [sys.executable, "-m", "graft.merge.architecture", str(folder)]
             self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def found(self) -> Architecture | None:
         """The architecture; waits for it. Raises CheckpointError where the configuration does not build a model."""
-        if self._process is None:
-            return architecture(self.folder)
-        answer, errors = self._process.communicate()
-        if self._process.returncode:
-            reason = (errors.strip().splitlines() or ["no reason given"])[-1]
-            raise CheckpointError(f"{self.folder}: the configuration does not build a model ({reason})")
-        plain = json.loads(answer.splitlines()[-1])
+        if not self._kept.exists():
+            atomic_write(self._kept, self._built())
+        plain = json.loads(self._kept.read_text())
         if plain is None:
             return None
         return Architecture(**plain | {"shapes": {name: tuple(shape) for name, shape in plain["shapes"].items()}})
+
+    def _built(self) -> str:
+        if self._process is None:
+            try:
+                return _plain(self.folder)
+            except Exception as error:  # noqa: BLE001  (whatever a library makes of a wrong configuration)
+                raise self._no_model(str(error)) from error
+        answer, errors = self._process.communicate()
+        if self._process.returncode:
+            raise self._no_model(errors)
+        return answer.splitlines()[-1]
+
+    def _no_model(self, words: str) -> CheckpointError:
+        reason = (words.strip().splitlines() or ["no reason given"])[-1].strip()
+        return CheckpointError(f"{self.folder}: the configuration does not build a model ({reason})")
 
     def close(self) -> None:
         """End the process where it still runs."""
@@ -116,6 +132,10 @@ def verify(made: Architecture | None, shapes: Shapes) -> str:
     return made.name
 
 
+def _plain(folder: Path) -> str:
+    made = architecture(folder)
+    return json.dumps(made and asdict(made))
+
+
 if __name__ == "__main__":
-    built = architecture(Path(sys.argv[1]))
-    print(json.dumps(built and asdict(built)))
+    print(_plain(Path(sys.argv[1])))

@@ -47,7 +47,7 @@ def run(job: Job) -> dict[str, Any]:
     plan = layout(settings, job.models)
     _files_beside(plan, job.models[settings.parents[0]], job.out)
     with ExitStack() as opened:
-        check = Check(job.out)
+        check = Check(job.out, job.cache)
         opened.callback(check.close)
         readers = {name: opened.enter_context(TensorReader(job.models[name])) for name in settings.parents}
         with Workers(1):

@@ -1,0 +1,65 @@
+"""The architecture of an output is built once for a configuration, here or in another process, with the same answer."""
+
+import sys
+
+import pytest
+from small_family import model
+
+from graft.errors import CheckpointError
+from graft.merge import architecture
+from graft.merge.architecture import Check, verify
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model(0).config.save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text(
+        (tmp_path / "m" / "config.json").read_text().replace("{", '{"architectures": ["LlamaForCausalLM"],', 1)
+    )
+    return tmp_path / "m"
+
+
+def checked(folder, cache):
+    cache.mkdir(exist_ok=True)
+    check = Check(folder, cache)
+    try:
+        return check.found()
+    finally:
+        check.close()
+
+
+def test_another_process_finds_what_this_one_finds(folder, tmp_path, monkeypatch):
+    here = checked(folder, tmp_path / "here")
+    monkeypatch.setattr(sys, "modules", {name: m for name, m in sys.modules.items() if name != "transformers"})
+    assert checked(folder, tmp_path / "there") == here
+    assert here.shapes == {name: tuple(value.shape) for name, value in model(0).state_dict().items()}
+
+
+def test_it_is_built_once_for_a_configuration(folder, tmp_path, monkeypatch):
+    first = checked(folder, tmp_path / "cache")
+    monkeypatch.setattr(architecture, "architecture", lambda folder: None)
+    assert checked(folder, tmp_path / "cache") == first
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size": 16', '"hidden_size": 32'))
+    assert checked(folder, tmp_path / "cache") is None
+
+
+def test_a_configuration_that_builds_nothing_is_said(folder, tmp_path):
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size": 16', '"hidden_size": "wide"'))
+    with pytest.raises(CheckpointError, match="the configuration does not build a model"):
+        checked(folder, tmp_path / "cache")
+
+
+def test_what_does_not_fit_is_named(folder, tmp_path):
+    made = checked(folder, tmp_path / "cache")
+    shapes = dict(made.shapes)
+    assert verify(made, shapes) == "LlamaForCausalLM"
+    shapes["model.norm.weight"] = (17,)
+    del shapes["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(CheckpointError) as error:
+        verify(made, shapes)
+    assert str(error.value) == (
+        "the output would not fit LlamaForCausalLM: missing 1: model.layers.1.mlp.up_proj.weight; "
+        "model.norm.weight is [17], expected [16]"
+    )
