@@ -68,6 +68,17 @@ def test_bits_per_byte_is_the_bits_of_all_documents_over_their_bytes(family, set
     assert pair["low"] <= pair["difference"] <= pair["high"]
 
 
+def test_every_pair_is_compared_metric_by_metric(family, sets, tmp_path):
+    folders = {"a": family["llama"], "b": family["gpt2"], "c": family["llama"]}
+    raw = [{"measure": "classification", "on": ["classes.test"], "metrics": ["accuracy", "mcc"]}]
+    rows = [row for row in run(folders, raw, sets, tmp_path) if row["kind"] == "comparison"]
+    assert {(*row["models"], row["metric"]) for row in rows} == {
+        (*pair, metric) for pair in ("ab", "ac", "bc") for metric in ("accuracy", "mcc")
+    }
+    same = next(row for row in rows if row["models"] == ["a", "c"] and row["metric"] == "mcc")
+    assert (same["difference"], same["low"], same["high"], same["p"]) == (0, 0, 0, 1)
+
+
 def test_a_mixture_counts_its_parts_by_their_shares(family, sets, tmp_path):
     rows = run(
         {"llama": family["llama"]},

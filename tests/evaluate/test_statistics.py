@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, norm
 
-from graft.evaluate.statistics import bootstrap, mcnemar, paired_bootstrap, wilson
+from graft.evaluate.statistics import bootstrap, mcnemar, paired, paired_bootstrap, redrawn, wilson
 
 
 def mean_of(values):
@@ -61,6 +61,15 @@ def test_pairing_sees_a_small_steady_difference_that_intervals_hide():
     low, high, p = paired_bootstrap(mean_of(hard + 0.3 + 0.1 * random.normal(size=100)), mean_of(hard), 100, seed=0)
     assert 0 < low < 0.3 < high < 0.5
     assert p < 0.01
+
+
+def test_scores_are_redrawn_alike():
+    random = np.random.default_rng(7)
+    first, second = mean_of(random.normal(size=30)), mean_of(random.normal(size=30))
+    one, two, again = redrawn([first, second, first], 30, seed=0, draws=100)
+    np.testing.assert_array_equal(one, again)
+    np.testing.assert_array_equal(two, redrawn([second], 30, seed=0, draws=100)[0])
+    assert paired(one, two) == paired_bootstrap(first, second, 30, seed=0, draws=100)
 
 
 def test_equal_models_do_not_differ():

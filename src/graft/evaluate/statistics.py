@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -19,25 +19,38 @@ def bootstrap(
     """(low, high) of the percentile bootstrap over items (Efron 1979); of one item nothing is known: (nan, nan)."""
     if items < 2:
         return float("nan"), float("nan")
-    values = np.concatenate([score(counts) for counts in _resamples(items, seed, draws)])
-    low, high = np.nanquantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    return _ends(redrawn([score], items, seed, draws=draws)[0], confidence)
 
 
 def paired_bootstrap(
     first: Score, second: Score, items: int, seed: int, *, draws: int = DRAWS, confidence: float = CONFIDENCE
 ) -> tuple[float, float, float]:
-    """(low, high, p) of first - second, both on the same resampled items (Koehn 2004).
+    """(low, high, p) of first - second, both on the same resampled items; of one item nothing is known."""
+    if items < 2:
+        return float("nan"), float("nan"), float("nan")
+    return paired(*redrawn([first, second], items, seed, draws=draws), confidence=confidence)
+
+
+def redrawn(scores: Sequence[Score], items: int, seed: int, *, draws: int = DRAWS) -> np.ndarray:
+    """[scores, draws]: each score on the same resampled items, which are drawn once for all of them."""
+    blocks = [[score(counts) for score in scores] for counts in _resamples(items, seed, draws)]
+    return np.concatenate(blocks, axis=1)
+
+
+def paired(first: np.ndarray, second: np.ndarray, *, confidence: float = CONFIDENCE) -> tuple[float, float, float]:
+    """(low, high, p) of first - second, two scores `[draws]` on the same resampled items (Koehn 2004).
 
     p is two-sided: twice the share of draws in which the difference does not have the sign that it mostly has, with one
     added to both counts so that it is never zero.
     """
-    if items < 2:
-        return float("nan"), float("nan"), float("nan")
-    differences = np.concatenate([first(c) - second(c) for c in _resamples(items, seed, draws)])
-    low, high = np.nanquantile(differences, [(1 - confidence) / 2, (1 + confidence) / 2])
+    differences = first - second
     below, above = (differences <= 0).sum(), (differences >= 0).sum()
-    return float(low), float(high), float(min(1.0, 2 * (min(below, above) + 1) / (draws + 1)))
+    return *_ends(differences, confidence), float(min(1.0, 2 * (min(below, above) + 1) / (len(differences) + 1)))
+
+
+def _ends(values: np.ndarray, confidence: float) -> tuple[float, float]:
+    low, high = np.nanquantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def _resamples(items: int, seed: int, draws: int) -> Iterator[np.ndarray]:

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -159,30 +160,55 @@ def _resampled(metric: metrics.Metric, sums: np.ndarray) -> statistics.Score:
     return lambda counts: metric.value(counts @ finite)
 
 
+@dataclass(frozen=True)
+class _Redrawn:
+    """What a row is compared by: statistics `[items, k]`, its score on resampled items `[draws]` (None of one item)."""
+
+    sums: np.ndarray
+    scores: np.ndarray | None
+    metric: metrics.Metric
+
+
 def _compared(results: Results, subject: Subject, by_model: Sequence[Sequence[Row]], seed: int) -> list[Row]:
     """Every pair of models, metric by metric, on the same items."""
+    return [row for of_metric in zip(*by_model, strict=True) for row in _pairs(results, subject, of_metric, seed)]
+
+
+def _pairs(results: Results, subject: Subject, of_metric: Sequence[Row], seed: int) -> list[Row]:
+    redrawn: dict[str, _Redrawn] | None = None
     rows = []
-    for first, second in itertools.combinations(by_model, 2):
-        for a, b in zip(first, second, strict=True):
-            key = key_of(first=a["key"], second=b["key"], kind="comparison")
-            row = results.get(key) or _compare(results, subject, a, b, seed, key)
-            rows += [row] if row else []
+    for a, b in itertools.combinations(of_metric, 2):
+        key = key_of(first=a["key"], second=b["key"], kind="comparison")
+        row = results.get(key)
+        if row is None:
+            redrawn = _redrawn(results, subject, of_metric, seed) if redrawn is None else redrawn
+            if a["key"] in redrawn and b["key"] in redrawn:
+                row = _compare(results, a, b, redrawn[a["key"]], redrawn[b["key"]], key)
+        rows += [row] if row else []
     return rows
 
 
-def _compare(results: Results, subject: Subject, a: Row, b: Row, seed: int, key: str) -> Row | None:
-    first, second = results.read_items(a), results.read_items(b)
-    if first is None or second is None or first[0] != second[0]:
-        return None
-    if a["value"] is None or b["value"] is None:
-        return None
-    metric = _metric_of(subject, a["metric"], first[1])
+def _redrawn(results: Results, subject: Subject, rows: Sequence[Row], seed: int) -> dict[str, _Redrawn]:
+    """Rows that have a value and the same items, resampled alike, by their keys."""
+    read = {row["key"]: results.read_items(row) for row in rows if row["value"] is not None}
+    whole = {key: items for key, items in read.items() if items is not None}
+    if not whole:
+        return {}
+    ids = next(iter(whole.values()))[0]
+    same = {key: sums for key, (own, sums) in whole.items() if own == ids}
+    metric = _metric_of(subject, rows[0]["metric"], next(iter(same.values())))
+    scores = [_resampled(metric, sums) for sums in same.values()]
+    drawn = statistics.redrawn(scores, len(ids), seed) if len(ids) > 1 else [None] * len(same)
+    return {key: _Redrawn(sums, drew, metric) for (key, sums), drew in zip(same.items(), drawn, strict=True)}
+
+
+def _compare(results: Results, a: Row, b: Row, first: _Redrawn, second: _Redrawn, key: str) -> Row:
+    low = high = p = float("nan")
+    if first.scores is not None and second.scores is not None:
+        low, high, p = statistics.paired(first.scores, second.scores)
     test = "paired bootstrap"
-    low, high, p = statistics.paired_bootstrap(
-        _resampled(metric, first[1]), _resampled(metric, second[1]), a["n"], seed
-    )
-    if metric.proportion:
-        test, p = "McNemar, exact", statistics.mcnemar(first[1][:, 0] > 0.5, second[1][:, 0] > 0.5)
+    if first.metric.proportion:
+        test, p = "McNemar, exact", statistics.mcnemar(first.sums[:, 0] > 0.5, second.sums[:, 0] > 0.5)
     return results.append(
         {
             "kind": "comparison",
