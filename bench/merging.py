@@ -78,8 +78,9 @@ class Process:
     held: list[float] = field(default_factory=list)
 
     def __call__(self) -> float:
-        """Run it, without what an earlier run wrote."""
-        shutil.rmtree(self.out, ignore_errors=True)
+        """Run it, without anything that an earlier run wrote or kept."""
+        for left in (self.out, self.out.parent / ".graft"):
+            shutil.rmtree(left, ignore_errors=True)
         found = json_of([sys.executable, "-I", "-S", "-c", WATCH, *self.command])
         self.held.append(found["held"])
         return found["seconds"]

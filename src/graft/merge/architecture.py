@@ -91,7 +91,8 @@ class Check:
         if self._process is None:
             try:
                 return _plain(self.folder)
-            except Exception as error:  # noqa: BLE001  (whatever a library makes of a wrong configuration)
+            # whatever a library makes of a wrong configuration
+            except Exception as error:
                 raise self._no_model(str(error)) from error
         answer, errors = self._process.communicate()
         if self._process.returncode:
