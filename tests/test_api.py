@@ -58,8 +58,8 @@ def test_a_tree_names_ancestors_that_are_gone(tmp_path, growing):
 
 def test_one_node_is_cached_and_remade_by_the_same_rules_as_in_a_run(tmp_path, growing):
     journal = tmp_path / "journal"
-    for steps, lines in ((2, 2), (2, 2), (3, 5)):
-        make_one("grow", tmp_path / "a", {"steps": steps, "journal": str(journal)})
+    for steps, lines, force in ((2, 2, False), (2, 2, False), (3, 5, True)):
+        make_one("grow", tmp_path / "a", {"steps": steps, "journal": str(journal)}, force=force)
         assert len(journal.read_text().splitlines()) == lines
     make_one("grow", tmp_path / "a", {"steps": 3, "journal": str(journal)}, force=True)
     assert len(journal.read_text().splitlines()) == 8
@@ -80,6 +80,23 @@ def test_one_node_refuses_what_is_not_there_and_what_it_would_overwrite(tmp_path
     make_one("grow", tmp_path / "d", {"kind": "decoder"})
     with pytest.raises(RecipeError, match="parents of one kind"):
         make_one("grow", tmp_path / "both", {"parents": [str(tmp_path / "d"), str(tmp_path / "e")]})
+
+
+def test_a_model_that_was_made_otherwise_is_replaced_only_when_told_to(tmp_path, growing):
+    folder = make_one("grow", tmp_path / "a", {}, seed=0)
+    before = read_manifest(folder)
+    with pytest.raises(RequestError, match="say --force to replace it"):
+        make_one("grow", folder, {}, seed=1)
+    assert read_manifest(folder) == before
+    make_one("grow", folder, {}, seed=1, force=True)
+    assert read_manifest(folder).seed == 1
+
+
+def test_measuring_a_folder_that_is_not_there_is_a_wrong_request(tmp_path):
+    library = {"source": "python-library", "packages": ["json"], "splits": {"test": 0.5}}
+    measures = [{"measure": "bits_per_byte", "on": ["d.test"]}]
+    with pytest.raises(RequestError, match=r"expected a model's folder with config.json"):
+        graft.evaluate([tmp_path / "nobody"], measures, data_sets={"d": library}, out=tmp_path)
 
 
 def test_a_data_file_is_known_by_its_suffix(tmp_path):

@@ -131,7 +131,11 @@ def _hash_tensor(reader: TensorReader, name: str, piece: int = 1 << 22) -> bytes
 
 
 def hash_model(folder: Path) -> str:
-    """Hash of what a model computes: its weights; for an ensemble its configuration (with members' hashes)."""
+    """Hash of what a model computes: its weights; for an ensemble its configuration (with members' hashes).
+
+    Raises RequestError where the folder holds no model.
+    """
+    read_config(folder)
     if (Path(folder) / "model.safetensors").exists() or (Path(folder) / "model.safetensors.index.json").exists():
         return hash_weights(folder)
     return hash_file(Path(folder) / "config.json")

@@ -46,8 +46,9 @@ def make_one(
 ) -> Path:
     """Make one model in the folder `out` and return it; nothing is done where it is there already.
 
-    Models in `settings` are folders; data sets are names of `data` (settings as in a recipe), or files. Raises
-    RequestError for what is wrong with the request and RunError for what goes wrong while it runs.
+    Models in `settings` are folders; data sets are names of `data` (settings as in a recipe), or files. A model that
+    was made otherwise is replaced only with `force`. Raises RequestError for what is wrong with the request and
+    RunError for what goes wrong while it runs.
     """
     target = Path(out)
     recipe = one_node(verb, target.name, settings, data=data or {}, seed=seed, root=Path(root))
@@ -56,6 +57,11 @@ def make_one(
         plan = make_plan(recipe, places, force=[target.name] if force else [])
         if target.exists() and plan.steps[target.name].state == "run" and not (target / "graft.json").is_file():
             raise RequestError(f"{target} is there already and was not made by graft: choose another folder")
+        if target.exists() and plan.steps[target.name].state == "run" and not force:
+            raise RequestError(
+                f"{target} holds a model that was made otherwise (other settings, data or parents): choose another "
+                "folder, or say --force to replace it"
+            )
         execute(plan, Here(), device=device)
     return target
 
