@@ -49,8 +49,7 @@ def ours(steps: int, batch: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         out, scratch = Path(folder) / "out", Path(folder) / "scratch"
         train(model(), rows, NextToken(), settings, out, scratch=scratch, seed=0)
-    clock.tick()
-    # the first step, from its forward pass to the next one's, warms up
+    # a tick is the start of a step: the first step warms up, and what comes after the last start is not a whole step
     clock.stamps.pop(0)
     return clock.rate(batch)
 
@@ -61,6 +60,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ours", action="store_true", help="one run of ours, for the script itself")
+    parser.add_argument("--bare-only", action="store_true", help="leave Trainer and SFTTrainer out")
     given = parser.parse_args()
     if given.ours:
         print(json.dumps({"tokens_per_s": ours(given.steps, given.batch)}))
@@ -74,12 +74,20 @@ def main() -> None:
     sides = [
         side("graft", sys.executable, __file__, "--ours", "--steps", size[0], "--batch", size[1]),
         side("bare PyTorch", sys.executable, peer, "bare", *size),
-        side(f"transformers.Trainer {version('transformers')}", PEER, peer, "trainer", *size),
-        side(f"trl.SFTTrainer {version('trl')}", PEER, peer, "sft", *size),
     ]
+    if not given.bare_only:
+        sides += [
+            side(f"transformers.Trainer {version('transformers')}", PEER, peer, "trainer", *size),
+            side(f"trl.SFTTrainer {version('trl')}", PEER, peer, "sft", *size),
+        ]
     parameters = sum(p.numel() for p in model().parameters()) / 1e6
     what = f"training, Llama {parameters:.1f}M, length 512, batch {given.batch}, fp32"
-    report(what, measure(sides, given.repeats, warmup=1), "tokens/s", ["graft", "torch", "transformers", "accelerate"])
+    report(
+        what,
+        measure(sides, given.repeats, warmup=0 if given.bare_only else 1),
+        "tokens/s",
+        ["graft", "torch", "transformers", "accelerate"],
+    )
 
 
 def version(package: str) -> str:
