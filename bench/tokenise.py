@@ -1,7 +1,7 @@
 """Tokenising a corpus beside `tokenizers` called directly with all cores, and the memory of a large file.
 
     python bench/tokenise.py [--megabytes 20] [--repeats 5]
-    python bench/tokenise.py --memory [--megabytes 1000]
+    python bench/tokenise.py --memory [--megabytes 1000] [--document file|paragraph|line]
 
 Theirs: `encode_batch_fast` over all documents at once, ids thrown away. Ours: reading the file, removing duplicates,
 splitting, tokenising, and writing the memory-mapped stream. Every run is a process of its own; start-up is not counted.
@@ -45,19 +45,19 @@ def make_tokenizer(folder: Path) -> None:
     train_tokenizer(data.open_corpus({"c": raw}, "c", folder), "bpe", 8000).save_pretrained(folder / "tokenizer")
 
 
-def ours(folder: Path, text: Path) -> dict[str, float]:
+def ours(folder: Path, text: Path, document: str) -> dict[str, float]:
     from graft import data, models
     from graft.data.stream import tokenize
 
     tokenizer = models.load_tokenizer(folder / "tokenizer")
-    raw = {"source": "text", "document": "paragraph", "path": str(text), "splits": {"dev": 0, "test": 0}}
+    raw = {"source": "text", "document": document, "path": str(text), "splits": {"dev": 0, "test": 0}}
     corpus = data.open_corpus({"c": data.parse(raw)}, "c", folder)
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         start = time.perf_counter()
         stream = tokenize(corpus, "train", tokenizer, Path(cache))
         seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"seconds": seconds, "peak_GiB": peak, "tokens": len(stream.ids)}
+    return {"seconds": seconds, "peak_GiB": peak, "tokens": len(stream.ids), "documents": stream.documents}
 
 
 def theirs(folder: Path, text: Path) -> dict[str, float]:
@@ -76,11 +76,13 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory", action="store_true", help="peak memory of ours on a file of so many megabytes")
+    parser.add_argument("--document", choices=["file", "paragraph", "line"], default="paragraph", help="with --memory")
     parser.add_argument("--one", nargs=3, metavar=("SIDE", "FOLDER", "TEXT"), help="one run, for the script itself")
     given = parser.parse_args()
     if given.one:
-        side, folder, text = given.one
-        print(json.dumps((ours if side == "ours" else theirs)(Path(folder), Path(text))))
+        side, *places = given.one
+        folder, text = map(Path, places)
+        print(json.dumps(ours(folder, text, given.document) if side == "ours" else theirs(folder, text)))
         return
     with tempfile.TemporaryDirectory() as place:
         folder, text = Path(place), Path(place) / "text.txt"
@@ -88,9 +90,10 @@ def main() -> None:
         make_text(text, given.megabytes)
         one = [sys.executable, __file__, "--one"]
         if given.memory:
-            peak = Side("graft", lambda: json_of([*one, "ours", folder, text])["peak_GiB"])
+            kind = ["--document", given.document]
+            peak = Side("graft", lambda: json_of([*one, "ours", folder, text, *kind])["peak_GiB"])
             report(
-                f"peak memory, tokenising {given.megabytes} MB",
+                f"peak memory, tokenising one file of {given.megabytes} MB, a document a {given.document}",
                 measure([peak], 1, warmup=0),
                 "GiB",
                 ["graft", "tokenizers"],
