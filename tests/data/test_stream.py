@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from graft import data
-from graft.data.render import assistant_spans, render
+from graft.data.render import render
 from graft.data.stream import tokenize, tokenizer_hash
 from graft.errors import DataError
 
@@ -46,65 +46,6 @@ def test_of_a_prompt_with_an_answer_the_answer_is_trained_on(letters, format, re
     assert trained_text(found, letters) == trained
 
 
-CHAT = [
-    {"role": "system", "content": "be kind"},
-    {"role": "user", "content": "hi"},
-    {"role": "assistant", "content": "hello"},
-    {"role": "user", "content": "bye"},
-    {"role": "assistant", "content": "see you"},
-]
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-LLAMA2 = (
-    "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
-    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + ' </s>' }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
-)
-
-
-@pytest.mark.parametrize(
-    ("template", "said"),
-    [
-        (None, ["hello</s>\n", "see you</s>\n"]),
-        (CHATML, ["hello<|im_end|>\n", "see you<|im_end|>\n"]),
-        (LLAMA2, [" hello </s>", " see you </s>"]),
-    ],
-)
-def test_of_a_chat_only_what_the_assistant_says_is_trained_on(letters, template, said):
-    from copy import deepcopy
-
-    tokenizer = deepcopy(letters)
-    tokenizer.chat_template = template or letters.chat_template
-    text = tokenizer.apply_chat_template(CHAT, tokenize=False)
-    spans = assistant_spans(CHAT, tokenizer)
-    assert [text[a:b] for a, b in spans] == said
-    (found,) = render([{"messages": CHAT}], "chat", tokenizer)
-    assert letters.decode(found.ids) == text
-    assert trained_text(found, letters) == "".join(said)
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused(letters):
-    from copy import deepcopy
-
-    tokenizer = deepcopy(letters)
-    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(DataError, match="changes earlier turns"):
-        assistant_spans(CHAT, tokenizer)
-
-
-def test_spaces_that_the_assistant_says_are_trained_on_whatever_a_tokenizer_says_of_their_place(letters):
-    from copy import deepcopy
-
-    from tokenizers import processors
-
-    tokenizer = deepcopy(letters)
-    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    chat = [{"role": "user", "content": "a  b"}, {"role": "assistant", "content": "if x:\n    y"}]
-    (found,) = render([{"messages": chat}], "chat", tokenizer)
-    assert trained_text(found, letters) == "if x:\n    y</s>\n"
-
-
 def test_a_tokenizer_that_cuts_and_pads_gives_every_token_and_no_more(letters):
     from copy import deepcopy
 
@@ -114,8 +55,9 @@ def test_a_tokenizer_that_cuts_and_pads_gives_every_token_and_no_more(letters):
     tokenizer.backend_tokenizer.enable_padding()
     found = list(render([{"text": "a" * 20}, {"text": "b"}], "text", tokenizer))
     assert [len(r.ids) for r in found] == [22, 3]
-    (chat,) = render([{"messages": CHAT}], "chat", tokenizer)
-    assert letters.decode(chat.ids) == letters.apply_chat_template(CHAT, tokenize=False)
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    (chat,) = render([{"messages": talk}], "chat", tokenizer)
+    assert letters.decode(chat.ids) == letters.apply_chat_template(talk, tokenize=False)
     assert tokenizer_hash(tokenizer) == before
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from graft.data.chat import assistant_spans, chat_text
 from graft.data.encode import encode, encode_with_places
 from graft.errors import DataError
 
@@ -72,9 +73,7 @@ def _answers(records: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerFa
 
 
 def _chats(chats: Sequence[list[dict[str, str]]], tokenizer: PreTrainedTokenizerFast) -> Iterator[Rendered]:
-    if not tokenizer.chat_template:
-        raise DataError("chat data needs a tokenizer with a chat template; this one has none")
-    texts = [str(tokenizer.apply_chat_template(messages, tokenize=False)) for messages in chats]
+    texts = [chat_text(messages, tokenizer) for messages in chats]
     for messages, text, (ids, places) in zip(chats, texts, encode_with_places(texts, tokenizer), strict=True):
         spans = assistant_spans(messages, tokenizer)
         starts, ends = places.T
@@ -83,29 +82,6 @@ def _chats(chats: Sequence[list[dict[str, str]]], tokenizer: PreTrainedTokenizer
             trained |= (starts >= first) & (ends <= last) & (ends > starts)
         trained[:1] = False
         yield Rendered(ids, trained, sum(len(text[first:last].encode()) for first, last in spans))
-
-
-def assistant_spans(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> list[tuple[int, int]]:
-    """(first, last) characters of what the assistant says in the rendered chat, its end-of-turn mark included.
-
-    Found by rendering the chat up to each turn, so it needs no marks in the template. Raises DataError for a template
-    whose shorter chats are no prefixes of longer ones.
-    """
-    whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    spans = []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = str(tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True))
-        after = str(tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False))
-        after = after if whole.startswith(after) else after.rstrip()
-        if not (after.startswith(before) and whole.startswith(after)):
-            raise DataError(
-                f"the chat template changes earlier turns when turn {turn + 1} is added, so what the assistant says "
-                "cannot be told apart; use a template that only appends"
-            )
-        spans.append((len(before), len(after)))
-    return spans
 
 
 def _ends(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
