@@ -124,7 +124,7 @@ for size in ("small", "large"):
 @pytest.mark.slow
 def test_memory_stays_flat_when_the_corpus_grows(letters, tmp_path):
     letters.save_pretrained(tmp_path / "tokenizer")
-    for size, megabytes in (("small", 1), ("large", 4)):
+    for size, megabytes in (("small", 1), ("large", 12)):
         paragraphs = (f"paragraph {n} " + "of some text " * 75 + "\n\n" for n in range(megabytes * 1000))
         (tmp_path / f"{size}.txt").write_text("".join(paragraphs))
     made = subprocess.run(
@@ -132,11 +132,11 @@ def test_memory_stays_flat_when_the_corpus_grows(letters, tmp_path):
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "RAYON_NUM_THREADS": "1"},
+        env={**os.environ, "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     )
     small, large = (int(line) / 1024 for line in made.stdout.split())
-    # 3 MB more text, 6 MB of tokens: they go to the disk; per document its hash stays
-    assert large - small < 4
+    # 11 MB more text and 22 MB of tokens would be 33 MB if they were held; the allocator's slack varies
+    assert large - small < 25
 
 
 MAKE = """
