@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,11 +40,27 @@ AT_ONCE = 2
 """Tensors worked on at the same time, so that no core waits for the last piece of one."""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What a method that looks at models or data before the merge found out (its `prepare(job, settings)`)."""
+
+    settings: MergeSettings
+    """What is then merged: its `method` may be another one, its models fewer."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """For the manifest."""
+    survey: Any = None
+    """Handed to the rule as `tensors.survey`."""
+
+
 def run(job: Job) -> dict[str, Any]:
     """Write the merged model's folder into `job.out`; returns the notes for the manifest."""
     settings = job.settings
     assert isinstance(settings, MergeSettings)
+    chosen = method("graft.merge", settings.method)
+    prepared = chosen.prepare(job, settings) if hasattr(chosen, "prepare") else Prepared(settings)
+    settings = prepared.settings
     plan = layout(settings, job.models)
+    plan.notes.update(prepared.notes)
     _files_beside(plan, job.models[settings.parents[0]], job.out)
     with ExitStack() as opened:
         check = Check(job.out, job.cache)
@@ -59,7 +75,7 @@ def run(job: Job) -> dict[str, Any]:
         journal = opened.enter_context(Journal(job.scratch / "finished", what, job.out))
         # opened last and so closed first: no thread works on files that are closed
         workers = opened.enter_context(Workers())
-        stream(settings, job.seed, plan, readers, writer, journal, workers)
+        stream(settings, job.seed, plan, readers, writer, journal, workers, prepared.survey)
         plan.notes["verified_as"] = verify(check.found(), {n: shape for n, (_, shape) in plan.tensors.items()})
     return {"notes": plan.notes, "forced": forced}
 
@@ -72,14 +88,17 @@ def stream(
     writer: TensorWriter,
     journal: Journal,
     workers: Workers,
+    survey: Any = None,
 ) -> None:
-    """Make every tensor that the journal does not know yet."""
+    """Make every tensor that the journal does not know yet. `survey` is what the method found out beforehand."""
     chosen = method("graft.merge", settings.method)
     every = {name: _tensors(name, plan, settings, readers, workers, seed, chosen) for name in plan.tensors}
     floats = {name: tensors for name, tensors in every.items() if plan.tensors[name][0] in FLOATS}
     if hasattr(chosen, "survey"):
         found = chosen.survey(list(floats.values()), settings)
         floats = {name: replace(tensors, survey=found) for name, tensors in floats.items()}
+    elif survey is not None:
+        floats = {name: replace(tensors, survey=survey) for name, tensors in floats.items()}
     made = [name for name in plan.tensors if name not in journal.finished]
 
     def one(name: str) -> int:
