@@ -97,9 +97,9 @@ def model_class(config: PretrainedConfig) -> Any:
     if own is not None:
         return own
     if config.model_type == "graft_ensemble":
-        from graft.ensemble.model import EnsembleForCausalLM
+        from graft.ensemble.model import ensemble_class
 
-        return EnsembleForCausalLM
+        return ensemble_class(config)  # type: ignore[arg-type]
     if config.is_encoder_decoder:
         return transformers.AutoModelForSeq2SeqLM
     return transformers.AutoModelForCausalLM

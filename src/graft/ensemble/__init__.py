@@ -12,10 +12,15 @@ from graft.settings import Settings, parse
 from graft.verb import Estimate, Facts, Job, Verb
 
 ROOMS = (
+    "base",
+    "caches",
+    "causal",
+    "configuration",
     "contributions",
     "diversity",
     "fitting",
     "gate",
+    "members",
     "model",
     "reading",
     "seq2seq",

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, GenerationMixin
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
+from graft.ensemble.base import Ensemble
+from graft.ensemble.caches import CacheView
+from graft.ensemble.configuration import EnsembleConfig
 from graft.ensemble.gate import features
-from graft.ensemble.model import CacheView, EnsembleConfig, EnsembleForCausalLM
 from graft.errors import RequestError
 
 
@@ -35,7 +37,7 @@ class Encoders(nn.Module):
         return BaseModelOutput(last_hidden_state=torch.cat([state.float() for state in states], -1))
 
 
-class EnsembleForSeq2SeqLM(EnsembleForCausalLM):
+class EnsembleForSeq2SeqLM(Ensemble, GenerationMixin):
     """Encoder-decoder members whose log-probabilities are combined at every token of the target."""
 
     def get_encoder(self, modality: str | None = None) -> Encoders:
@@ -46,7 +48,7 @@ class EnsembleForSeq2SeqLM(EnsembleForCausalLM):
         """Refused: a draft needs decoders."""
         raise RequestError("speculation needs decoders, found encoder-decoder members: use generate")
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from graft import models
+from graft.ensemble.causal import EnsembleForCausalLM
 from graft.ensemble.gate import features
-from graft.ensemble.model import EnsembleForCausalLM
 from graft.errors import RequestError
 from graft.evaluate.scorer import Scorer
 

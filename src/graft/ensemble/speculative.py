@@ -18,7 +18,7 @@ from graft.ensemble.gate import features
 from graft.errors import RequestError
 
 if TYPE_CHECKING:
-    from graft.ensemble.model import EnsembleForCausalLM
+    from graft.ensemble.causal import EnsembleForCausalLM
 
 MOST = 16
 """Tokens that are drafted at once at most."""

@@ -128,7 +128,8 @@ def _write_union(job: Job, settings: EnsembleSettings) -> dict[str, Any]:
 
 def _write(job: Job, settings: EnsembleSettings, weights: list[float], gate: Any = None) -> None:
     from graft.checkpoint import atomic_write
-    from graft.ensemble.model import EnsembleConfig, member_entry
+    from graft.ensemble.configuration import EnsembleConfig
+    from graft.ensemble.members import member_entry
 
     seen_from = job.target or job.out
     entries = []

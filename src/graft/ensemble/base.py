@@ -1,0 +1,148 @@
+"""What all ensembles are: members, a rule, weights, and a folder that names or contains the members."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from graft import lineage, models
+from graft.ensemble.configuration import EnsembleConfig, context_of, kind_of, layers_of, spans_of
+from graft.ensemble.gate import Gate
+from graft.ensemble.members import fresh, load_member
+from graft.ensemble.union import Union, union_of
+from graft.errors import RequestError, RunError
+from graft.methods import method
+from graft.settings import parse
+
+
+class Ensemble(PreTrainedModel):
+    """Members whose predictions are combined by a rule of this folder."""
+
+    config_class = EnsembleConfig
+    base_model_prefix = "members"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(
+        self, config: EnsembleConfig, members: Sequence[PreTrainedModel] | None = None, union: Union | None = None
+    ):
+        super().__init__(config)
+        if (config.vocabulary == "union") != (union is not None):
+            raise RequestError("an ensemble over a union of vocabularies is loaded with its members' tokenizers")
+        self.union = union
+        made = members if members is not None else [fresh(entry["config"]) for entry in config.members]
+        self.members = nn.ModuleList(made)
+        self.folder: Path | None = None
+        rule = method("graft.ensemble", config.combine)
+        self.combine, self.options = rule.combine, parse(rule.Settings, config.options)
+        self.active = [place for place, weight in enumerate(config.weights) if weight]
+        self.weights = torch.tensor([config.weights[place] for place in self.active], dtype=torch.float32)
+        self.gate = Gate.from_plain(config.gate) if config.gate else None
+        self.spans = spans_of(layers_of(config.members, config.weights))
+        self.limits = [context_of(entry["config"]) for entry in config.members]
+        self.takes = [set(inspect.signature(type(member).forward).parameters) for member in made]
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Members come with their weights."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The first member's."""
+        return self.members[0].get_input_embeddings()  # type: ignore[operator]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first member is."""
+        return next(self.members[0].parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Log-probabilities are float32, whatever the members compute in."""
+        return torch.float32
+
+    def _check_outputs(self, mixed: torch.Tensor, log_probs: Sequence[torch.Tensor], mask: torch.Tensor | None) -> None:
+        """NaN in a logit makes the whole distribution NaN: looking at one token of the vocabulary is enough."""
+        bad = mixed[..., 0].isnan()
+        if mask is not None and mask.dim() == 2 and mask.shape[-1] >= bad.shape[-1] and mask.device == bad.device:
+            bad = bad & mask[:, -bad.shape[-1] :].bool()
+        if not bad.any():
+            return
+        for place, log_prob in zip(self.active, log_probs, strict=True):
+            if log_prob[..., 0][bad].isnan().any():
+                entry = self.config.members[place]
+                raise RunError(f"member {entry['name']!r} ({entry['path']}) gives NaN logits: check its weights")
+        raise RunError(
+            f"{self.config.combine}: no token is possible for every member: use linear, which needs only one"
+        )
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike, *, self_contained: bool = False, **kwargs: Any
+    ) -> None:
+        """Write the configuration, which names the members relatively; `self_contained` copies them into the folder.
+
+        Raises RequestError for an ensemble made of models that lie in no folder, unless `self_contained` writes them.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = EnsembleConfig.from_dict(self.config.to_dict())
+        entries = []
+        for entry, member in zip(self.config.members, self.members, strict=True):
+            entries.append(self._placed(entry, member, folder, self_contained))
+        config.members = entries
+        config.gate = self.gate.plain() if self.gate is not None else None
+        config.save_pretrained(folder)
+        self.generation_config.save_pretrained(folder)
+
+    def _placed(self, entry: dict[str, Any], member: Any, folder: Path, self_contained: bool) -> dict[str, Any]:
+        """The entry of a member as seen from `folder`."""
+        source = (self.folder or Path()) / entry["path"] if entry["path"] else None
+        if self_contained:
+            inside = folder / "members" / entry["name"]
+            if source is not None and source.is_dir():
+                shutil.copytree(source, inside, dirs_exist_ok=True)
+            else:
+                nested = {"self_contained": True} if isinstance(member, Ensemble) else {}
+                member.save_pretrained(inside, **nested)
+            return {**entry, "path": f"members/{entry['name']}", "hash": lineage.hash_model(inside)}
+        if source is None:
+            raise RequestError(f"member {entry['name']!r} lies in no folder: save it first, or use self_contained=True")
+        return {**entry, "path": os.path.relpath(source.resolve(), folder.resolve())}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *_: Any, **kwargs: Any) -> Any:
+        """The ensemble of a folder, its members loaded each by its own class.
+
+        Raises CheckpointError where a member is missing or is no longer what the ensemble was made of, RequestError for
+        an ensemble of another kind of members.
+        """
+        refused = [name for name in ("device_map", "quantization_config") if kwargs.get(name) is not None]
+        if refused:
+            raise RequestError(f"an ensemble cannot honour {', '.join(refused)}: load it and move its members")
+        folder = Path(pretrained_model_name_or_path)
+        config = kwargs.get("config") or EnsembleConfig.from_pretrained(folder)
+        found = f"EnsembleFor{kind_of([entry['config'] for entry in config.members])}"
+        if found != cls.__name__:
+            raise RequestError(
+                f"{folder}: expected an {cls.__name__}, found an {config.architectures[0]}: use its class"
+            )
+        wanted = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        dtype = None if wanted in (None, "auto") else wanted
+        members = [load_member(entry, folder, dtype) for entry in config.members]
+        union = None
+        if config.vocabulary == "union":
+            union = union_of([models.load_tokenizer(folder / entry["path"]) for entry in config.members])
+        model = cls(config, members, union).eval()
+        model.folder = folder.resolve()
+        if (folder / "generation_config.json").exists():
+            model.generation_config = type(model.generation_config).from_pretrained(folder)
+        if kwargs.get("output_loading_info"):
+            return model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        return model

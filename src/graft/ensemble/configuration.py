@@ -1,0 +1,108 @@
+"""The configuration of an ensemble: its members' own, and what `transformers` asks of the whole.
+
+It reports the sum of the members' layers, so that `generate` makes one cache with all members' layers end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from graft.errors import RequestError
+
+
+class EnsembleConfig(PretrainedConfig):
+    """`members`: name, path (relative to the ensemble's folder), hash and configuration of each; `combine`: the rule,
+    `options`: its settings; `weights`: one for each member. A member whose weight is zero is never run. `gate`: weights
+    that follow the context; `weights` are then what it gave on average. `vocabulary`: `same`, or `union` of the
+    members' token strings (`vocab_size` of them). `draft`: the member that drafts where the ensemble speculates."""
+
+    model_type = "graft_ensemble"
+
+    def __init__(
+        self,
+        members: Sequence[dict[str, Any]] = (),
+        combine: str = "linear",
+        weights: Sequence[float] = (),
+        options: dict[str, Any] | None = None,
+        gate: dict[str, Any] | None = None,
+        vocabulary: str = "same",
+        vocab_size: int | None = None,
+        draft: str | None = None,
+        **kwargs: Any,
+    ):
+        self.members = list(members)
+        self.combine, self.options = combine, dict(options or {})
+        self.weights = [float(weight) for weight in weights]
+        self.gate, self.draft = gate, draft
+        configs = [entry["config"] for entry in self.members]
+        self.vocabulary = vocabulary
+        smallest = min((int(c["vocab_size"]) for c in configs), default=0)
+        self.vocab_size = vocab_size if vocab_size and vocabulary == "union" else smallest
+        self.num_hidden_layers = sum(layers_of(self.members, self.weights))
+        self.layer_types = ["full_attention"] * self.num_hidden_layers
+        longest = [n for n in map(context_of, configs) if n]
+        self.max_position_embeddings = min(longest, default=None)
+        self.hidden_size = max((_first(c, "hidden_size", "n_embd", "d_model") or 0 for c in configs), default=0)
+        self.num_attention_heads = max(
+            (_first(c, "num_attention_heads", "n_head", "n_heads") or 0 for c in configs), default=0
+        )
+        kind = kind_of(configs)
+        kwargs.setdefault("architectures", [f"EnsembleFor{kind}"])
+        kwargs["is_encoder_decoder"] = kind == "Seq2SeqLM"
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+            kwargs.setdefault(name, configs[0].get(name) if configs else None)
+        kwargs["tie_word_embeddings"] = False
+        super().__init__(**kwargs)
+
+
+def kind_of(configs: Sequence[dict[str, Any]]) -> str:
+    """What an ensemble of such members is: `CausalLM` or `Seq2SeqLM`, as `transformers` names it.
+
+    Raises RequestError for encoder-decoders mixed with decoders.
+    """
+    kinds = {bool(config.get("is_encoder_decoder")) for config in configs}
+    if len(kinds) > 1:
+        raise RequestError("expected members of one kind, found encoder-decoders beside decoders: leave one kind out")
+    return "Seq2SeqLM" if kinds == {True} else "CausalLM"
+
+
+def _first(config: dict[str, Any], *names: str) -> int | None:
+    return next((int(config[name]) for name in names if config.get(name)), None)
+
+
+def layers_of(members: Sequence[dict[str, Any]], weights: Sequence[float]) -> list[int]:
+    """Layers that each member has in the common cache: none where its weight is zero."""
+    return [_layers(entry["config"]) if weight else 0 for entry, weight in zip(members, weights, strict=True)]
+
+
+def _layers(config: dict[str, Any]) -> int:
+    if config.get("model_type") == EnsembleConfig.model_type:
+        return sum(layers_of(config["members"], config["weights"]))
+    decoders = ("num_decoder_layers", "decoder_layers") if config.get("is_encoder_decoder") else ()
+    found = _first(config, *decoders, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    if found is None:
+        raise RequestError(
+            f"a member of type {config.get('model_type')!r} names no number of layers: it has no cache to share"
+        )
+    return found
+
+
+def context_of(config: dict[str, Any]) -> int | None:
+    """Tokens that a model of this configuration was made for; None where it names no limit."""
+    if config.get("is_encoder_decoder"):
+        return None
+    if config.get("model_type") == EnsembleConfig.model_type:
+        return min((n for n in (context_of(entry["config"]) for entry in config["members"]) if n), default=None)
+    return _first(config, "max_position_embeddings", "n_positions", "max_seq_len")
+
+
+def spans_of(layers: Sequence[int]) -> list[tuple[int, int]]:
+    """Where each member's layers begin and end in the common cache."""
+    ends = [sum(layers[: place + 1]) for place in range(len(layers))]
+    return [(end - size, end) for end, size in zip(ends, layers, strict=True)]
+
+
+AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig, exist_ok=True)
