@@ -14,6 +14,7 @@ import graft
 from graft._verb_command import fields_of, models_field, requested
 from graft.cli import app
 from graft.errors import RequestError
+from graft.verbs import verb
 
 COMMANDS = ["run", "plan", "tree", "relate", "report", "pretrain", "tune", "merge", "ensemble", "eval", "chat"]
 
@@ -48,11 +49,20 @@ def test_every_command_has_help_with_an_example_and_json(name):
     assert "--json" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["pretrain", "tune", "merge", "ensemble"])
-def test_the_help_of_a_verb_lists_every_setting_of_its_types(name):
+@pytest.mark.parametrize("name", ["pretrain", "tune", "ensemble"])
+def test_the_help_of_a_verb_lists_every_setting(name):
     shown = invoke(name, "--help").stdout
-    assert fields_of(name)
     assert not [field for field in fields_of(name) if f"--{field.replace('_', '-')}" not in shown]
+
+
+def test_the_help_of_a_merge_lists_all_methods_and_the_settings_of_the_one_that_is_named():
+    types = verb("merge").types()
+    shown = invoke("merge", "--help").stdout
+    assert not [name for name in types if name not in shown]
+    assert "--density" not in shown
+    for name, settings in types.items():
+        shown = invoke("merge", name, "--help").stdout
+        assert not [field for field in settings.model_fields if f"{field.replace('_', '-')}" not in shown]
 
 
 @pytest.fixture
@@ -60,6 +70,14 @@ def family(tmp_path, growing):
     recipe = tmp_path / "family.yaml"
     recipe.write_text("family: f\nmodels:\n  a: {grow: }\n  b: {grow: {parents: [a]}}\n")
     return recipe, tmp_path / "run"
+
+
+def test_a_device_that_is_not_there_is_said_before_anything_runs(family):
+    recipe, folder = family
+    result = invoke("run", recipe, "--out", folder, "--device", "cuda:99")
+    assert result.exit_code == 2
+    assert "expected a device of this machine" in result.stderr
+    assert not folder.exists()
 
 
 def test_run_plan_tree_and_report_print_one_json_value_and_nothing_else(family):

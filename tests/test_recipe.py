@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import textwrap
 
 import pytest
@@ -118,6 +119,93 @@ def test_an_unknown_section_does_not_hide_what_else_is_wrong(recipe):
     ]
 
 
+def test_a_misspelt_section_is_read_as_the_one_it_is_nearest_to(recipe):
+    assert problems(
+        recipe("""
+        family: f
+        seed: many
+        modles:
+          a: {grow: {parents: [x]}}
+        """)
+    ) == [
+        "line 2: models: this key is required and missing",
+        "line 2: models.a.grow.parents.0: unknown model 'x'; there are: a",
+        "line 3: seed: input should be a valid integer, unable to parse string as an integer, found 'many'",
+        "line 4: modles: unknown key (did you mean 'models'?); there are: family, seed, data, models, evaluate",
+    ]
+
+
+BAD_FILES = {
+    "binary.txt": (b"fine\n\0\1\2\n", "text", "line 2: expected text, found binary data"),
+    "latin.txt": ("caf\u00e9\n".encode("latin-1"), "text", "line 1: expected UTF-8 text, found byte 0xe9"),
+    "broken.jsonl": (b'{"text": "a"}\n\nnot json\n', "jsonl", "line 3: expected a JSON object, found 'not json'"),
+    "other.jsonl": (b'{"text": "a"}\n{"txet": "b"}\n', "jsonl", "line 2: expected a field 'text'"),
+    "ragged.csv": (b"text,label\na,b\nc\n", "csv", "line 3: expected 2 values as in the header, found 1"),
+    "twice.csv": (b"text,text\na,b\n", "csv", "line 1: expected a name for each column, found 'text' twice"),
+    "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 100)[:-9], "jsonl", "the compressed file is damaged"),
+    "no.parquet": (b"PAR1 no", "parquet", "expected a parquet file"),
+    "empty.txt": (b"", "text", "expected data, found an empty file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_data_file_is_found_before_anything_runs(recipe, tmp_path, name):
+    content, source, expected = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    path = recipe(f"family: f\ndata:\n  d: {{source: {source}, path: {name}}}\nmodels: {{a: {{grow: }}}}\n")
+    (problem,) = problems(path)
+    assert problem.startswith(f"line 3: data.d: {tmp_path / name}")
+    assert expected in problem
+
+
+def test_a_measure_must_fit_the_format_of_the_data(recipe, tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"text": "a", "label": "b"}\n')
+    found = problems(
+        recipe("""
+        family: f
+        data:
+          d: {source: jsonl, path: d.jsonl}
+          m: {mix: {d: 1}}
+          n: {mix: {m: 1, n: 1}}
+        models: {a: {grow: }}
+        evaluate:
+          - {measure: classification, on: [d.test]}
+          - {measure: generation, on: [d.test, m.test]}
+        """)
+    )
+    misfit = "expected data of the format completion or pairs, found labelled"
+    assert found == [
+        "line 6: data.n: expected a tree, found a cycle: n ← n",
+        f"line 10: evaluate.1.on: generation on d.test: {misfit}",
+        f"line 10: evaluate.1.on: generation on m.test: {misfit}",
+    ]
+
+
+def test_raw_records_cannot_be_trained_on(recipe, tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"a": 1}\n')
+    (problem,) = problems(
+        recipe("""
+        family: f
+        data:
+          d: {source: jsonl, path: d.jsonl, format: raw}
+        models:
+          a: {pretrain: {data: d, size: 1M}}
+        """)
+    )
+    assert problem.startswith("line 6: models.a.pretrain: d is raw: records that do not say what is to be produced")
+
+
+def test_a_broken_model_is_a_problem_with_a_line_as_any_other(recipe, tmp_path):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model.safetensors").write_bytes(b"xx")
+    found = problems(recipe("family: f\nmodels:\n  a: {load: broken}\n  b: {grow: {parents: [x]}}\n"))
+    assert found[0].startswith("line 3: models.a.load: ")
+    assert "expected a safetensors file, found 2 bytes" in found[0]
+    assert found[1] == "line 4: models.b.grow.parents.0: unknown model 'x'; there are: a, b"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -157,10 +245,15 @@ def test_measures_are_checked_with_everything_else(recipe):
           - {measure: perplexity, on: [note.test]}
           - {task: trivia.yaml}
         """)
-    assert problems(path)[0].startswith(
+    found = problems(path)
+    assert found[0].startswith(
         "line 5: evaluate.0.measure: unknown measure 'bits_per_bite' (did you mean 'bits_per_byte'?)"
     )
-    assert problems(path)[1].startswith("line 6: evaluate.1.limti: unknown key (did you mean 'limit'?)")
+    assert found[1].startswith("line 6: evaluate.1.limti: unknown key (did you mean 'limit'?)")
+    assert found[2:] == [
+        "line 7: evaluate.2.on.0: unknown data set 'note.test'; there are: none",
+        f"line 8: evaluate.3.task: expected a task's file at {path.parent / 'trivia.yaml'}",
+    ]
     path.write_text(path.read_text().replace("bits_per_bite", "bits_per_byte").replace("limti", "limit"))
     assert problems(path) == [
         "line 5: evaluate.0.on.0: unknown data set 'x.test'; there are: none",

@@ -68,12 +68,12 @@ class Load(Verb[LoadSettings]):
 
         assert isinstance(job.settings, LoadSettings)
         folder = _folder(job.settings)
+        if list(folder.glob("*.safetensors")):
+            check_weights(folder)
         with disk_errors(job.out):
             shutil.copytree(
                 folder, job.out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("graft.json", "checkpoints", ".*")
             )
-        if list(job.out.glob("*.safetensors")):
-            check_weights(job.out)
         return {"notes": {"loaded_from": str(folder)}}
 
 

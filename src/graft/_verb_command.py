@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from typer.core import TyperCommand
@@ -12,6 +12,9 @@ from graft.errors import RequestError
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
+    from rich.table import Table
+
+    from graft.settings import Settings
 
 
 class VerbCommand(TyperCommand):
@@ -21,17 +24,71 @@ class VerbCommand(TyperCommand):
         """The usage line names the folder and the models."""
         return ["OUT", "[MODEL[=WEIGHT]]…", *super().collect_usage_pieces(ctx)]
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The words are kept for the help, which comes before they are looked at."""
+        ctx.meta["graft.words"] = list(args)
+        return super().parse_args(ctx, args)
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """The usual help, then a table of the verb's settings."""
+        """The usual help, then the verb's settings: those of one method where it is named, else what all share."""
         super().format_help(ctx, formatter)
         from rich.console import Console
-        from rich.table import Table
 
-        table = Table(title="Settings, each also as --set KEY=VALUE", title_justify="left", box=None, show_header=False)
-        for name, field in fields_of(str(self.name)).items():
-            default = "required" if field.is_required() else _words(field.get_default(call_default_factory=True))
-            table.add_row(f"--{name.replace('_', '-')}", field.description or "", f"[dim]{default}[/dim]")
-        Console().print(table)
+        own = {option for parameter in self.params for option in parameter.opts}
+        console = Console()
+        for table in _tables(str(self.name), ctx.meta["graft.words"], own):
+            console.print(table)
+
+
+def _tables(verb: str, words: Sequence[str], own: Collection[str]) -> Iterator[Table]:
+    from graft.verbs import verb as find
+
+    methods = dict(find(verb).types())
+    whole = methods.pop(verb, None)
+    said = {word.rpartition("=")[2] for word in words}
+    named = {name: settings for name, settings in methods.items() if name in said}
+    if whole is not None:
+        yield _settings("Settings, each also as --set KEY=VALUE", whole.model_fields, own)
+    elif not named:
+        yield _settings("Settings of every method, each also as --set KEY=VALUE", _shared(list(methods.values())), own)
+    for name, settings in named.items():
+        yield _settings(f"Settings of {name}", settings.model_fields, own)
+    if methods and not named:
+        table = _table(f"\nMethods; `graft {verb} NAME --help` shows the settings of one")
+        for name, settings in methods.items():
+            table.add_row(name, (settings.__doc__ or "").strip().split("\n")[0].replace("`", ""))
+        yield table
+
+
+def _shared(types: Sequence[type[Settings]]) -> dict[str, FieldInfo]:
+    """The fields that all have, apart from the method's name."""
+    fields = [settings.model_fields for settings in types]
+    shared = {name: _usual([other[name] for other in fields]) for name in fields[0] if all(name in o for o in fields)}
+    shared.pop("method", None)
+    return shared
+
+
+def _usual(fields: Sequence[FieldInfo]) -> FieldInfo:
+    """The field as most methods describe it."""
+    descriptions = [field.description for field in fields]
+    return fields[descriptions.index(max(descriptions, key=descriptions.count))]
+
+
+def _settings(title: str, fields: Mapping[str, FieldInfo], own: Collection[str]) -> Table:
+    """A row a setting. One whose name is an option of the command itself can only be said with --set."""
+    table = _table(title)
+    for name, field in fields.items():
+        option = f"--{(field.alias or name).replace('_', '-')}"
+        default = "required" if field.is_required() else _words(field.get_default(call_default_factory=True))
+        shown = f"--set {option[2:]}=…" if option in own else option
+        table.add_row(shown, field.description or "", f"[dim]{default}[/dim]")
+    return table
+
+
+def _table(title: str) -> Table:
+    from rich.table import Table
+
+    return Table(title=title, title_justify="left", box=None, show_header=False)
 
 
 def _words(value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from graft import tree as trees
 from graft.chatting import Talk
 from graft.checkpoint import atomic_write
-from graft.models import load
+from graft.models import check_device, load
 from graft.one import data_at, make_one
 from graft.plan import Places, Plan, make_plan
 from graft.recipe import read_recipe
@@ -126,6 +126,7 @@ def evaluate(
     from graft.data import split_ref
     from graft.settings import references
 
+    check_device(device)
     room = importlib.import_module("graft.evaluate")
     folders = models if isinstance(models, Mapping) else {Path(m).resolve().name: m for m in models}
     parsed = room.parse(list(measures), ("evaluate",))
@@ -148,6 +149,7 @@ def evaluate(
 
 def show(ensemble: Path | str, text: str, *, page: Path | str | None = None, device: str | None = None) -> Spoken:
     """Which member of a mixture speaks at which token of `text`; with `page` also as an HTML page there."""
+    check_device(device)
     room = importlib.import_module("graft.ensemble.show")
     spoken = room.speaks(ensemble, text, device=device)
     if page is not None:

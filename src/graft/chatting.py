@@ -16,6 +16,7 @@ class Talk:
 
     def __init__(self, model: Path | str, *, system: str | None = None, device: str | None = None, hub: bool = False):
         self.tokenizer = models.load_tokenizer(model, hub=hub)
+        models.check_device(device)
         self.model = models.load(model, device=device, hub=hub)
         if not self.model.can_generate():
             raise RequestError(f"{model}: expected a model that generates text, found {type(self.model).__name__}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
@@ -16,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graft.errors import CheckpointError, DiskError
+from graft.errors import CheckpointError, DiskError, GraftError
 
 if TYPE_CHECKING:
     import torch
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter.safetensors"
+"""Weights that stand beside those of a frozen model, which lies elsewhere."""
 WIDTH = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -69,6 +72,11 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a model's folder, found nothing there")
+    if (folder / ADAPTER).exists():
+        raise CheckpointError(
+            f"{folder}: expected {SINGLE} or {INDEX}, found an adapter, whose weights are changes of another model's: "
+            "tune with `fold: true` (or `graft adapt --fold true`) to get a whole model"
+        )
     pickles = [p.name for p in folder.glob("*.bin")]
     hint = f"; {pickles[0]} is a pickle, which is not read: convert it to safetensors" if pickles else ""
     raise CheckpointError(f"{folder}: expected {SINGLE} or {INDEX}, found neither{hint}")
@@ -315,15 +323,36 @@ def check_weights(folder: Path, *, threads: int | None = None, piece: int = 1 <<
 
 @contextmanager
 def disk_errors(place: Path) -> Iterator[None]:
-    """Turns a full disk, a missing permission and the like into a DiskError that names `place`."""
+    """Turns a full disk, a missing permission and the like into a DiskError that names `place`.
+
+    Those of the writers of safetensors and torch, which have errors of their own for them, too.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except GraftError:
+        raise
+    except Exception as error:
+        number = _errno(error)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise DiskError(f"{place}: the disk is full; free some space and run again, nothing is lost") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if number == errno.EFBIG:
+            raise DiskError(
+                f"{place}: a file would be larger than this process may write; raise the limit (`ulimit -f`) or make "
+                "smaller files, nothing is lost"
+            ) from error
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise DiskError(f"{place}: may not be written; change its permissions or choose another folder") from error
         raise
+
+
+def _errno(error: Exception) -> int | None:
+    """The system's number of what went wrong, as far as the error says."""
+    if isinstance(error, OSError):
+        return error.errno
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(found[1])
+    # torch's writer does not say why; a write that stops short is a disk that is full
+    return errno.ENOSPC if re.search(r"PytorchStreamWriter failed|unexpected pos \d+ vs", str(error)) else None
 
 
 def free_space(folder: Path, needed: int, *, reuse: Path | None = None) -> None:

@@ -18,6 +18,21 @@ if TYPE_CHECKING:
 SHARD_BYTES = 5 * 10**9
 
 
+def check_device(name: str | None) -> None:
+    """Raises RequestError for a device that this machine does not have; None, the best there is, is always right."""
+    if name is None:
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        there += ["mps"] if torch.backends.mps.is_available() else []
+        why = str(error).splitlines()[0]
+        raise RequestError(f"expected a device of this machine ({', '.join(there)}), found {name!r}: {why}") from None
+
+
 def load_config(path: str | Path, *, hub: bool = False) -> PretrainedConfig:
     """The configuration of a folder, or of a hub id where `hub` allows the network."""
     from transformers import AutoConfig

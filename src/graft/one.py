@@ -10,6 +10,7 @@ from graft import verbs
 from graft.data import split_ref
 from graft.errors import DataError, RequestError
 from graft.executors import Here
+from graft.models import check_device
 from graft.plan import make_plan
 from graft.plan.places import beside
 from graft.recipe import Recipe, build_recipe
@@ -50,6 +51,7 @@ def make_one(
     was made otherwise is replaced only with `force`. Raises RequestError for what is wrong with the request and
     RunError for what goes wrong while it runs.
     """
+    check_device(device)
     target = Path(out)
     recipe = one_node(verb, target.name, settings, data=data or {}, seed=seed, root=Path(root))
     places = beside(target)

@@ -12,6 +12,13 @@ import time
 from types import TracebackType
 
 
+def say(sentence: str) -> None:
+    """A line on stderr that people should read while work goes on; nothing with `--json`."""
+    if os.environ.get("GRAFT_QUIET") != "1":
+        sys.stderr.write(sentence + "\n")
+        sys.stderr.flush()
+
+
 class Progress:
     """`with Progress("tokenising", total, "bytes") as p: p.advance(n)`. `total` may be None when it is not known."""
 

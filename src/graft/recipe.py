@@ -6,6 +6,7 @@ setting resolved, every name known, the order of the nodes found, and the facts 
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +18,9 @@ from pydantic import Field
 
 from graft import data as data_room
 from graft import verbs
-from graft.data import DataSettings, split_ref
-from graft.errors import Problem, RecipeError, RequestError, SettingsError, nearest
+from graft.data import DataSettings, open_corpus, split_ref
+from graft.data.settings import HuggingFace
+from graft.errors import CheckpointError, Problem, RecipeError, RequestError, SettingsError, nearest
 from graft.settings import Settings, keys_of, parse, references
 from graft.verb import Facts, Verb
 from graft.yaml_lines import Document, read_yaml
@@ -135,6 +137,7 @@ class _Reader:
         nodes = {name: n for name, raw in outline.models.items() if (n := self._node(name, raw, outline.seed))}
         measures = self._measures(outline.evaluate)
         self._names(outline, sets, nodes, measures)
+        self._formats(sets, nodes, measures)
         data_order = self._ordered("data", {name: _parts(settings) for name, settings in sets.items()})
         order = self._ordered("models", {name: node.models for name, node in nodes.items()})
         recipe = Recipe(
@@ -142,7 +145,7 @@ class _Reader:
             outline.seed,
             {name: sets[name] for name in data_order},
             {name: nodes[name] for name in order},
-            measures,
+            list(measures.values()),
             self.root,
             text,
             self.outside,
@@ -159,7 +162,7 @@ class _Reader:
             return action()
         except SettingsError as error:
             self.problems += error.problems
-        except RequestError as error:
+        except (RequestError, CheckpointError) as error:
             self.problem(path, str(error))
         return None
 
@@ -171,12 +174,7 @@ class _Reader:
             return None
         # an empty section is one that is not there
         given = {key: value for key, value in raw.items() if value is not None}
-        known = {key: value for key, value in given.items() if key in keys_of(Outline)}
-        outline = self.attempt((), lambda: parse(Outline, known))
-        if outline is None or known != given:
-            self.attempt((), lambda: parse(Outline, given))
-        if outline is None:
-            return None
+        outline = self.attempt((), lambda: parse(Outline, given)) or _readable(given)
         for section, names in (("data", outline.data), ("models", outline.models), ("family", [outline.family])):
             for name in names:
                 if not NAME.fullmatch(name):
@@ -208,24 +206,29 @@ class _Reader:
         settings = self.attempt((*path, named), lambda: verb.located(verb.parse(raw[named], (*path, named)), self.root))
         return None if settings is None else Node(name, verb, settings, own_seed, self.document.line(path))
 
-    def _measures(self, raw: list[Any]) -> Sequence[Any]:
+    def _measures(self, raw: list[Any]) -> Mapping[int, Any]:
+        """Measures by their place in the list."""
         if not raw:
-            return []
+            return {}
         from graft import evaluate
 
-        measures = self.attempt(("evaluate",), lambda: evaluate.parse(raw, ("evaluate",))) or []
-        for place, measure in enumerate(measures):
+        found = {}
+        for place, entry in enumerate(raw):
+            path = ("evaluate", place)
+            measure = self.attempt(path, lambda: evaluate.parse_one(entry, path))  # noqa: B023
             if isinstance(measure, evaluate.TaskMeasure) and not (self.root / measure.task).is_file():
-                self.problem(("evaluate", place, "task"), f"expected a task's file at {self.root / measure.task}")
-        return measures
+                self.problem((*path, "task"), f"expected a task's file at {self.root / measure.task}")
+            if measure is not None:
+                found[place] = measure
+        return found
 
     def _names(
-        self, outline: Outline, sets: Mapping[str, DataSettings], nodes: Mapping[str, Node], measures: Sequence[Any]
+        self, outline: Outline, sets: Mapping[str, DataSettings], nodes: Mapping[str, Node], measures: Mapping[int, Any]
     ) -> None:
         """Everything that is named must be there; what was written but did not parse has been reported already."""
         placed: list[tuple[Where, Settings]] = [(("data", name), settings) for name, settings in sets.items()]
         placed += [(("models", name, node.verb.name), node.settings) for name, node in nodes.items()]
-        placed += [(("evaluate", i), measure) for i, measure in enumerate(measures)]
+        placed += [(("evaluate", place), measure) for place, measure in measures.items()]
         models = [*outline.models, *self.outside]
         for start, settings in placed:
             for kind, name, path in references(settings, start):
@@ -235,6 +238,39 @@ class _Reader:
                     kind_words = "data set" if kind == "data" else "model"
                     there = ", ".join(sorted(valid)) or "none"
                     self.problem(path, f"unknown {kind_words} {name!r}{nearest(name, valid)}; there are: {there}")
+
+    def _formats(
+        self, sets: Mapping[str, DataSettings], nodes: Mapping[str, Node], measures: Mapping[int, Any]
+    ) -> None:
+        """What is trained on must say what is to be produced, and a measure must fit the data it is taken on."""
+        formats = self._known_formats(sets)
+        for name, node in nodes.items():
+            if raw := [ref for ref in node.data if formats.get(split_ref(ref)[0]) == "raw"]:
+                wrong = (
+                    f"{raw[0]} is raw: records that do not say what is to be produced; give its `format` and `fields`"
+                )
+                self.problem(("models", name, node.verb.name), wrong)
+        for place, measure in measures.items():
+            from graft import evaluate
+
+            for reference in measure.on if isinstance(measure, evaluate.OnData) else ():
+                format = formats.get(split_ref(reference)[0])
+                if format is not None and (misfit := evaluate.misfit(measure, reference, format)):
+                    self.problem(("evaluate", place, "on"), misfit)
+
+    def _known_formats(self, sets: Mapping[str, DataSettings]) -> dict[str, str]:
+        """Formats of the data sets with which nothing is wrong, as far as a look at their first records tells."""
+        wrong = {problem.path[1] for problem in self.problems if problem.path[:1] == ("data",) and problem.path[1:]}
+        far = {name for name, settings in sets.items() if isinstance(settings, HuggingFace)}
+        formats = {}
+        for name in sets:
+            parts = _all_parts(name, sets)
+            if parts is None or parts & (wrong | far):
+                continue
+            format = self.attempt(("data", name), lambda: open_corpus(sets, name, self.root).format)  # noqa: B023
+            if format is not None:
+                formats[name] = format
+        return formats
 
     def _ordered(self, section: str, graph: Mapping[str, Iterable[str]]) -> list[str]:
         """The names, each after what it is made from; as written where both would do. Notes every cycle."""
@@ -271,8 +307,39 @@ class _Reader:
                 found[name] = facts
 
 
+def _readable(given: Mapping[str, Any]) -> Outline:
+    """What can be read of sections that are not all right: so that the problems further down are told as well."""
+    names = {key: key if key in keys_of(Outline) else _closest(key) for key in given}
+    filler: dict[str, Any] = {"family": "unnamed", "models": {"": None}}
+    readable: dict[str, Any] = {"family": "unnamed", "models": {}}
+    for key, name in names.items():
+        try:
+            readable[name] = getattr(parse(Outline, {**filler, name: given[key]}), name)
+        except SettingsError:
+            continue
+    return Outline.model_construct(**readable)
+
+
+def _closest(key: str) -> str:
+    return next(iter(difflib.get_close_matches(key, keys_of(Outline), n=1, cutoff=0.6)), key)
+
+
 def _parts(settings: DataSettings) -> list[str]:
     return [split_ref(name)[0] for kind, name, _ in references(settings) if kind == "data"]
+
+
+def _all_parts(name: str, sets: Mapping[str, DataSettings]) -> set[str] | None:
+    """A data set and all that it is mixed from; None where one is missing or is mixed from itself."""
+    found: set[str] = set()
+    waiting = [name]
+    while waiting:
+        part = waiting.pop()
+        if part not in sets or (part == name and found):
+            return None
+        if part not in found:
+            found.add(part)
+            waiting += _parts(sets[part])
+    return found
 
 
 def _stable_order(graph: Mapping[str, Sequence[str]]) -> list[str]:

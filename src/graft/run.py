@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
@@ -15,8 +14,10 @@ from graft.checkpoint import atomic_write, disk_errors
 from graft.errors import CheckpointError, Locked, RequestError, RunError
 from graft.executors import Executor, Failure, Here, Outcome, Processes
 from graft.making import Work
+from graft.models import check_device
 from graft.plan import Places, Plan, Step, make_plan, standing
 from graft.plan.keys import data_uses
+from graft.progress import say
 from graft.recipe import Recipe, read_recipe
 
 
@@ -63,6 +64,7 @@ def run(
     another run on the same folder rather than refuse. `verify`: hash the weights of everything that is there already.
     Raises RequestError for what is wrong with the request, NodesFailed where a node could not be made.
     """
+    check_device(device)
     family = read_recipe(recipe)
     places = Places(Path(out) if out is not None else Path("runs") / family.family)
     if dry_run:
@@ -203,11 +205,3 @@ def _measured(plan: Plan, device: str | None) -> list[Mapping[str, Any]]:
         seed=recipe.seed,
         device=device,
     )
-
-
-def say(words: str) -> None:
-    """One line on stderr, unless graft is to be quiet."""
-    import os
-
-    if os.environ.get("GRAFT_QUIET") != "1":
-        print(words, file=sys.stderr, flush=True)

@@ -145,8 +145,22 @@ def test_a_full_disk_is_named_and_leaves_the_state_before(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(state_module.os, "fsync", full)
-    with pytest.raises(DiskError, match="No space left on device"):
+    with pytest.raises(DiskError, match="the disk is full"):
         write_state(tmp_path, 2, {"a": torch.ones(3)}, {"step": 2})
     monkeypatch.undo()
     assert read_state(tmp_path).facts == {"step": 1}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_state_of_another_training_is_put_away_with_a_word(tmp_path, capsys, monkeypatch):
+    """Its later steps would otherwise stand before those of the new training, which a kill would then lose."""
+    tiny.run(tmp_path, {"budget": "5 steps", "checkpoint_every": "1 step"})
+    before = read_state(tmp_path / "scratch")
+    write_state(tmp_path / "scratch", 500, before.tensors, before.facts)
+    monkeypatch.delenv("GRAFT_QUIET", raising=False)
+    _, fresh = tiny.run(tmp_path / "fresh", {"budget": "3 steps"})
+    capsys.readouterr()
+    _, other = tiny.run(tmp_path, {"budget": "3 steps", "checkpoint_every": "1 step"})
+    assert "is of another training (other settings, seed or data): starting anew" in capsys.readouterr().err
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), fresh.parameters(), strict=True))
+    assert not [path for path in (tmp_path / "scratch").glob("state-*") if "500" in path.name]

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from graft.data import sources
+from graft.data import heads, sources
 from graft.data.distinct import Distinct
 from graft.data.settings import FIELDS, SPLITS, DataSettings, Files, HuggingFace, Mixture, Source
 from graft.errors import DataError, UnknownName
@@ -161,7 +161,7 @@ def split_ref(reference: str) -> tuple[str, str]:
 
 
 def problems(settings: DataSettings, root: Path) -> list[str]:
-    """What is wrong with a data set that can be seen without reading it: files that are not there."""
+    """What is wrong with a data set that can be seen before it is read whole: missing, empty, unreadable files."""
     if isinstance(settings, Mixture):
         return []
     try:
@@ -172,11 +172,8 @@ def problems(settings: DataSettings, root: Path) -> list[str]:
         return [
             f"{root / settings.name}: expected a folder; for a data set on the hub write `hub: true` beside its name"
         ]
-    return [
-        f"{path}: expected data, found an empty file"
-        for _, path in found
-        if path.stat().st_size == 0 and path.suffix != ".py"
-    ]
+    empty = [path for _, path in found if path.stat().st_size == 0 and path.suffix != ".py"]
+    return [f"{path}: expected data, found an empty file" for path in empty] or heads.problems(settings, root)
 
 
 def text_of(record: Record) -> str:

@@ -200,13 +200,14 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Record]]:
     csv.field_size_limit(2**31 - 1)  # a whole document may stand in one field
     reader = csv.DictReader((f"{line}\n" for _, line in files.lines(path)), delimiter=delimiter, strict=True)
     try:
+        names = list(reader.fieldnames or [])
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"{path}, line 1: expected a name for each column, found {twice[0]!r} twice")
         for row in reader:
             place = f"{path}, line {reader.line_num}"
             if None in row or None in row.values():
                 found = len([v for k, v in row.items() if k is not None and v is not None]) + len(row.get(None) or [])
-                raise DataError(
-                    f"{place}: expected {len(reader.fieldnames or [])} values as in the header, found {found}"
-                )
+                raise DataError(f"{place}: expected {len(names)} values as in the header, found {found}")
             yield place, row
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: expected comma-separated values ({error})") from None

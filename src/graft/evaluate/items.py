@@ -17,7 +17,16 @@ from graft.data.render import prompt_and_answer
 from graft.errors import RequestError
 from graft.evaluate import metrics
 from graft.evaluate.scorer import Scorer
-from graft.evaluate.settings import BitsPerByte, Classification, Generation, Measure, OnData, Perplexity, TaskMeasure
+from graft.evaluate.settings import (
+    BitsPerByte,
+    Classification,
+    Generation,
+    Measure,
+    OnData,
+    Perplexity,
+    TaskMeasure,
+    misfit,
+)
 from graft.evaluate.tasks import Task, TaskSettings, load_task, make_task, shots
 
 
@@ -67,11 +76,13 @@ def _on_data(measure: OnData, reference: str, sets: Mapping[str, Any], root: Pat
         found = list(itertools.islice(part.records(split), measure.limit))
         records += found
         parts.append((found, share))
+    if wrong := misfit(measure, reference, corpus.format):
+        raise RequestError(wrong)
     task = None
     if isinstance(measure, Classification):
-        task = _classification(measure, reference, records, corpus.format)
+        task = _classification(measure, reference, records)
     elif isinstance(measure, Generation):
-        task = _generation(measure, reference, corpus.format)
+        task = _generation(measure, reference)
     kind = str(measure.measure)  # type: ignore[attr-defined]
     return Subject(measure, kind, task, reference, 1, records, _importance(parts), [], corpus.fingerprint)
 
@@ -86,9 +97,7 @@ def _importance(parts: Sequence[tuple[list[dict[str, Any]], float]]) -> np.ndarr
     return np.concatenate(each)
 
 
-def _classification(measure: Classification, on: str, records: Sequence[dict[str, Any]], format: str) -> Task:
-    if format != "labelled":
-        raise RequestError(f"classification on {on}: expected labelled data, found {format}")
+def _classification(measure: Classification, on: str, records: Sequence[dict[str, Any]]) -> Task:
     labels = measure.labels or sorted({record["label"] for record in records})
     raw = {
         "name": on,
@@ -101,9 +110,7 @@ def _classification(measure: Classification, on: str, records: Sequence[dict[str
     return make_task(TaskSettings.model_validate(raw), {"choices": lambda record: labels})
 
 
-def _generation(measure: Generation, on: str, format: str) -> Task:
-    if format not in ("completion", "pairs"):
-        raise RequestError(f"generation on {on}: expected prompts with completions, or pairs; found {format} data")
+def _generation(measure: Generation, on: str) -> Task:
     raw = {"name": on, "data": on, "metrics": measure.metrics, "max_tokens": measure.max_tokens, "stop": measure.stop}
     halves = {"prompt": lambda r: prompt_and_answer(dict(r))[0], "target": lambda r: [prompt_and_answer(dict(r))[1]]}
     return make_task(TaskSettings.model_validate(raw), halves)

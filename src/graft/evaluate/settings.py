@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,9 @@ class Measure(Settings):
 
 class OnData(Measure):
     """A measure taken on data sets of the recipe."""
+
+    formats: ClassVar[tuple[str, ...]] = ("text", "completion", "chat", "labelled", "pairs", "raw")
+    """Formats of data that it can be taken on."""
 
     on: Annotated[list[DataRef], Field(min_length=1, description="Data sets, with split: `[code.test]`.")]
 
@@ -41,6 +44,7 @@ ClassMetric = Literal["accuracy", "f1_macro", "f1_micro", "mcc"]
 class Classification(OnData):
     """Labelled text: the label to which the model gives the highest probability after the text."""
 
+    formats = ("labelled",)
     measure: Literal["classification"] = "classification"
     metrics: Annotated[list[ClassMetric], Field(min_length=1, description="What is computed.")] = [
         "accuracy",
@@ -56,6 +60,7 @@ TextMetric = Literal["exact_match", "token_f1", "bleu", "chrf", "rouge1", "rouge
 class Generation(OnData):
     """Prompts with completions, or pairs: what the model writes against what it should have written."""
 
+    formats = ("completion", "pairs")
     measure: Literal["generation"] = "generation"
     metrics: Annotated[list[TextMetric], Field(min_length=1, description="What is computed.")] = [
         "exact_match",
@@ -87,22 +92,30 @@ def parse(raw: Any, path: tuple[str | int, ...] = ()) -> list[Measure]:
     measures, problems = [], []
     for place, entry in enumerate(raw):
         try:
-            measures.append(_one(entry, (*path, place)))
+            measures.append(parse_one(entry, (*path, place)))
         except SettingsError as error:
             problems += error.problems
-        except UnknownName as error:
-            problems.append(Problem((*path, place, "measure"), str(error)))
     if problems:
         raise SettingsError(problems)
     return measures
 
 
-def _one(raw: Any, path: tuple[str | int, ...]) -> Measure:
+def misfit(measure: OnData, reference: str, format: str) -> str | None:
+    """Why `measure` cannot be taken on a data set of this format; None where it can."""
+    if format in measure.formats:
+        return None
+    name = measure.measure  # type: ignore[attr-defined]
+    return f"{name} on {reference}: expected data of the format {' or '.join(measure.formats)}, found {format}"
+
+
+def parse_one(raw: Any, path: tuple[str | int, ...] = ()) -> Measure:
+    """One measure. Raises SettingsError with every problem found."""
     if not isinstance(raw, dict) or ("measure" not in raw and "task" not in raw):
         names = ", ".join(name for name in MEASURES if name != "task")
         raise SettingsError([Problem(path, f"expected `measure:` ({names}) or `task: FILE`, found {raw!r}")])
     if "task" in raw:
         return parse_settings(TaskMeasure, {k: v for k, v in raw.items() if (k, v) != ("measure", "task")}, path)
     if raw["measure"] not in MEASURES or raw["measure"] == "task":
-        raise UnknownName("measure", str(raw["measure"]), [name for name in MEASURES if name != "task"])
+        unknown = UnknownName("measure", str(raw["measure"]), [name for name in MEASURES if name != "task"])
+        raise SettingsError([Problem((*path, "measure"), str(unknown))])
     return parse_settings(MEASURES[raw["measure"]], raw, path)

@@ -83,8 +83,9 @@ def keeps_apart(model: Any, length: int) -> bool:
 
 def _window(config: Any) -> float:
     """Tokens that the narrowest layer sees; infinite where all layers see everything."""
-    kinds = getattr(config, "layer_types", None)
-    local = any("sliding" in kind or "chunked" in kind for kind in kinds) if kinds else None
-    sizes = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "local_attention")]
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    local = any(word in kind for kind in kinds for word in ("sliding", "chunked", "local")) if kinds else None
+    names = ("sliding_window", "attention_chunk_size", "local_attention", "window_size")
+    sizes = [getattr(config, name, None) for name in names]
     found = [size for size in sizes if isinstance(size, int) and size > 0]
     return min(found) if found and local is not False else float("inf")

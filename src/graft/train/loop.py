@@ -25,6 +25,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from graft.checkpoint import atomic_folder
 from graft.data.rows import Rows
 from graft.errors import RequestError, TrainingError
+from graft.progress import say
 from graft.train.batches import Ahead, Batch, Step, make_step, spans, tokens_in
 from graft.train.ema import MovingAverage
 from graft.train.interrupt import Interrupt
@@ -35,7 +36,7 @@ from graft.train.place import Place
 from graft.train.random_state import random_state, seed_all, set_random_state
 from graft.train.schedule import rate
 from graft.train.settings import TrainSettings
-from graft.train.state import read_state, write_state
+from graft.train.state import forget_states, read_state, write_state
 
 Save = Callable[[Any, Path], None]
 """Writes a model as a complete Hugging Face folder into a folder that exists and is empty."""
@@ -181,7 +182,7 @@ class Training:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         if self.settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
         if self.settings.compile:
             model.compile()
         return model
@@ -214,7 +215,12 @@ class Training:
     def resume(self) -> None:
         """Go to where the newest whole state of this training in `scratch` stands; to the start where there is none."""
         state = read_state(self.scratch)
-        if state is None or state.facts["identity"] != self.identity:
+        if state is not None and state.facts["identity"] != self.identity:
+            say(f"the state in {self.scratch} is of another training (other settings, seed or data): starting anew")
+            if self.place.main:
+                forget_states(self.scratch)
+            state = None
+        if state is None:
             seed_all(self.seed + self.place.rank)
             self._check_labels()
             return
@@ -466,7 +472,7 @@ class Training:
                 self.save(self.model, part)
         self.place.wait()
         if self.settings.gradient_checkpointing:
-            self.model.gradient_checkpointing_disable()  # type: ignore[operator]
+            self.model.activation_checkpointing_disable()  # type: ignore[operator]
         self.model.eval()
         metrics = {"loss": self.at.loss, **self.at.dev, "seconds": self._seconds()}
         if self.at.best is not None:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from graft.errors import DiskError
+from graft.checkpoint import disk_errors
 
 Facts = dict[str, Any]
 
@@ -36,17 +36,18 @@ def write_state(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], fa
     held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     body = json.dumps({"facts": facts, "crc": {name: _crc(tensor) for name, tensor in held.items()}})
     temporary = folder / "state.partial"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(held, temporary, metadata={"body": body, "crc": str(zlib.crc32(body.encode()))})
-        _sync(temporary)
-        os.replace(temporary, folder / f"state-{step:09d}.safetensors")
-        _sync(folder)
-        for old in _files(folder)[2:]:
-            old.unlink()
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise DiskError(f"the state of the training could not be written into {folder}: {error}") from error
+    with disk_errors(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(held, temporary, metadata={"body": body, "crc": str(zlib.crc32(body.encode()))})
+            _sync(temporary)
+            os.replace(temporary, folder / f"state-{step:09d}.safetensors")
+            _sync(folder)
+            for old in _files(folder)[2:]:
+                old.unlink()
+        except (OSError, SafetensorError):
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def read_state(folder: Path) -> State | None:
@@ -56,6 +57,13 @@ def read_state(folder: Path) -> State | None:
         if state is not None:
             return state
     return None
+
+
+def forget_states(folder: Path) -> None:
+    """Remove every state in `folder`: those of another training would stand before the ones to come."""
+    with disk_errors(folder):
+        for file in _files(folder):
+            file.unlink(missing_ok=True)
 
 
 def _files(folder: Path) -> list[Path]:
