@@ -181,6 +181,27 @@ def test_a_measure_must_fit_the_format_of_the_data(recipe, tmp_path):
     ]
 
 
+def test_a_measure_must_fit_the_architecture_of_the_models_it_is_taken_of(recipe, tmp_path):
+    (tmp_path / "d.txt").write_text("a\n\nb\n")
+    path = recipe("""
+        family: f
+        data:
+          d: {source: text, path: d.txt}
+        models:
+          left: {pretrain: {data: d, size: 1M}}
+          both: {pretrain: {data: d, size: 1M, architecture: encoder}}
+        evaluate:
+          - {measure: bits_per_byte, on: [d.test]}
+          - {measure: bits_per_byte, on: [d.test], models: [left]}
+          - {measure: perplexity, on: [d.test], models: [rigth]}
+        """)
+    assert problems(path) == [
+        "line 9: evaluate.0: expected models of the architecture decoder, found both (encoder): "
+        "name those to measure with `models: […]`",
+        "line 11: evaluate.2.models.0: unknown model 'rigth'; there are: both, left",
+    ]
+
+
 def test_raw_records_cannot_be_trained_on(recipe, tmp_path):
     (tmp_path / "d.jsonl").write_text('{"a": 1}\n')
     (problem,) = problems(

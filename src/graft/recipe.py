@@ -150,7 +150,9 @@ class _Reader:
             text,
             self.outside,
         )
-        self._combinations(recipe)
+        facts = self._combinations(recipe)
+        if measures:
+            self._takable(measures, {name: facts[name].architecture for name in nodes if name in facts})
         return recipe
 
     def problem(self, path: Where, message: str) -> None:
@@ -285,8 +287,8 @@ class _Reader:
             rest = {name: parents for name, parents in graph.items() if name not in cycle}
             return self._ordered(section, rest)
 
-    def _combinations(self, recipe: Recipe) -> None:
-        """Ask every verb whether its node can work, given the facts of what it is made from."""
+    def _combinations(self, recipe: Recipe) -> Mapping[str, Facts]:
+        """Ask every verb whether its node can work, given the facts of what it is made from; the facts found."""
         from graft.lineage import facts_of
 
         found: dict[str, Facts] = {}
@@ -305,6 +307,14 @@ class _Reader:
             facts = None if wrong else self.attempt(path, lambda: node.verb.facts(node.settings, models, name))  # noqa: B023
             if facts is not None:
                 found[name] = facts
+        return found
+
+    def _takable(self, measures: Mapping[int, Any], architectures: Mapping[str, str]) -> None:
+        from graft import evaluate
+
+        for place, measure in measures.items():
+            if wrong := evaluate.untakable(measure, architectures):
+                self.problem(("evaluate", place), wrong)
 
 
 def _readable(given: Mapping[str, Any]) -> Outline:

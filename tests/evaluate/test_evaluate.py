@@ -68,6 +68,15 @@ def test_bits_per_byte_is_the_bits_of_all_documents_over_their_bytes(family, set
     assert pair["low"] <= pair["difference"] <= pair["high"]
 
 
+def test_a_measure_may_be_taken_of_some_models_only_and_keeps_its_rows_when_more_are_asked_for(family, sets, tmp_path):
+    measure = {"measure": "bits_per_byte", "on": ["other.test"]}
+    some = run(family, [{**measure, "models": ["gpt2"]}], sets, tmp_path)
+    assert [(row["kind"], row["model"]) for row in some] == [("score", "gpt2")]
+    every = run(family, [measure], sets, tmp_path)
+    assert [row["kind"] for row in every] == ["score", "score", "comparison"]
+    assert every[1] == some[0]
+
+
 def test_every_pair_is_compared_metric_by_metric(family, sets, tmp_path):
     folders = {"a": family["llama"], "b": family["gpt2"], "c": family["llama"]}
     raw = [{"measure": "classification", "on": ["classes.test"], "metrics": ["accuracy", "mcc"]}]

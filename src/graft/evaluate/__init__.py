@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from graft.evaluate.settings import MEASURES, Measure, OnData, TaskMeasure, misfit, parse, parse_one
+from graft.evaluate.settings import MEASURES, Measure, OnData, TaskMeasure, misfit, parse, parse_one, untakable
 
-__all__ = ["MEASURES", "Measure", "OnData", "TaskMeasure", "evaluate", "misfit", "parse", "parse_one"]
+__all__ = ["MEASURES", "Measure", "OnData", "TaskMeasure", "evaluate", "misfit", "parse", "parse_one", "untakable"]
 
 
 def evaluate(

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from graft.errors import Problem, SettingsError, UnknownName
-from graft.settings import DataRef, Settings
+from graft.settings import DataRef, ModelRef, Settings
 from graft.settings import parse as parse_settings
 
 
 class Measure(Settings):
     """What all measures share."""
 
+    architectures: ClassVar[tuple[str, ...]] = ("decoder", "encoder-decoder")
+    """Models that it can be taken of."""
+
+    models: Annotated[
+        list[ModelRef] | None, Field(min_length=1, description="Taken of these models only; None: of all.")
+    ] = None
     limit: Annotated[int | None, Field(gt=0, description="At most so many documents or items of each data set.")] = None
 
 
@@ -29,12 +36,14 @@ class OnData(Measure):
 class BitsPerByte(OnData):
     """How well text is predicted, whatever the vocabulary: bits per byte of UTF-8."""
 
+    architectures = ("decoder",)
     measure: Literal["bits_per_byte"] = "bits_per_byte"
 
 
 class Perplexity(OnData):
     """exp of the mean loss per token; comparable between models of one vocabulary only."""
 
+    architectures = ("decoder",)
     measure: Literal["perplexity"] = "perplexity"
 
 
@@ -106,6 +115,17 @@ def misfit(measure: OnData, reference: str, format: str) -> str | None:
         return None
     name = measure.measure  # type: ignore[attr-defined]
     return f"{name} on {reference}: expected data of the format {' or '.join(measure.formats)}, found {format}"
+
+
+def untakable(measure: Measure, architectures: Mapping[str, str]) -> str | None:
+    """Why `measure` cannot be taken of models of these architectures (by name); None where it can."""
+    wrong = {n: a for n, a in architectures.items() if n in (measure.models or architectures)}
+    wrong = {n: a for n, a in wrong.items() if a not in measure.architectures}
+    if not wrong:
+        return None
+    found = ", ".join(f"{name} ({architecture})" for name, architecture in wrong.items())
+    kinds = " or ".join(measure.architectures)
+    return f"expected models of the architecture {kinds}, found {found}: name those to measure with `models: […]`"
 
 
 def parse_one(raw: Any, path: tuple[str | int, ...] = ()) -> Measure:

@@ -47,6 +47,8 @@ def evaluate(
     for name, folder in folders.items():
         scorer = None
         for number, subject in enumerate(asked):
+            if name not in (subject.measure.models or folders):
+                continue
             key = _key(name, hashes[name], subject, seed)
             found = _known(results, key, subject)
             if found is None:
@@ -56,7 +58,7 @@ def evaluate(
             rows += found
         del scorer
     for number, subject in enumerate(asked):
-        rows += _compared(results, subject, [scored[name, number] for name in folders], seed)
+        rows += _compared(results, subject, [scored[n, number] for n in folders if (n, number) in scored], seed)
     return rows
 
 
@@ -72,7 +74,7 @@ def _key(model: str, model_hash: str, subject: Subject, seed: int) -> str:
         model=model,
         hash=model_hash,
         on=subject.on,
-        settings={name: value for name, value in subject.measure.plain().items() if name != "on"},
+        settings={name: value for name, value in subject.measure.plain().items() if name not in ("on", "models")},
         task=subject.task.settings.plain() if subject.task else None,
         version=[VERSION, subject.version],
         data=subject.fingerprint,
