@@ -134,6 +134,9 @@ ONE_EACH = {name: {"base": "base", "models": ["a", "b"]} | (WHOLE if name in SPA
     "passthrough": {"models": ["a"]},
 }
 
+ELSEWHERE = {"tsv_merge", "iso_c", "iso_cts", "wudi", "knots"}
+"""Methods that do not give back equal models, or read data: held to their own properties in their own files."""
+
 
 def averaging(name):
     """Settings under which two models count half each."""
@@ -141,7 +144,7 @@ def averaging(name):
 
 
 def test_every_method_is_held_to_the_properties():
-    assert set(ONE_EACH) == set(method_names("graft.merge"))
+    assert set(ONE_EACH) | ELSEWHERE == set(method_names("graft.merge"))
 
 
 @pytest.mark.parametrize("name", [n for n in sorted(ONE_EACH) if n != "arcee_fusion"])

@@ -11,9 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from graft.checkpoint import atomic_write
 from graft.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -35,29 +39,37 @@ class Architecture:
     """Tensors that the model makes itself where they are not stored (sinusoidal positions)."""
 
 
-def architecture(folder: Path) -> Architecture | None:
-    """The architecture that `config.json` of `folder` names; None where this `transformers` does not know it."""
+def empty_model(folder: Path) -> PreTrainedModel | None:
+    """The model that `config.json` of `folder` names, without memory behind its weights; None where this
+    `transformers` does not know it."""
     import torch
     from transformers import CONFIG_MAPPING
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     from graft.lineage import read_config
     from graft.models import load_config, model_class
 
-    kind = read_config(folder).get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if read_config(folder).get("model_type") not in CONFIG_MAPPING:
         return None
     config = load_config(folder)
     made = model_class(config)
     with torch.device("meta"):
-        model = made.from_config(config) if hasattr(made, "from_config") else made(config)
+        return made.from_config(config) if hasattr(made, "from_config") else made(config)
+
+
+def architecture(folder: Path) -> Architecture | None:
+    """The architecture that `config.json` of `folder` names; None where this `transformers` does not know it."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    model = empty_model(folder)
+    if model is None:
+        return None
     computed = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     return Architecture(
         type(model).__name__,
         {name: tuple(value.shape) for name, value in model.state_dict().items()},
         dict(getattr(model, "all_tied_weights_keys", None) or {}),
         f"{model.base_model_prefix}.",
-        bool(get_checkpoint_conversion_mapping(kind)),
+        bool(get_checkpoint_conversion_mapping(model.config.model_type)),
         [name for name in model.state_dict() if any(re.search(pattern, name) for pattern in computed)],
     )
 

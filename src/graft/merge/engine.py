@@ -49,7 +49,7 @@ class Prepared:
     notes: Mapping[str, Any] = field(default_factory=dict)
     """For the manifest."""
     survey: Any = None
-    """Handed to the rule as `tensors.survey`."""
+    """Handed to the rule as `tensors.survey`; closed at the end where it has a `close`."""
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -63,6 +63,8 @@ def run(job: Job) -> dict[str, Any]:
     plan.notes.update(prepared.notes)
     _files_beside(plan, job.models[settings.parents[0]], job.out)
     with ExitStack() as opened:
+        if hasattr(prepared.survey, "close"):
+            opened.callback(prepared.survey.close)
         check = Check(job.out, job.cache)
         opened.callback(check.close)
         readers = {name: opened.enter_context(TensorReader(job.models[name])) for name in settings.parents}
@@ -94,7 +96,7 @@ def stream(
     chosen = method("graft.merge", settings.method)
     every = {name: _tensors(name, plan, settings, readers, workers, seed, chosen) for name in plan.tensors}
     floats = {name: tensors for name, tensors in every.items() if plan.tensors[name][0] in FLOATS}
-    if hasattr(chosen, "survey"):
+    if survey is None and hasattr(chosen, "survey"):
         found = chosen.survey(list(floats.values()), settings)
         floats = {name: replace(tensors, survey=found) for name, tensors in floats.items()}
     elif survey is not None:

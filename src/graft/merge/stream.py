@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
@@ -67,6 +68,8 @@ class Workers:
         self.threads = threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="merge")
         self._own = threading.local()
+        self._whole = threading.Lock()
+        self._before = torch.get_num_threads()
 
     def map(self, function: Callable[[R], object], items: Sequence[R]) -> list:
         """The results in the order of the items; the first exception is raised after the others have stopped."""
@@ -86,6 +89,16 @@ class Workers:
             held[slot] = bytearray(max(size, PIECE * dtype.itemsize))
         bytes_ = held[slot]
         return memoryview(bytes_)[:size], torch.frombuffer(bytes_, dtype=dtype, count=count)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """For work on one whole matrix: a second one waits, and torch has its own threads until the end."""
+        with self._whole:
+            torch.set_num_threads(self._before)
+            try:
+                yield
+            finally:
+                torch.set_num_threads(1)
 
     def __enter__(self) -> Workers:
         # a piece is small and every core has one: torch's own threads would only be in the way
