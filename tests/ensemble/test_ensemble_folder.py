@@ -309,3 +309,34 @@ def test_the_draft_of_a_recipe_drafts(family):
         VERB.parse({"members": ["llama", "gpt2"], "draft": "qwen"})
     with pytest.raises(RequestError, match="expected the member that drafts"):
         ensemble_of({"llama": loaded.members[0]}).speculate(ids, max_new_tokens=8)
+
+
+def test_a_gate_that_looks_at_one_member_is_fitted_from_a_recipe(family):
+    gate = {"hidden_states": True, "looks_at": ["llama"], "skip": 0.05}
+    raw = {"members": ["gpt2", "llama", "mistral"], "weights": {"fit": "text.dev", "gate": gate}}
+    target, found = run(family, raw, {"text": lines(family / "text.jsonl", 60)})
+    loaded = graft_models.load(target)
+    assert loaded.gate.looks_at == [1]
+    assert (loaded.gate.states, loaded.gate.skip) == (True, 0.05)
+    assert found["loss"] < found["loss_without_gate"]
+    assert found["needed"]["llama"] <= 1
+    assert set(found["needed"]) == {"gpt2", "llama", "mistral"}
+
+
+@pytest.mark.parametrize(
+    ("gate", "words"),
+    [
+        ({"skip": 0.1}, "set `looks_at`"),
+        ({"skip": 0.1, "looks_at": ["llama", "qwen"]}, "set `looks_at`"),
+        ({"skip": 0.5, "looks_at": ["llama"]}, "expected `skip` below 1 / 2"),
+    ],
+)
+def test_a_gate_that_could_leave_out_nobody_or_everybody_is_refused(family, gate, words):
+    settings = VERB.parse({"members": ["llama", "qwen"], "weights": {"fit": "text.dev", "gate": gate}})
+    (problem,) = VERB.check(settings, facts(family, "llama", "qwen"))
+    assert words in problem
+
+
+def test_a_gate_may_only_look_at_members():
+    with pytest.raises(SettingsError, match=r"expected members that the gate looks at \(a, b\), found 'c'"):
+        VERB.parse({"members": ["a", "b"], "weights": {"fit": "text.dev", "gate": {"looks_at": ["c"]}}})

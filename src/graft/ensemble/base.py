@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from graft import lineage, models
-from graft.ensemble.configuration import EnsembleConfig, context_of, kind_of, layers_of, spans_of
+from graft.ensemble.configuration import EnsembleConfig, context_of, keeps_text, kind_of, layers_of, spans_of
 from graft.ensemble.gate import Gate
 from graft.ensemble.members import fresh, load_member
 from graft.ensemble.union import Union, union_of
@@ -46,7 +46,7 @@ class Ensemble(PreTrainedModel):
         self.active = [place for place, weight in enumerate(config.weights) if weight]
         self.weights = torch.tensor([config.weights[place] for place in self.active], dtype=torch.float32)
         self.gate = Gate.from_plain(config.gate) if config.gate else None
-        self.spans = spans_of(layers_of(config.members, config.weights))
+        self.spans = spans_of(layers_of(config.members, config.weights), int(keeps_text(config.gate)))
         self.limits = [context_of(entry["config"]) for entry in config.members]
         self.takes = [set(inspect.signature(type(member).forward).parameters) for member in made]
         self.post_init()
@@ -68,7 +68,9 @@ class Ensemble(PreTrainedModel):
         """Log-probabilities are float32, whatever the members compute in."""
         return torch.float32
 
-    def _check_outputs(self, mixed: torch.Tensor, log_probs: Sequence[torch.Tensor], mask: torch.Tensor | None) -> None:
+    def _check_outputs(
+        self, mixed: torch.Tensor, log_probs: Sequence[torch.Tensor | None], mask: torch.Tensor | None
+    ) -> None:
         """NaN in a logit makes the whole distribution NaN: looking at one token of the vocabulary is enough."""
         bad = mixed[..., 0].isnan()
         if mask is not None and mask.dim() == 2 and mask.shape[-1] >= bad.shape[-1] and mask.device == bad.device:
@@ -76,7 +78,7 @@ class Ensemble(PreTrainedModel):
         if not bad.any():
             return
         for place, log_prob in zip(self.active, log_probs, strict=True):
-            if log_prob[..., 0][bad].isnan().any():
+            if log_prob is not None and log_prob[..., 0][bad].isnan().any():
                 entry = self.config.members[place]
                 raise RunError(f"member {entry['name']!r} ({entry['path']}) gives NaN logits: check its weights")
         raise RunError(
@@ -130,9 +132,7 @@ class Ensemble(PreTrainedModel):
         config = kwargs.get("config") or EnsembleConfig.from_pretrained(folder)
         found = f"EnsembleFor{kind_of([entry['config'] for entry in config.members])}"
         if found != cls.__name__:
-            raise RequestError(
-                f"{folder}: expected an {cls.__name__}, found an {config.architectures[0]}: use its class"
-            )
+            raise RequestError(f"{folder}: expected {cls.__name__}, found {found}: use that class")
         wanted = kwargs.get("dtype", kwargs.get("torch_dtype"))
         dtype = None if wanted in (None, "auto") else wanted
         members = [load_member(entry, folder, dtype) for entry in config.members]

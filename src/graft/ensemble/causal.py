@@ -6,6 +6,7 @@ on the whole cache and are therefore right for every member without further code
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from graft.ensemble.base import Ensemble
-from graft.ensemble.caches import CacheView
+from graft.ensemble.caches import CacheView, Text, grown_text
 from graft.ensemble.configuration import EnsembleConfig
-from graft.ensemble.gate import features
+from graft.ensemble.gate import Told, last_state
 from graft.ensemble.speculative import Speculated, speculate
 from graft.ensemble.union import Union
 from graft.errors import RequestError
@@ -75,32 +76,86 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
             past_key_values = DynamicCache(config=self.config)
         self._check_inputs(input_ids, past_key_values)
         given = {"attention_mask": attention_mask, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
-        log_probs = [self._member(place, input_ids, given, past_key_values) for place in self.active]
-        weights = self.weights if self.gate is None else self.gate(features(log_probs))
-        mixed = self.combine(log_probs, weights, self.options)
-        self._check_outputs(mixed, log_probs, attention_mask)
+        told, weights = self.told(input_ids, given, past_key_values)
+        mixed = self.mixed(told, weights)
+        self._check_outputs(mixed, told, attention_mask)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=mixed, labels=labels, vocab_size=mixed.shape[-1], **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=mixed, past_key_values=past_key_values)
 
+    def told(
+        self, input_ids: torch.Tensor, given: dict[str, Any], cache: Cache | None, *, every: bool = False
+    ) -> tuple[list[torch.Tensor | None], torch.Tensor]:
+        """Each active member's log-probabilities (None where the gate needs none; with `every` never) and the weights.
+
+        `weights [members]`, or `[batch, length, members]` of a gate. A member that is not run reads what it has missed
+        when it is needed again, so that what it says then is what it would have said.
+        """
+        if self.gate is None:
+            return [self._member(place, input_ids, given, cache) for place in self.active], self.weights
+        keeps = self.gate.skips and cache is not None
+        text = grown_text(cache, input_ids, given["position_ids"]) if keeps and cache is not None else None
+        asked = {number: self._read(number, input_ids, given, cache, text) for number in self.gate.looks_at}
+        weights = self.gate.decide(list(asked.values()))
+        needed = weights > 0 if every else _of_the_text(weights > 0, given["attention_mask"])
+        told: list[torch.Tensor | None] = []
+        for number in range(len(self.active)):
+            if number not in asked and (every or bool(needed[..., number].any())):
+                asked[number] = self._read(number, input_ids, given, cache, text)
+            told.append(asked[number].log_probs if number in asked else None)
+        return told, weights
+
+    def mixed(self, told: Sequence[torch.Tensor | None], weights: torch.Tensor) -> torch.Tensor:
+        """What the ensemble says, `[batch, length, vocabulary]`; members that were not run have no part in it."""
+        run = [number for number, each in enumerate(told) if each is not None]
+        if len(run) < len(told):
+            weights = weights[..., run]
+        return self.combine([each for each in told if each is not None], weights, self.options)
+
+    def _read(
+        self, number: int, input_ids: torch.Tensor, given: dict[str, Any], cache: Cache | None, text: Text | None
+    ) -> Told:
+        """What an active member says, with what it has missed read first where there is a `text`."""
+        assert self.gate is not None
+        place, states = self.active[number], self.gate.states and number in self.gate.looks_at
+        if text is None or cache is None:
+            return self._asked(place, input_ids, given, cache, states)
+        seen = int(cache.get_seq_length(self.spans[place][0]))
+        missed = text.ids.shape[1] - input_ids.shape[1] - seen
+        if not missed:
+            return self._asked(place, input_ids, given, cache, states)
+        ids, positions = text.since(seen)
+        keep = given["logits_to_keep"]
+        keep = keep + missed if isinstance(keep, torch.Tensor) else keep or input_ids.shape[1]
+        return self._asked(place, ids, {**given, "position_ids": positions, "logits_to_keep": keep}, cache, states)
+
     def _member(self, place: int, input_ids: torch.Tensor, given: dict[str, Any], cache: Cache | None) -> torch.Tensor:
         """A member's log-probabilities on the ensemble's device, through its view of the cache."""
+        return self._asked(place, input_ids, given, cache).log_probs
+
+    def _asked(
+        self, place: int, input_ids: torch.Tensor, given: dict[str, Any], cache: Cache | None, states: bool = False
+    ) -> Told:
+        """The same, with the last hidden state where `states` are wanted."""
         if self.union is not None:
-            return self._member_of_union(self.union, place, input_ids, given)
+            return Told(self._member_of_union(self.union, place, input_ids, given))
         takes, member = self.takes[place], self.members[place]
         device = next(member.parameters()).device
         inputs = {name: _to(value, device) for name, value in given.items() if name in takes and value is not None}
         inputs["past_key_values"] = None if cache is None else CacheView(cache, *self.spans[place])
-        logits = member(input_ids=input_ids.to(device), use_cache=cache is not None, **inputs).logits
+        if states:
+            inputs["output_hidden_states"] = True
+        found = member(input_ids=input_ids.to(device), use_cache=cache is not None, **inputs)
         keep = given["logits_to_keep"]
-        if "logits_to_keep" not in takes and not (isinstance(keep, int) and keep == 0):
-            logits = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
+        logits = found.logits if "logits_to_keep" in takes else _kept(found.logits, keep)
+        state = _kept(last_state(found, self.config.members[place]["name"]), keep).to(self.device) if states else None
         own = logits.shape[-1] == self.config.vocab_size
         if own and isinstance(member, EnsembleForCausalLM):
-            return logits.to(self.device)
+            return Told(logits.to(self.device), state)
         # a vocabulary padded to a round size has rows that no token uses: they are no part of the distribution
-        return (logits if own else logits[..., : self.config.vocab_size]).float().log_softmax(-1).to(self.device)
+        logits = logits if own else logits[..., : self.config.vocab_size]
+        return Told(logits.float().log_softmax(-1).to(self.device), state)
 
     def _member_of_union(
         self, union: Union, place: int, input_ids: torch.Tensor, given: dict[str, Any]
@@ -133,6 +188,20 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
                 raise RequestError(
                     f"member {name!r} was made for {limit} tokens, found a context of {total}: shorten it"
                 )
+
+
+def _of_the_text(needed: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """`needed [batch, length, members]` without what padding would need."""
+    if mask is None or mask.dim() != 2 or mask.shape[-1] < needed.shape[1]:
+        return needed
+    return needed & mask[:, -needed.shape[1] :, None].bool().to(needed.device)
+
+
+def _kept(values: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
+    """The places `[batch, length, …]` that `logits_to_keep` names; 0: all."""
+    if isinstance(keep, torch.Tensor):
+        return values[:, keep.to(values.device)]
+    return values[:, -keep:] if keep else values
 
 
 def _to(value: Any, device: torch.device) -> Any:

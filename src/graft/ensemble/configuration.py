@@ -41,7 +41,7 @@ class EnsembleConfig(PretrainedConfig):
         self.vocabulary = vocabulary
         smallest = min((int(c["vocab_size"]) for c in configs), default=0)
         self.vocab_size = vocab_size if vocab_size and vocabulary == "union" else smallest
-        self.num_hidden_layers = sum(layers_of(self.members, self.weights))
+        self.num_hidden_layers = layers_in_all(self.members, self.weights, gate)
         self.layer_types = ["full_attention"] * self.num_hidden_layers
         longest = [n for n in map(context_of, configs) if n]
         self.max_position_embeddings = min(longest, default=None)
@@ -78,9 +78,19 @@ def layers_of(members: Sequence[dict[str, Any]], weights: Sequence[float]) -> li
     return [_layers(entry["config"]) if weight else 0 for entry, weight in zip(members, weights, strict=True)]
 
 
+def layers_in_all(members: Sequence[dict[str, Any]], weights: Sequence[float], gate: dict[str, Any] | None) -> int:
+    """Layers of the common cache: the members', and before them one of the text where a gate may leave members out."""
+    return sum(layers_of(members, weights)) + keeps_text(gate)
+
+
+def keeps_text(gate: dict[str, Any] | None) -> bool:
+    """Whether a gate looks at some members only, so that others read what they have missed later."""
+    return gate is not None and len(gate.get("looks_at", ())) not in (0, len(gate["state"]["outer.bias"]))
+
+
 def _layers(config: dict[str, Any]) -> int:
     if config.get("model_type") == EnsembleConfig.model_type:
-        return sum(layers_of(config["members"], config["weights"]))
+        return layers_in_all(config["members"], config["weights"], config.get("gate"))
     decoders = ("num_decoder_layers", "decoder_layers") if config.get("is_encoder_decoder") else ()
     found = _first(config, *decoders, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
     if found is None:
@@ -99,9 +109,9 @@ def context_of(config: dict[str, Any]) -> int | None:
     return _first(config, "max_position_embeddings", "n_positions", "max_seq_len")
 
 
-def spans_of(layers: Sequence[int]) -> list[tuple[int, int]]:
-    """Where each member's layers begin and end in the common cache."""
-    ends = [sum(layers[: place + 1]) for place in range(len(layers))]
+def spans_of(layers: Sequence[int], first: int = 0) -> list[tuple[int, int]]:
+    """Where each member's layers begin and end in the common cache, in which `first` others stand before them."""
+    ends = [first + sum(layers[: place + 1]) for place in range(len(layers))]
     return [(end - size, end) for end, size in zip(ends, layers, strict=True)]
 
 

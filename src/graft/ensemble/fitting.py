@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from graft import data, lineage, models
 from graft.data.corpus import text_of
 from graft.ensemble.contributions import MOST, contributions
 from graft.ensemble.diversity import error_correlation
-from graft.ensemble.gate import features, fit_gate
+from graft.ensemble.gate import Told, features, fit_gate
 from graft.ensemble.linear import Settings, combine
-from graft.ensemble.reading import common_context, distributions, token_ids
-from graft.ensemble.settings import EnsembleSettings, FittedWeights
+from graft.ensemble.reading import Read, common_context, distributions, token_ids
+from graft.ensemble.settings import EnsembleSettings, FittedWeights, GateSettings
 from graft.ensemble.weights import Fit, fit_linear, fit_log_linear
 from graft.errors import CannotCombine
 from graft.evaluate.scorer import Scorer
@@ -40,7 +41,8 @@ def fit_weights(settings: EnsembleSettings, weights: FittedWeights, job: Job) ->
     shares = np.array([share for _, share in corpus.parts])
     folders = [job.models[member] for member in settings.names]
     if weights.gate is not None:
-        return _fit_gated(folders, texts, parts, shares, job.device, weights.gate, job.seed)
+        seen = [settings.names.index(name) for name in weights.gate.looks_at or settings.names]
+        return _fit_gated(folders, texts, parts, shares, job.device, weights.gate, sorted(seen), job.seed)
     fit = _fit_product if settings.rule == "log_linear" else _fit_mixture
     return fit(folders, texts, parts, shares, job.device)
 
@@ -60,22 +62,33 @@ def _fit_mixture(folders: list[Path], texts: list[str], parts: np.ndarray, share
 
 
 def _fit_product(folders: list[Path], texts: list[str], parts: np.ndarray, shares: np.ndarray, device: Any) -> Fit:
-    log_probs, gold, importance = _kept(folders, texts, parts, shares, device)
-    return fit_log_linear(log_probs, gold, importance)
+    read, importance = _kept(folders, texts, parts, shares, device)
+    return fit_log_linear([each.log_probs for each in read], read[0].gold, importance)
 
 
 def _fit_gated(
-    folders: list[Path], texts: list[str], parts: np.ndarray, shares: np.ndarray, device: Any, hidden: int, seed: int
+    folders: list[Path],
+    texts: list[str],
+    parts: np.ndarray,
+    shares: np.ndarray,
+    device: Any,
+    settings: GateSettings,
+    looks_at: list[int],
+    seed: int,
 ) -> Fit:
-    log_probs, gold, importance = _kept(folders, texts, parts, shares, device)
-    inputs = features(log_probs)
+    asked = looks_at if settings.hidden_states else []
+    read, importance = _kept(folders, texts, parts, shares, device, states=asked)
+    log_probs, gold = [each.log_probs for each in read], read[0].gold
+    looked = [Told(read[number].log_probs, read[number].states) for number in looks_at]
+    inputs = features([each.log_probs for each in looked], [each.state for each in looked])
     columns = torch.stack([each.gather(-1, gold[:, None])[:, 0] for each in log_probs])
     constant = fit_linear(columns.numpy(), importance)
     share = torch.as_tensor(importance, dtype=torch.float32)
     start = torch.as_tensor(constant.weights, dtype=torch.float32)
-    gate = fit_gate(columns, inputs, start, share, hidden=hidden, seed=seed)
+    conduct = {"looks_at": looks_at, "states": settings.hidden_states, "skip": settings.skip}
+    gate = fit_gate(columns, inputs, start, share, hidden=settings.units, seed=seed, **conduct)
     with torch.no_grad():
-        weights = gate(inputs)
+        weights = gate.decide(looked)
         mixed = combine(list(columns[..., None]), weights, Settings())[:, 0]
     share = share / share.sum()
     return replace(
@@ -84,17 +97,26 @@ def _fit_gated(
         loss=-float(share @ mixed),
         constant=constant.loss,
         gate=gate.plain(),
+        run=dict(enumerate((share @ (weights > 0).float()).tolist())),
     )
 
 
 def _kept(
-    folders: list[Path], texts: list[str], parts: np.ndarray, shares: np.ndarray, device: Any
-) -> tuple[list[torch.Tensor], torch.Tensor, np.ndarray]:
-    """Each member's distributions at the same tokens, those tokens, and how much each counts."""
+    folders: list[Path],
+    texts: list[str],
+    parts: np.ndarray,
+    shares: np.ndarray,
+    device: Any,
+    states: Sequence[int] = (),
+) -> tuple[list[Read], np.ndarray]:
+    """What each member says at the same tokens (those in `states` with their hidden ones), and how much each counts."""
     ids = token_ids(folders, texts)
     context, width = common_context(folders)
-    read = [distributions(folder, ids, context=context, width=width, device=device) for folder in folders]
-    return [each.log_probs for each in read], read[0].gold, _importance(parts[read[0].texts.numpy()], shares)
+    read = [
+        distributions(folder, ids, context=context, width=width, device=device, states=number in states)
+        for number, folder in enumerate(folders)
+    ]
+    return read, _importance(parts[read[0].texts.numpy()], shares)
 
 
 def _importance(parts: np.ndarray, shares: np.ndarray) -> np.ndarray:

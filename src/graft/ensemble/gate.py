@@ -1,18 +1,21 @@
 """A gate: a mixture's weights that follow the context, from what the members themselves give there.
 
-Features are each member's entropy and the log of its highest probability at the token to be predicted; the token that
-comes is never among them. Trained on kept predictions, no model in memory.
+Features are a member's entropy and the log of its highest probability at the token to be predicted, and where that is
+wanted its last hidden state; the token that comes is never among them. A gate that looks at some members only decides
+before the others are run: whoever gets too little is not run. Trained on kept predictions, no model in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from graft.ensemble import linear
+from graft.errors import RequestError
 
 STEPS = 200
 DECAY = 1e-3
@@ -20,36 +23,97 @@ DECAY = 1e-3
 
 
 class Gate(nn.Module):
-    """Weights `[..., members]` that sum to one, from features `[..., 2 · members]`; `hidden` 0: linear."""
+    """Weights `[..., members]` that sum to one, from features `[..., inputs]`; `hidden` 0: linear.
 
-    def __init__(self, members: int, hidden: int = 0):
+    `looks_at`: places of the members whose features it reads, None for all. `states`: whether hidden states are among
+    them. A weight of at most `skip` counts as zero, the rest is scaled to one: such a member need not be run.
+    """
+
+    def __init__(
+        self,
+        members: int,
+        hidden: int = 0,
+        *,
+        inputs: int | None = None,
+        looks_at: Sequence[int] | None = None,
+        states: bool = False,
+        skip: float = 0.0,
+    ):
         super().__init__()
-        self.hidden = hidden
-        self.inner = nn.Sequential(nn.Linear(2 * members, hidden), nn.Tanh()) if hidden else nn.Identity()
-        self.outer = nn.Linear(hidden or 2 * members, members)
+        self.looks_at = list(range(members)) if looks_at is None else list(looks_at)
+        self.hidden, self.states, self.skip = hidden, states, skip
+        if not 0 <= skip * members < 1:
+            raise RequestError(
+                f"expected `skip` from 0 to below {1 / members:.3g}, so that a member is always left, found {skip:g}"
+            )
+        width = 2 * len(self.looks_at) if inputs is None else inputs
+        self.inner = nn.Sequential(nn.Linear(width, hidden), nn.Tanh()) if hidden else nn.Identity()
+        self.outer = nn.Linear(hidden or width, members)
+
+    @property
+    def skips(self) -> bool:
+        """Whether it decides before all members are run."""
+        return len(self.looks_at) < self.outer.out_features
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """The members' weights at each place."""
+        """The members' weights at each place, none of them cut off yet."""
         return self.outer(self.inner(features)).softmax(-1)
+
+    def decide(self, told: Sequence[Told]) -> torch.Tensor:
+        """The weights to mix by `[..., members]`, from what the members say that the gate looks at."""
+        weights = self(features([each.log_probs for each in told], [each.state for each in told]))
+        kept = weights > self.skip
+        cut = weights * kept
+        return torch.where(kept.all(-1, keepdim=True), weights, cut / cut.sum(-1, keepdim=True))
 
     def plain(self) -> dict[str, Any]:
         """As JSON-ready values; `from_plain` is the way back, exact to the bit."""
         state = {name: tensor.detach().cpu().tolist() for name, tensor in self.state_dict().items()}
-        return {"hidden": self.hidden, "state": state}
+        conduct = {"looks_at": self.looks_at, "states": self.states, "skip": self.skip}
+        return {"hidden": self.hidden, **conduct, "state": state}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Gate:
         """The gate that `plain` describes."""
         state = {name: torch.tensor(values, dtype=torch.float32) for name, values in plain["state"].items()}
-        gate = cls(len(state["outer.bias"]), plain["hidden"])
+        hidden, first = plain["hidden"], "inner.0.weight" if plain["hidden"] else "outer.weight"
+        conduct = {name: plain[name] for name in ("looks_at", "states", "skip") if name in plain}
+        gate = cls(len(state["outer.bias"]), hidden, inputs=state[first].shape[1], **conduct)
         gate.load_state_dict(state)
         return gate
 
 
-def features(log_probs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Entropy (nats) and highest log-probability of each member: `[..., 2 · members]` from `[..., vocabulary]` each."""
+@dataclass(frozen=True)
+class Told:
+    """What a member says: `log_probs [..., vocabulary] float32` and, where it was asked for, the last hidden `state`
+    `[..., channels] float32` that they come from."""
+
+    log_probs: torch.Tensor
+    state: torch.Tensor | None = None
+
+
+def joined(told: Sequence[Told]) -> Told:
+    """What a member said piece by piece, `[batch, length, …]` each, as one."""
+    states = [each.state for each in told if each.state is not None]
+    return Told(torch.cat([each.log_probs for each in told], 1), torch.cat(states, 1) if states else None)
+
+
+def last_state(found: Any, name: str) -> torch.Tensor:
+    """The hidden state `[..., channels] float32` behind a model's logits, of an output that has them all.
+
+    Raises RequestError naming the member where it gives none.
+    """
+    states = getattr(found, "decoder_hidden_states", None) or getattr(found, "hidden_states", None)
+    if not states:
+        raise RequestError(f"member {name!r} gives no hidden states: leave `hidden_states` out of the gate")
+    return states[-1].float()
+
+
+def features(log_probs: Sequence[torch.Tensor], states: Sequence[torch.Tensor | None] = ()) -> torch.Tensor:
+    """Entropy (nats) and highest log-probability of each member `[..., 2 · members]` from `[..., vocabulary]` each, and
+    behind them the hidden states that are given."""
     found = [torch.stack([torch.special.entr(each.exp()).sum(-1), each.amax(-1)], -1) for each in log_probs]
-    return torch.cat(found, -1)
+    return torch.cat([*found, *(state for state in states if state is not None)], -1)
 
 
 def fit_gate(
@@ -60,13 +124,18 @@ def fit_gate(
     *,
     hidden: int = 0,
     seed: int = 0,
+    **conduct: Any,
 ) -> Gate:
     """A gate that minimises the mixture's loss, starting from the best constant weights.
 
-    `gold [members, tokens]`: log-probabilities of the tokens that come; `inputs [tokens, 2 · members]`: the features;
-    `start [members]`: weights that follow no context; `importance [tokens]`. Never worse on this text than `start`.
+    `gold [members, tokens]`: log-probabilities of the tokens that come; `inputs [tokens, inputs]`: the features;
+    `start [members]`: weights that follow no context; `importance [tokens]`; `conduct`: `looks_at`, `states` and `skip`
+    as of `Gate`. Never worse on this text than `start`, as long as no weight is cut off.
     """
-    gate = _started(len(start), hidden, start, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        gate = Gate(len(start), hidden, inputs=inputs.shape[-1], **conduct)
+    _start(gate, start)
     mean, spread = inputs.mean(0), inputs.std(0, correction=0).clamp(min=1e-3)
     scaled, share = (inputs - mean) / spread, importance / importance.sum()
     optimizer = torch.optim.LBFGS(gate.parameters(), max_iter=STEPS, line_search_fn="strong_wolfe")
@@ -83,15 +152,11 @@ def fit_gate(
     return _unscaled(gate, mean, spread)
 
 
-def _started(members: int, hidden: int, start: torch.Tensor, seed: int) -> Gate:
-    """A gate that gives `start` everywhere."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        gate = Gate(members, hidden)
-    with torch.no_grad():
-        gate.outer.weight.zero_()
-        gate.outer.bias.copy_(start.clamp(min=1e-4).log())
-    return gate
+@torch.no_grad()
+def _start(gate: Gate, weights: torch.Tensor) -> None:
+    """Makes the gate give `weights` everywhere."""
+    gate.outer.weight.zero_()
+    gate.outer.bias.copy_(weights.clamp(min=1e-4).log())
 
 
 @torch.no_grad()

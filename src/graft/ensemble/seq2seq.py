@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from graft.ensemble.base import Ensemble
 from graft.ensemble.caches import CacheView
 from graft.ensemble.configuration import EnsembleConfig
-from graft.ensemble.gate import features
+from graft.ensemble.gate import Told, last_state
 from graft.errors import RequestError
 
 
@@ -76,8 +76,9 @@ class EnsembleForSeq2SeqLM(Ensemble, GenerationMixin):
             "decoder_attention_mask": decoder_attention_mask,
         }
         pairs = zip(self.active, parts, strict=True)
-        log_probs = [self._translator(place, part, given, past_key_values) for place, part in pairs]
-        weights = self.weights if self.gate is None else self.gate(features(log_probs))
+        told = [self._translator(place, part, given, past_key_values) for place, part in pairs]
+        log_probs = [each.log_probs for each in told]
+        weights = self.weights if self.gate is None else self.gate.decide([told[n] for n in self.gate.looks_at])
         mixed = self.combine(log_probs, weights, self.options)
         self._check_outputs(mixed, log_probs, None)
         loss = None
@@ -97,8 +98,9 @@ class EnsembleForSeq2SeqLM(Ensemble, GenerationMixin):
 
     def _translator(
         self, place: int, encoding: torch.Tensor, given: dict[str, Any], cache: EncoderDecoderCache | None
-    ) -> torch.Tensor:
+    ) -> Told:
         member: Any = self.members[place]
+        states = self.gate is not None and self.gate.states
         view = None
         if cache is not None:
             span = self.spans[place]
@@ -110,9 +112,11 @@ class EnsembleForSeq2SeqLM(Ensemble, GenerationMixin):
             encoder_outputs=BaseModelOutput(last_hidden_state=state),
             past_key_values=view,
             use_cache=view is not None,
+            output_hidden_states=states,
             **given,
         )
-        return found.logits[..., : self.config.vocab_size].float().log_softmax(-1)
+        last = last_state(found, self.config.members[place]["name"]) if states else None
+        return Told(found.logits[..., : self.config.vocab_size].float().log_softmax(-1), last)
 
 
 def _shifted(labels: torch.Tensor, config: Any) -> torch.Tensor:

@@ -9,14 +9,36 @@ from pydantic import Field, model_validator
 from graft.settings import DataRef, ModelRef, Settings
 
 
+class GateSettings(Settings):
+    """Weights that follow the context; written `gate: 16` where only the units are said."""
+
+    units: Annotated[int, Field(ge=0, description="0: a linear gate; more: one layer of so many units.")] = 0
+    hidden_states: Annotated[
+        bool, Field(description="The gate also sees the last hidden state of the members it looks at.")
+    ] = False
+    looks_at: Annotated[
+        list[ModelRef] | None,
+        Field(min_length=1, description="The members whose predictions the gate sees, such as a small one; null: all."),
+    ] = None
+    skip: Annotated[
+        float,
+        Field(ge=0, lt=1, description="A weight of at most so much counts as zero; who is not looked at is not run."),
+    ] = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _units(cls, raw: Any) -> Any:
+        return {"units": raw} if isinstance(raw, int) and not isinstance(raw, bool) else raw
+
+
 class FittedWeights(Settings):
     """Weights found on held-out text that no member was trained on."""
 
     fit: Annotated[DataRef, Field(description="Data set and split, such as `mixed.dev`.")]
     documents: Annotated[int, Field(gt=0, description="At most so many documents of each data set are read.")] = 200
     gate: Annotated[
-        int | None,
-        Field(ge=0, description="Weights that follow the context: 0, a linear gate; more, a gate with so many units."),
+        GateSettings | None,
+        Field(description="Weights that follow the context: `0`, a linear gate; `16`, one with so many units."),
     ] = None
 
 
@@ -68,6 +90,10 @@ class EnsembleSettings(Settings):
             raise ValueError(f"expected each member once, found {self.members}")
         if self.draft is not None and self.draft not in self.members:
             raise ValueError(f"expected a member as draft ({', '.join(self.members)}), found {self.draft!r}")
+        gate = self.weights.gate if isinstance(self.weights, FittedWeights) else None
+        for name in (gate.looks_at if gate else None) or ():
+            if name not in self.members:
+                raise ValueError(f"expected members that the gate looks at ({', '.join(self.members)}), found {name!r}")
         return self
 
     @property

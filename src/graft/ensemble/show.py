@@ -12,7 +12,6 @@ import torch
 
 from graft import models
 from graft.ensemble.causal import EnsembleForCausalLM
-from graft.ensemble.gate import features
 from graft.errors import RequestError
 from graft.evaluate.scorer import Scorer
 
@@ -59,10 +58,10 @@ def speaks(folder: Path | str, text: str, *, device: str | None = None) -> Spoke
     inputs = torch.tensor([[Scorer(model, tokenizer).prefix_token, *ids[:-1]]], device=model.device)
     model._check_inputs(inputs, None)
     given = {"attention_mask": None, "position_ids": None, "logits_to_keep": 0}
-    told = [model._member(place, inputs, given, None)[0] for place in model.active]
-    weights = model.weights.expand(len(ids), -1) if model.gate is None else model.gate(features(told))
+    told, found = model.told(inputs, given, None, every=True)
+    weights = found.expand(len(ids), -1) if model.gate is None else found[0]
     gold = torch.tensor(ids, device=model.device)[:, None]
-    log_probs = torch.cat([each.gather(-1, gold) for each in told], -1)
+    log_probs = torch.cat([each[0].gather(-1, gold) for each in told if each is not None], -1)
     shares = (log_probs + weights.to(log_probs.device).log()).softmax(-1)
     return Spoken(
         tuple(model.config.members[place]["name"] for place in model.active),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
-from graft.ensemble.gate import features
+from graft.ensemble.gate import Told, joined
 from graft.errors import RequestError
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def speculate(
         model._check_inputs(text.new_empty(1, text.shape[1] + tried - 1), None)
         block_ids, told = _draft(model, place, text, tried, cache, drawing)
         mixed = _verify(model, place, text, block_ids, told, cache)
-        new, count = drawing.keep(block_ids[0], mixed[0], told[0])
+        new, count = drawing.keep(block_ids[0], mixed[0], told.log_probs[0])
         text = torch.cat([text, new[None]], 1)
         length.saw(count, tried)
         drafted.append(tried)
@@ -122,31 +122,33 @@ def _forget(cache: Cache, length: int) -> None:
             layer.crop(length - seen)  # type: ignore[union-attr]
 
 
-def _told(model: EnsembleForCausalLM, place: int, text: torch.Tensor, keep: int, cache: Cache) -> torch.Tensor:
-    """A member's log-probabilities `[1, keep, vocabulary]` at the end of `text`; it reads what is new to it."""
+def _told(model: EnsembleForCausalLM, place: int, text: torch.Tensor, keep: int, cache: Cache) -> Told:
+    """What a member says `[1, keep, …]` at the end of `text`; it reads what is new to it."""
     seen = cache.get_seq_length(model.spans[place][0])
     given = {"attention_mask": None, "position_ids": None, "logits_to_keep": keep}
-    return model._member(place, text[:, seen:], given, cache)
+    states = model.gate is not None and model.gate.states
+    return model._asked(place, text[:, seen:], given, cache, states)
 
 
 def _draft(
     model: EnsembleForCausalLM, place: int, text: torch.Tensor, count: int, cache: Cache, drawing: _Drawing
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Drafted ids `[1, count]` and the draft's log-probabilities `[1, count, vocabulary]`."""
+) -> tuple[torch.Tensor, Told]:
+    """Drafted ids `[1, count]` and what the draft says `[1, count, …]`."""
     start, told = text.shape[1], []
     for _ in range(count):
         told.append(_told(model, place, text, 1, cache))
-        text = torch.cat([text, drawing.draw(told[-1][0, -1])[None]], 1)
-    return text[:, start:], torch.cat(told, 1)
+        text = torch.cat([text, drawing.draw(told[-1].log_probs[0, -1])[None]], 1)
+    return text[:, start:], joined(told)
 
 
 def _verify(
-    model: EnsembleForCausalLM, place: int, text: torch.Tensor, block: torch.Tensor, told: torch.Tensor, cache: Cache
+    model: EnsembleForCausalLM, place: int, text: torch.Tensor, block: torch.Tensor, told: Told, cache: Cache
 ) -> torch.Tensor:
     """The ensemble's log-probabilities `[1, block, vocabulary]` where the block's tokens stand."""
     whole = torch.cat([text, block[:, :-1]], 1)
-    log_probs = [told if each == place else _told(model, each, whole, block.shape[1], cache) for each in model.active]
-    weights = model.weights if model.gate is None else model.gate(features(log_probs))
+    every = [told if each == place else _told(model, each, whole, block.shape[1], cache) for each in model.active]
+    weights = model.weights if model.gate is None else model.gate.decide([every[n] for n in model.gate.looks_at])
+    log_probs = [each.log_probs for each in every]
     mixed = model.combine(log_probs, weights, model.options)
     model._check_outputs(mixed, log_probs, None)
     return mixed

@@ -6,8 +6,8 @@ log-probability of the token that comes; a product's on the whole distributions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ class Fit:
     gate: dict[str, Any] | None = None
     """A gate as plain values; `weights` and `loss` are then its, `constant` the loss of the best constant weights."""
     constant: float | None = None
+    run: Mapping[int, float] = field(default_factory=dict)
+    """Of a gate: the share of the tokens at which each member has a weight and so is needed."""
     correlation: np.ndarray | None = None
     """Of the members' surprise at each token, `[members, members]`, where it was computed."""
     contributions: Sequence[Any] = ()

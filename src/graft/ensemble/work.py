@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from graft.ensemble.settings import NOT_A_MIXTURE, EnsembleSettings, FittedWeights
+from graft.ensemble.settings import NOT_A_MIXTURE, EnsembleSettings, FittedWeights, GateSettings
 from graft.methods import method
 from graft.settings import parse
 from graft.verb import Facts, Job
@@ -80,9 +80,20 @@ def _fit_problems(settings: EnsembleSettings) -> list[str]:
     assert isinstance(settings.weights, FittedWeights)
     if settings.rule != "linear" and settings.weights.gate is not None:
         return [f"a gate gives the weights of a mixture (linear), found {settings.rule!r}: leave the gate out"]
+    found = _gate_problems(settings.names, settings.weights.gate)
     if settings.rule in ("linear", "log_linear"):
-        return []
+        return found
     return [f"weights can be fitted for linear and log_linear, found {settings.rule!r}: give its options"]
+
+
+def _gate_problems(names: list[str], gate: GateSettings | None) -> list[str]:
+    if gate is None or not gate.skip:
+        return []
+    if len(gate.looks_at or names) == len(names):
+        return ["`skip` is for a gate that looks at some members and decides about the others: set `looks_at`"]
+    if gate.skip * len(names) >= 1:
+        return [f"expected `skip` below 1 / {len(names)}, so that a member is always left, found {gate.skip:g}"]
+    return []
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -107,6 +118,7 @@ def run(job: Job) -> dict[str, Any]:
         "contributions": {name: asdict(each) for name, each in zip(settings.names, fit.contributions, strict=False)},
         **({} if fit.correlation is None else {"error_correlation": _table(settings.names, fit.correlation)}),
         **({} if fit.gate is None else {"loss_without_gate": fit.constant}),
+        **({} if fit.gate is None else {"needed": {settings.names[at]: share for at, share in fit.run.items()}}),
     }
 
 
