@@ -130,7 +130,7 @@ def test_a_run_that_fails_exits_with_1_and_debug_shows_the_trace(family, monkeyp
 
 def test_a_defect_of_ours_is_one_line_that_says_how_to_see_more(family, monkeypatch):
     recipe, _ = family
-    monkeypatch.setattr("graft.recipe.read_yaml", lambda text: 1 / 0)
+    monkeypatch.setattr("graft.recipe.reader.read_yaml", lambda text: 1 / 0)
     result = invoke("plan", recipe)
     assert result.exit_code == 1
     assert (

@@ -5,12 +5,14 @@ from __future__ import annotations
 from graft.train.settings import TrainSettings
 from graft.verb import Estimate
 
+PROCESS = 300 * 2**20
+"""Bytes that a process with torch and transformers holds before it holds a model."""
 CPU_FLOPS = 60e9
 """Guess: floating-point operations a second that training small models reaches on a few CPU cores."""
 
 
 def training_estimate(parameters: int, settings: TrainSettings, length: int) -> Estimate:
-    """Disk, memory (weights, gradients and two moments in fp32, activations by rule of thumb) and time on a CPU.
+    """Disk, memory (the process itself, weights, gradients and two moments in fp32, activations by rule of thumb) and time on a CPU.
 
     A token costs 6 floating-point operations a parameter (Kaplan et al. 2020, section 2.1). Budgets in epochs have no
     estimate of time, since that takes reading the data.
@@ -25,4 +27,4 @@ def training_estimate(parameters: int, settings: TrainSettings, length: int) -> 
     activations = 4 * 16 * (parameters / 3000) * step_tokens / settings.accumulate
     seconds = None if tokens is None else 6 * parameters * tokens / CPU_FLOPS
     note = "time for a CPU at 60 GFLOP/s; activations by rule of thumb"
-    return Estimate(parameters, weights, int(weights * copies + activations), seconds, note)
+    return Estimate(parameters, weights, int(PROCESS + weights * copies + activations), seconds, note)

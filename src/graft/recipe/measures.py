@@ -1,0 +1,90 @@
+"""Reading the measures of a recipe, and whether they fit the data and the models they are taken of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from graft import evaluate
+from graft.data import DataSettings, open_corpus, split_ref
+from graft.data.settings import HuggingFace
+from graft.recipe.problems import Problems
+from graft.recipe.sections import Node
+from graft.settings import references
+
+Measures = Mapping[int, evaluate.Measure]
+"""Measures by their place in the list: some may not have parsed."""
+
+
+def read_measures(raw: Sequence[Any], root: Path, problems: Problems) -> Measures:
+    """What can be read of the measures."""
+    found = {}
+    for place, entry in enumerate(raw):
+        path = ("evaluate", place)
+        measure = problems.attempt(path, lambda: evaluate.parse_one(entry, path))  # noqa: B023
+        if isinstance(measure, evaluate.TaskMeasure) and not (root / measure.task).is_file():
+            problems.note((*path, "task"), f"expected a task's file at {root / measure.task}")
+        if measure is not None:
+            found[place] = measure
+    return found
+
+
+def check_formats(
+    sets: Mapping[str, DataSettings], nodes: Mapping[str, Node], measures: Measures, root: Path, problems: Problems
+) -> None:
+    """What is trained on must say what is to be produced, and a measure must fit the data it is taken on."""
+    formats = _formats(sets, root, problems)
+    for name, node in nodes.items():
+        if raw := [ref for ref in node.data if formats.get(split_ref(ref)[0]) == "raw"]:
+            problems.note(
+                ("models", name, node.verb.name),
+                f"{raw[0]} is raw: records that do not say what is to be produced; give its `format` and `fields`",
+            )
+    for place, measure in measures.items():
+        if not isinstance(measure, evaluate.OnData):
+            continue
+        for reference in measure.on:
+            format = formats.get(split_ref(reference)[0])
+            if format is not None and (wrong := evaluate.misfit(measure, reference, format)):
+                problems.note(("evaluate", place, "on"), wrong)
+
+
+def check_architectures(measures: Measures, architectures: Mapping[str, str], problems: Problems) -> None:
+    """A measure must fit the models that it is taken of (architectures by name)."""
+    for place, measure in measures.items():
+        if wrong := evaluate.untakable(measure, architectures):
+            problems.note(("evaluate", place), wrong)
+
+
+def _formats(sets: Mapping[str, DataSettings], root: Path, problems: Problems) -> dict[str, str]:
+    """Formats of the data sets with which nothing is wrong, as far as a look at their first records tells."""
+    unknown = problems.of("data") | {name for name, settings in sets.items() if isinstance(settings, HuggingFace)}
+    formats = {}
+    for name in sets:
+        parts = _all_parts(name, sets)
+        if parts is None or parts & unknown:
+            continue
+        format = problems.attempt(("data", name), lambda: open_corpus(sets, name, root).format)  # noqa: B023
+        if format is not None:
+            formats[name] = format
+    return formats
+
+
+def parts_of(settings: DataSettings) -> list[str]:
+    """The data sets that this one is mixed from."""
+    return [split_ref(name)[0] for kind, name, _ in references(settings) if kind == "data"]
+
+
+def _all_parts(name: str, sets: Mapping[str, DataSettings]) -> set[str] | None:
+    """A data set and all that it is mixed from; None where one is missing or is mixed from itself."""
+    found: set[str] = set()
+    waiting = [name]
+    while waiting:
+        part = waiting.pop()
+        if part not in sets or (part == name and found):
+            return None
+        if part not in found:
+            found.add(part)
+            waiting += parts_of(sets[part])
+    return found

@@ -1,0 +1,163 @@
+"""Reading a recipe: one walk over the document, after which all that is wrong is known."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from graft import data as data_room
+from graft import verbs
+from graft.data import DataSettings, split_ref
+from graft.errors import RecipeError, RequestError, nearest
+from graft.recipe.measures import Measures, check_architectures, check_formats, parts_of, read_measures
+from graft.recipe.order import ordered
+from graft.recipe.problems import Problems, Where
+from graft.recipe.sections import Node, Outline, Recipe, readable
+from graft.settings import Settings, keys_of, parse, references
+from graft.verb import Facts
+from graft.yaml_lines import Document, read_yaml
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+def read_recipe(path: Path | str) -> Recipe:
+    """The recipe in a YAML file. Raises RecipeError with all problems, RequestError where there is no such file."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"expected a recipe (a YAML file) at {path}, found none that can be read: {error}") from None
+    return build_recipe(read_yaml(text), path.resolve().parent, text=text)
+
+
+def build_recipe(
+    document: Document, root: Path, *, text: str = "", outside: Mapping[str, Path] | None = None
+) -> Recipe:
+    """The recipe that `document` says, checked. Raises RecipeError with all problems."""
+    reader = _Reader(document, root, dict(outside or {}))
+    recipe = reader.read(text)
+    if reader.problems.found or recipe is None:
+        located = {str(p): p for p in map(document.located, reader.problems.found)}
+        raise RecipeError(sorted(located.values(), key=lambda p: p.line or 0))
+    return recipe
+
+
+class _Reader:
+    """Walks a document once; what is wrong is noted, and what rests on it is left out."""
+
+    def __init__(self, document: Document, root: Path, outside: dict[str, Path]):
+        self.document, self.root, self.outside = document, root, outside
+        self.problems = Problems(document.problems)
+
+    def read(self, text: str) -> Recipe | None:
+        outline = self._outline()
+        if outline is None:
+            return None
+        sets = {name: s for name, raw in outline.data.items() if (s := self._data(name, raw)) is not None}
+        nodes = {name: n for name, raw in outline.models.items() if (n := self._node(name, raw, outline.seed))}
+        measures = read_measures(outline.evaluate, self.root, self.problems)
+        self._names(outline, sets, nodes, measures)
+        check_formats(sets, nodes, measures, self.root, self.problems)
+        data_order = ordered("data", {name: parts_of(settings) for name, settings in sets.items()}, self.problems)
+        order = ordered("models", {name: node.models for name, node in nodes.items()}, self.problems)
+        recipe = Recipe(
+            outline.family,
+            outline.seed,
+            {name: sets[name] for name in data_order},
+            {name: nodes[name] for name in order},
+            list(measures.values()),
+            self.root,
+            text,
+            self.outside,
+        )
+        facts = self._combinations(recipe)
+        kinds = {name: facts[name].architecture for name in nodes if name in facts}
+        check_architectures(measures, kinds, self.problems)
+        return recipe
+
+    def _outline(self) -> Outline | None:
+        raw = self.document.value
+        if not isinstance(raw, dict):
+            if not self.problems.found:
+                self.problems.note(
+                    (), f"expected the sections {', '.join(keys_of(Outline))}, found {type(raw).__name__}"
+                )
+            return None
+        # an empty section is one that is not there
+        given = {key: value for key, value in raw.items() if value is not None}
+        outline = self.problems.attempt((), lambda: parse(Outline, given)) or readable(given)
+        for section, names in (("data", outline.data), ("models", outline.models), ("family", [outline.family])):
+            for name in names:
+                if not NAME.fullmatch(name):
+                    place = (section, name) if section != "family" else (section,)
+                    self.problems.note(place, f"expected a name of letters, digits, - and _, found {name!r}")
+        return outline
+
+    def _data(self, name: str, raw: Any) -> DataSettings | None:
+        settings = self.problems.attempt(("data", name), lambda: data_room.parse(raw, ("data", name)))
+        if settings is not None:
+            for message in data_room.problems(settings, self.root):
+                self.problems.note(("data", name), message)
+        return settings
+
+    def _node(self, name: str, raw: Any, seed: int) -> Node | None:
+        path: Where = ("models", name)
+        if not isinstance(raw, dict) or len(verbs_named := [key for key in raw if key != "seed"]) != 1:
+            names = ", ".join(verbs.verb_names())
+            self.problems.note(
+                path, f"expected one verb with its settings ({names}), and `seed:` if wanted, found {raw!r}"
+            )
+            return None
+        own_seed = raw.get("seed", seed)
+        if not isinstance(own_seed, int) or isinstance(own_seed, bool) or own_seed < 0:
+            self.problems.note((*path, "seed"), f"expected a whole number from 0, found {own_seed!r}")
+            own_seed = seed
+        (named,) = verbs_named
+        verb = self.problems.attempt((*path, named), lambda: verbs.verb(str(named)))
+        if verb is None:
+            return None
+        settings = self.problems.attempt(
+            (*path, named), lambda: verb.located(verb.parse(raw[named], (*path, named)), self.root)
+        )
+        return None if settings is None else Node(name, verb, settings, own_seed, self.document.line(path[:2]))
+
+    def _names(
+        self, outline: Outline, sets: Mapping[str, DataSettings], nodes: Mapping[str, Node], measures: Measures
+    ) -> None:
+        """Everything that is named must be there; what was written but did not parse has been reported already."""
+        placed: list[tuple[Where, Settings]] = [(("data", name), settings) for name, settings in sets.items()]
+        placed += [(("models", name, node.verb.name), node.settings) for name, node in nodes.items()]
+        placed += [(("evaluate", place), measure) for place, measure in measures.items()]
+        models = [*outline.models, *self.outside]
+        for start, settings in placed:
+            for kind, name, path in references(settings, start):
+                known = split_ref(name)[0] in outline.data if kind == "data" else name in models
+                if not known:
+                    valid = list(outline.data) if kind == "data" else models
+                    kind_words = "data set" if kind == "data" else "model"
+                    there = ", ".join(sorted(valid)) or "none"
+                    self.problems.note(path, f"unknown {kind_words} {name!r}{nearest(name, valid)}; there are: {there}")
+
+    def _combinations(self, recipe: Recipe) -> Mapping[str, Facts]:
+        """Ask every verb whether its node can work, given the facts of what it is made from; the facts found."""
+        from graft.lineage import facts_of
+
+        found: dict[str, Facts] = {}
+        for name, folder in recipe.outside.items():
+            facts = self.problems.attempt(("models",), lambda folder=folder: facts_of(folder))  # type: ignore[misc]
+            if facts is not None:
+                found[name] = facts
+        for name, node in recipe.models.items():
+            if not all(model in found for model in node.models):
+                continue
+            path = ("models", name, node.verb.name)
+            models = {model: found[model] for model in node.models}
+            wrong = node.verb.check(node.settings, models)
+            for message in wrong:
+                self.problems.note(path, message)
+            facts = None if wrong else self.problems.attempt(path, lambda: node.verb.facts(node.settings, models, name))  # noqa: B023
+            if facts is not None:
+                found[name] = facts
+        return found
