@@ -11,7 +11,7 @@
     │   └── Locked             another process works on this folder
     └── RunError               the request was right and something went wrong while it ran
         ├── CheckpointError    weights that are corrupt, truncated, missing, NaN or Inf
-        ├── TrainingError      a loss that is NaN, labels that are all masked
+        ├── TrainingError      a loss that is not finite; labels that an objective masks all
         └── DiskError          no space, no permission
 
 A message says what was expected, what was found and what to do.

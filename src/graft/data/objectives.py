@@ -41,7 +41,10 @@ class Causal(Settings):
 
 
 class Prefix(Settings):
-    """A prefix (of a prompt with a completion: the prompt) is read in both directions, the rest predicted."""
+    """A prefix (of a prompt with a completion: the prompt) is read in both directions, the rest predicted.
+
+    In training: what is trained so is an ordinary decoder, and scoring and generating read its prompts left to right.
+    """
 
     kind: Literal["prefix"] = "prefix"
 
