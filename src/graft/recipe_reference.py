@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from graft.settings import Bytes, Parameters, Ref, Tokens
+from graft.settings import Bytes, Parameters, Ref, Tokens, Varies
 
 _UNITS = {
     "tokens, such as `2M tokens`": Tokens,
@@ -148,6 +148,8 @@ def _marked(inner: Any, marks: tuple[Any, ...]) -> str:
     for mark in marks:
         if isinstance(mark, Ref):
             return {"model": "model", "data": "data set"}[mark.kind]
+        if isinstance(mark, Varies):
+            return "[number](merging.md#by-layer-and-by-name)"
         for words, unit in _UNITS.items():
             if mark in typing.get_args(unit)[1:]:
                 return words

@@ -42,6 +42,15 @@ ModelRef = Annotated[str, Ref("model")]
 DataRef = Annotated[str, Ref("data")]
 """The name of a data set of the recipe, optionally with a split: `mixed` or `mixed.dev`."""
 
+
+@dataclass(frozen=True)
+class Varies:
+    """Marks a number for which a gradient over the layers or rules by tensor name may be written."""
+
+
+Number = Annotated[float, Varies()]
+"""A number that may differ between tensors: `0.5`, `[0, 0.5, 1]` over the layers, `{"*.mlp.*": 0.3, "*": 0.5}`."""
+
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 

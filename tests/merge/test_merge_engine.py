@@ -176,7 +176,7 @@ def test_whole_numbers_are_taken_over_and_must_agree(folders, tmp_path):
 
 
 def test_layers_of_two_models_are_stacked(folders, tmp_path):
-    slices = [{"model": "a", "layers": [0, 2]}, {"model": "b", "layers": [1, 2]}]
+    slices = [{"a": [0, 2]}, {"b": [1, 2]}]
     out, _ = merge({"method": "passthrough", "slices": slices}, folders, tmp_path / "stack")
     a, b = tensors(folders["a"]), tensors(folders["b"])
     stacked = load(tmp_path / "stack")
@@ -186,7 +186,7 @@ def test_layers_of_two_models_are_stacked(folders, tmp_path):
     assert torch.equal(out["model.embed_tokens.weight"], a["model.embed_tokens.weight"])
     assert torch.equal(out["lm_head.weight"], b["lm_head.weight"])
     with pytest.raises(CannotCombine, match="b has layers 0 to 1: no layer 2"):
-        merge({"method": "passthrough", "slices": [{"model": "b", "layers": [1, 3]}]}, folders, tmp_path / "no")
+        merge({"method": "passthrough", "slices": [{"b": [1, 3]}]}, folders, tmp_path / "no")
 
 
 KILLED = """

@@ -373,7 +373,7 @@ def test_values_too_large_for_the_dtype_are_refused(tmp_path):
         ({"method": "linear", "models": {"a": 1, "b": -1}}, "expected weights whose sum is not 0"),
         ({"method": "karcher", "models": {"a": 1, "b": -1}}, "expected weights above 0"),
         ({"method": "linear", "models": ["a", "a"]}, "expected each model once"),
-        ({"method": "passthrough", "models": ["a"], "slices": [{"model": "a", "layers": [0, 1]}]}, "found both"),
+        ({"method": "passthrough", "models": ["a"], "slices": [{"a": [0, 1]}]}, "found both"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, message):

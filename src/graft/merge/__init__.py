@@ -7,11 +7,13 @@ from typing import Any
 
 from graft.errors import Problem, SettingsError
 from graft.merge.settings import DeltaSettings, MergeSettings
+from graft.merge.slices import COUNTS, length, restacked
+from graft.merge.varying import parse_varying
 from graft.methods import method, method_names
-from graft.settings import Settings, parse
+from graft.settings import Settings
 from graft.verb import Estimate, Facts, Job, Verb
 
-ROOMS = ("architecture", "engine", "journal", "preflight", "related", "settings", "slices", "stream")
+ROOMS = ("architecture", "engine", "journal", "preflight", "related", "settings", "slices", "stream", "varying")
 
 
 class Merge(Verb[MergeSettings]):
@@ -27,7 +29,7 @@ class Merge(Verb[MergeSettings]):
         name = raw.get("method", "linear") if isinstance(raw, dict) else "linear"
         if not isinstance(name, str):
             raise SettingsError([Problem((*path, "method"), f"expected the name of a method, found {name!r}")])
-        return parse(method("graft.merge", name).Settings, raw, path)
+        return parse_varying(method("graft.merge", name).Settings, raw, path)
 
     def check(self, settings: MergeSettings, models: Mapping[str, Facts]) -> list[str]:
         from graft.merge.preflight import problems
@@ -37,6 +39,7 @@ class Merge(Verb[MergeSettings]):
 
     def facts(self, settings: MergeSettings, models: Mapping[str, Facts], key: str) -> Facts:
         first = models[settings.parents[0]]
+        config, share = _stacked(settings, models) if settings.slices else (first.config, 1.0)
         grown = {models[name].initialisation for name in settings.parents}
         unknown = any(name.startswith("unknown:") for name in grown)
         width = {"float32": 4, "bfloat16": 2, "float16": 2}.get(settings.dtype or "")
@@ -44,9 +47,9 @@ class Merge(Verb[MergeSettings]):
             first.architecture,
             first.initialisation if len(grown) == 1 else f"unknown:{key}" if unknown else f"of:{key}",
             first.vocabulary,
-            first.parameters,
-            first.parameters * width if width else first.bytes,
-            first.config,
+            round(first.parameters * share),
+            round(share * (first.parameters * width if width else first.bytes)),
+            config,
             trained_on=frozenset().union(*(models[name].trained_on for name in settings.parents)),
         )
 
@@ -60,6 +63,16 @@ class Merge(Verb[MergeSettings]):
         from graft.merge.engine import run
 
         return run(job)
+
+
+def _stacked(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[Mapping[str, Any], float]:
+    """(configuration, size as a share of that of the first model) of a stack of slices."""
+    reference = settings.parents[0]
+    before = next((n for key, n in models[reference].config.items() if key in COUNTS), None)
+    if before is None:
+        return models[reference].config, 1.0
+    config = restacked({name: facts.config for name, facts in models.items()}, reference, settings.stacked)
+    return config, sum(map(length, settings.stacked)) / before
 
 
 VERB = Merge()

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graft.checkpoint import FLOATS, TensorReader, TensorWriter, atomic_write
 from graft.errors import CannotCombine
@@ -24,12 +24,16 @@ from graft.lineage import read_manifest
 from graft.merge.architecture import Check, verify
 from graft.merge.journal import Journal
 from graft.merge.preflight import INSTEAD, Layout, layout
-from graft.merge.related import RELATED, correlation
+from graft.merge.related import RELATED, correlation, same_names
 from graft.merge.settings import MergeSettings
-from graft.merge.stream import Source, Tensors, Workers, same_bytes
+from graft.merge.stream import Piece, Source, Tensors, Workers, same_bytes
+from graft.merge.varying import by_tensor
 from graft.methods import method
 from graft.progress import Progress
 from graft.verb import Job
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -94,6 +98,7 @@ def stream(
 ) -> None:
     """Make every tensor that the journal does not know yet. `survey` is what the method found out beforehand."""
     chosen = method("graft.merge", settings.method)
+    own = by_tensor(settings, plan.places)
     every = {name: _tensors(name, plan, settings, readers, workers, seed, chosen) for name in plan.tensors}
     floats = {name: tensors for name, tensors in every.items() if plan.tensors[name][0] in FLOATS}
     if survey is None and hasattr(chosen, "survey"):
@@ -106,7 +111,8 @@ def stream(
     def one(name: str) -> int:
         size = writer.headers[name].end - writer.headers[name].start
         if name in floats:
-            floats[name].write(chosen.rule(floats[name], settings), writer)
+            rule = chosen.rule(floats[name], own[name]) if floats[name].models else _base_alone
+            floats[name].write(rule, writer)
         else:
             _copy(every[name], writer)
         journal.note(name, size)
@@ -121,6 +127,12 @@ def stream(
         except BaseException:
             several.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _base_alone(piece: Piece) -> Tensor:
+    """What no model has a part in is taken from the base."""
+    assert piece.base is not None
+    return piece.base
 
 
 def _tensors(
@@ -165,7 +177,8 @@ def _unrelated(
         return []
     unknown = {name for name, folder in folders.items() if read_manifest(folder) is None}
     pairs = [name for name in others if name in unknown or first in unknown]
-    found = {n: correlation(readers[first], readers[n], list(plan.places.values()), (first, n)) for n in pairs}
+    places = same_names(readers) if settings.slices else list(plan.places.values())
+    found = {n: correlation(readers[first], readers[n], places, (first, n)) for n in pairs}
     if found:
         plan.notes["correlation_of_weights"] = {name: round(value, 4) for name, value in found.items()}
     wrong = [

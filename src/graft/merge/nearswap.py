@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from graft.merge.settings import DeltaSettings
-from graft.settings import ModelRef
+from graft.settings import ModelRef, Number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,7 @@ class Settings(DeltaSettings):
 
     method: Literal["nearswap"] = "nearswap"
     models: Annotated[list[ModelRef], Field(min_length=1, max_length=1, description="The other model.")]
-    t: Annotated[float, Field(gt=0, description="How far a parameter may move.")]
+    t: Annotated[Number, Field(gt=0, description="How far a parameter may move.")]
 
 
 def nearswap(base: Tensor, other: Tensor, t: float) -> Tensor:

@@ -12,7 +12,8 @@ from graft.errors import CannotCombine
 from graft.lineage import facts_of, read_config
 from graft.merge.architecture import architecture
 from graft.merge.settings import MergeSettings
-from graft.merge.slices import restacked, stack
+from graft.merge.slices import COUNTS, restacked, stack
+from graft.merge.varying import by_tensor
 from graft.verb import Facts
 
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -59,7 +60,7 @@ def problems(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[list
             continue
         if a.architecture != b.architecture:
             never.append(f"{name} is of architecture {b.architecture} and {first} of {a.architecture}; {INSTEAD}")
-        elif different := different_keys(a.config, b.config, SHAPE_KEYS):
+        elif different := different_keys(a.config, b.config, _shape_keys(settings)):
             never.append(f"{name} and {first} differ in shape: {'; '.join(different)}; {INSTEAD}")
         known = not any(found.startswith("none:") for found in (a.vocabulary, b.vocabulary))
         if known and a.vocabulary != b.vocabulary:
@@ -73,6 +74,11 @@ def problems(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[list
                 f"{INSTEAD}"
             )
     return never, forced
+
+
+def _shape_keys(settings: MergeSettings) -> list[str]:
+    """What must be alike; models of slices may have different numbers of layers."""
+    return [key for key in SHAPE_KEYS if not settings.slices or key not in COUNTS]
 
 
 def related(a: Facts, b: Facts) -> bool:
@@ -98,19 +104,16 @@ def layout(settings: MergeSettings, folders: Mapping[str, Path]) -> Layout:
         raise CannotCombine("\n".join([*never, *forced]))
     headers = {name: read_headers(folders[name]) for name in settings.parents}
     configs = {name: read_config(folders[name]) for name in settings.parents}
-    slices = getattr(settings, "slices", None)
-    if slices:
-        places: Places = stack({name: sorted(found) for name, found in headers.items()}, slices)
-        config = restacked(configs, slices)
-    else:
-        # who ties what matters only where not all store the same tensors
-        alike = all(headers[name].keys() == headers[reference].keys() for name in others)
-        tied = {name: {} if alike else _tied(folders[name], headers[name]) for name in settings.parents}
-        places = _places(settings.parents, headers, tied)
-        _same_shapes(settings.parents, headers, places)
-        config = dict(configs[reference])
-        if any(name in tied[reference] for name in places):
-            config["tie_word_embeddings"] = False
+    # who ties what matters only where not all store the same tensors
+    alike = all(headers[name].keys() == headers[reference].keys() for name in others)
+    tied = {name: {} if alike else _tied(folders[name], headers[name]) for name in settings.parents}
+    places: Places = _stacked(settings, headers, tied) if settings.slices else _places(settings.parents, headers, tied)
+    _same_shapes(headers, places)
+    config = dict(configs[reference])
+    if settings.slices:
+        config = restacked(configs, reference, settings.stacked)
+    if any(name in tied[reference] for name in places):
+        config["tie_word_embeddings"] = False
     if settings.dtype is not None:
         config = {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": settings.dtype}
     notes: dict[str, Any] = {"config_from": reference}
@@ -118,6 +121,7 @@ def layout(settings: MergeSettings, folders: Mapping[str, Path]) -> Layout:
     if any(differ.values()):
         notes["config_differences"] = {name: found for name, found in differ.items() if found}
     tensors = {t: _stored(headers[name], found, settings.dtype) for t, ((name, found), *_) in _items(places)}
+    by_tensor(settings, places)
     return Layout(tensors, places, config, notes, forced)
 
 
@@ -140,9 +144,10 @@ def _tied(folder: Path, headers: Headers) -> dict[str, str]:
     return {name: same for name, same in found.tied.items() if same in headers} if found else {}
 
 
-def _places(
-    parents: Sequence[str], headers: Mapping[str, Headers], tied: Mapping[str, Mapping[str, str]]
-) -> dict[str, dict[str, str]]:
+Tied = Mapping[str, Mapping[str, str]]
+
+
+def _places(parents: Sequence[str], headers: Mapping[str, Headers], tied: Tied) -> dict[str, dict[str, str]]:
     """Where each tensor of the output stands in each parent. One that all parents tie is left out."""
     everywhere = set.intersection(*(set(tied[name]) for name in parents))
     stored = sorted(set().union(*(headers[name] for name in parents)) - everywhere)
@@ -152,13 +157,27 @@ def _places(
             raise CannotCombine(
                 f"{name} lacks {len(missing)} tensors that other parents have: {', '.join(missing[:5])}; {INSTEAD}"
             )
-    return {t: {name: t if t in headers[name] else tied[name][t] for name in parents} for t in stored}
+    return {t: {name: _stands(t, headers[name], tied[name]) for name in parents} for t in stored}
 
 
-def _same_shapes(parents: Sequence[str], headers: Mapping[str, Headers], places: Places) -> None:
+def _stands(tensor: str, headers: Headers, tied: Mapping[str, str]) -> str:
+    return tensor if tensor in headers else tied[tensor]
+
+
+def _stacked(settings: MergeSettings, headers: Mapping[str, Headers], tied: Tied) -> dict[str, dict[str, str]]:
+    """Where each tensor of a stack of slices stands. One that is tied in all models it comes from is left out."""
+    made = stack({name: {*found, *tied[name]} for name, found in headers.items()}, settings.stacked)
+    return {
+        tensor: {name: _stands(there, headers[name], tied[name]) for name, there in place.items()}
+        for tensor, place in made.items()
+        if not all(there in tied[name] for name, there in place.items())
+    }
+
+
+def _same_shapes(headers: Mapping[str, Headers], places: Places) -> None:
     wrong = []
     for tensor, place in places.items():
-        shapes = {name: headers[name][place[name]].shape for name in parents}
+        shapes = {name: headers[name][there].shape for name, there in place.items()}
         if len(set(shapes.values())) > 1:
             found = ", ".join(f"{list(shape)} in {name}" for name, shape in shapes.items())
             wrong.append(f"{tensor} is {found}")

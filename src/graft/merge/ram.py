@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from graft.merge.settings import DeltaSettings
-from graft.settings import ModelRef
+from graft.settings import ModelRef, Number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +21,7 @@ class RamSettings(DeltaSettings):
     """A base plus task vectors of models trained by reinforcement, which change few parameters."""
 
     models: Annotated[list[ModelRef], Field(min_length=1, description="Models; none weighs more.")]
-    epsilon: Annotated[float, Field(ge=0, description="A change of at most this counts as none.")] = 1e-5
+    epsilon: Annotated[Number, Field(ge=0, description="A change of at most this counts as none.")] = 1e-5
 
 
 class Settings(RamSettings):

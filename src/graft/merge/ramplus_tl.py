@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from graft.merge.ram import RamSettings, changed, reinforced
+from graft.settings import Number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,8 +19,8 @@ class Settings(RamSettings):
     """RAM, a model's own changes multiplied by `1 + r · min(ρ, α)`; ρ is its shared over its own changes, by tensor."""
 
     method: Literal["ramplus_tl"] = "ramplus_tl"
-    r: Annotated[float, Field(ge=0, description="How much a model's own changes are strengthened.")] = 0.1
-    alpha: Annotated[float, Field(ge=0, description="Bound of the ratio ρ.")] = 0.2
+    r: Annotated[Number, Field(ge=0, description="How much a model's own changes are strengthened.")] = 0.1
+    alpha: Annotated[Number, Field(ge=0, description="Bound of the ratio ρ.")] = 0.2
 
 
 def rule(tensors: Tensors, settings: Settings) -> Combine:

@@ -32,6 +32,14 @@ def correlation(a: TensorReader, b: TensorReader, places: Sequence[Mapping[str, 
     return float(np.median(found)) if found else 1.0
 
 
+def same_names(readers: Mapping[str, TensorReader]) -> list[dict[str, str]]:
+    """Places of tensors that have one name and shape wherever they are: for layers that are about to change places."""
+    names = sorted({name for reader in readers.values() for name in reader.headers})
+    places = [{model: name for model, reader in readers.items() if name in reader.headers} for name in names]
+    shapes = [{readers[model].headers[name].shape for model, name in place.items()} for place in places]
+    return [place for place, found in zip(places, shapes, strict=True) if len(found) == 1]
+
+
 def _is_matrix(reader: TensorReader, name: str) -> bool:
     header = reader.headers[name]
     return len(header.shape) > 1 and header.dtype in FLOATS

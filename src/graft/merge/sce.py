@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from graft.merge.settings import DeltaSettings
-from graft.settings import ModelRef
+from graft.settings import ModelRef, Number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +23,7 @@ class Settings(DeltaSettings):
     method: Literal["sce"] = "sce"
     models: Annotated[list[ModelRef], Field(min_length=1, description="Models; their weights follow from them.")]
     select: Annotated[
-        float, Field(gt=0, le=1, description="Share of the elements that vary between models which is kept.")
+        Number, Field(gt=0, le=1, description="Share of the elements that vary between models which is kept.")
     ] = 1.0
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
-from graft.settings import Bytes, ModelRef, Settings
+from graft.merge.varying import Varied, replaced, split, written
+from graft.settings import Bytes, ModelRef, Number, Settings
 
-PerModel = float | dict[ModelRef, float]
+PerModel = Number | dict[ModelRef, Number]
 """One number for all models, or one for each."""
 
 
@@ -17,7 +19,7 @@ class MergeSettings(Settings):
 
     method: Annotated[str, Field(description="How the weights are combined.")]
     models: Annotated[
-        list[ModelRef] | dict[ModelRef, float],
+        list[ModelRef] | dict[ModelRef, Number],
         Field(min_length=1, description="Models, or models with their weights (1 each where none are given)."),
     ]
     dtype: Annotated[
@@ -28,6 +30,43 @@ class MergeSettings(Settings):
         bool, Field(description="Merge even what is not of one initialisation or vocabulary; the manifest says so.")
     ] = False
     shard: Annotated[Bytes, Field(gt=0, description="Largest size of one file of weights.")] = 5 * 10**9
+    slices: Annotated[
+        list[dict[ModelRef, tuple[int, int]]],
+        Field(
+            description="The output's layers, slice after slice: of each model [first, after the last], equally many."
+        ),
+    ] = []
+
+    _varied: Mapping[tuple[str, ...], Varied] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _varying(cls, raw: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        plain, varied = split(cls, raw)
+        made = handler(plain)
+        if varied:
+            made._varied = varied
+        return made
+
+    @property
+    def of_the_whole_model(self) -> frozenset[str]:
+        """Numbers that may not vary, though they are marked so."""
+        return frozenset()
+
+    @property
+    def varied(self) -> Mapping[tuple[str, ...], Varied]:
+        """The numbers that follow layers or names, by their place; the fields hold one of them."""
+        return self._varied
+
+    def plain(self) -> dict[str, Any]:
+        """As written, gradients and rules too."""
+        return replaced(super().plain(), {spot: written(one) for spot, one in self._varied.items()})
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy; a number that is given anew no longer varies."""
+        made = super().model_copy(update=update, deep=deep)
+        made._varied = {spot: one for spot, one in self._varied.items() if spot[0] not in (update or {})}
+        return made
 
     @model_validator(mode="after")
     def _once(self) -> MergeSettings:
@@ -36,6 +75,33 @@ class MergeSettings(Settings):
         if self.base_name is not None and self.base_name in self.names:
             raise ValueError(f"expected a base that is not among the models, found {self.base_name} there")
         return self
+
+    @model_validator(mode="after")
+    def _stackable(self) -> MergeSettings:
+        for part in self.slices:
+            if not part or set(part) - set(self.parents):
+                raise ValueError(
+                    f"expected slices of {', '.join(self.parents)}, found one of {', '.join(part) or 'none'}"
+                )
+            if wrong := [list(span) for span in part.values() if not 0 <= span[0] < span[1]]:
+                raise ValueError(f"expected layers as [first, after the last], found {wrong[0]}")
+            if len({after - first for first, after in part.values()}) > 1:
+                found = ", ".join(f"{name}: {list(span)}" for name, span in part.items())
+                raise ValueError(f"expected as many layers of each model, found {found}")
+            self._with_base(part)
+        return self
+
+    @property
+    def stacked(self) -> list[dict[str, tuple[int, int]]]:
+        """The slices with the layers of the base, which are those of the models where nothing else is written."""
+        return [self._with_base(part) for part in self.slices]
+
+    def _with_base(self, part: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        if self.base_name is None or self.base_name in part:
+            return part
+        if len(set(part.values())) > 1:
+            raise ValueError(f"expected the layers of {self.base_name} too, where those of the models differ")
+        return {self.base_name: next(iter(part.values())), **part}
 
     @property
     def names(self) -> list[str]:
@@ -76,7 +142,7 @@ class SparseSettings(DeltaSettings):
     """A base plus sparse task vectors."""
 
     density: Annotated[PerModel, Field(description="Share of each task vector that is kept, in (0, 1].")] = 0.5
-    scale: Annotated[float, Field(description="Factor of the combined task vector, λ in the papers.")] = 1.0
+    scale: Annotated[Number, Field(description="Factor of the combined task vector, λ in the papers.")] = 1.0
     normalise: Annotated[bool, Field(description="Divide by the sum of the weights that take part.")] = False
 
     @property

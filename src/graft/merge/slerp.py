@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from graft.merge.settings import MergeSettings
-from graft.settings import ModelRef
+from graft.settings import ModelRef, Number
 
 if TYPE_CHECKING:
     from graft.merge.stream import Combine, Tensors
@@ -22,7 +22,7 @@ class Settings(MergeSettings):
 
     method: Literal["slerp"] = "slerp"
     models: Annotated[list[ModelRef], Field(min_length=2, max_length=2, description="The two models.")]
-    t: Annotated[float, Field(ge=0, le=1, description="How far from the first to the second.")] = 0.5
+    t: Annotated[Number, Field(ge=0, le=1, description="How far from the first to the second.")] = 0.5
 
 
 def factors(cosine: float, t: float, parallel: float = PARALLEL) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from graft.merge.settings import DeltaSettings
+from graft.settings import Number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +22,7 @@ class Settings(DeltaSettings):
     analogy c + (b − a)."""
 
     method: Literal["task_arithmetic"] = "task_arithmetic"
-    scale: Annotated[float, Field(description="Factor of the combined task vector, λ in the papers.")] = 1.0
+    scale: Annotated[Number, Field(description="Factor of the combined task vector, λ in the papers.")] = 1.0
     normalise: Annotated[bool, Field(description="Divide by the sum of the weights.")] = False
 
 

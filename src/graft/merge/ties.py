@@ -25,6 +25,11 @@ class Settings(SparseSettings):
         Field(description="Keep the share of every tensor (as mergekit) or of the whole model (as the paper)."),
     ] = "tensor"
 
+    @property
+    def of_the_whole_model(self) -> frozenset[str]:
+        """A threshold over the whole model keeps one share of it."""
+        return frozenset({"density"}) if self.trim == "model" else frozenset()
+
 
 def survey(tensors: Sequence[Tensors], settings: Settings) -> dict[str, list[Cut]] | None:
     """Where the trim is over the whole model: the cut of every model for every tensor."""

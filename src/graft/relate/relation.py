@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from graft.checkpoint import TensorReader
 from graft.lineage import Manifest, architecture_of, read_config, read_manifest
+from graft.merge.related import RELATED
 from graft.relate.vocabulary import Overlap, overlap, tokens
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ Kind = Literal[
     "ensemble",
     "not comparable",
 ]
-TRACE = 0.1
-"""Below this correlation so little of a common start is left that merging refuses two models."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def _weights(
     match kind:
         case "same folder" | "same weights":
             return "yes", "a mean of the two is either of them: there is nothing to gain"
-        case "same initialisation" if correlation is not None and correlation < TRACE:
+        case "same initialisation" if correlation is not None and correlation < RELATED:
             return "no", f"only a trace of their common start is left (correlation {correlation:.3f})"
         case "same initialisation" if rows_differ:
             return "after alignment", "the rows of their embeddings stand for different tokens or differ in number"
