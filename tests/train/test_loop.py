@@ -1,16 +1,17 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
-from tiny import LENGTH, ByteLoss, byte_rows, log, run, tiny_model
+from tiny import LENGTH, ByteLoss, byte_rows, log, run, settings, tiny_model
 from transformers import AutoModelForCausalLM
 
 from graft.data.rows import ListRows
-from graft.errors import MissingExtra, RequestError, TrainingError
+from graft.errors import RequestError, SettingsError, TrainingError
 
 
 def weights(model):
@@ -171,13 +172,28 @@ def test_a_best_without_dev_rows_is_refused(tmp_path, given):
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "mlflow", "trackio"])
-def test_a_tracker_logs_or_names_the_missing_package(tmp_path, tracker):
-    if importlib.util.find_spec(tracker) is None:
-        with pytest.raises(MissingExtra, match=rf"pip install 'graft\[{tracker}\]'"):
-            run(tmp_path, {"track": [tracker]})
-    elif tracker == "tensorboard":
-        run(tmp_path, {"track": [tracker]})
-        assert list((tmp_path / "out").rglob("events.out.tfevents.*"))
+def test_a_tracker_whose_package_is_missing_is_refused_with_the_command_that_installs_it(monkeypatch, tracker):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=rf"pip install 'graft\[{tracker}\]'"):
+        settings(track=[tracker])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_a_compiled_training_is_the_plain_one(tmp_path):
+    given = {"budget": "3 steps", **CONSTANT}
+    _, plain = run(tmp_path / "plain", given)
+    _, compiled = run(tmp_path / "compiled", {**given, "compile": True})
+    torch.testing.assert_close(weights(compiled), weights(plain), atol=1e-5, rtol=1e-4)
+
+
+def test_tensorboard_gets_the_losses_of_the_log(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path, {"track": ["tensorboard"], "budget": "4 steps"})
+    files = (tmp_path / "out").rglob("events.out.tfevents.*")
+    (told,) = (events for path in files if "loss" in (events := EventAccumulator(str(path)).Reload()).Tags()["scalars"])
+    losses = [entry["loss"] for entry in log(tmp_path) if "loss" in entry]
+    assert [event.value for event in told.Scalars("loss")] == pytest.approx(losses)
 
 
 class PressesCtrlC(ByteLoss):

@@ -12,7 +12,7 @@ CPU_FLOPS = 60e9
 
 
 def training_estimate(parameters: int, settings: TrainSettings, length: int) -> Estimate:
-    """Disk, memory (the process itself, weights, gradients and two moments in fp32, activations by rule of thumb) and time on a CPU.
+    """Disk, memory (process, weights, gradients and two moments in fp32, activations by rule of thumb), time on a CPU.
 
     A token costs 6 floating-point operations a parameter (Kaplan et al. 2020, section 2.1). Budgets in epochs have no
     estimate of time, since that takes reading the data.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
 from torch import nn
 
-from graft.errors import MissingExtra, RequestError
+from graft.errors import RequestError
 
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 
@@ -23,9 +22,6 @@ class Place:
     """The processes of a training and this process's device. Precision is the loop's own affair, not accelerate's."""
 
     def __init__(self, device: str | None, track: Sequence[str], out: Path):
-        for name in track:
-            if importlib.util.find_spec(name) is None:
-                raise MissingExtra(name, name, f"the tracker {name}")
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         self.accelerator = Accelerator(
             mixed_precision="no",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, model_serializer, model_validator
 
+from graft.errors import MissingExtra
 from graft.settings import Settings, Tokens
 
 _TOKENS: TypeAdapter[int] = TypeAdapter(Tokens)
@@ -184,4 +186,7 @@ class TrainSettings(Settings):
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"expected betas from 0 to below 1, found {self.betas}")
+        for name in self.track:
+            if importlib.util.find_spec(name) is None:
+                raise ValueError(str(MissingExtra(name, name, f"the tracker {name}")))
         return self
