@@ -80,7 +80,7 @@ def load(
 
     config = load_config(path, hub=hub)
     place = _place(path, hub)
-    if Path(place).is_dir() and config.model_type != "graft_ensemble":
+    if Path(place).is_dir() and not config.model_type.startswith("graft_"):
         read_headers(Path(place))
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     try:

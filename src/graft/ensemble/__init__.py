@@ -13,6 +13,7 @@ from graft.verb import Estimate, Facts, Job, Verb
 
 ROOMS = (
     "base",
+    "byte_level",
     "caches",
     "causal",
     "configuration",

@@ -94,7 +94,7 @@ class Ensemble(PreTrainedModel):
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        config = EnsembleConfig.from_dict(self.config.to_dict())
+        config = type(self.config).from_dict(self.config.to_dict())
         entries = []
         for entry, member in zip(self.config.members, self.members, strict=True):
             entries.append(self._placed(entry, member, folder, self_contained))
@@ -119,6 +119,13 @@ class Ensemble(PreTrainedModel):
         return {**entry, "path": os.path.relpath(source.resolve(), folder.resolve())}
 
     @classmethod
+    def _check_kind(cls, config: EnsembleConfig, folder: Path) -> None:
+        """Raises RequestError for an ensemble of members of another kind."""
+        found = f"EnsembleFor{kind_of([entry['config'] for entry in config.members])}"
+        if found != cls.__name__:
+            raise RequestError(f"{folder}: expected {cls.__name__}, found {found}: use that class")
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *_: Any, **kwargs: Any) -> Any:
         """The ensemble of a folder, its members loaded each by its own class.
 
@@ -129,10 +136,8 @@ class Ensemble(PreTrainedModel):
         if refused:
             raise RequestError(f"an ensemble cannot honour {', '.join(refused)}: load it and move its members")
         folder = Path(pretrained_model_name_or_path)
-        config = kwargs.get("config") or EnsembleConfig.from_pretrained(folder)
-        found = f"EnsembleFor{kind_of([entry['config'] for entry in config.members])}"
-        if found != cls.__name__:
-            raise RequestError(f"{folder}: expected {cls.__name__}, found {found}: use that class")
+        config = kwargs.get("config") or cls.config_class.from_pretrained(folder)
+        cls._check_kind(config, folder)
         wanted = kwargs.get("dtype", kwargs.get("torch_dtype"))
         dtype = None if wanted in (None, "auto") else wanted
         members = [load_member(entry, folder, dtype) for entry in config.members]

@@ -1,0 +1,1 @@
+"""Exact byte-level probabilities from models over any tokens, and ensembles of them."""

@@ -1,0 +1,217 @@
+"""Byte probabilities of a model over tokens, against direct enumeration of all token sequences."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny_bytes import LEFT, RIGHT, brute, by_hand, member, spelt, stepwise, tokenizer, told
+from tiny_members import bloom, gpt2, llama, mistral
+
+from graft.ensemble.byte_level.byte_model import EXACT, ByteModel, Cover
+from graft.ensemble.byte_level.cover import Born, Hypothesis, Told, fresh, pruned
+from graft.ensemble.byte_level.forest import Forest, Reader
+from graft.ensemble.byte_level.scorer import score
+from graft.ensemble.byte_level.spelling import spelling_of
+from graft.ensemble.byte_level.trie import Trie
+from graft.errors import RunError
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+TEXTS = [b"", b"a", b"ab", b"abc", b"cabca", b"bcabcb"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_next_byte_is_a_sum_over_all_token_sequences(text):
+    model = member(1, LEFT, 2)
+    found, _ = told(model, LEFT, text)
+    assert torch.allclose(found[-1], by_hand(model, LEFT, text), atol=1e-6)
+    assert torch.allclose(found.sum(-1), torch.ones(len(text) + 1, dtype=torch.double), atol=1e-12)
+
+
+def test_the_product_over_a_text_is_the_probability_that_texts_begin_with_it():
+    model = member(3, RIGHT)
+    begins, ends = brute(model, RIGHT)
+    reader = ByteModel(model, RIGHT, EXACT)
+    for text in TEXTS[1:]:
+        (document,) = score(reader, [text])
+        assert document.log_probs.sum() == pytest.approx(math.log(begins(text)), abs=1e-5)
+        assert (document.bytes, document.lost) == (len(text), 0)
+    nexts, _ = told(model, RIGHT, b"abc")
+    whole = math.exp(score(reader, [b"abc"])[0].log_probs.sum()) * float(nexts[-1, 256])
+    assert whole == pytest.approx(ends(b"abc"), rel=1e-5)
+
+
+def test_texts_of_all_endings_together_have_probability_one():
+    """Over a one-letter alphabet: Σ p(text of n bytes, then the end) and what is longer."""
+    words = tokenizer("a", [("a", "a")])
+    model = member(2, words)
+    nexts, _ = told(model, words, b"a" * 6)
+    longer, total = 1.0, 0.0
+    for behind in nexts:
+        total += longer * float(behind[256])
+        longer *= float(behind[ord("a")])
+    assert total + longer == pytest.approx(1, abs=1e-9)
+
+
+def test_tokens_of_the_same_bytes_count_together():
+    words = tokenizer("ab", [("a", "b")])
+    double = tokenizer("ab", [("a", "b")])
+    double.add_tokens(["ab "])
+    model = llama(4, tokens=len(double.get_vocab()))
+    reader = ByteModel(model, words, EXACT)
+    spelling = spelling_of(words)
+    twice = (*spelling.later, b"ab")
+    twin = Reader(model, type(spelling)(twice, twice, spelling.ends, spelling.start))
+    forest = Forest(twin)
+    _, behind = forest.root()
+    logits = model(input_ids=torch.tensor([[1]])).logits[0, -1].detach()
+    wanted = logits[[2, 3, 4, 5, 6]].double().softmax(-1)
+    assert behind.root[ord("a")] == pytest.approx(float(wanted[1] + wanted[3] + wanted[4]), rel=1e-5)
+    assert len([token for token in twin.later.ids if twice[token] == b"ab"]) == 2
+    assert stepwise(reader, b"a").next.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: gpt2(3), lambda: bloom(4), lambda: mistral(2)], ids=["gpt2", "bloom", "window"]
+)
+def test_every_architecture_gives_the_enumerated_probabilities(make):
+    """ALiBi and sliding windows do not honour a mask over a tree: those are read whole, and are as right."""
+    model = make()
+    reader = ByteModel(model, LEFT, EXACT)
+    assert reader.reader.style == ("plain" if model.config.model_type != "gpt2" else reader.reader.style)
+    assert torch.allclose(torch.tensor(stepwise(reader, b"bcab").next), by_hand(model, LEFT, b"bcab"), atol=1e-5)
+    assert torch.allclose(told(model, LEFT, b"bcab")[0][-1], by_hand(model, LEFT, b"bcab"), atol=1e-5)
+
+
+@pytest.mark.parametrize("cover", [EXACT, Cover(drop=0.02), Cover("canonical", 0.0, None)])
+def test_a_known_text_gives_what_reading_it_byte_by_byte_gives(cover):
+    model = member(6, LEFT)
+    whole, last = told(model, LEFT, b"abcabcacb", cover)
+    reader = ByteModel(model, LEFT, cover)
+    for end in range(10):
+        state = stepwise(reader, b"abcabcacb"[:end])
+        assert np.allclose(state.next, whole[end], atol=1e-5)
+    assert state.lost == pytest.approx(last.lost, abs=1e-4)
+
+
+def test_several_texts_in_step_are_each_alone_and_what_is_dead_is_cut_out_of_the_cache():
+    reader = ByteModel(member(6, LEFT), LEFT, Cover(drop=0.05, most=3))
+    texts = [b"abcab" * 12, b"ccbab" * 12, b"bacac" * 12]
+    forest = Forest(reader.reader)
+    states = [reader.begin(forest)] * 3
+    columns = 0
+    for data in zip(*texts, strict=True):
+        states = reader.advance(forest, states, data)
+        columns = max(columns, forest._columns)
+    for state, text in zip(states, texts, strict=True):
+        assert np.allclose(state.next, stepwise(reader, text).next, atol=1e-4)
+    assert forest._columns <= columns <= 2 * sum(len(text) for text in texts)
+    assert reader.reader.style == "bool"
+
+
+def test_what_is_dropped_bounds_the_loss():
+    """K ≤ p ≤ K + what may be lost: the exact log-probability lies above what is said less what was lost."""
+    model, text = member(1, LEFT), b"abcabca"
+    exact = score(ByteModel(model, LEFT, EXACT), [text])[0]
+    for drop in (1e-3, 1e-2, 0.1, 0.3):
+        found = score(ByteModel(model, LEFT, Cover(drop=drop, most=None)), [text])[0]
+        assert 0 <= found.lost <= -len(text) * math.log1p(-drop) + 1e-9
+        assert exact.log_probs.sum() >= found.log_probs.sum() - found.lost - 1e-6
+    fewest = score(ByteModel(model, LEFT, Cover(drop=0, most=1)), [text])[0]
+    assert exact.log_probs.sum() >= fewest.log_probs.sum() - fewest.lost - 1e-6 > -math.inf
+
+
+def test_total_variation_is_within_its_bound():
+    """Of the distributions of the first four bytes, over all texts there are."""
+    model, drop, length = member(1, LEFT), 0.05, 4
+    begins, _ = brute(model, LEFT)
+    reader = ByteModel(model, LEFT, Cover(drop=drop, most=None))
+    distance, texts = 0.0, [b""]
+    for _ in range(length):
+        texts = [text + letter for text in texts for letter in (b"a", b"b", b"c")]
+    for text in texts:
+        distance += max(0.0, begins(text) - math.exp(score(reader, [text])[0].log_probs.sum()))
+    assert 0 < distance <= 1 - (1 - drop) ** length
+
+
+def test_canonical_sequences_are_those_that_the_tokenizer_makes():
+    """Σ over the sequences the tokenizer makes; a token that is not yet complete counts whatever it will be."""
+    model = member(7, LEFT)
+    reader = ByteModel(model, LEFT, Cover("canonical", 0.0, None))
+    states = {text: stepwise(reader, text) for text in (b"ab", b"abc", b"cabc")}
+    for text, state in states.items():
+        for each in state.open:
+            path = each.leaf.path()
+            own = b"".join(spelt(LEFT)[token] for token in path)
+            assert LEFT(own.decode())["input_ids"] == path
+            assert own + each.node.read == text
+        assert state.next.sum() == pytest.approx(1)
+    assert len(states[b"cabc"].open) < len(stepwise(ByteModel(model, LEFT, EXACT), b"cabc").open)
+
+
+def test_ids_permuted_change_nothing():
+    model = member(1, LEFT)
+    order = [4, 0, 6, 2, 5, 1, 3]
+    other = tokenizer("abc", [("a", "b"), ("b", "c"), ("ab", "c"), ("c", "a")], order)
+    moved = member(1, LEFT)
+    place = torch.tensor([other.get_vocab()[LEFT.convert_ids_to_tokens(i)] for i in range(len(LEFT.get_vocab()))])
+    with torch.no_grad():
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            moved.get_parameter(name)[place] = model.get_parameter(name)
+    assert torch.allclose(told(moved, other, b"cabcab")[0], told(model, LEFT, b"cabcab")[0], atol=1e-6)
+
+
+def test_a_model_that_is_full_goes_on_from_its_newest_half():
+    model = member(1, LEFT)
+    reader = ByteModel(model, LEFT, Cover(drop=0, most=1), limit=8)
+    text = b"abc" * 12
+    state = stepwise(reader, text)
+    (best,) = (each for each in state.open if not each.node.depth)
+    assert 4 <= len(best.leaf.path()) < 8
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[1, *best.leaf.path()]])).logits[0, -1]
+    wanted = logits[[*reader.reader.later.ids, 2]].log_softmax(-1)
+    assert np.allclose(best.told.logs, wanted[:-1], atol=1e-5)
+    whole, _ = told(model, LEFT, text, Cover(drop=0, most=1), limit=8)
+    assert np.allclose(whole[-1], state.next, atol=1e-5)
+
+
+def test_a_byte_that_no_token_writes_has_probability_zero_and_is_left_out():
+    reader = ByteModel(member(1, LEFT), LEFT, EXACT)
+    (document,) = score(reader, [b"abxc"])
+    assert document.log_probs[2] == -math.inf
+    assert document.log_probs[3] == pytest.approx(score(reader, [b"abc"])[0].log_probs[2], abs=1e-6)
+
+
+def test_nan_is_named():
+    model = member(1, LEFT)
+    with torch.no_grad():
+        model.lm_head.weight[0] = math.nan
+    with pytest.raises(RunError, match="member 'bad' gives NaN"):
+        stepwise(ByteModel(model, LEFT, EXACT, name="member 'bad'"), b"a")
+
+
+def test_pruning_drops_the_least_up_to_its_share():
+    trie = Trie([b"a"])
+    behind = Told(trie, np.zeros(1, np.float32), np.eye(257)[97])
+    moved = [fresh(None, behind, math.log(mass)) for mass in (0.5, 0.02)]
+    born = [Born(None, 0, math.log(mass)) for mass in (0.4, 0.05, 0.03)]
+    assert isinstance(moved[0], Hypothesis)
+    kept, new, gone = pruned(moved, born, 0.06, None)
+    assert ([round(each.mass, 6) for each in kept], len(new), gone) == ([0.5], 2, pytest.approx(0.05))
+    kept, new, gone = pruned(moved, born, 0.0, 2)
+    assert (len(kept), len(new), gone) == (1, 1, pytest.approx(0.1))
+    assert pruned(moved, born, 0.0, None)[2] == 0
+    assert pruned([], [], 0.0, None) == ([], [], 0.0)
+
+
+def test_a_trie_finds_ranges():
+    trie = Trie([b"ab", None, b"a", b"b", b"abc", b"ab"])
+    node = trie.root.next(ord("a"))
+    assert (node.low, node.high, node.own, bytes(node.bytes)) == (0, 4, 1, b"b")
+    inner = node.next(ord("b"))
+    assert sorted(trie.ids[inner.low : inner.low + inner.own].tolist()) == [0, 5]
+    assert (inner.read, inner.next(ord("x")), trie.longest(b"abx")) == (b"ab", None, (0, 2))
+    assert trie.longest(b"x") is None
+    logs = np.log(np.array([0.1, 0.2, 0.3, 0.15, 0.25], np.float32))
+    assert node.sums(logs, 0.0) == pytest.approx([0.65])
