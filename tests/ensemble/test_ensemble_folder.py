@@ -338,5 +338,5 @@ def test_a_gate_that_could_leave_out_nobody_or_everybody_is_refused(family, gate
 
 
 def test_a_gate_may_only_look_at_members():
-    with pytest.raises(SettingsError, match=r"expected members that the gate looks at \(a, b\), found 'c'"):
+    with pytest.raises(SettingsError, match=r"expected a member that the gate looks at \(a, b\), found 'c'"):
         VERB.parse({"members": ["a", "b"], "weights": {"fit": "text.dev", "gate": {"looks_at": ["c"]}}})

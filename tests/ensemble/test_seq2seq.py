@@ -1,22 +1,28 @@
 """Ensembles of encoder-decoders: against brute force over the members, with beams, padding and caches."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from test_ensemble_folder import run
 from tiny_members import llama, prompts, sharp
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as token_models
 from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
     BartForConditionalGeneration,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from graft import models
+from graft import data, lineage, models
+from graft.ensemble import VERB
 from graft.ensemble.model import ensemble_of
-from graft.errors import RequestError
+from graft.errors import CannotCombine, RequestError
 
 ENDS = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1}
 PLAIN = {"max_new_tokens": 8, "eos_token_id": None}
@@ -129,3 +135,114 @@ def test_its_rooms_may_be_imported_in_any_order(room):
 def test_decoders_beside_encoder_decoders_are_refused(members):
     with pytest.raises(RequestError, match="encoder-decoders beside decoders"):
         ensemble_of({"translator": members["small"], "writer": llama()})
+
+
+LETTERS = [chr(place) for place in range(97, 123)]
+
+
+def signs():
+    """A tokenizer with one token a letter, without a start token, as translators have them."""
+    vocabulary = {token: place for place, token in enumerate(["<pad>", "<s>", "</s>", " ", "\n", *LETTERS, "."])}
+    inner = Tokenizer(token_models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>")
+
+
+@pytest.fixture
+def family(members, tmp_path):
+    root = tmp_path / "family" / "models"
+    decoders = {"inside": llama(5, bos_token_id=None), "outside": llama(6, bos_token_id=None)}
+    for name, model in {**members, **decoders}.items():
+        model.save_pretrained(root / name)
+        signs().save_pretrained(root / name)
+    return root
+
+
+def pairs(path, count=50):
+    rows = [{"source": f"say {LETTERS[i % 26]}", "target": f"{LETTERS[i % 26]} said {i % 7}"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"source": "jsonl", "path": str(path), "splits": {"dev": 0.5, "test": 0.1}}
+
+
+@torch.no_grad()
+def told_by(model, record):
+    """Log-probabilities of each token of a record's target, and the target's ids."""
+    tokenizer = signs()
+    read = [*tokenizer(record["source"] + "\n")["input_ids"], 2]
+    target = [*tokenizer(record["target"])["input_ids"], 2]
+    begun = torch.tensor([[1, *target[:-1]]])
+    return model(input_ids=torch.tensor([read]), decoder_input_ids=begun).logits[0].log_softmax(-1), target
+
+
+@pytest.mark.parametrize("rule", ["linear", "log_linear"])
+def test_weights_are_fitted_on_pairs(members, family, rule):
+    chosen = ["small", "deep", "bart"]
+    raw = {"combine": rule, "members": chosen, "weights": {"fit": "pairs.dev"}}
+    sets = {"pairs": pairs(family / "pairs.jsonl")}
+    target, found = run(family, raw, sets)
+    corpus = data.open_corpus({"pairs": data.parse(sets["pairs"])}, "pairs", family)
+    records = list(corpus.records("dev"))
+    losses = []
+    for name in chosen:
+        told = [told_by(members[name], record) for record in records]
+        losses.append(-torch.cat([p.gather(-1, torch.tensor(t)[:, None])[:, 0] for p, t in told]).mean().item())
+    assert list(found["member_losses"].values()) == pytest.approx(losses, abs=1e-4)
+    assert found["loss"] <= min(losses) + 1e-6
+    assert models.load(target).config.weights == list(found["weights"].values())
+
+
+@pytest.mark.parametrize("hidden_states", [False, True])
+def test_a_gate_of_translators_is_fitted_and_decodes(family, hidden_states):
+    gate = {"units": 4, "hidden_states": hidden_states}
+    raw = {"members": ["small", "bart"], "weights": {"fit": "pairs.dev", "gate": gate}}
+    target, found = run(family, raw, {"pairs": pairs(family / "pairs.jsonl")})
+    assert found["loss"] < found["loss_without_gate"] + 1e-3
+    ids, mask = source()
+    loaded = models.load(target)
+    cached = loaded.generate(ids, attention_mask=mask, num_beams=3, **PLAIN)
+    assert torch.equal(cached, loaded.generate(ids, attention_mask=mask, num_beams=3, use_cache=False, **PLAIN))
+
+
+def test_text_says_nothing_of_what_a_translator_should_write(family):
+    (family / "t.jsonl").write_text("".join(json.dumps({"text": f"a{i}"}) + "\n" for i in range(20)))
+    text = {"source": "jsonl", "path": str(family / "t.jsonl"), "splits": {"dev": 0.5}}
+    with pytest.raises(CannotCombine, match="weights of encoder-decoders are fitted on pairs or completion"):
+        run(family, {"members": ["small", "bart"], "weights": {"fit": "t.dev"}}, {"t": text})
+
+
+@torch.no_grad()
+def differential(translator, inside, outside, alpha, source_, mask, target):
+    """log p ∝ translator + α (in-domain LM − out-of-domain LM), the language models reading the target alone."""
+    told = translator(input_ids=source_, attention_mask=mask, decoder_input_ids=target).logits.log_softmax(-1)
+    alone = torch.cat([torch.full_like(target[:, :1], 2), target[:, 1:]], 1)
+    moved = [model(input_ids=alone).logits.log_softmax(-1) for model in (inside, outside)]
+    return (told + alpha * (moved[0] - moved[1])).log_softmax(-1)
+
+
+def test_domain_differential_adaptation_end_to_end(members, family):
+    raw = {"combine": {"experts": {"alpha": 0.7}}, "members": ["deep", "inside", "outside"]}
+    names = ("deep", "inside", "outside")
+    assert VERB.check(VERB.parse(raw), {name: lineage.facts_of(family / name) for name in names}) == []
+    loaded = models.load(run(family, raw)[0])
+    parts = [models.load(family / name) for name in names]
+    ids, mask = source()
+    target = torch.cat([torch.ones(3, 1, dtype=torch.long), prompts(padded=())[0][:, :5]], 1)
+    found = loaded(input_ids=ids, attention_mask=mask, decoder_input_ids=target).logits
+    assert torch.allclose(found, differential(*parts, 0.7, ids, mask, target), atol=1e-4)
+    decoded = loaded.generate(ids, attention_mask=mask, do_sample=False, **PLAIN)
+    for row in range(3):
+        own, begun = ids[row : row + 1, : int(mask[row].sum())], torch.tensor([[1]])
+        for _ in range(8):
+            best = differential(*parts, 0.7, own, torch.ones_like(own), begun)[:, -1].argmax(-1)
+            begun = torch.cat([begun, best[:, None]], 1)
+        assert decoded[row].tolist() == begun[0].tolist()
+    beams = loaded.generate(ids, attention_mask=mask, num_beams=3, **PLAIN)
+    assert torch.equal(beams, loaded.generate(ids, attention_mask=mask, num_beams=3, use_cache=False, **PLAIN))
+
+
+def test_other_mixtures_of_translators_and_decoders_are_refused_before_anything_runs(family):
+    facts = {name: lineage.facts_of(family / name) for name in ("deep", "inside", "outside")}
+    found = VERB.check(VERB.parse({"members": ["deep", "inside"]}), facts)
+    assert "inside is a decoder and deep is an encoder-decoder" in found
+    swapped = {"combine": "experts", "members": ["inside", "deep", "outside"]}
+    assert "deep is an encoder-decoder and inside is a decoder" in VERB.check(VERB.parse(swapped), facts)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from graft import checkpoint, data, lineage, models
+from graft.data.bootstrap import weights_of
 from graft.data.settings import Shares
 from graft.errors import RequestError
 from graft.pretrain import VERB, TokenizerAt
@@ -122,3 +123,16 @@ def test_training_lowers_the_loss_on_real_text(tmp_path):
     (found,) = Scorer(models.load(tmp_path / "out"), models.load_tokenizer(tmp_path / "out")).documents([text])
     loss = -found.log_probs.mean()
     assert loss < 0.9 * torch.log(torch.tensor(500.0))
+
+
+def test_bagging_trains_on_a_resample_that_the_result_names(tmp_path):
+    raw = {"tokenizer": {"size": 500}}
+    plain = run(tmp_path / "plain", raw)
+    one, again = run(tmp_path / "one", {**raw, "bootstrap": 1}), run(tmp_path / "again", {**raw, "bootstrap": 1})
+    two = run(tmp_path / "two", {**raw, "bootstrap": 2})
+    assert "notes" not in plain
+    assert one["notes"]["bootstrap"] == again["notes"]["bootstrap"] != two["notes"]["bootstrap"]
+    (part,) = one["notes"]["bootstrap"]["parts"].values()
+    assert weights_of(part["weights"]).sum() == part["documents"] > part["distinct"]
+    losses = {found["loss"] for found in (plain, one, two)}
+    assert (len(losses), one["loss"]) == (3, again["loss"])

@@ -22,10 +22,11 @@ import numpy as np
 from pydantic import BeforeValidator, Field, model_validator
 
 from graft.data.alone import IGNORED, PaddedCollate, answers, pieces, some
-from graft.data.corpus import AnyCorpus
+from graft.data.bootstrap import bootstrap_stream
+from graft.data.corpus import AnyCorpus, Corpus
 from graft.data.packing import Mapped, pack
 from graft.data.rows import Row, Rows
-from graft.data.stream import tokenize
+from graft.data.stream import TokenStream, tokenize
 from graft.data.tokenizers import SENTINELS
 from graft.errors import CannotCombine, DataError
 from graft.settings import Settings
@@ -136,13 +137,21 @@ def objective_rows(
     seed: int,
     cache: Path,
     together: bool = True,
+    bootstrap: int | None = None,
 ) -> Rows:
     """Rows of `length` tokens of one split, ready for a model: what pretraining and tuning train on.
 
-    Without `together` a row holds one document, for models that cannot keep several apart. Raises DataError where
-    there is nothing to train on, or for a tokenizer without the tokens that the objective needs.
+    Without `together` a row holds one document, for models that cannot keep several apart. `bootstrap` is the seed of a
+    resample of the documents that stands in their place. Raises DataError where there is nothing to train on, or for a
+    tokenizer without the tokens that the objective needs.
     """
-    streams = [(tokenize(part, split, tokenizer, cache), share) for part, share in corpus.parts]
+
+    def stream(place: int, part: Corpus) -> TokenStream:
+        if bootstrap is None:
+            return tokenize(part, split, tokenizer, cache)
+        return bootstrap_stream(part, split, tokenizer, cache, bootstrap, place)
+
+    streams = [(stream(place, part), share) for place, (part, share) in enumerate(corpus.parts)]
     tokens, name = Tokens.of(tokenizer), f"{corpus.name}.{split}"
     _check_tokens(settings, tokens, corpus.format)
     whole = corpus.format != "text"

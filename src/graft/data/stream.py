@@ -72,12 +72,17 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(plain.encode()).hexdigest()
 
 
+def stream_name(corpus: Corpus, split: str, tokenizer: PreTrainedTokenizerFast) -> list[str | int]:
+    """All that decides what a stream holds."""
+    return [corpus.fingerprint, split, tokenizer_hash(tokenizer), render.VERSION]
+
+
 def tokenize(corpus: Corpus, split: str, tokenizer: PreTrainedTokenizerFast, cache: Path) -> TokenStream:
     """The token stream of one split, from `cache` where it has been made before.
 
     Two processes that make it at once both succeed; one result is kept. Raises DataError for an empty split.
     """
-    name = [corpus.fingerprint, split, tokenizer_hash(tokenizer), render.VERSION]
+    name = stream_name(corpus, split, tokenizer)
     folder = cache / "streams" / hashlib.sha256(json.dumps(name).encode()).hexdigest()[:32]
     if not (folder / "stream.json").exists():
         with atomic_folder(folder, keep_existing=True) as part:

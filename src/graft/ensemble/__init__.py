@@ -13,20 +13,23 @@ from graft.verb import Estimate, Facts, Job, Verb
 
 ROOMS = (
     "base",
-    "byte_level",
     "caches",
     "causal",
+    "classification",
     "configuration",
     "contributions",
     "diversity",
+    "dropout",
     "fitting",
     "gate",
     "members",
     "model",
+    "outputs",
     "reading",
     "seq2seq",
     "settings",
     "show",
+    "sources",
     "speculative",
     "union",
     "voting",
@@ -63,20 +66,21 @@ class Ensemble(Verb[EnsembleSettings]):
 
     def facts(self, settings: EnsembleSettings, models: Mapping[str, Facts], key: str) -> Facts:
         members = [models[name] for name in settings.names]
-        first = members[0]
+        first, times = members[0], _times(settings)
         return Facts(
             first.architecture,
             f"of:{key}",
             first.vocabulary if settings.vocabulary == "same" else f"union:{key}",
-            sum(m.parameters for m in members),
-            sum(m.bytes for m in members) if settings.self_contained else 0,
+            sum(models[name].parameters * count for name, count in times.items()),
+            sum(models[name].bytes * count for name, count in times.items()) if settings.self_contained else 0,
             mergeable=False,
             trained_on=frozenset().union(*(m.trained_on for m in members)),
         )
 
     def estimate(self, settings: EnsembleSettings, models: Mapping[str, Facts]) -> Estimate:
-        members = [models[name] for name in settings.names]
-        parameters, size = sum(m.parameters for m in members), sum(m.bytes for m in members)
+        times = _times(settings)
+        parameters = sum(models[name].parameters * count for name, count in times.items())
+        size = sum(models[name].bytes * count for name, count in times.items())
         note = "all members in memory at once"
         return Estimate(parameters, size if settings.self_contained else 0, size, None, note)
 
@@ -84,6 +88,14 @@ class Ensemble(Verb[EnsembleSettings]):
         from graft.ensemble.work import run
 
         return run(job)
+
+
+def _times(settings: EnsembleSettings) -> dict[str, int]:
+    """How often each model's weights are in memory: once, and once for each checkpoint (passes share them)."""
+    found: dict[str, int] = {}
+    for entry in settings.entries:
+        found[entry.model] = found.get(entry.model, 0) + (entry.last_checkpoints or 1)
+    return found
 
 
 VERB = Ensemble()

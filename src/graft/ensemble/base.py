@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from graft import lineage, models
+from graft.ensemble import linear
 from graft.ensemble.configuration import EnsembleConfig, context_of, keeps_text, kind_of, layers_of, spans_of
 from graft.ensemble.gate import Gate
-from graft.ensemble.members import fresh, load_member
+from graft.ensemble.members import fresh, load_members
 from graft.ensemble.union import Union, union_of
 from graft.errors import RequestError, RunError
 from graft.methods import method
@@ -30,6 +32,10 @@ class Ensemble(PreTrainedModel):
     base_model_prefix = "members"
     main_input_name = "input_ids"
     _supports_sdpa = True
+    writes = True
+    """Whether the members write text, token by token."""
+    skips = False
+    """Whether a gate may leave members out until they are needed."""
 
     def __init__(
         self, config: EnsembleConfig, members: Sequence[PreTrainedModel] | None = None, union: Union | None = None
@@ -42,10 +48,15 @@ class Ensemble(PreTrainedModel):
         self.members = nn.ModuleList(made)
         self.folder: Path | None = None
         rule = method("graft.ensemble", config.combine)
-        self.combine, self.options = rule.combine, parse(rule.Settings, config.options)
+        self.options = parse(rule.Settings, config.options)
+        self.choose = getattr(rule, "choose", None)
+        # what chooses among whole outputs has nothing to say of tokens: text is scored by the mixture
+        self.combine = linear.combine if self.choose and self.writes else rule.combine
         self.active = [place for place, weight in enumerate(config.weights) if weight]
         self.weights = torch.tensor([config.weights[place] for place in self.active], dtype=torch.float32)
         self.gate = Gate.from_plain(config.gate) if config.gate else None
+        if keeps_text(config.gate) and not self.skips:
+            raise RequestError(f"a gate that looks at some members only is for decoders, found {type(self).__name__}")
         self.spans = spans_of(layers_of(config.members, config.weights), int(keeps_text(config.gate)))
         self.limits = [context_of(entry["config"]) for entry in config.members]
         self.takes = [set(inspect.signature(type(member).forward).parameters) for member in made]
@@ -67,6 +78,19 @@ class Ensemble(PreTrainedModel):
     def dtype(self) -> torch.dtype:
         """Log-probabilities are float32, whatever the members compute in."""
         return torch.float32
+
+    def _check_inputs(self, input_ids: torch.Tensor, cache: Cache | None) -> None:
+        length = input_ids.shape[-1]
+        if length == 0:
+            raise RequestError("expected a token in every prompt, found none: begin it with bos_token")
+        total = length + (int(cache.get_seq_length()) if cache is not None else 0)
+        for place in self.active:
+            limit = self.limits[place]
+            if limit is not None and total > limit:
+                name = self.config.members[place]["name"]
+                raise RequestError(
+                    f"member {name!r} was made for {limit} tokens, found a context of {total}: shorten it"
+                )
 
     def _check_outputs(
         self, mixed: torch.Tensor, log_probs: Sequence[torch.Tensor | None], mask: torch.Tensor | None
@@ -95,33 +119,53 @@ class Ensemble(PreTrainedModel):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         config = type(self.config).from_dict(self.config.to_dict())
-        entries = []
-        for entry, member in zip(self.config.members, self.members, strict=True):
-            entries.append(self._placed(entry, member, folder, self_contained))
-        config.members = entries
+        pairs = list(zip(self.config.members, self.members, strict=True))
+        copies: dict[Any, str] = {}
+        config.members = [
+            self._inside(*pair, folder, copies) if self_contained else self._outside(pair[0], folder) for pair in pairs
+        ]
         config.gate = self.gate.plain() if self.gate is not None else None
         config.save_pretrained(folder)
-        self.generation_config.save_pretrained(folder)
+        if self.writes:
+            self.generation_config.save_pretrained(folder)
 
-    def _placed(self, entry: dict[str, Any], member: Any, folder: Path, self_contained: bool) -> dict[str, Any]:
-        """The entry of a member as seen from `folder`."""
-        source = (self.folder or Path()) / entry["path"] if entry["path"] else None
-        if self_contained:
-            inside = folder / "members" / entry["name"]
+    def _source(self, entry: dict[str, Any]) -> Path | None:
+        """The folder a member was loaded from."""
+        return (self.folder or Path()) / entry["path"] if entry["path"] else None
+
+    def _inside(self, entry: dict[str, Any], member: Any, folder: Path, copies: dict[Any, str]) -> dict[str, Any]:
+        """The entry of a member that is copied into `folder`, unless one with the same weights has been."""
+        source = self._source(entry)
+        same = source.resolve() if source is not None else next(member.parameters()).data_ptr()
+        if same not in copies:
+            copies[same] = f"members/{entry['name']}"
             if source is not None and source.is_dir():
-                shutil.copytree(source, inside, dirs_exist_ok=True)
+                shutil.copytree(source, folder / copies[same], dirs_exist_ok=True)
             else:
-                nested = {"self_contained": True} if isinstance(member, Ensemble) else {}
-                member.save_pretrained(inside, **nested)
-            return {**entry, "path": f"members/{entry['name']}", "hash": lineage.hash_model(inside)}
+                member.save_pretrained(
+                    folder / copies[same], **({"self_contained": True} if isinstance(member, Ensemble) else {})
+                )
+        return {**entry, "path": copies[same], "hash": lineage.hash_model(folder / copies[same])}
+
+    def _outside(self, entry: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """The entry of a member as seen from `folder`."""
+        source = self._source(entry)
         if source is None:
             raise RequestError(f"member {entry['name']!r} lies in no folder: save it first, or use self_contained=True")
         return {**entry, "path": os.path.relpath(source.resolve(), folder.resolve())}
 
+    def to(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As of any module; a member that has a device of its own stays there."""
+        super().to(*args, **kwargs)
+        for entry, member in zip(self.config.members, self.members, strict=True):
+            if entry.get("device"):
+                member.to(entry["device"])
+        return self
+
     @classmethod
     def _check_kind(cls, config: EnsembleConfig, folder: Path) -> None:
         """Raises RequestError for an ensemble of members of another kind."""
-        found = f"EnsembleFor{kind_of([entry['config'] for entry in config.members])}"
+        found = f"EnsembleFor{kind_of([entry['config'] for entry in config.members], config.combine)}"
         if found != cls.__name__:
             raise RequestError(f"{folder}: expected {cls.__name__}, found {found}: use that class")
 
@@ -140,7 +184,7 @@ class Ensemble(PreTrainedModel):
         cls._check_kind(config, folder)
         wanted = kwargs.get("dtype", kwargs.get("torch_dtype"))
         dtype = None if wanted in (None, "auto") else wanted
-        members = [load_member(entry, folder, dtype) for entry in config.members]
+        members = load_members(config.members, folder, dtype)
         union = None
         if config.vocabulary == "union":
             union = union_of([models.load_tokenizer(folder / entry["path"]) for entry in config.members])
@@ -151,3 +195,8 @@ class Ensemble(PreTrainedModel):
         if kwargs.get("output_loading_info"):
             return model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         return model
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """A tensor there; anything else as it is."""
+    return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from graft.ensemble.base import Ensemble
+from graft.ensemble.base import Ensemble, to_device
 from graft.ensemble.caches import CacheView, Text, grown_text
 from graft.ensemble.configuration import EnsembleConfig
 from graft.ensemble.gate import Told, last_state
+from graft.ensemble.outputs import chosen_outputs
 from graft.ensemble.speculative import Speculated, speculate
 from graft.ensemble.union import Union
 from graft.errors import RequestError
@@ -28,6 +29,8 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
 
     `logits` are normalised log-probabilities in float32: [batch, length, vocabulary].
     """
+
+    skips = True
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor | None:
@@ -42,6 +45,8 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
             raise RequestError(
                 f"expected a token in every prompt, found none in rows {rows}: begin them with bos_token"
             )
+        if self.choose is not None:
+            return chosen_outputs(self, inputs if inputs is not None else kwargs.pop("input_ids"), **kwargs)
         if self.union is not None:
             kwargs["use_cache"] = False
         return super().generate(inputs, **kwargs)  # type: ignore[misc]
@@ -93,18 +98,17 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
         when it is needed again, so that what it says then is what it would have said.
         """
         if self.gate is None:
-            return [self._member(place, input_ids, given, cache) for place in self.active], self.weights
+            told = [self._member(place, input_ids, given, cache) for place in self.active]
+            return list(told), self.weights.to(self.device)
         keeps = self.gate.skips and cache is not None
         text = grown_text(cache, input_ids, given["position_ids"]) if keeps and cache is not None else None
         asked = {number: self._read(number, input_ids, given, cache, text) for number in self.gate.looks_at}
         weights = self.gate.decide(list(asked.values()))
         needed = weights > 0 if every else _of_the_text(weights > 0, given["attention_mask"])
-        told: list[torch.Tensor | None] = []
         for number in range(len(self.active)):
             if number not in asked and (every or bool(needed[..., number].any())):
                 asked[number] = self._read(number, input_ids, given, cache, text)
-            told.append(asked[number].log_probs if number in asked else None)
-        return told, weights
+        return [asked[number].log_probs if number in asked else None for number in range(len(self.active))], weights
 
     def mixed(self, told: Sequence[torch.Tensor | None], weights: torch.Tensor) -> torch.Tensor:
         """What the ensemble says, `[batch, length, vocabulary]`; members that were not run have no part in it."""
@@ -142,7 +146,9 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
             return Told(self._member_of_union(self.union, place, input_ids, given))
         takes, member = self.takes[place], self.members[place]
         device = next(member.parameters()).device
-        inputs = {name: _to(value, device) for name, value in given.items() if name in takes and value is not None}
+        inputs = {
+            name: to_device(value, device) for name, value in given.items() if name in takes and value is not None
+        }
         inputs["past_key_values"] = None if cache is None else CacheView(cache, *self.spans[place])
         if states:
             inputs["output_hidden_states"] = True
@@ -176,19 +182,6 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
         rows = torch.arange(len(ends), device=device)[:, None]
         return union.spread(logits[rows, ends.to(device)], place).to(self.device)
 
-    def _check_inputs(self, input_ids: torch.Tensor, cache: Cache | None) -> None:
-        length = input_ids.shape[-1]
-        if length == 0:
-            raise RequestError("expected a token in every prompt, found none: begin it with bos_token")
-        total = length + (int(cache.get_seq_length()) if cache is not None else 0)
-        for place in self.active:
-            limit = self.limits[place]
-            if limit is not None and total > limit:
-                name = self.config.members[place]["name"]
-                raise RequestError(
-                    f"member {name!r} was made for {limit} tokens, found a context of {total}: shorten it"
-                )
-
 
 def _of_the_text(needed: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """`needed [batch, length, members]` without what padding would need."""
@@ -202,10 +195,6 @@ def _kept(values: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
     if isinstance(keep, torch.Tensor):
         return values[:, keep.to(values.device)]
     return values[:, -keep:] if keep else values
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 AutoModelForCausalLM.register(EnsembleConfig, EnsembleForCausalLM, exist_ok=True)

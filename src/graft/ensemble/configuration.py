@@ -49,24 +49,44 @@ class EnsembleConfig(PretrainedConfig):
         self.num_attention_heads = max(
             (_first(c, "num_attention_heads", "n_head", "n_heads") or 0 for c in configs), default=0
         )
-        kind = kind_of(configs)
+        kind = kind_of(configs, combine)
         kwargs.setdefault("architectures", [f"EnsembleFor{kind}"])
         kwargs["is_encoder_decoder"] = kind == "Seq2SeqLM"
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
             kwargs.setdefault(name, configs[0].get(name) if configs else None)
+        if kind == "SequenceClassification":
+            kwargs.setdefault("id2label", configs[0].get("id2label"))
+            kwargs.setdefault("label2id", configs[0].get("label2id"))
         kwargs["tie_word_embeddings"] = False
         super().__init__(**kwargs)
 
 
-def kind_of(configs: Sequence[dict[str, Any]]) -> str:
-    """What an ensemble of such members is: `CausalLM` or `Seq2SeqLM`, as `transformers` names it.
+def kind_of(configs: Sequence[dict[str, Any]], combine: str = "linear") -> str:
+    """What an ensemble of such members is: `CausalLM`, `Seq2SeqLM` or `SequenceClassification`, as `transformers` names
+    it.
 
-    Raises RequestError for encoder-decoders mixed with decoders.
+    Raises RequestError for members of several kinds; only `experts` may move an encoder-decoder by two decoders.
     """
-    kinds = {bool(config.get("is_encoder_decoder")) for config in configs}
-    if len(kinds) > 1:
-        raise RequestError("expected members of one kind, found encoder-decoders beside decoders: leave one kind out")
-    return "Seq2SeqLM" if kinds == {True} else "CausalLM"
+    kinds = [_kind(config) for config in configs]
+    if len(set(kinds)) <= 1:
+        return kinds[0] if kinds else "CausalLM"
+    if combine == "experts" and kinds[0] == "Seq2SeqLM" and set(kinds[1:]) == {"CausalLM"}:
+        return "Seq2SeqLM"
+    named = " beside ".join(dict.fromkeys(WORDS[kind] for kind in kinds))
+    raise RequestError(f"expected members of one kind, found {named}: leave one kind out")
+
+
+WORDS = {
+    "CausalLM": "decoders",
+    "Seq2SeqLM": "encoder-decoders",
+    "SequenceClassification": "classifiers",
+}
+
+
+def _kind(config: dict[str, Any]) -> str:
+    if any("ForSequenceClassification" in name for name in config.get("architectures") or ()):
+        return "SequenceClassification"
+    return "Seq2SeqLM" if config.get("is_encoder_decoder") else "CausalLM"
 
 
 def _first(config: dict[str, Any], *names: str) -> int | None:

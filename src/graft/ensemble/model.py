@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from graft.ensemble.base import Ensemble
-from graft.ensemble.byte_level.byte_model import Cover
-from graft.ensemble.byte_level.configuration import ByteEnsembleConfig
-from graft.ensemble.byte_level.model import EnsembleOverBytes
 from graft.ensemble.causal import EnsembleForCausalLM
+from graft.ensemble.classification import EnsembleForSequenceClassification
 from graft.ensemble.configuration import EnsembleConfig, kind_of
 from graft.ensemble.seq2seq import EnsembleForSeq2SeqLM
 from graft.ensemble.settings import NOT_A_MIXTURE
@@ -25,16 +22,20 @@ __all__ = [
     "EnsembleConfig",
     "EnsembleForCausalLM",
     "EnsembleForSeq2SeqLM",
-    "EnsembleOverBytes",
+    "EnsembleForSequenceClassification",
     "ensemble_class",
     "ensemble_of",
 ]
 
 
 def ensemble_class(config: EnsembleConfig) -> type[Ensemble]:
-    """The class of an ensemble with these members. Raises RequestError for encoder-decoders mixed with decoders."""
-    kinds: dict[str, type[Ensemble]] = {"CausalLM": EnsembleForCausalLM, "Seq2SeqLM": EnsembleForSeq2SeqLM}
-    return kinds[kind_of([entry["config"] for entry in config.members])]
+    """The class of an ensemble with these members. Raises RequestError for members of several kinds."""
+    kinds: dict[str, type[Ensemble]] = {
+        "CausalLM": EnsembleForCausalLM,
+        "Seq2SeqLM": EnsembleForSeq2SeqLM,
+        "SequenceClassification": EnsembleForSequenceClassification,
+    }
+    return kinds[kind_of([entry["config"] for entry in config.members], config.combine)]
 
 
 def ensemble_of(
@@ -43,15 +44,12 @@ def ensemble_of(
     combine: str = "linear",
     *,
     union: Union | None = None,
-    tokenizers: Sequence[Any] | None = None,
-    cover: Cover | None = None,
     **options: Any,
 ) -> Any:
     """An ensemble of models in memory, with the rule's own weights where none are given.
 
-    `union` is that of the members' tokenizers (`union_of`) where their vocabularies differ; a mixture's only. With
-    `tokenizers`, one for each member, the ensemble is over bytes; `cover` says which token sequences count. Raises
-    RequestError for weights that the rule cannot use, CannotCombine for a tokenizer whose tokens have no bytes.
+    `union` is that of the members' tokenizers (`union_of`) where their vocabularies differ; a mixture's only. Raises
+    RequestError for weights that the rule cannot use.
     """
     rule = method("graft.ensemble", combine)
     parsed = parse(rule.Settings, options)
@@ -61,14 +59,17 @@ def ensemble_of(
     if wrong := rule.problem(chosen):
         raise RequestError(wrong)
     entries = [
-        {"name": name, "path": model.config._name_or_path or "", "hash": "", "config": model.config.to_dict()}
+        {"name": name, "path": model.config._name_or_path or "", "hash": "", "config": _config(model)}
+        | ({"dropout": model.graft_dropout} if hasattr(model, "graft_dropout") else {})
         for name, model in members.items()
     ]
     if union is not None and combine != "linear":
         raise RequestError(NOT_A_MIXTURE.format(combine))
-    if tokenizers is not None:
-        over_bytes = ByteEnsembleConfig(entries, combine, chosen, parsed.plain(), cover=asdict(cover or Cover()))
-        return EnsembleOverBytes(over_bytes, list(members.values()), tokenizers).eval()
     over: dict[str, Any] = {"vocabulary": "union", "vocab_size": len(union.tokens)} if union else {}
     config = EnsembleConfig(entries, combine, chosen, parsed.plain(), **over)
     return ensemble_class(config)(config, list(members.values()), union).eval()
+
+
+def _config(model: PreTrainedModel) -> dict[str, Any]:
+    """A model's configuration as it is when saved, with its class."""
+    return {**model.config.to_dict(), "architectures": [type(model).__name__]}

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from graft import models
+from graft.data.render import render
+from graft.ensemble.classification import labels_of
 from graft.ensemble.gate import last_state
+from graft.ensemble.sources import Source
 from graft.errors import CannotCombine
 from graft.evaluate.scorer import Scorer, longest_context
 
@@ -17,10 +21,37 @@ BYTES = 2**28
 """Distributions of one member that are kept at most; of longer texts, tokens at even distances are."""
 
 
-def token_ids(folders: Sequence[Path], texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text's tokens. Raises CannotCombine where the members' tokenizers cut the texts differently."""
+@dataclass(frozen=True)
+class Item:
+    """Ids of what is predicted, `target`, and for encoder-decoders of what is read first, `source`."""
+
+    target: list[int]
+    source: list[int] | None = None
+
+
+def text_items(folders: Sequence[Path], texts: Sequence[str]) -> list[Item]:
+    """Each text's tokens. Raises CannotCombine where the members' tokenizers cut the texts differently."""
     cut = [models.load_tokenizer(folder)(list(texts), add_special_tokens=False)["input_ids"] for folder in folders]
-    if any(ids != cut[0] for ids in cut[1:]):
+    return _alike([[Item(list(ids)) for ids in each] for each in cut])
+
+
+def pair_items(folders: Sequence[Path], records: Sequence[dict[str, Any]], format: str) -> list[Item]:
+    """Each record's source and target as in training. Raises CannotCombine where the members cut them differently."""
+    return _alike([_pairs(models.load_tokenizer(folder), records, format) for folder in folders])
+
+
+def _pairs(tokenizer: Any, records: Sequence[dict[str, Any]], format: str) -> list[Item]:
+    found = []
+    for rendered in render(records, format, tokenizer):
+        source = rendered.ids[~rendered.trained].tolist()
+        source = source[1:] if source and source[0] == tokenizer.bos_token_id else source
+        end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+        found.append(Item(rendered.ids[rendered.trained].tolist(), [*source, *end]))
+    return found
+
+
+def _alike(cut: Sequence[list[Item]]) -> list[Item]:
+    if any(items != cut[0] for items in cut[1:]):
         raise CannotCombine("the members cut the text into different tokens: their predictions cannot be matched")
     return cut[0]
 
@@ -44,8 +75,8 @@ class Read:
 
 @torch.inference_mode()
 def distributions(
-    folder: Path,
-    ids: Sequence[Sequence[int]],
+    source: Source,
+    items: Sequence[Item],
     *,
     context: int,
     width: int,
@@ -53,23 +84,56 @@ def distributions(
     most: int = BYTES,
     states: bool = False,
 ) -> Read:
-    """What a member gives at the tokens of the texts, each cut to `context` tokens, over `width` tokens of vocabulary.
+    """What a member gives at the tokens of the items, each cut to `context` tokens, over `width` tokens of vocabulary.
 
     Where that is more than `most` bytes, tokens at even distances are kept, for every member the same. `states`: the
     last hidden states too.
     """
-    scorer = Scorer(models.load(folder, device=device), models.load_tokenizer(folder))
-    stride = max(1, -(-sum(min(len(text), context) for text in ids) * width * 4 // most))
+    scorer = Scorer(source.load(device), models.load_tokenizer(source.folder))
+    stride = max(1, -(-sum(min(len(item.target), context) for item in items) * width * 4 // most))
     asked = {"output_hidden_states": True} if states else {}
     kept, gold, texts, hidden, seen = [], [], [], [], 0
-    for number, text in enumerate(list(each[:context]) for each in ids):
-        places = torch.arange(-seen % stride, len(text), stride)
-        seen += len(text)
+    for number, item in enumerate(items):
+        target = item.target[:context]
+        places = torch.arange(-seen % stride, len(target), stride)
+        seen += len(target)
         if len(places):
-            inputs = torch.tensor([[scorer.prefix_token, *text[:-1]]], device=scorer.device)
-            found = scorer.model(input_ids=inputs, use_cache=False, **asked)
+            found = scorer.model(**_inputs(scorer, item, target, context), **asked)
             kept.append(found.logits[0, places.to(scorer.device), :width].float().log_softmax(-1).cpu())
-            hidden += [last_state(found, str(folder))[0, places.to(scorer.device)].cpu()] if states else []
-            gold.append(torch.tensor(text)[places])
+            hidden += [last_state(found, source.name)[0, places.to(scorer.device)].cpu()] if states else []
+            gold.append(torch.tensor(target)[places])
             texts.append(torch.full((len(places),), number))
     return Read(torch.cat(kept), torch.cat(gold), torch.cat(texts), torch.cat(hidden) if states else None)
+
+
+def _inputs(scorer: Scorer, item: Item, target: list[int], context: int) -> dict[str, Any]:
+    """What the model is asked: the target up to each token, for encoder-decoders behind the source."""
+    if item.source is None:
+        ids = torch.tensor([[scorer.prefix_token, *target[:-1]]], device=scorer.device)
+        return {"input_ids": ids, "use_cache": False}
+    start, read = scorer.model.config.decoder_start_token_id, item.source
+    read = read if len(read) <= context else [*read[: context - 1], read[-1]]
+    return {
+        "input_ids": torch.tensor([read], device=scorer.device),
+        "decoder_input_ids": torch.tensor([[start, *target[:-1]]], device=scorer.device),
+        "use_cache": False,
+    }
+
+
+@torch.inference_mode()
+def classes(source: Source, texts: Sequence[str], labels: Sequence[str], device: str | None = None) -> Read:
+    """A classifier's log-probabilities of each text's classes `[texts, classes]`, the label's number as `gold`.
+
+    Raises CannotCombine for a label that the classifier does not know.
+    """
+    model, tokenizer = source.load(device), models.load_tokenizer(source.folder)
+    known = {name: int(number) for number, name in labels_of(model.config.to_dict()).items()}
+    unknown = sorted(set(labels) - set(known))
+    if unknown:
+        raise CannotCombine(f"{source.name} knows the labels {', '.join(known)}, found {unknown[0]!r} in the data")
+    told = []
+    for text in texts:
+        ids = tokenizer(text, truncation=True, max_length=longest_context(model.config), return_tensors="pt")
+        told.append(model(**{name: value.to(model.device) for name, value in ids.items()}).logits.float().cpu())
+    gold = torch.tensor([known[label] for label in labels])
+    return Read(torch.cat(told).log_softmax(-1), gold, torch.arange(len(texts)))

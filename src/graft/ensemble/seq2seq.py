@@ -15,15 +15,16 @@ from transformers import AutoModelForSeq2SeqLM, GenerationMixin
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from graft.ensemble.base import Ensemble
+from graft.ensemble.base import Ensemble, to_device
 from graft.ensemble.caches import CacheView
 from graft.ensemble.configuration import EnsembleConfig
 from graft.ensemble.gate import Told, last_state
+from graft.ensemble.outputs import chosen_outputs
 from graft.errors import RequestError
 
 
 class Encoders(nn.Module):
-    """The active members' encoders; their states side by side: `[batch, length, sum of sizes] float32`."""
+    """The active translators' encoders; their states side by side: `[batch, length, sum of sizes] float32`."""
 
     main_input_name = "input_ids"
 
@@ -32,17 +33,36 @@ class Encoders(nn.Module):
         self.encoders = nn.ModuleList(encoders)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any) -> BaseModelOutput:
-        """All encodings of `input_ids [batch, length]`."""
-        states = [encoder(input_ids=input_ids, attention_mask=attention_mask)[0] for encoder in self.encoders]
-        return BaseModelOutput(last_hidden_state=torch.cat([state.float() for state in states], -1))
+        """All encodings of `input_ids [batch, length]`, on its device."""
+        states = []
+        for encoder in self.encoders:
+            device = next(encoder.parameters()).device
+            found = encoder(input_ids=input_ids.to(device), attention_mask=to_device(attention_mask, device))[0]
+            states.append(found.float().to(input_ids.device))
+        return BaseModelOutput(last_hidden_state=torch.cat(states, -1))
 
 
 class EnsembleForSeq2SeqLM(Ensemble, GenerationMixin):
-    """Encoder-decoder members whose log-probabilities are combined at every token of the target."""
+    """Encoder-decoder members whose log-probabilities are combined at every token of the target.
+
+    Beside one translator, decoders may read the target alone (`experts`: domain-differential adaptation).
+    """
+
+    @property
+    def translators(self) -> list[int]:
+        """Places of the active members that read a source."""
+        configs = [self.config.members[place]["config"] for place in self.active]
+        return [place for place, config in zip(self.active, configs, strict=True) if config.get("is_encoder_decoder")]
 
     def get_encoder(self, modality: str | None = None) -> Encoders:
         """One encoder that is all of them."""
-        return Encoders([self.members[place].get_encoder() for place in self.active])  # type: ignore[operator]
+        return Encoders([self.members[place].get_encoder() for place in self.translators])  # type: ignore[operator]
+
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As of any `transformers` model."""
+        if self.choose is not None:
+            return chosen_outputs(self, inputs if inputs is not None else kwargs.pop("input_ids"), **kwargs)
+        return super().generate(inputs, **kwargs)  # type: ignore[misc]
 
     def speculate(self, *_: Any, **__: Any) -> Any:
         """Refused: a draft needs decoders."""
@@ -69,17 +89,15 @@ class EnsembleForSeq2SeqLM(Ensemble, GenerationMixin):
             raise RequestError("expected decoder_input_ids or labels, found neither")
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
-        parts = encoder_outputs[0].split(self._sizes(), -1)
         given = {
             "attention_mask": attention_mask,
             "decoder_input_ids": decoder_input_ids,
             "decoder_attention_mask": decoder_attention_mask,
         }
-        pairs = zip(self.active, parts, strict=True)
-        told = [self._translator(place, part, given, past_key_values) for place, part in pairs]
+        told = self._all_told(encoder_outputs[0], given, past_key_values)
         log_probs = [each.log_probs for each in told]
         weights = self.weights if self.gate is None else self.gate.decide([told[n] for n in self.gate.looks_at])
-        mixed = self.combine(log_probs, weights, self.options)
+        mixed = self.combine(log_probs, weights.to(log_probs[0].device), self.options)
         self._check_outputs(mixed, log_probs, None)
         loss = None
         if labels is not None:
@@ -91,32 +109,73 @@ class EnsembleForSeq2SeqLM(Ensemble, GenerationMixin):
             encoder_last_hidden_state=encoder_outputs[0],
         )
 
-    def _sizes(self) -> list[int]:
-        """Width of each active member's encoding."""
-        members: list[Any] = [self.members[place] for place in self.active]
-        return [member.config.hidden_size for member in members]
+    def _all_told(
+        self, encodings: torch.Tensor, given: dict[str, Any], cache: EncoderDecoderCache | None
+    ) -> list[Told]:
+        """What every active member says of the target; `encodings` are the translators' side by side."""
+        members: list[Any] = [self.members[place] for place in self.translators]
+        parts = encodings.split([member.config.hidden_size for member in members], -1)
+        own = dict(zip(self.translators, parts, strict=True))
+        return [
+            self._translator(place, own[place], given, cache)
+            if place in own
+            else self._language_model(place, given, cache)
+            for place in self.active
+        ]
 
     def _translator(
         self, place: int, encoding: torch.Tensor, given: dict[str, Any], cache: EncoderDecoderCache | None
     ) -> Told:
         member: Any = self.members[place]
-        states = self.gate is not None and self.gate.states
         view = None
         if cache is not None:
             span = self.spans[place]
             view = EncoderDecoderCache(
                 CacheView(cache.self_attention_cache, *span), CacheView(cache.cross_attention_cache, *span)
             )
-        state = encoding.contiguous().to(member.dtype)
+        device = next(member.parameters()).device
+        state = encoding.contiguous().to(device, member.dtype)
         found = member(
             encoder_outputs=BaseModelOutput(last_hidden_state=state),
             past_key_values=view,
             use_cache=view is not None,
-            output_hidden_states=states,
-            **given,
+            output_hidden_states=self._wants_states,
+            **{name: to_device(value, device) for name, value in given.items()},
         )
-        last = last_state(found, self.config.members[place]["name"]) if states else None
-        return Told(found.logits[..., : self.config.vocab_size].float().log_softmax(-1), last)
+        return self._said(place, found, encoding.device)
+
+    def _language_model(self, place: int, given: dict[str, Any], cache: EncoderDecoderCache | None) -> Told:
+        """A decoder reads the target as text of its own, from its own start token."""
+        member: Any = self.members[place]
+        view = None if cache is None else CacheView(cache.self_attention_cache, *self.spans[place])
+        device = next(member.parameters()).device
+        ids = given["decoder_input_ids"].to(device)
+        if view is None or view.get_seq_length() == 0:
+            ids = torch.cat([torch.full_like(ids[:, :1], start_token(member.config)), ids[:, 1:]], 1)
+        found = member(
+            input_ids=ids,
+            attention_mask=to_device(given["decoder_attention_mask"], device),
+            past_key_values=view,
+            use_cache=view is not None,
+            output_hidden_states=self._wants_states,
+        )
+        return self._said(place, found, given["decoder_input_ids"].device)
+
+    @property
+    def _wants_states(self) -> bool:
+        return self.gate is not None and self.gate.states
+
+    def _said(self, place: int, found: Any, device: torch.device) -> Told:
+        last = last_state(found, self.config.members[place]["name"]).to(device) if self._wants_states else None
+        return Told(found.logits[..., : self.config.vocab_size].float().log_softmax(-1).to(device), last)
+
+
+def start_token(config: Any) -> int:
+    """What stands before a text that begins from nothing: the start token, or the end token where there is none."""
+    for token in (config.bos_token_id, config.eos_token_id):
+        if isinstance(token, int):
+            return token
+    raise RequestError("a decoder beside a translator needs a start or end token, found neither in its configuration")
 
 
 def _shifted(labels: torch.Tensor, config: Any) -> torch.Tensor:

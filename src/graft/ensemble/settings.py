@@ -42,6 +42,69 @@ class FittedWeights(Settings):
     ] = None
 
 
+class DropoutSettings(Settings):
+    """Dropout at test time: passes of one model, each with masks of its own, count as members (Monte-Carlo dropout)."""
+
+    passes: Annotated[int, Field(gt=0, description="How many passes.")] = 8
+    share: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            lt=1,
+            description="Share of the channels that is dropped before every linear layer; null: at the model's own "
+            "dropout layers, with their own shares.",
+        ),
+    ] = None
+    seed: Annotated[int | None, Field(ge=0, description="Seed of the masks; null: the ensemble's.")] = None
+
+
+class MemberSettings(Settings):
+    """A member of which more is said than its name; one that stands for several shares its weight among them evenly."""
+
+    model: Annotated[ModelRef, Field(description="The model.")]
+    weight: Annotated[float | None, Field(description="Its weight; all members have one or none.")] = None
+    checkpoint: Annotated[
+        str | None, Field(description="A checkpoint that its training kept, such as `step-400`, or `ema`.")
+    ] = None
+    checkpoints: Annotated[
+        str | None,
+        Field(pattern=r"^(all|last [1-9]\d*)$", description="Several of them as members: `last 3`, or `all`."),
+    ] = None
+    dropout: Annotated[DropoutSettings | None, Field(description="Passes with dropout as members.")] = None
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, Field(description="Loaded in this type; null: as stored.")
+    ] = None
+    device: Annotated[str | None, Field(description="Where it stays, such as `cuda:1`; null: with the others.")] = None
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> MemberSettings:
+        if self.checkpoint is not None and self.checkpoints is not None:
+            raise ValueError("expected `checkpoint` or `checkpoints`, found both")
+        return self
+
+    @property
+    def last_checkpoints(self) -> int | None:
+        """How many checkpoints are wanted; None for all."""
+        return None if self.checkpoints in (None, "all") else int(str(self.checkpoints).removeprefix("last "))
+
+    @property
+    def several(self) -> bool:
+        """Whether it stands for several members."""
+        return self.checkpoints is not None or self.dropout is not None
+
+
+class OutputSettings(Settings):
+    """How members write the answers that a rule for whole outputs chooses from. `generate` may say otherwise."""
+
+    draw: Annotated[
+        Literal["samples", "beams"], Field(description="Whether the answers are sampled or a search's best.")
+    ] = "beams"
+    candidates: Annotated[int, Field(gt=0, description="Answers that each member writes.")] = 1
+    temperature: Annotated[float, Field(gt=0, description="Of samples.")] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1, description="Of samples: the likeliest tokens of this share.")] = 1.0
+    seed: Annotated[int, Field(ge=0, description="Of samples: the same every time.")] = 0
+
+
 NOT_A_MIXTURE = "a union of vocabularies is for mixtures (linear), found {!r}: other rules need the same tokens"
 
 
@@ -52,11 +115,13 @@ class EnsembleSettings(Settings):
         dict[str, Any],
         Field(
             description="The rule: `linear` (a mixture of probabilities), `log_linear` (their renormalised product), "
-            "`experts`, `contrastive`; with options `{experts: {alpha: 2}}`."
+            "`experts`, `contrastive`; of classes or whole outputs `majority`, `ranked`, `least_risk`; with options "
+            "`{experts: {alpha: 2}}`."
         ),
     ] = {"linear": {}}
     members: Annotated[
-        list[ModelRef] | dict[ModelRef, float], Field(min_length=1, description="Models, or models with their weights.")
+        list[ModelRef | MemberSettings] | dict[ModelRef, float],
+        Field(min_length=1, description="Models, models with their weights, or more of each (checkpoints, dropout)."),
     ]
     weights: Annotated[
         Literal["uniform"] | FittedWeights | None,
@@ -84,17 +149,23 @@ class EnsembleSettings(Settings):
 
     @model_validator(mode="after")
     def _one_way(self) -> EnsembleSettings:
-        if isinstance(self.members, dict) and self.weights is not None:
+        weighted = [entry.weight is not None for entry in self.entries]
+        if any(weighted) and self.weights is not None:
             raise ValueError("expected weights beside the members or in `weights`, found both")
-        if isinstance(self.members, list) and len(set(self.members)) < len(self.members):
+        if any(weighted) and not all(weighted):
+            raise ValueError("expected a weight for every member or for none, found some")
+        each = [entry.model_copy(update={"weight": None}) for entry in self.entries]
+        if any(entry in each[:place] for place, entry in enumerate(each)):
             raise ValueError(f"expected each member once, found {self.members}")
-        if self.draft is not None and self.draft not in self.members:
-            raise ValueError(f"expected a member as draft ({', '.join(self.members)}), found {self.draft!r}")
+        self._check_named("as draft", [self.draft] if self.draft is not None else [])
         gate = self.weights.gate if isinstance(self.weights, FittedWeights) else None
-        for name in (gate.looks_at if gate else None) or ():
-            if name not in self.members:
-                raise ValueError(f"expected members that the gate looks at ({', '.join(self.members)}), found {name!r}")
+        self._check_named("that the gate looks at", gate.looks_at or [] if gate else [])
         return self
+
+    def _check_named(self, what: str, names: list[str]) -> None:
+        for name in names:
+            if name not in self.names:
+                raise ValueError(f"expected a member {what} ({', '.join(self.names)}), found {name!r}")
 
     @property
     def rule(self) -> str:
@@ -107,11 +178,19 @@ class EnsembleSettings(Settings):
         return dict(self.combine[self.rule] or {})
 
     @property
+    def entries(self) -> list[MemberSettings]:
+        """The members as they are written, in order, each with all that may be said of one."""
+        if isinstance(self.members, dict):
+            return [MemberSettings(model=name, weight=weight) for name, weight in self.members.items()]
+        return [each if isinstance(each, MemberSettings) else MemberSettings(model=each) for each in self.members]
+
+    @property
     def names(self) -> list[str]:
-        """The members, in order."""
-        return list(self.members)
+        """The models it is made from, in order."""
+        return list(dict.fromkeys(entry.model for entry in self.entries))
 
     @property
     def given(self) -> list[float] | None:
-        """The weights written beside the members."""
-        return list(self.members.values()) if isinstance(self.members, dict) else None
+        """The weights written beside the members, one an entry."""
+        found = [entry.weight for entry in self.entries if entry.weight is not None]
+        return found or None

@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
+
+CLASSES = ("linear", "log_linear", "majority", "ranked")
+"""Rules that combine classifiers."""
 
 T = TypeVar("T", bound=Hashable)
 
@@ -69,28 +73,27 @@ def classify(log_probs: np.ndarray, weights: Sequence[float], rule: str = "linea
     """
     import torch
 
-    from graft.ensemble import linear, log_linear
+    from graft.methods import method
 
-    rules = {"linear": linear, "log_linear": log_linear}
-    if rule in rules:
-        if wrong := rules[rule].problem(weights):
-            raise ValueError(wrong)
-        rows = [torch.as_tensor(each, dtype=torch.float32).log_softmax(-1) for each in log_probs]
-        options = rules[rule].Settings()
-        return rules[rule].combine(rows, torch.tensor(weights, dtype=torch.float32), options).numpy()
-    if rule not in ("majority", "ranked"):
-        raise ValueError(f"expected linear, log_linear, majority or ranked, found {rule!r}")
-    return _votes(log_probs, _checked(weights, len(log_probs)), rule)
+    if rule not in CLASSES:
+        raise ValueError(f"expected {', '.join(CLASSES[:-1])} or {CLASSES[-1]}, found {rule!r}")
+    chosen = method("graft.ensemble", rule)
+    if wrong := chosen.problem(weights):
+        raise ValueError(wrong)
+    rows = [torch.as_tensor(each, dtype=torch.float32).log_softmax(-1) for each in log_probs]
+    return chosen.combine(rows, torch.tensor(weights, dtype=torch.float32), chosen.Settings()).numpy()
 
 
-def _votes(log_probs: np.ndarray, weights: Sequence[float], rule: str) -> np.ndarray:
-    import numpy as np
+def shares(points: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    """The log of what each class has of all points, `[..., classes]`; `points` of the same shape each, zero or more."""
+    total = sum(each * weights[..., place : place + 1] for place, each in enumerate(points))
+    return (total / total.sum(-1, keepdim=True)).log()  # type: ignore[union-attr]
 
-    order = log_probs.argsort(-1, kind="stable").argsort(-1, kind="stable").astype(float)
-    points = order if rule == "ranked" else log_probs.argmax(-1)[..., None] == np.arange(log_probs.shape[-1])
-    total = np.tensordot(np.asarray(weights, float), points.astype(float), 1)
-    with np.errstate(divide="ignore"):
-        return np.log(total / total.sum(-1, keepdims=True))
+
+def flat(outputs: Sequence[Sequence[str]], weights: Sequence[float]) -> tuple[list[str], list[float]]:
+    """All members' answers one behind the other, and what each counts: a member's weight, shared out evenly."""
+    pairs = [(text, weight / len(each)) for each, weight in zip(outputs, weights, strict=True) for text in each]
+    return [text for text, _ in pairs], [count for _, count in pairs]
 
 
 def _checked(weights: Sequence[float] | None, count: int) -> Sequence[float]:

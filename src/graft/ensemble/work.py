@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from graft.ensemble.settings import NOT_A_MIXTURE, EnsembleSettings, FittedWeights, GateSettings
+from graft.ensemble.sources import Source, sources_of
 from graft.methods import method
 from graft.settings import parse
 from graft.verb import Facts, Job
+
+SHARED = ("least_risk", "linear", "log_linear", "majority", "ranked")
+"""Rules under which a member's weight may be shared out among several."""
+
+NOT_COPIED = shutil.ignore_patterns("checkpoints")
+"""What of a member's folder does not belong to the member."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -33,14 +40,15 @@ def problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[st
                 f"{name} and {first} have different vocabularies: their predictions cannot be matched token by token; "
                 "a mixture can be made over `vocabulary: union`"
             )
-        if models[name].architecture != models[first].architecture:
-            found.append(f"{name} is a {models[name].architecture} and {first} a {models[first].architecture}")
+        if models[name].architecture != models[first].architecture and not _moved(settings, models):
+            found.append(f"{name} is {_kind_of(models[name])} and {first} is {_kind_of(models[first])}")
     if models[first].architecture == "encoder":
-        found.append(f"an ensemble needs decoders, which predict token by token; {first} is an encoder")
+        found += _classifier_problems(settings, models)
     if models[first].architecture == "encoder-decoder":
-        found += _translator_problems(settings)
+        found += _other_than_decoders(settings, "encoder-decoders")
     if settings.vocabulary == "union":
         found += _union_problems(settings)
+    found += _several_problems(settings)
     if not isinstance(settings.weights, FittedWeights):
         wrong = method("graft.ensemble", settings.rule).problem(_constants(settings))
         found += [wrong] if wrong else []
@@ -49,14 +57,38 @@ def problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[st
     return found
 
 
-def _translator_problems(settings: EnsembleSettings) -> list[str]:
+def _kind_of(facts: Facts) -> str:
+    return {"decoder": "a decoder"}.get(facts.architecture, f"an {facts.architecture}")
+
+
+def _moved(settings: EnsembleSettings, models: Mapping[str, Facts]) -> bool:
+    """Whether decoders move an encoder-decoder (domain-differential adaptation): the only kinds that may be mixed."""
+    first, *others = [models[name].architecture for name in settings.names]
+    return settings.rule == "experts" and first == "encoder-decoder" and set(others) == {"decoder"}
+
+
+def _classifier_problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[str]:
+    """What is wrong with an ensemble of encoders: only those that classify can be combined."""
+    for name in settings.names:
+        if not any("ForSequenceClassification" in each for each in models[name].config.get("architectures") or ()):
+            return [f"an ensemble needs decoders, which predict token by token, or classifiers; {name} is an encoder"]
+    found = _other_than_decoders(settings, "classifiers")
+    if settings.rule == "least_risk":
+        found.append("least_risk chooses among texts that members write, found classifiers: use majority or ranked")
+    if isinstance(settings.weights, FittedWeights) and settings.weights.gate and settings.weights.gate.hidden_states:
+        found.append("a gate sees hidden states of members that write, found classifiers: leave `hidden_states` out")
+    return found
+
+
+def _other_than_decoders(settings: EnsembleSettings, what: str) -> list[str]:
     found = []
-    if isinstance(settings.weights, FittedWeights):
-        found.append("weights are fitted for decoders: give those of encoder-decoders beside the members")
-    if settings.vocabulary == "union":
-        found.append("a union of vocabularies is for decoders, found encoder-decoders")
+    gate = settings.weights.gate if isinstance(settings.weights, FittedWeights) else None
+    if gate is not None and gate.looks_at is not None:
+        found.append(f"`looks_at` leaves members out while decoders write, found {what}: leave it out")
+    if settings.vocabulary != "same":
+        found.append(f"`vocabulary: {settings.vocabulary}` is for decoders, found {what}")
     if settings.draft is not None:
-        found.append("speculation is for decoders, found encoder-decoders: leave the draft out")
+        found.append(f"speculation is for decoders, found {what}: leave the draft out")
     return found
 
 
@@ -69,11 +101,21 @@ def _union_problems(settings: EnsembleSettings) -> list[str]:
 
 
 def _constants(settings: EnsembleSettings) -> list[float]:
-    """The weights, where they need no fitting: those given, else the rule's own."""
+    """The weights of the entries, where they need no fitting: those given, else the rule's own."""
     if settings.given is not None:
         return settings.given
     rule = method("graft.ensemble", settings.rule)
-    return rule.default(len(settings.names), parse(rule.Settings, settings.options))
+    return rule.default(len(settings.entries), parse(rule.Settings, settings.options))
+
+
+def _several_problems(settings: EnsembleSettings) -> list[str]:
+    """What is wrong with entries that stand for several members."""
+    several = [entry.model for entry in settings.entries if entry.several]
+    if several and settings.rule not in SHARED:
+        return [f"{several[0]} stands for several members, which share a weight: {settings.rule} takes single ones"]
+    if settings.draft in several:
+        return [f"expected one member as draft, found {settings.draft}, which stands for several"]
+    return []
 
 
 def _fit_problems(settings: EnsembleSettings) -> list[str]:
@@ -100,25 +142,27 @@ def run(job: Job) -> dict[str, Any]:
     """Write the ensemble's folder into `job.out`; returns the weights and, where fitted, the losses (nats a token)."""
     settings = job.settings
     assert isinstance(settings, EnsembleSettings)
+    sources = sources_of(settings, job.models, job.seed)
+    names = [source.name for source in sources]
     if not isinstance(settings.weights, FittedWeights):
-        weights = _constants(settings)
-        _write(job, settings, weights)
-        return {"weights": dict(zip(settings.names, weights, strict=True))}
+        weights = [_constants(settings)[source.entry] * source.share for source in sources]
+        _write(job, settings, sources, weights)
+        return {"weights": dict(zip(names, weights, strict=True))}
     from graft.ensemble.fitting import fit_weights
 
-    fit = fit_weights(settings, settings.weights, job)
+    fit = fit_weights(settings, settings.weights, job, sources)
     weights = [float(weight) for weight in fit.weights]
-    _write(job, settings, weights, fit.gate)
+    _write(job, settings, sources, weights, fit.gate)
     return {
-        "weights": dict(zip(settings.names, weights, strict=True)),
+        "weights": dict(zip(names, weights, strict=True)),
         "loss": fit.loss,
-        "member_losses": dict(zip(settings.names, map(float, fit.members), strict=True)),
+        "member_losses": dict(zip(names, map(float, fit.members), strict=True)),
         "steps": fit.steps,
         "gap": fit.gap,
-        "contributions": {name: asdict(each) for name, each in zip(settings.names, fit.contributions, strict=False)},
-        **({} if fit.correlation is None else {"error_correlation": _table(settings.names, fit.correlation)}),
+        "contributions": {name: asdict(each) for name, each in zip(names, fit.contributions, strict=False)},
+        **({} if fit.correlation is None else {"error_correlation": _table(names, fit.correlation)}),
         **({} if fit.gate is None else {"loss_without_gate": fit.constant}),
-        **({} if fit.gate is None else {"needed": {settings.names[at]: share for at, share in fit.run.items()}}),
+        **({} if fit.gate is None else {"needed": {names[at]: share for at, share in fit.run.items()}}),
     }
 
 
@@ -128,33 +172,40 @@ def _table(names: list[str], values: Any) -> dict[str, dict[str, float | None]]:
     return dict(zip(names, rows, strict=True))
 
 
-def _write_union(job: Job, settings: EnsembleSettings) -> dict[str, Any]:
+def _write_union(job: Job, sources: Sequence[Source]) -> dict[str, Any]:
     """Write the union's tokenizer; returns what the configuration is to hold of it."""
     from graft import models
     from graft.ensemble.union import union_of, write_tokenizer
 
-    union = union_of([models.load_tokenizer(job.models[name]) for name in settings.names])
-    write_tokenizer(union, job.models[settings.names[0]], job.out)
+    union = union_of([models.load_tokenizer(source.folder) for source in sources])
+    write_tokenizer(union, sources[0].folder, job.out)
     return {"vocabulary": "union", "vocab_size": len(union.tokens)}
 
 
-def _write(job: Job, settings: EnsembleSettings, weights: list[float], gate: Any = None) -> None:
+def _write(
+    job: Job, settings: EnsembleSettings, sources: Sequence[Source], weights: list[float], gate: Any = None
+) -> None:
     from graft.checkpoint import atomic_write
     from graft.ensemble.configuration import EnsembleConfig
-    from graft.ensemble.members import member_entry
 
-    seen_from = job.target or job.out
-    entries = []
-    for name in settings.names:
-        if settings.self_contained:
-            shutil.copytree(job.models[name], job.out / "members" / name, dirs_exist_ok=True)
-            entries.append(member_entry(name, job.out / "members" / name, job.out))
-        else:
-            entries.append(member_entry(name, job.models[name], seen_from))
-    first = Path(job.models[settings.names[0]])
+    entries = _entries(job, settings, sources)
     for file in TOKENIZER_FILES:
-        if (first / file).exists():
-            shutil.copyfile(first / file, job.out / file)
-    over = _write_union(job, settings) if settings.vocabulary == "union" else {}
+        if (sources[0].folder / file).exists():
+            shutil.copyfile(sources[0].folder / file, job.out / file)
+    over = _write_union(job, sources) if settings.vocabulary == "union" else {}
     config = EnsembleConfig(entries, settings.rule, weights, settings.options, gate, draft=settings.draft, **over)
     atomic_write(job.out / "config.json", json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
+
+
+def _entries(job: Job, settings: EnsembleSettings, sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """What the configuration says of each member; a self-contained ensemble has copies, each folder once."""
+    from graft.ensemble.members import member_entry
+
+    if not settings.self_contained:
+        return [member_entry(source, source.folder, job.target or job.out) for source in sources]
+    copies: dict[Path, Path] = {}
+    for source in sources:
+        if source.folder not in copies:
+            copies[source.folder] = job.out / "members" / source.name
+            shutil.copytree(source.folder, copies[source.folder], dirs_exist_ok=True, ignore=NOT_COPIED)
+    return [member_entry(source, copies[source.folder], job.out) for source in sources]

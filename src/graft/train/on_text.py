@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from graft import data, models
+from graft.data.bootstrap import described
 from graft.data.objectives import Prefix, objective_rows
 from graft.data.rows import Rows
 from graft.errors import CannotCombine
@@ -40,18 +41,24 @@ def train_on_text(
             f"{type(model).__name__} does not; use `objective: causal` or a shorter `length`"
         )
 
-    def rows(split: str) -> Rows:
+    bootstrap = job.settings.bootstrap
+
+    def rows(split: str, bootstrap: int | None = None) -> Rows:
         return objective_rows(
-            corpus, split, tokenizer, objective, length=length, seed=job.seed, cache=job.cache, together=together
-        )
+            corpus, split, tokenizer, objective, length=length, seed=job.seed, cache=job.cache, together=together,
+            bootstrap=bootstrap,
+        )  # fmt: skip
 
     result = train(
-        model, rows(split), TokenLoss(), job.settings, job.out, scratch=job.scratch, seed=job.seed,
+        model, rows(split, bootstrap), TokenLoss(), job.settings, job.out, scratch=job.scratch, seed=job.seed,
         dev=rows("dev") if _has_dev(corpus) else None, device=job.device,
         save=lambda trained, folder: models.save(trained, tokenizer, folder),
     )  # fmt: skip
     models.save(model, tokenizer, job.out)
-    return {**result.metrics, "parameters": model.num_parameters()}
+    notes = {}
+    if bootstrap is not None:
+        notes = {"notes": {"bootstrap": described(corpus, split, tokenizer, job.cache, bootstrap)}}
+    return {**result.metrics, "parameters": model.num_parameters(), **notes}
 
 
 def _has_dev(corpus: data.AnyCorpus) -> bool:

@@ -176,6 +176,12 @@ class TrainSettings(Settings):
         description="how often the state to resume from is written: `100 steps`, `5 minutes`; "
         "null for as often as it costs under 2 % of the time, every 20 seconds at most",
     )
+    bootstrap: int | None = Field(
+        default=None,
+        ge=0,
+        description="train on a resample of the documents, as many as there are, drawn with replacement by this seed "
+        "(bagging); the manifest says how often each was drawn",
+    )
     track: list[Tracker] = Field(default_factory=list, description="trackers that get the log as well")
 
     @model_validator(mode="after")

@@ -1,0 +1,80 @@
+"""Rules that choose among whole outputs: every member writes its answers, one of them is given."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from graft import models
+from graft.errors import RequestError
+
+if TYPE_CHECKING:
+    from graft.ensemble.base import Ensemble
+
+OURS = ("num_beams", "num_return_sequences", "do_sample", "temperature", "top_p", "top_k")
+"""Options of `generate` that say how answers are written: the rule's, unless a call says otherwise."""
+
+
+@torch.no_grad()
+def chosen_outputs(model: Ensemble, inputs: torch.Tensor, tokenizer: Any = None, **kwargs: Any) -> torch.Tensor:
+    """The answer to each row of `inputs [batch, length]` that the rule chooses, `[batch, longest]`, padded behind.
+
+    As from `generate`: with the prompt before it for decoders, with the start token for encoder-decoders. `do_sample`
+    and `num_beams` above one in a call go before the rule's `draw`. Raises RequestError where there is no tokenizer to
+    compare texts with, and for what only a single model can return.
+    """
+    refused = [name for name in ("return_dict_in_generate", "past_key_values", "streamer") if kwargs.get(name)]
+    if refused or kwargs.get("num_return_sequences", 1) > 1:
+        name = refused[0] if refused else "num_return_sequences"
+        raise RequestError(f"an ensemble that chooses one of its members' outputs cannot honour {name}: leave it out")
+    reads = tokenizer or _tokenizer(model)
+    begin = 1 if model.config.is_encoder_decoder else inputs.shape[1]
+    written = [_written(model, place, inputs, kwargs) for place in model.active]
+    pad = _pad(model, kwargs)
+    choose, rows = cast(Any, model.choose), []
+    for row in range(len(inputs)):
+        own = [each.unflatten(0, (len(inputs), -1))[row] for each in written]
+        texts = [reads.batch_decode(each[:, begin:], skip_special_tokens=True) for each in own]
+        place = choose([[text.strip() for text in each] for each in texts], model.weights.tolist(), model.options)
+        rows.append([line for each in own for line in each][place])
+    longest = max(len(line) for line in rows)
+    return torch.stack([torch.nn.functional.pad(line, (0, longest - len(line)), value=pad) for line in rows])
+
+
+def _tokenizer(model: Ensemble) -> Any:
+    if model.folder is None:
+        raise RequestError("comparing whole outputs needs a tokenizer: load the ensemble from its folder, or give one")
+    return models.load_tokenizer(model.folder)
+
+
+def _pad(model: Ensemble, kwargs: dict[str, Any]) -> int:
+    for found in (kwargs.get("pad_token_id"), model.config.pad_token_id, model.config.eos_token_id):
+        if isinstance(found, int):
+            return found
+    return 0
+
+
+def _written(model: Ensemble, place: int, inputs: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """What a member writes: `[batch · answers, longest]`, a row's answers side by side, the best first."""
+    member: Any = model.members[place]
+    device = next(member.parameters()).device
+    given = {name: value for name, value in kwargs.items() if name not in OURS}
+    given = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+    how = _how(kwargs, model.options)
+    if not how.get("do_sample") or kwargs.get("do_sample"):
+        return member.generate(inputs.to(device), **given, **how).to(inputs.device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(model.options.seed * 1000 + place)
+        return member.generate(inputs.to(device), **given, **how).to(inputs.device)
+
+
+def _how(kwargs: dict[str, Any], options: Any) -> dict[str, Any]:
+    """How answers are written: what the call says, else the rule."""
+    count = options.candidates
+    said = {name: kwargs[name] for name in OURS if kwargs.get(name) is not None and name != "num_return_sequences"}
+    if said.get("do_sample") or (said.get("num_beams", 1) == 1 and options.draw == "samples"):
+        own = {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+        return {**own, **said, "num_beams": 1, "do_sample": True, "num_return_sequences": count}
+    beams = max(count, said.get("num_beams", 1))
+    return {"do_sample": False, "num_beams": beams, "num_return_sequences": count}

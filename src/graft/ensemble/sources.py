@@ -1,0 +1,101 @@
+"""What the members of an ensemble come from: models, checkpoints of one training, passes with dropout. Light."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graft.ensemble.settings import EnsembleSettings, MemberSettings
+from graft.errors import RequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Source:
+    """One member: its name in the ensemble, the folder it is loaded from, and what is done to it then."""
+
+    name: str
+    folder: Path
+    model: str
+    """The model of the recipe that it is, or comes from."""
+    entry: int = 0
+    """Place of the line of the recipe that it stands in."""
+    share: float = 1.0
+    """Of the weight that that line has."""
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    """`dropout` (share, seed), `dtype`, `device`, as the configuration names them."""
+
+    def load(self, device: str | None = None) -> PreTrainedModel:
+        """The member alone."""
+        from graft.ensemble.members import loaded
+
+        return loaded(self.folder, self.extras, device=device)
+
+
+def sources_of(settings: EnsembleSettings, folders: Mapping[str, Path], seed: int) -> list[Source]:
+    """Every member, in order, from the folders of the models that the settings name.
+
+    Raises RequestError for a checkpoint that a model does not have.
+    """
+    found = [
+        replace(source, entry=place)
+        for place, entry in enumerate(settings.entries)
+        for source in _of_entry(entry, folders[entry.model], seed)
+    ]
+    names = [source.name for source in found]
+    if len(set(names)) < len(names):
+        raise RequestError(f"expected members of different names, found {', '.join(names)}")
+    return found
+
+
+def _of_entry(entry: MemberSettings, folder: Path, seed: int) -> list[Source]:
+    extras = {name: value for name in ("dtype", "device") if (value := getattr(entry, name)) is not None}
+    made = [replace(source, extras=extras) for source in _checkpoints(entry, folder)]
+    if entry.dropout is not None:
+        made = [each for source in made for each in _passes(source, entry, extras, seed)]
+    return [replace(source, share=1 / len(made)) for source in made]
+
+
+def _passes(source: Source, entry: MemberSettings, extras: dict[str, Any], seed: int) -> list[Source]:
+    dropout = entry.dropout
+    assert dropout is not None
+    first = seed if dropout.seed is None else dropout.seed
+    masks = [{"share": dropout.share, "seed": first * 10_000 + number} for number in range(dropout.passes)]
+    return [
+        replace(source, name=f"{source.name}.{number}", extras={**extras, "dropout": mask})
+        for number, mask in enumerate(masks, start=1)
+    ]
+
+
+def _checkpoints(entry: MemberSettings, folder: Path) -> list[Source]:
+    if entry.checkpoint is None and entry.checkpoints is None:
+        return [Source(entry.model, folder, entry.model)]
+    there = _kept(folder)
+    if entry.checkpoint is not None:
+        wanted = [entry.checkpoint]
+    else:
+        steps = [name for name in there if name.startswith("step-")]
+        count = entry.last_checkpoints
+        wanted = steps if count is None else steps[-count:]
+        if not wanted or (count is not None and len(wanted) < count):
+            raise RequestError(
+                f"{entry.model}: expected {count or 'some'} checkpoints, found {', '.join(steps) or 'none'}: keep more "
+                "of them in its training (`keep: {last: N}`)"
+            )
+    missing = [name for name in wanted if name not in there]
+    if missing:
+        raise RequestError(
+            f"{entry.model}: expected the checkpoint {missing[0]}, found {', '.join(there) or 'none'}: keep it in its "
+            "training (`keep: {last: N}`)"
+        )
+    return [Source(f"{entry.model}-{name}", folder / "checkpoints" / name, entry.model) for name in wanted]
+
+
+def _kept(folder: Path) -> list[str]:
+    """Names of the checkpoints of a training, the oldest first."""
+    found = [place.name for place in (folder / "checkpoints").glob("*") if (place / "config.json").is_file()]
+    return sorted(found, key=lambda name: (int(name[5:]) if name[5:].isdigit() else 0, name))
