@@ -13,6 +13,7 @@ from graft.verb import Estimate, Facts, Job, Verb
 
 ROOMS = (
     "base",
+    "byte_level",
     "caches",
     "causal",
     "classification",
@@ -70,7 +71,7 @@ class Ensemble(Verb[EnsembleSettings]):
         return Facts(
             first.architecture,
             f"of:{key}",
-            first.vocabulary if settings.vocabulary == "same" else f"union:{key}",
+            first.vocabulary if settings.vocabulary == "same" else f"{settings.vocabulary}:{key}",
             sum(models[name].parameters * count for name, count in times.items()),
             sum(models[name].bytes * count for name, count in times.items()) if settings.self_contained else 0,
             mergeable=False,

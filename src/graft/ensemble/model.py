@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from graft.ensemble.base import Ensemble
+from graft.ensemble.byte_level.byte_model import Cover
+from graft.ensemble.byte_level.configuration import ByteEnsembleConfig
+from graft.ensemble.byte_level.model import EnsembleOverBytes
 from graft.ensemble.causal import EnsembleForCausalLM
 from graft.ensemble.classification import EnsembleForSequenceClassification
 from graft.ensemble.configuration import EnsembleConfig, kind_of
@@ -23,6 +27,7 @@ __all__ = [
     "EnsembleForCausalLM",
     "EnsembleForSeq2SeqLM",
     "EnsembleForSequenceClassification",
+    "EnsembleOverBytes",
     "ensemble_class",
     "ensemble_of",
 ]
@@ -44,12 +49,15 @@ def ensemble_of(
     combine: str = "linear",
     *,
     union: Union | None = None,
+    tokenizers: Sequence[Any] | None = None,
+    cover: Cover | None = None,
     **options: Any,
 ) -> Any:
     """An ensemble of models in memory, with the rule's own weights where none are given.
 
-    `union` is that of the members' tokenizers (`union_of`) where their vocabularies differ; a mixture's only. Raises
-    RequestError for weights that the rule cannot use.
+    `union` is that of the members' tokenizers (`union_of`) where their vocabularies differ; a mixture's only. With
+    `tokenizers`, one for each member, the ensemble is over bytes; `cover` says which token sequences count. Raises
+    RequestError for weights that the rule cannot use, CannotCombine for a tokenizer whose tokens have no bytes.
     """
     rule = method("graft.ensemble", combine)
     parsed = parse(rule.Settings, options)
@@ -65,6 +73,9 @@ def ensemble_of(
     ]
     if union is not None and combine != "linear":
         raise RequestError(NOT_A_MIXTURE.format(combine))
+    if tokenizers is not None:
+        over_bytes = ByteEnsembleConfig(entries, combine, chosen, parsed.plain(), cover=asdict(cover or Cover()))
+        return EnsembleOverBytes(over_bytes, list(members.values()), tokenizers).eval()
     over: dict[str, Any] = {"vocabulary": "union", "vocab_size": len(union.tokens)} if union else {}
     config = EnsembleConfig(entries, combine, chosen, parsed.plain(), **over)
     return ensemble_class(config)(config, list(members.values()), union).eval()
