@@ -1,4 +1,56 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    """The folder of the trained family's data."""
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture(scope="session")
+def data(root):
+    """Its data sets by name."""
+    from trained_family import write_data
+
+    return write_data(root)
+
+
+@pytest.fixture(scope="session")
+def trained(root):
+    """Folders of models that were really trained, by name: see `trained_family.py`."""
+    from trained_family import family
+
+    return family(root)
+
+
+@pytest.fixture
+def merge(root, data, trained, tmp_path):
+    """Runs the verb on the trained family, in a fresh folder; (folder, notes)."""
+    from trained_family import job
+
+    from graft.merge import VERB
+
+    def run(settings, name="out", seed=0, more=()):
+        made = job(settings, trained | dict(more), data, root, tmp_path / name, seed)
+        return made.out, VERB.run(made)["notes"]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def measured(root, data):
+    """Bits per byte of a folder, as `graft eval` computes them."""
+    from graft.evaluate import parse
+    from graft.evaluate.judge import Judge
+    from graft.models import load, load_tokenizer
+
+    def bits(folder, on="all.dev"):
+        judge = Judge.of(parse([{"measure": "bits_per_byte", "on": [on]}])[0], data, root)
+        return judge.value(load(folder), load_tokenizer(folder))
+
+    return bits

@@ -57,6 +57,7 @@ def by_rows(function, *vectors):
 
 CASES = {
     "linear": ({"models": THREE}, lambda b, m: twins.linear(m, W)),
+    "uniform_soup": ({"models": LIST}, lambda b, m: sum(m) / 3),
     "linear-plain": (
         {"method": "linear", "models": THREE, "normalise": False},
         lambda b, m: twins.linear(m, W) * sum(W),
@@ -120,6 +121,7 @@ SPARSE = ("ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcru
 WHOLE = {"density": 1.0}
 ONE_EACH = {name: {"base": "base", "models": ["a", "b"]} | (WHOLE if name in SPARSE else {}) for name in SPARSE} | {
     "linear": {"models": ["a", "b"]},
+    "uniform_soup": {"models": ["a", "b"]},
     "task_arithmetic": {"base": "base", "models": ["a", "b"]},
     "slerp": {"models": ["a", "b"]},
     "nuslerp": {"models": ["a", "b"]},
@@ -134,7 +136,7 @@ ONE_EACH = {name: {"base": "base", "models": ["a", "b"]} | (WHOLE if name in SPA
     "passthrough": {"models": ["a"]},
 }
 
-ELSEWHERE = {"tsv_merge", "iso_c", "iso_cts", "wudi", "knots"}
+ELSEWHERE = {"tsv_merge", "iso_c", "iso_cts", "wudi", "knots", "greedy_soup", "learned_soup", "checkpoints"}
 """Methods that do not give back equal models, or read data: held to their own properties in their own files."""
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from graft.errors import Problem, SettingsError
+from graft.merge.judged import judged_parts, located, task_content
 from graft.merge.settings import DeltaSettings, MergeSettings
 from graft.merge.slices import COUNTS, length, restacked
 from graft.merge.varying import parse_varying
@@ -13,7 +15,24 @@ from graft.methods import method, method_names
 from graft.settings import Settings
 from graft.verb import Estimate, Facts, Job, Verb
 
-ROOMS = ("architecture", "engine", "journal", "preflight", "related", "settings", "slices", "stream", "varying")
+ROOMS = (
+    "architecture",
+    "candidates",
+    "engine",
+    "journal",
+    "judged",
+    "preflight",
+    "prepared",
+    "related",
+    "search",
+    "seeds",
+    "settings",
+    "slices",
+    "space",
+    "stream",
+    "telling",
+    "varying",
+)
 
 
 class Merge(Verb[MergeSettings]):
@@ -30,6 +49,21 @@ class Merge(Verb[MergeSettings]):
         if not isinstance(name, str):
             raise SettingsError([Problem((*path, "method"), f"expected the name of a method, found {name!r}")])
         return parse_varying(method("graft.merge", name).Settings, raw, path)
+
+    def located(self, settings: MergeSettings, root: Path) -> MergeSettings:
+        found = {key: located(part, root) for key, part in judged_parts(settings).items() if part.task is not None}
+        own = found.pop("", None)
+        update = {**found, **({"task": own.task} if own is not None else {})}
+        return settings.model_copy(update=update) if update else settings
+
+    def content(self, settings: MergeSettings) -> Any:
+        plain = settings.plain()
+        for key, part in judged_parts(settings).items():
+            whole = plain[key] if key else plain
+            # how many are judged at a time changes nothing, what stands in a task's file does
+            whole.pop("jobs", None)
+            whole["task"] = part.task and task_content(Path(part.task))
+        return plain
 
     def check(self, settings: MergeSettings, models: Mapping[str, Facts]) -> list[str]:
         from graft.merge.preflight import problems
@@ -57,7 +91,20 @@ class Merge(Verb[MergeSettings]):
         made = self.facts(settings, models, "")
         moved = made.bytes + sum(models[name].bytes for name in settings.parents)
         memory = 300 * 2**20 + 2**22 * len(settings.parents)
-        return Estimate(made.parameters, made.bytes, memory, moved / 1e9, "streamed; by bytes moved at 1 GB/s")
+        note = "streamed; by bytes moved at 1 GB/s"
+        judges = [part for part in judged_parts(settings).values() if part.judges]
+        if judges or settings.method == "learned_soup":
+            side_by_side = max((getattr(part, "jobs", 1) for part in judges), default=1)
+            memory += (
+                side_by_side * 2 * max(made.bytes, 4 * made.parameters if settings.method == "learned_soup" else 0)
+            )
+            note += "; and models are judged in memory before, which takes as long as measuring them"
+        return Estimate(made.parameters, made.bytes, memory, None if judges else moved / 1e9, note)
+
+    def told(self, notes: Mapping[str, Any]) -> list[str]:
+        from graft.merge.telling import lines
+
+        return lines(notes)
 
     def run(self, job: Job) -> dict[str, Any]:
         from graft.merge.engine import run

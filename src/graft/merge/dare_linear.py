@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 class DareSettings(SparseSettings):
     """A base plus task vectors of which a share is kept at random."""
 
+    draws: ClassVar[bool] = True
     rescale: Annotated[
         Literal["probability", "l1", "none"],
         Field(description="Divide what is kept by the density (the paper), or restore the L1 norm (as mergekit)."),

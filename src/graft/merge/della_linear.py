@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 class DellaSettings(SparseSettings):
     """A base plus task vectors of which small elements are dropped more often than large ones."""
 
+    draws: ClassVar[bool] = True
     epsilon: Annotated[
         PerModel, Field(description="The probability to be kept lies between density − ε and density + ε.")
     ] = 0.15

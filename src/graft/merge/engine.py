@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from graft.lineage import read_manifest
 from graft.merge.architecture import Check, verify
 from graft.merge.journal import Journal
 from graft.merge.preflight import INSTEAD, Layout, layout
+from graft.merge.prepared import Prepared
 from graft.merge.related import RELATED, correlation, same_names
 from graft.merge.settings import MergeSettings
 from graft.merge.stream import Piece, Source, Tensors, Workers, same_bytes
@@ -44,46 +45,53 @@ AT_ONCE = 2
 """Tensors worked on at the same time, so that no core waits for the last piece of one."""
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What a method that looks at models or data before the merge found out (its `prepare(job, settings)`)."""
-
-    settings: MergeSettings
-    """What is then merged: its `method` may be another one, its models fewer."""
-    notes: Mapping[str, Any] = field(default_factory=dict)
-    """For the manifest."""
-    survey: Any = None
-    """Handed to the rule as `tensors.survey`; closed at the end where it has a `close`."""
-
-
 def run(job: Job) -> dict[str, Any]:
     """Write the merged model's folder into `job.out`; returns the notes for the manifest."""
     settings = job.settings
     assert isinstance(settings, MergeSettings)
-    chosen = method("graft.merge", settings.method)
-    prepared = chosen.prepare(job, settings) if hasattr(chosen, "prepare") else Prepared(settings)
-    settings = prepared.settings
-    plan = layout(settings, job.models)
+    asked, prepared = settings.seeds, prepare(job, settings)
+    settings, folders = prepared.settings, prepared.models or job.models
+    plan = layout(settings, folders)
     plan.notes.update(prepared.notes)
-    _files_beside(plan, job.models[settings.parents[0]], job.out)
+    files_beside(plan, folders[settings.parents[0]], job.out)
     with ExitStack() as opened:
         if hasattr(prepared.survey, "close"):
             opened.callback(prepared.survey.close)
         check = Check(job.out, job.cache)
         opened.callback(check.close)
-        readers = {name: opened.enter_context(TensorReader(job.models[name])) for name in settings.parents}
+        readers = {name: opened.enter_context(TensorReader(folders[name])) for name in settings.parents}
         with Workers(1):
             # a few small samples: torch's own threads would take longer to meet than to work
-            forced = [*plan.forced, *_unrelated(settings, plan, readers, job.models)]
+            forced = [*plan.forced, *unrelated(settings, plan, readers, folders)]
         writer = TensorWriter(job.out, plan.tensors, settings.shard, resume=True)
         opened.callback(writer.close)
-        what = {"settings": settings.plain(), "seed": job.seed, "parents": _stamps(job.models)}
+        what = {"settings": settings.plain(), "seed": job.seed, "parents": stamps(folders)}
         journal = opened.enter_context(Journal(job.scratch / "finished", what, job.out))
         # opened last and so closed first: no thread works on files that are closed
         workers = opened.enter_context(Workers())
         stream(settings, job.seed, plan, readers, writer, journal, workers, prepared.survey)
+        if asked is not None:
+            from graft.merge.seeds import spread
+
+            plan.notes["seeds"] = spread(job, asked, settings, plan, readers, prepared.survey, workers)
         plan.notes["verified_as"] = verify(check.found(), {n: shape for n, (_, shape) in plan.tensors.items()})
+    if asked is not None:
+        from graft.merge.seeds import scores
+
+        plan.notes["seeds"] |= scores(job, asked, settings, folders)
     return {"notes": plan.notes, "forced": forced}
+
+
+def prepare(job: Job, settings: MergeSettings) -> Prepared:
+    """What is found out before the merge: the best parameters, where they are searched, then what the method asks."""
+    if settings.search is not None:
+        from graft.merge.search import search
+
+        found, noted = search(job, settings)
+        prepared = prepare(job, found)
+        return replace(prepared, notes={**prepared.notes, "search": noted})
+    chosen = method("graft.merge", settings.method)
+    return chosen.prepare(job, settings) if hasattr(chosen, "prepare") else Prepared(settings)
 
 
 def stream(
@@ -92,7 +100,7 @@ def stream(
     plan: Layout,
     readers: Mapping[str, TensorReader],
     writer: TensorWriter,
-    journal: Journal,
+    journal: Journal | None,
     workers: Workers,
     survey: Any = None,
 ) -> None:
@@ -106,7 +114,7 @@ def stream(
         floats = {name: replace(tensors, survey=found) for name, tensors in floats.items()}
     elif survey is not None:
         floats = {name: replace(tensors, survey=survey) for name, tensors in floats.items()}
-    made = [name for name in plan.tensors if name not in journal.finished]
+    made = [name for name in plan.tensors if journal is None or name not in journal.finished]
 
     def one(name: str) -> int:
         size = writer.headers[name].end - writer.headers[name].start
@@ -115,7 +123,8 @@ def stream(
             floats[name].write(rule, writer)
         else:
             _copy(every[name], writer)
-        journal.note(name, size)
+        if journal is not None:
+            journal.note(name, size)
         return size
 
     total = sum(writer.headers[n].end - writer.headers[n].start for n in made)
@@ -165,7 +174,7 @@ def _copy(tensors: Tensors, writer: TensorWriter) -> None:
     writer.write(tensors.name, 0, memoryview(content))
 
 
-def _unrelated(
+def unrelated(
     settings: MergeSettings, plan: Layout, readers: Mapping[str, TensorReader], folders: Mapping[str, Path]
 ) -> list[str]:
     """Models without a manifest, compared with the first by their weights: what was overridden, one sentence each.
@@ -192,7 +201,7 @@ def _unrelated(
     return wrong
 
 
-def _files_beside(plan: Layout, parent: Path, out: Path) -> None:
+def files_beside(plan: Layout, parent: Path, out: Path) -> None:
     """Configuration, generation configuration, tokenizer and chat template, all of the first parent."""
     atomic_write(out / "config.json", json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
     found = [name for name in COMPANIONS if (parent / name).is_file()]
@@ -201,7 +210,7 @@ def _files_beside(plan: Layout, parent: Path, out: Path) -> None:
     plan.notes["files_taken"] = found
 
 
-def _stamps(folders: Mapping[str, Path]) -> dict[str, list[Any]]:
+def stamps(folders: Mapping[str, Path]) -> dict[str, list[Any]]:
     """What tells whether a parent's weights were touched between two runs of the same merge."""
     return {
         name: [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.safetensors"))]

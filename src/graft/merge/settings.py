@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
+from graft.merge.judged import Search, Seeds
 from graft.merge.varying import Varied, replaced, split, written
 from graft.settings import Bytes, ModelRef, Number, Settings
 
@@ -16,6 +17,9 @@ PerModel = Number | dict[ModelRef, Number]
 
 class MergeSettings(Settings):
     """One model out of the weights of several."""
+
+    draws: ClassVar[bool] = False
+    """Whether the method draws at random."""
 
     method: Annotated[str, Field(description="How the weights are combined.")]
     models: Annotated[
@@ -36,6 +40,13 @@ class MergeSettings(Settings):
             description="The output's layers, slice after slice: of each model [first, after the last], equally many."
         ),
     ] = []
+    search: Annotated[
+        Search | None, Field(description="Look for the best parameters on held-out data, before the merge.")
+    ] = None
+    seeds: Annotated[
+        Seeds | None,
+        Field(description="Of a method that draws at random: report how far merges with so many seeds lie apart."),
+    ] = None
 
     _varied: Mapping[tuple[str, ...], Varied] = PrivateAttr(default_factory=dict)
 
@@ -74,6 +85,16 @@ class MergeSettings(Settings):
             raise ValueError(f"expected each model once, found {', '.join(self.names)}")
         if self.base_name is not None and self.base_name in self.names:
             raise ValueError(f"expected a base that is not among the models, found {self.base_name} there")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_searched(self) -> MergeSettings:
+        if self.seeds is not None and not self.draws:
+            raise ValueError(f"expected a method that draws at random, found {self.method}: all seeds give one merge")
+        if self.search is not None:
+            from graft.merge.space import check
+
+            check(self, self.search)
         return self
 
     @model_validator(mode="after")
