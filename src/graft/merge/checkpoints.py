@@ -71,7 +71,7 @@ def prepare(job: Job, settings: Settings) -> Prepared:
     """Finds the checkpoints; what is merged is their linear soup. Raises RequestError where there are too few."""
     from graft.lineage import hash_weights
     from graft.merge.linear import Settings as Linear
-    from graft.merge.prepared import Prepared
+    from graft.merge.prepared import Prepared, as_written
 
     run = job.models[settings.of]
     if settings.ema == "kept":
@@ -83,7 +83,7 @@ def prepare(job: Job, settings: Settings) -> Prepared:
         folders = {f"{settings.of}/step-{step}": kept[step] for step in steps}
     decay = settings.ema if isinstance(settings.ema, float) else 1.0
     weights = dict(zip(folders, shares(len(folders), decay), strict=True))
-    merged = Linear(models=weights, dtype=settings.dtype, force=settings.force, shard=settings.shard)
+    merged = Linear(models=weights, **as_written(settings))
     told = [{"name": n, "share": weights[n], "hash": hash_weights(folder)} for n, folder in folders.items()]
     return Prepared(merged, {"checkpoints": told}, models=folders)
 
@@ -155,12 +155,13 @@ def _judged(job: Job, settings: Settings, kept: Mapping[int, Path]) -> dict[int,
 
     from graft.evaluate.unseen import check_unseen
     from graft.merge.candidates import Candidates
+    from graft.merge.prepared import as_written
     from graft.merge.uniform_soup import Settings as Mean
 
     check_unseen(job.models, settings.data, job.data, job.root)
     names = {step: f"{settings.of}/step-{step}" for step in kept}
-    each = [Mean(models=[name], dtype=settings.dtype, force=settings.force) for name in names.values()]
+    each = [Mean(models=[name], **as_written(settings)) for name in names.values()]
     folders = {names[step]: folder for step, folder in kept.items()}
-    whole = Mean(models=list(folders), dtype=settings.dtype, force=settings.force)
+    whole = Mean(models=list(folders), **as_written(settings))
     with Candidates(replace(job, settings=whole, models=folders), settings) as candidates:
         return dict(zip(kept, candidates.losses(each), strict=True))

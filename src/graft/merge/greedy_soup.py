@@ -84,13 +84,9 @@ def prepare(job: Job, settings: Settings) -> Prepared:
 def mean(settings: MergeSettings, names: Sequence[str]) -> MergeSettings:
     """The plain mean of some of the models, written as `settings` say."""
     from graft.merge import uniform_soup
+    from graft.merge.prepared import as_written
 
-    return uniform_soup.Settings(models=list(names), **written(settings))
-
-
-def written(settings: MergeSettings) -> dict[str, Any]:
-    """What says how a merge is written and not what it is."""
-    return {"dtype": settings.dtype, "force": settings.force, "shard": settings.shard}
+    return uniform_soup.Settings(models=list(names), **as_written(settings))
 
 
 def _finite(value: float) -> float | None:

@@ -39,13 +39,11 @@ def prepare(job: Job, settings: Settings) -> Prepared:
 
     Wortsman et al. 2022, arXiv:2203.05482, appendix I.
     """
+    from graft.merge import linear
     from graft.merge._learning import learn
-    from graft.merge.prepared import Prepared
+    from graft.merge.prepared import Prepared, as_written
     from graft.merge.varying import parse_varying
 
     learned = learn(job, settings)
-    raw = {"method": "linear", "models": learned.weights(settings.names)}
-    raw |= {"dtype": settings.dtype, "force": settings.force, "shard": settings.shard}
-    from graft.merge import linear
-
+    raw = {"models": learned.weights(settings.names), **as_written(settings)}
     return Prepared(parse_varying(linear.Settings, raw), {"learned_soup": learned.notes()})

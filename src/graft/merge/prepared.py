@@ -22,3 +22,8 @@ class Prepared:
     """Handed to the rule as `tensors.survey`."""
     models: Mapping[str, Path] | None = None
     """Where the models lie, if they are others than the job's."""
+
+
+def as_written(settings: MergeSettings) -> dict[str, Any]:
+    """The settings that say how a merge is written and not what it is."""
+    return {"dtype": settings.dtype, "force": settings.force, "shard": settings.shard}
