@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "graft"
-VERBS = {"pretrain", "tune", "merge", "ensemble", "_load"}
+VERBS = {"pretrain", "tune", "adapt", "merge", "ensemble", "_load"}
 LAYERS = [
     {"errors", "settings", "progress", "_callable", "_register", "yaml_lines"},
     {"methods", "verb", "checkpoint", "lineage", "data"},
-    {"models"},
+    {"models", "adapters"},
     {"train", "evaluate"},
     VERBS,
     {"verbs"},
@@ -32,6 +32,7 @@ LAYERS = [
 
 ALLOWED_LATER = {
     ("_callable", "api"): "a room that is called like a command asks the API, at the time of the call",
+    ("_register", "adapters"): "the Auto classes learn of adapters when transformers has been imported",
     ("_register", "ensemble"): "the Auto classes learn of ensembles when transformers has been imported",
     ("models", "ensemble"): "the class of a model that is an ensemble, when one is loaded",
     ("making", "plan"): "the hash of a parent's weights",

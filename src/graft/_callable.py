@@ -15,6 +15,7 @@ COMMANDS = (
     "report",
     "pretrain",
     "tune",
+    "adapt",
     "merge",
     "ensemble",
     "evaluate",

@@ -25,7 +25,8 @@ def _register() -> None:
     """Unless a room of ensembles is being imported itself: it registers its class at its end."""
     rooms = [module for name, module in sys.modules.items() if name.startswith("graft.ensemble.")]
     if not any(getattr(module.__spec__, "_initializing", False) for module in rooms):
-        import graft.ensemble.model  # noqa: F401
+        import graft.adapters.auto
+    import graft.ensemble.model  # noqa: F401
 
 
 class _Finder(importlib.abc.MetaPathFinder):

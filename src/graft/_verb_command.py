@@ -104,6 +104,29 @@ def fields_of(verb: str) -> dict[str, FieldInfo]:
     return {field.alias or name: field for cls in classes for name, field in cls.model_fields.items()}
 
 
+def methods_of(verb: str, words: Sequence[str]) -> list[dict[str, str]]:
+    """The table of a verb's methods. Raises RequestError for words that have no place in it."""
+    from graft.verbs import verb as find
+
+    settings: dict[str, Any] = {}
+    plain = list(_options(words, settings))
+    if plain:
+        raise RequestError(f"expected nothing but options beside --methods, found {' '.join(plain)}")
+    return find(verb).methods(settings)
+
+
+def rows_table(rows: Sequence[Mapping[str, str]]) -> Table:
+    """Rows with the same keys as a table of `rich`."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in rows[0]:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
 def requested(verb: str, words: Sequence[str], assignments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """(output folder, settings) of the words after the command. Raises RequestError for words that say nothing."""
     settings: dict[str, Any] = {}
@@ -143,6 +166,8 @@ def assigned(settings: dict[str, Any], word: str) -> None:
     document = read_yaml(text)
     *outer, last = key.split(".")
     for step in outer:
+        if isinstance(settings.get(step), str):  # `--method lora --set method.lora.rank=4`
+            settings[step] = {settings[step]: {}}
         settings = settings.setdefault(step, {})
     settings[last] = text if document.problems else document.value
 

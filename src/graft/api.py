@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RunResult",
+    "adapt",
     "chat",
     "ensemble",
     "evaluate",
@@ -76,6 +77,11 @@ def pretrain(out: Path | str, **settings: Any) -> Path:
 def tune(out: Path | str, **settings: Any) -> Path:
     """Tune a model into the folder `out`. Settings are those of `tune:` in a recipe; `from_` is the model."""
     return _make("tune", out, settings)
+
+
+def adapt(out: Path | str, **settings: Any) -> Path:
+    """Put adapters together in the folder `out`. Settings are those of `adapt:` in a recipe."""
+    return _make("adapt", out, settings)
 
 
 def merge(out: Path | str, **settings: Any) -> Path:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter.safetensors"
 """Weights that stand beside those of a frozen model, which lies elsewhere."""
+ADAPTER = "adapter.safetensors"
+"""Weights that stand beside those of a frozen model, which lies elsewhere."""
 WIDTH = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -72,6 +74,11 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a model's folder, found nothing there")
+    if (folder / ADAPTER).exists():
+        raise CheckpointError(
+            f"{folder}: expected {SINGLE} or {INDEX}, found an adapter, whose weights are changes of another model's: "
+            "tune with `fold: true` (or `graft adapt --fold true`) to get a whole model"
+        )
     if (folder / ADAPTER).exists():
         raise CheckpointError(
             f"{folder}: expected {SINGLE} or {INDEX}, found an adapter, whose weights are changes of another model's: "

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 import graft
-from graft._verb_command import VerbCommand, requested
+from graft._verb_command import VerbCommand, methods_of, requested, rows_table
 from graft.errors import GraftError
 
 app = typer.Typer(
@@ -222,12 +222,19 @@ def _add_verb(name: str, words: str) -> None:
         recipe: Annotated[Path | None, typer.Option(help="Take the data sets of this recipe.")] = None,
         seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
         force: Annotated[bool, typer.Option("--force", help="Make it anew though it is there.")] = False,
+        methods: Annotated[
+            bool, typer.Option("--methods", help="Print the methods as a table and stop; with --from on that model.")
+        ] = False,
         wait: Wait = True,
         device: Device = None,
         json_: Json = False,
     ) -> None:
         from graft.one import make_one, yaml_file
 
+        if methods:
+            rows = methods_of(name, context.args)
+            typer.echo(json.dumps(rows)) if json_ else _print(rows_table(rows))
+            return
         out, written = requested(name, context.args, settings or [])
         family = yaml_file(recipe) if recipe else {}
         made = make_one(
@@ -249,6 +256,11 @@ _add_verb(
     "tune",
     "Train a model further.\n\n"
     "Example: [bold]graft tune models/coder --from models/base --data code.jsonl --learning-rate 1e-4[/bold]",
+)
+_add_verb(
+    "adapt",
+    "Put finished adapters together on their model: stacked, averaged, from peft, folded.\n\n"
+    "Example: [bold]graft adapt models/both models/language models/task[/bold]",
 )
 _add_verb(
     "merge",

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import graft
-from graft.checkpoint import INDEX, WIDTH, TensorReader, atomic_write, read_headers, weight_files
+from graft.checkpoint import ADAPTER, INDEX, WIDTH, TensorReader, atomic_write, read_headers, weight_files
 from graft.errors import CheckpointError, RequestError
 from graft.settings import Settings
 from graft.verb import Facts
 
 MANIFEST = "graft.json"
 SETTLED_NS = 2 * 10**9
+ADAPTED = "graft_adapted"
+"""The `model_type` of a folder of adapters, and the key of what `config.json` says of them."""
 
 
 class Parent(Settings):
@@ -131,14 +133,34 @@ def _hash_tensor(reader: TensorReader, name: str, piece: int = 1 << 22) -> bytes
 
 
 def hash_model(folder: Path) -> str:
-    """Hash of what a model computes: its weights; for an ensemble its configuration (with members' hashes).
+    """Hash of what a model computes: its weights; for an ensemble its configuration (with members' hashes), for
+    adapters theirs and their base's hash.
 
     Raises RequestError where the folder holds no model.
     """
-    read_config(folder)
+    config = read_config(folder)
+    if (Path(folder) / ADAPTER).exists():
+        parts = [config.get(ADAPTED, {}).get("base", {}).get("hash"), hash_file(Path(folder) / ADAPTER)]
+        said = json.dumps([*parts, {k: v for k, v in config.get(ADAPTED, {}).items() if k != "base"}], sort_keys=True)
+        return hashlib.sha256(said.encode()).hexdigest()
     if (Path(folder) / "model.safetensors").exists() or (Path(folder) / "model.safetensors.index.json").exists():
         return hash_weights(folder)
     return hash_file(Path(folder) / "config.json")
+
+
+def known_hash(folder: Path) -> str:
+    """Hash of a model's weights: from its manifest, unless a file is newer than that, else from the weights."""
+    manifest = read_manifest(folder)
+    if manifest is not None and not touched(folder):
+        return manifest.hash
+    return hash_model(folder)
+
+
+def touched(folder: Path) -> bool:
+    """Whether a file that decides what the model computes was changed after the manifest was written."""
+    written = (Path(folder) / MANIFEST).stat().st_mtime_ns
+    files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("config.json")]
+    return any(path.stat().st_mtime_ns > written for path in files)
 
 
 def versions() -> dict[str, str]:

@@ -150,8 +150,8 @@ def _parent(name: str, folder: Path, target: Path) -> Parent:
 
 
 def _parameters(out: Path) -> int:
-    from graft.checkpoint import read_headers
+    from graft.checkpoint import ADAPTER, read_headers
 
-    if not list(out.glob("*.safetensors")):
+    if not list(out.glob("*.safetensors")) or (out / ADAPTER).is_file():
         return 0
     return sum(header.count for header in read_headers(out).values())

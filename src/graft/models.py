@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graft.checkpoint import disk_errors, read_headers
+from graft.checkpoint import ADAPTER, disk_errors, read_headers
 from graft.errors import CheckpointError, RequestError
+from graft.lineage import ADAPTED
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,8 @@ def load_config(path: str | Path, *, hub: bool = False) -> PretrainedConfig:
     from transformers import AutoConfig
 
     _register()
-    return AutoConfig.from_pretrained(_place(path, hub), local_files_only=not hub, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(_place(path, hub), local_files_only=not hub, trust_remote_code=False)
+    return _frozen_config(config) if config.model_type == ADAPTED else config
 
 
 def load_tokenizer(path: str | Path, *, hub: bool = False) -> PreTrainedTokenizerFast:
@@ -80,6 +82,10 @@ def load(
 
     config = load_config(path, hub=hub)
     place = _place(path, hub)
+    if (Path(place) / ADAPTER).is_file():
+        from graft.adapters.folder import load as load_adapted
+
+        return load_adapted(place, dtype=dtype, device=device)
     if Path(place).is_dir() and not config.model_type.startswith("graft_"):
         read_headers(Path(place))
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -120,6 +126,14 @@ def model_class(config: PretrainedConfig) -> Any:
     return transformers.AutoModelForCausalLM
 
 
+def _frozen_config(config: Any) -> PretrainedConfig:
+    """The configuration of the frozen model below adapters, of its own class."""
+    from transformers import AutoConfig
+
+    plain = {name: value for name, value in config.to_dict().items() if name not in (ADAPTED, "model_type")}
+    return AutoConfig.for_model(config.graft_adapted["model_type"], **plain)
+
+
 def _place(path: str | Path, hub: bool) -> str:
     if Path(path).is_dir() or hub:
         return str(path)
@@ -129,8 +143,10 @@ def _place(path: str | Path, hub: bool) -> str:
 
 
 def _register() -> None:
-    """Make the ensemble's classes known to the Auto classes, which a model in any folder may need."""
+    """Make the classes of ensembles and adapters known to the Auto classes, which a model in any folder may need."""
     import importlib.util
+
+    import graft.adapters.auto
 
     if importlib.util.find_spec("graft.ensemble.model"):
         import graft.ensemble.model  # noqa: F401

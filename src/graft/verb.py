@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+from graft.errors import RequestError
 from graft.settings import Settings
 
 
@@ -89,6 +90,16 @@ class Verb(Generic[S]):
     def types(self) -> Mapping[str, type[Settings]]:
         """The settings type of each method (key: the method's name, or the verb's name where it has one form only)."""
         raise NotImplementedError
+
+    def methods(self, settings: Mapping[str, Any]) -> list[dict[str, str]]:
+        """A table of the methods, a row each; `settings` may say on which model. Raises RequestError where it may not.
+
+        Here: names and what the first line of each method's settings says.
+        """
+        if settings:
+            raise RequestError(f"expected nothing beside --methods, found {', '.join(settings)}")
+        types = {name: cls for name, cls in self.types().items() if name != self.name} or self.types()
+        return [{"method": name, "does": (cls.__doc__ or "").strip().partition("\n")[0]} for name, cls in types.items()]
 
     def parse(self, raw: Any, path: tuple[str | int, ...] = ()) -> S:
         """Settings from plain YAML values. Raises SettingsError (all problems) or UnknownName."""

@@ -13,6 +13,7 @@ _OWN = {
     "load": "graft._load",
     "pretrain": "graft.pretrain",
     "tune": "graft.tune",
+    "adapt": "graft.adapt",
     "merge": "graft.merge",
     "ensemble": "graft.ensemble",
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 from graft.checkpoint import FLOATS, Headers, read_headers
 from graft.errors import CannotCombine
-from graft.lineage import facts_of, read_config
+from graft.lineage import ADAPTED, facts_of, read_config
 from graft.merge.architecture import architecture
 from graft.merge.settings import MergeSettings
 from graft.merge.slices import COUNTS, restacked, stack
@@ -45,11 +45,18 @@ class Layout:
     """What was wrong and overridden."""
 
 
+def _whole(facts: Facts) -> str:
+    """How a model that has no weights of its own comes by some."""
+    if facts.config.get("model_type") == ADAPTED:
+        return "fold the adapter into its model first ({adapt: {adapters: [...], fold: true}})"
+    return "merge its members"
+
+
 def problems(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[list[str], list[str]]:
     """(what forbids this merge, what `force` may override) by the facts of the models, a sentence each."""
     first, *others = settings.parents
     never = [
-        f"{name} has no weights of its own to average: merge its members, or make an {INSTEAD.removeprefix('an ')}"
+        f"{name} has no weights of its own to average: {_whole(models[name])}, or make an {INSTEAD.removeprefix('an ')}"
         for name in settings.parents
         if not models[name].mergeable
     ]

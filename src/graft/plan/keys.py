@@ -9,7 +9,8 @@ from functools import cache
 from pathlib import Path
 
 from graft.data import open_corpus, split_ref
-from graft.lineage import MANIFEST, DataUse, hash_model, read_manifest
+from graft.lineage import DataUse, read_manifest
+from graft.lineage import known_hash as weights_hash
 from graft.recipe import Node, Recipe
 
 
@@ -40,21 +41,6 @@ def data_uses(recipe: Recipe, node: Node) -> list[DataUse]:
         DataUse(name=name, split=split, fingerprint=open_corpus(recipe.data, name, recipe.root).fingerprint)
         for name, split in named
     ]
-
-
-def weights_hash(folder: Path) -> str:
-    """Hash of a model's weights: from its manifest, unless a file is newer than that, else from the weights."""
-    manifest = read_manifest(folder)
-    if manifest is not None and not touched(folder):
-        return manifest.hash
-    return hash_model(folder)
-
-
-def touched(folder: Path) -> bool:
-    """Whether a file that decides what the model computes was changed after the manifest was written."""
-    written = (folder / MANIFEST).stat().st_mtime_ns
-    files = [*folder.glob("*.safetensors"), *folder.glob("config.json")]
-    return any(path.stat().st_mtime_ns > written for path in files)
 
 
 def recorded_parents(folder: Path) -> Mapping[str, str]:

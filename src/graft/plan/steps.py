@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from graft.checkpoint import read_headers
+from graft.checkpoint import ADAPTER, read_file_headers, read_headers
 from graft.errors import CheckpointError, UnknownName
-from graft.lineage import hash_model, read_manifest
-from graft.plan.keys import keys_of, recorded_parents, touched, weights_hash
+from graft.lineage import hash_model, read_manifest, touched
+from graft.plan.keys import keys_of, recorded_parents, weights_hash
 from graft.plan.places import Places
 from graft.recipe import Node, Recipe
 from graft.verb import Estimate, Facts
@@ -112,7 +112,9 @@ def damage(folder: Path, *, verify: bool) -> str:
     manifest = read_manifest(folder)
     assert manifest is not None
     try:
-        if list(folder.glob("*.safetensors")) or manifest.mergeable:
+        if (folder / ADAPTER).is_file():
+            read_file_headers(folder / ADAPTER)
+        elif list(folder.glob("*.safetensors")) or manifest.mergeable:
             read_headers(folder)
         if (verify or touched(folder)) and hash_model(folder) != manifest.hash:
             return "its weights are not those it was made with (by the hash in graft.json)"

@@ -36,7 +36,7 @@ def build_recipe(
     document: Document, root: Path, *, text: str = "", outside: Mapping[str, Path] | None = None
 ) -> Recipe:
     """The recipe that `document` says, checked. Raises RecipeError with all problems."""
-    reader = _Reader(document, root, dict(outside or {}))
+    reader = _Reader(document, root, outside)
     recipe = reader.read(text)
     if reader.problems.found or recipe is None:
         located = {str(p): p for p in map(document.located, reader.problems.found)}
@@ -47,8 +47,10 @@ def build_recipe(
 class _Reader:
     """Walks a document once; what is wrong is noted, and what rests on it is left out."""
 
-    def __init__(self, document: Document, root: Path, outside: dict[str, Path]):
-        self.document, self.root, self.outside = document, root, outside
+    def __init__(self, document: Document, root: Path, outside: Mapping[str, Path] | None):
+        self.document, self.root, self.outside = document, root, dict(outside or {})
+        self.alone = outside is not None
+        """Whether this is one node of a command, whose data sets go by the names of files."""
         self.problems = Problems(document.problems)
 
     def read(self, text: str) -> Recipe | None:
@@ -90,7 +92,7 @@ class _Reader:
         outline = self.problems.attempt((), lambda: parse(Outline, given)) or readable(given)
         for section, names in (("data", outline.data), ("models", outline.models), ("family", [outline.family])):
             for name in names:
-                if not NAME.fullmatch(name):
+                if not NAME.fullmatch(name) and not (self.alone and section == "data"):
                     place = (section, name) if section != "family" else (section,)
                     self.problems.note(place, f"expected a name of letters, digits, - and _, found {name!r}")
         return outline

@@ -344,7 +344,7 @@ class Training:
     def _update(self, learning_rate: float) -> torch.Tensor:
         """Clip and step; the norm of the gradient before clipping."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate"]
         self.scaler.unscale_(self.optimizer)
         norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.settings.clip is not None:

@@ -11,7 +11,7 @@ from graft.data.rows import Rows
 from graft.errors import CannotCombine
 from graft.settings import Settings
 from graft.train.attention import keeps_apart
-from graft.train.loop import train
+from graft.train.loop import Save, train
 from graft.train.losses import TokenLoss
 from graft.train.settings import TrainSettings
 from graft.verb import Job
@@ -28,8 +28,9 @@ def train_on_text(
     split: str,
     objective: Settings,
     length: int,
+    save: Save | None = None,
 ) -> dict[str, Any]:
-    """Train `model` in place on a split of `corpus`, write it into `job.out`, return the metrics.
+    """Train `model` in place on a split of `corpus`, write it into `job.out` (by `save`, if given), return the metrics.
 
     The dev loss is measured on the corpus's dev split, unless its settings (of any part) say `splits: {dev: 0}`.
     """
@@ -49,12 +50,13 @@ def train_on_text(
             bootstrap=bootstrap,
         )  # fmt: skip
 
+    write = save or (lambda trained, folder: models.save(trained, tokenizer, folder))
     result = train(
         model, rows(split, bootstrap), TokenLoss(), job.settings, job.out, scratch=job.scratch, seed=job.seed,
         dev=rows("dev") if _has_dev(corpus) else None, device=job.device,
-        save=lambda trained, folder: models.save(trained, tokenizer, folder),
+        save=write,
     )  # fmt: skip
-    models.save(model, tokenizer, job.out)
+    write(model, job.out)
     notes = {}
     if bootstrap is not None:
         notes = {"notes": {"bootstrap": described(corpus, split, tokenizer, job.cache, bootstrap)}}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from graft.errors import CannotCombine, Problem, SettingsError
+from graft.adapters.facts import adapted_facts, folded_facts, is_adapted
+from graft.adapters.point import Point
+from graft.errors import CannotCombine, Problem, RequestError, SettingsError
 from graft.methods import method, method_names
 from graft.settings import Settings, parse
 from graft.tune.settings import TuneSettings
@@ -26,6 +29,21 @@ class Tune(Verb[TuneSettings]):
             **{name: method("graft.tune", name).Settings for name in method_names("graft.tune")},
         }
 
+    def methods(self, settings: Mapping[str, Any]) -> list[dict[str, str]]:
+        """The design space (He et al. 2022, table 1) as the code has it; `from`: a model to count parameters in."""
+        from graft.adapters.table import rows
+
+        known = {key: value for key, value in settings.items() if key == "from"}
+        if known != dict(settings):
+            raise RequestError(f"expected --from beside --methods, found {', '.join(set(settings) - set(known))}")
+        model = None
+        if known:
+            from graft.adapters.trial import skeleton
+            from graft.lineage import read_config
+
+            model = skeleton(read_config(Path(known["from"])))
+        return rows(named_points(), model)
+
     def parse(self, raw: Any, path: tuple[str | int, ...] = ()) -> TuneSettings:
         settings = parse(TuneSettings, raw, path)
         if len(settings.method) != 1:
@@ -33,22 +51,46 @@ class Tune(Verb[TuneSettings]):
             raise SettingsError([Problem((*path, "method"), f"expected one method, found {found}")])
         ((name, options),) = settings.method.items()
         resolved = parse(method("graft.tune", name).Settings, options or {}, (*path, "method", name))
+        if settings.fold and name == "full":
+            raise SettingsError([Problem((*path, "fold"), "expected an adapter to fold, found the method full")])
         return settings.model_copy(update={"method": {name: resolved.plain()}})
 
     def check(self, settings: TuneSettings, models: Mapping[str, Facts]) -> list[str]:
         from graft.data.objectives import objective_for
 
         start = models[settings.from_]
-        if not start.mergeable:
+        if not start.mergeable and not is_adapted(start):
             return [f"{settings.from_} has no weights of its own to tune: tune its members, or distil it"]
+        if is_adapted(start) and "full" in settings.method:
+            return [
+                f"{settings.from_} is an adapter on a frozen model: full tuning needs whole weights, so give it "
+                "`fold: true`, or add an adapter to it (lora, …), or train on the one it has (`method: further`)"
+            ]
+        if "further" in settings.method and not is_adapted(start):
+            return [
+                f"{settings.from_} has no adapters to train further: name a model that has, or a method such as lora"
+            ]
         try:
             objective_for(start.architecture, settings.objective)
         except CannotCombine as error:
             return [str(error)]
-        return []
+        return self._fits(settings, start)
+
+    def _fits(self, settings: TuneSettings, start: Facts) -> list[str]:
+        """What is wrong with the adapter for this model, tried on its skeleton where its configuration is known."""
+        ((name, options),) = settings.method.items()
+        chosen = method("graft.tune", name)
+        if not hasattr(chosen, "points") or not start.config.get("architectures"):
+            return []
+        from graft.adapters.trial import problems
+
+        return problems(start.config, chosen.points(chosen.Settings(**options)), fold=settings.fold)
 
     def facts(self, settings: TuneSettings, models: Mapping[str, Facts], key: str) -> Facts:
-        return models[settings.from_]
+        start = models[settings.from_]
+        if "full" in settings.method:
+            return start
+        return folded_facts(start) if settings.fold else adapted_facts(start)
 
     def estimate(self, settings: TuneSettings, models: Mapping[str, Facts]) -> Estimate:
         from graft.train.estimate import training_estimate
@@ -61,6 +103,16 @@ class Tune(Verb[TuneSettings]):
         from graft.tune.work import run
 
         return run(job)
+
+
+def named_points() -> dict[str, list[Point]]:
+    """The points of every method that is one by name, with its own settings."""
+    found = {}
+    for name in method_names("graft.tune"):
+        module = method("graft.tune", name)
+        if hasattr(module, "points") and not any(f.is_required() for f in module.Settings.model_fields.values()):
+            found[name] = module.points(module.Settings())
+    return found
 
 
 VERB = Tune()

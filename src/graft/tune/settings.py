@@ -16,16 +16,28 @@ class TuneSettings(TrainSettings):
 
     from_: Annotated[ModelRef, Field(alias="from", description="The model to start from.")]
     data: Annotated[DataRef, Field(description="Data set to train on (its train split; dev for the dev score).")]
-    method: Annotated[dict[str, Any], Field(description="`full`, or with options `{full: {freeze: [PATTERN]}}`.")] = {
-        "full": {}
-    }
+    method: Annotated[
+        dict[str, Any],
+        Field(
+            description="`full`, `lora`, … (`graft tune --methods` lists them), or with options `{lora: {rank: 16}}`."
+        ),
+    ] = {"full": {}}
+    fold: Annotated[
+        bool,
+        Field(
+            description="Fold the adapter into the weights: a whole model. Without it the node is a small folder that "
+            "names the model it started from."
+        ),
+    ] = False
     objective: Annotated[
         ObjectiveSettings | None, Field(description="None: causal, masked or span, by the architecture.")
     ] = None
     length: Annotated[
         int | None, Field(ge=8, description="Context in tokens; None: what the model was made for, 1024 at most.")
     ] = None
-    learning_rate: float = Field(3e-4, gt=0, description="learning rate at its peak")
+    learning_rate: float = Field(
+        3e-4, gt=0, description="learning rate at its peak; few weights want more, 1e-3 and above"
+    )
 
     @model_validator(mode="before")
     @classmethod

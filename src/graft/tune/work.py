@@ -1,23 +1,31 @@
-"""What tuning does: a model from disk, its method applied, the training loop, a model folder."""
+"""What tuning does: a model from disk, its method applied, the training loop, a model's folder or an adapter's."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from graft import data, lineage, models
 from graft.data.objectives import objective_for
+from graft.errors import RequestError
 from graft.methods import method
 from graft.tune.settings import TuneSettings
 from graft.verb import Job
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from graft.train.loop import Save
 
 LONGEST = 1024
 """Tokens of context that tuning uses where nothing is said, if the model can take as many."""
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Tune and write a model folder into `job.out`; returns the metrics of the training."""
+    """Tune and write a model's folder into `job.out`; returns the metrics of the training."""
     import torch
 
+    from graft.adapters.stack import adapters_of
     from graft.train.on_text import train_on_text
 
     settings = job.settings
@@ -26,15 +34,55 @@ def run(job: Job) -> dict[str, Any]:
     name, split = data.split_ref(settings.data)
     corpus = data.open_corpus(job.data, name, job.root)
     torch.manual_seed(job.seed)
-    model = models.load(start, dtype=torch.float32)
-    ((how, options),) = settings.method.items()
-    chosen = method("graft.tune", how)
-    model = chosen.apply(model, chosen.Settings(**options))
+    model = applied(models.load(start, dtype=torch.float32), settings, job.name, start)
     objective = objective_for(lineage.architecture_of(model.config.to_dict()), settings.objective)
     tokenizer = models.load_tokenizer(start)
-    length = settings.length or context(model.config, tokenizer)
-    metrics = train_on_text(job, model, tokenizer, corpus, split, objective, length)
-    return {**metrics, "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    stack = adapters_of(model)
+    length = settings.length or context(model.config, tokenizer) - (stack.taken(model) if stack else 0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    save = _save(job, tokenizer, settings.fold) if stack else None
+    metrics = train_on_text(job, model, tokenizer, corpus, split, objective, length, save)
+    return {**metrics, "trained_parameters": trained}
+
+
+def applied(model: PreTrainedModel, settings: TuneSettings, name: str, start: Path) -> PreTrainedModel:
+    """The model with the method of `settings`: an adapter called `name`, or its own weights made trainable.
+
+    Raises RequestError for places that the model does not have and for an adapter that shall be folded and cannot be.
+    """
+    from graft.adapters.folding import unfoldable
+    from graft.adapters.stack import adapters_of, adopt
+
+    ((how, options),) = settings.method.items()
+    chosen = method("graft.tune", how)
+    parsed = chosen.Settings(**options)
+    if hasattr(chosen, "points"):
+        earlier = adapters_of(model)
+        taken = list(earlier.points) if earlier else []
+        free = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 99))) if n not in taken)
+        adopt(model, chosen.points(parsed), free, base=start)
+    else:
+        model = chosen.apply(model, parsed)
+    stack = adapters_of(model)
+    wrong = unfoldable(model, stack) if settings.fold and stack else []
+    if wrong:
+        raise RequestError(f"expected adapters that fold into the weights, found that {wrong[0]}: say `fold: false`")
+    return model
+
+
+def _save(job: Job, tokenizer: PreTrainedTokenizerFast, folded: bool) -> Save:
+    """How a model with adapters is written: alone, naming the frozen model from where it will stand; or folded."""
+    from graft.adapters.folder import save
+    from graft.adapters.folding import save_folded
+
+    def write(model: Any, folder: Path) -> None:
+        if folded:
+            save_folded(model, folder)
+        else:
+            save(model, folder, seen_from=(job.target or job.out) / folder.relative_to(job.out))
+        tokenizer.save_pretrained(folder)
+
+    return write
 
 
 def context(config: Any, tokenizer: Any) -> int:

@@ -1,0 +1,80 @@
+"""Putting finished adapters together on the model they were made for: a model too, or folded into an ordinary one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from graft.adapt.settings import AdaptSettings
+from graft.adapters.facts import adapted_facts, folded_facts, is_adapted
+from graft.errors import RequestError
+from graft.settings import Settings, parse
+from graft.verb import Estimate, Facts, Job, Verb
+
+
+class Adapt(Verb[AdaptSettings]):
+    """Combines adapters."""
+
+    name = "adapt"
+    summary = "Put finished adapters together on their model: stacked, averaged, brought in from peft, folded."
+
+    def types(self) -> Mapping[str, type[Settings]]:
+        return {"adapt": AdaptSettings}
+
+    def parse(self, raw: Any, path: tuple[str | int, ...] = ()) -> AdaptSettings:
+        return parse(AdaptSettings, raw, path)
+
+    def located(self, settings: AdaptSettings, root: Path) -> AdaptSettings:
+        if settings.peft is None:
+            return settings
+        folder = (root / Path(settings.peft).expanduser()).resolve()
+        if not (folder / "adapter_config.json").is_file():
+            raise RequestError(f"expected a peft folder (with adapter_config.json) at {folder}, found none")
+        return settings.model_copy(update={"peft": str(folder)})
+
+    def content(self, settings: AdaptSettings) -> Any:
+        from graft.lineage import hash_file
+
+        if settings.peft is None:
+            return settings.plain()
+        files = sorted(Path(settings.peft).glob("adapter_*"))
+        return {**settings.plain(), "peft": {path.name: hash_file(path) for path in files}}
+
+    def check(self, settings: AdaptSettings, models: Mapping[str, Facts]) -> list[str]:
+        found = [
+            f"{name} is no adapter on a frozen model: name nodes tuned with lora, houlsby, … and without `fold`"
+            for name in settings.names
+            if not is_adapted(models[name])
+        ]
+        if settings.from_ is not None and is_adapted(models[settings.from_]):
+            found.append(
+                f"{settings.from_} has adapters of its own: expected the frozen model that peft's was made for"
+            )
+        first = models[settings.start]
+        found += [
+            f"{name} and {settings.start} were made for different models: adapters go together on one"
+            for name in settings.names[1:]
+            if models[name].initialisation != first.initialisation
+        ]
+        return found
+
+    def facts(self, settings: AdaptSettings, models: Mapping[str, Facts], key: str) -> Facts:
+        first = models[settings.start]
+        made = folded_facts(first) if settings.fold else adapted_facts(first)
+        return replace(made, trained_on=frozenset().union(*(facts.trained_on for facts in models.values())))
+
+    def estimate(self, settings: AdaptSettings, models: Mapping[str, Facts]) -> Estimate:
+        start = models[settings.start]
+        memory = 4 * start.parameters
+        return Estimate(start.parameters, memory if settings.fold else memory // 100, memory, 1.0, "no training")
+
+    def run(self, job: Job) -> dict[str, Any]:
+        from graft.adapt.work import run
+
+        return run(job)
+
+
+VERB = Adapt()
+__all__ = ["VERB", "AdaptSettings"]

@@ -1,0 +1,49 @@
+"""Makes the Auto classes of `transformers` know folders of adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+)
+
+from graft.lineage import ADAPTED
+
+
+class AdaptedConfig(PretrainedConfig):
+    """The configuration in a folder of adapters: that of the frozen model, and what the adapters are."""
+
+    model_type = ADAPTED
+
+    def __init__(self, graft_adapted: dict[str, Any] | None = None, **kwargs: Any):
+        self.graft_adapted = dict(graft_adapted or {})
+        super().__init__(**kwargs)
+
+
+class AdaptedModel:
+    """Stands for models with adapters in the Auto classes; what it loads is of the frozen model's own class."""
+
+    config_class = AdaptedConfig
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *_: Any, **kwargs: Any) -> Any:
+        """The frozen model of a folder with its adapters. `dtype` is honoured."""
+        from graft import models
+
+        wanted = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        return models.load(pretrained_model_name_or_path, dtype=None if wanted in (None, "auto") else wanted)
+
+
+def register() -> None:
+    """Make the Auto classes of `transformers` know adapters."""
+    AutoConfig.register(ADAPTED, AdaptedConfig, exist_ok=True)
+    for auto in (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM):
+        auto.register(AdaptedConfig, AdaptedModel, exist_ok=True)
+
+
+register()

@@ -1,0 +1,199 @@
+"""Adapters on disk: a small folder that names the frozen model relatively, with its hash.
+
+`config.json` is the frozen model's, of type `graft_adapted`, with what the adapters are; `adapter.safetensors` holds
+their weights. Wherever a model's folder is taken, such a folder is a model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from graft import lineage, models
+from graft.adapters.point import Point
+from graft.adapters.stack import Adapters, Sites, adapters_of, adopt
+from graft.checkpoint import ADAPTER, atomic_write, disk_errors, read_file_headers
+from graft.errors import CheckpointError, RequestError
+from graft.lineage import ADAPTED
+from graft.settings import parse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def save(model: PreTrainedModel, folder: Path, *, seen_from: Path | None = None) -> None:
+    """Write the adapters of `model` into `folder`; `seen_from` is where that will stand, if elsewhere.
+
+    Raises RequestError where the frozen model lies in no folder.
+    """
+    stack = adapters_of(model)
+    if stack is None or stack.base is None:
+        raise RequestError(
+            "expected a frozen model that was loaded from a folder, found one in memory: save it first and say where "
+            "(adopt(…, base=FOLDER)), or fold the adapters into it"
+        )
+    entry = {
+        "format": 1,
+        "model_type": model.config.model_type,
+        "base": {
+            "path": os.path.relpath(stack.base.resolve(), Path(seen_from or folder).resolve()),
+            "hash": lineage.known_hash(stack.base),
+        },
+        "adapters": {name: [point.plain() for point in points] for name, points in stack.points.items()},
+        "active": [list(pair) for pair in stack.active],
+    }
+    config = {**model.config.to_dict(), "model_type": ADAPTED, ADAPTED: entry}
+    config["architectures"] = [type(model).__name__]
+    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder):
+        save_file(weights_of(stack), folder / ADAPTER, metadata={"format": "pt"})
+        if getattr(model, "can_generate", lambda: False)():
+            model.generation_config.save_pretrained(folder)
+    atomic_write(folder / "config.json", json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def weights_of(stack: Adapters) -> dict[str, torch.Tensor]:
+    """All weights of the adapters by the names they have in files: `NAME.PATH.TENSOR`."""
+    return {key.replace("/", "."): value.detach().cpu().contiguous() for key, value in stack.sites.state_dict().items()}
+
+
+def load(
+    folder: str | Path,
+    *,
+    dtype: Any = None,
+    device: str | None = None,
+    base: str | Path | None = None,
+) -> PreTrainedModel:
+    """The frozen model with the adapters of `folder`, in evaluation mode, nothing trainable.
+
+    `base` is where the frozen model lies, if not where the folder says. Raises CheckpointError where it is missing or
+    another one than the adapters were made for, and for adapter weights that are damaged, missing or of other shapes.
+    """
+    folder = Path(folder)
+    entry = entry_of(folder)
+    place = Path(base) if base is not None else folder / entry["base"]["path"]
+    check_base(folder, entry, place)
+    model = models.load(place, dtype=dtype, device=device)
+    active = _put(model, folder, entry, place)
+    stack = adapters_of(model)
+    assert stack is not None
+    stack.use(dict(active))
+    return model.eval()
+
+
+def add_from(model: PreTrainedModel, folder: str | Path) -> list[tuple[str, float]]:
+    """Put the adapters of `folder` beside those of `model` (in place), frozen; returns those that were active there.
+
+    What is active in `model` stays. Raises CheckpointError where they were made for another frozen model, RequestError
+    for a name that is taken.
+    """
+    folder, entry, stack = Path(folder), entry_of(Path(folder)), adapters_of(model)
+    if stack is None or stack.base is None:
+        raise RequestError("expected a model that was loaded with adapters, found one without a frozen model's folder")
+    check_base(folder, entry, stack.base)
+    before = list(stack.active)
+    active = _put(model, folder, entry, stack.base)
+    stack.use(dict(before))
+    return active
+
+
+def _put(model: PreTrainedModel, folder: Path, entry: Mapping[str, Any], base: Path) -> list[tuple[str, float]]:
+    for name, points in entry["adapters"].items():
+        adopt(model, [parse(Point, raw, (name,)) for raw in points], name, base=base)
+    stack = adapters_of(model)
+    assert stack is not None
+    added = Sites()
+    for name in entry["adapters"]:
+        added[name] = stack.sites[name]
+    fill(added, _read(folder), folder / ADAPTER)
+    model.requires_grad_(False)
+    return [(name, float(weight)) for name, weight in entry["active"]]
+
+
+@torch.no_grad()
+def averaged(model: PreTrainedModel, weights: Mapping[str, float], name: str) -> None:
+    """Replace the adapters of `model` by one, called `name`, with the weighted mean of their weights, tensor by tensor.
+
+    Raises RequestError where they are different points of the design space.
+    """
+    stack = adapters_of(model)
+    assert stack is not None
+    first = next(iter(weights))
+    different = [other for other in weights if stack.points[other] != stack.points[first]]
+    if different:
+        raise RequestError(
+            f"expected adapters of one kind and size to average, found that {different[0]} and {first} differ: use "
+            "`how: stack`, which adds their changes"
+        )
+    states = {other: stack.sites[other].state_dict() for other in weights}
+    total = sum(weights.values())
+    mean = {key: sum(w * states[o][key].float() for o, w in weights.items()) / total for key in states[first]}
+    points = stack.points[first]
+    for other in list(stack.points):
+        stack.drop(other)
+    adopt(model, points, name)
+    stack.sites[name].load_state_dict(mean)
+    stack.use(name)
+    model.requires_grad_(False)
+
+
+def entry_of(folder: Path) -> dict[str, Any]:
+    """What `config.json` says of the adapters. Raises CheckpointError where it says nothing that can be read."""
+    entry = lineage.read_config(folder).get(ADAPTED)
+    if not isinstance(entry, dict) or not {"base", "adapters", "active", "model_type"} <= set(entry):
+        raise CheckpointError(f"{folder}/config.json: expected what the adapters are ({ADAPTED}), found it damaged")
+    if entry.get("format") != 1:
+        raise CheckpointError(f"{folder}: expected adapters of format 1, found {entry.get('format')}: update graft")
+    return entry
+
+
+def check_base(folder: Path, entry: Mapping[str, Any], place: Path) -> None:
+    """Raises CheckpointError where the frozen model is missing or is not the one the adapters were made for."""
+    if not (place / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: the adapters' base is missing: expected a model in {place}; bring it there, or give its folder"
+        )
+    found, expected = lineage.known_hash(place), entry["base"]["hash"]
+    if found != expected:
+        raise CheckpointError(
+            f"{folder}: the adapters were made for another base: expected the weights with hash {expected[:12]}, found "
+            f"{found[:12]} in {place}; give the folder of the right model, or tune anew"
+        )
+
+
+def _read(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / ADAPTER
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: expected the adapters' weights in {ADAPTER}, found no such file")
+    read_file_headers(path)
+    return load_file(path)
+
+
+@torch.no_grad()
+def fill(sites: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Put weights, by their names in the file `path`, into sites.
+
+    Raises CheckpointError naming those that are missing, of another shape, or there for nothing.
+    """
+    targets = {key.replace("/", "."): value for key, value in sites.state_dict(keep_vars=True).items()}
+    missing = sorted(set(targets) - set(weights))
+    surplus = sorted(set(weights) - set(targets))
+    if missing or surplus:
+        what = f"missing {_some(missing)}" if missing else f"{_some(surplus)}, which belong nowhere"
+        raise CheckpointError(f"{path}: expected {len(targets)} tensors, found {what}")
+    for name, target in targets.items():
+        if target.shape != weights[name].shape:
+            found, expected = list(weights[name].shape), list(target.shape)
+            raise CheckpointError(f"{path}: expected {name} of shape {expected}, found {found}")
+        target.copy_(weights[name])
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)}: {', '.join(names[:4])}{' …' if len(names) > 4 else ''}"

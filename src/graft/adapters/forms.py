@@ -1,0 +1,248 @@
+"""What sites compute: Δh of each form and how it joins h. Shapes: x `[…, inputs]`, h `[…, outputs]`.
+
+A site starts as the identity: what it gives is h, to the bit, until it has been trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from graft.adapters.places import Place, sizes
+from graft.adapters.point import Point
+from graft.errors import RequestError
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+class Site(nn.Module):
+    """A point at a place: `site(h, x, weight)` is the new h. `module` is the frozen module h comes from."""
+
+    formula: ClassVar[str]
+    """Parameters at one place, in r (size), i (channels of x) and o (channels of h)."""
+    module: nn.Module
+    affine: ClassVar[bool] = True
+    """Whether the new h is an affine function of h and x: what can be folded into a weight."""
+
+    def __init__(self, point: Point, place: Place, module: nn.Module):
+        super().__init__()
+        self.point, self.place = point, place
+        # not a submodule: the frozen weights are the model's
+        self.__dict__["module"] = module
+        self.after = point.insertion == "after"
+        self.scale: Any = point.scale
+        if point.composition == "scaled" and point.scale == "learned":
+            self.scale = nn.Parameter(torch.ones(()))
+        if point.composition == "gated":
+            self.gate = nn.Parameter(torch.zeros(()))
+
+    def delta(self, source: torch.Tensor) -> torch.Tensor:
+        """Δh `[…, outputs]` from x, or from h where the point is inserted after the module."""
+        raise NotImplementedError
+
+    def forward(self, h: torch.Tensor, x: torch.Tensor | None, weight: float = 1.0) -> torch.Tensor:
+        """h with Δh, `weight` times. x may be None where the point is inserted after the module."""
+        delta = self.delta(h if self.after or x is None else x)
+        if self.point.composition == "gated":
+            return h + weight * self.gate * (delta - h)
+        if self.point.composition == "scaled":
+            return h + weight * self.scale * delta
+        return h + weight * delta if weight != 1.0 else h + delta
+
+    @classmethod
+    def count(cls, point: Point, inputs: int, outputs: int) -> int:
+        """Parameters at a place of these sizes, by the formula."""
+        r = point.size or 0
+        extra = (point.scale == "learned") + (point.composition == "gated") + outputs * point.directions
+        return cls.body(point, r, inputs, outputs) + extra
+
+    @classmethod
+    def body(cls, point: Point, r: int, i: int, o: int) -> int:
+        """Parameters of the form alone."""
+        raise NotImplementedError
+
+    @property
+    def inputs(self) -> int:
+        """Channels of what Δh is made from."""
+        return self.place.outputs if self.after else self.place.inputs
+
+
+class LowRank(Site):
+    """Δh = up(down(x)): LoRA (Hu et al. 2021) where x and h are those of one linear layer.
+
+    `down [rank, inputs]`, `up [outputs, rank]`. PiSSA (Meng et al. 2024) starts both from the largest singular values
+    of the weight and takes their first product away again, which leaves the frozen weight as it is. DoRA (Liu et al.
+    2024) trains the length of each row of W + s·up·down as well: `magnitude [outputs]`.
+    """
+
+    formula = "r·(i + o)"
+    first_down: torch.Tensor
+    first_up: torch.Tensor
+
+    def __init__(self, point: Point, place: Place, module: nn.Module):
+        super().__init__(point, place, module)
+        rank = point.size or 1
+        if rank > min(self.inputs, place.outputs):
+            raise RequestError(
+                f"{place.path}: expected a rank of at most {min(self.inputs, place.outputs)}, the layer's size "
+                f"({self.inputs} → {place.outputs}), found {rank}: use a lower rank, or full tuning of this layer"
+            )
+        self.down = nn.Parameter(torch.empty(rank, self.inputs))
+        self.up = nn.Parameter(torch.zeros(place.outputs, rank))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        self.up.rate = point.up_rate  # type: ignore[attr-defined]
+        self.dropout = nn.Dropout(point.dropout) if point.dropout else None
+        if (point.start == "pissa" or point.directions) and not place.single:
+            raise RequestError(f"{place.path}: expected a single linear layer for PiSSA and DoRA, found a sublayer")
+        if point.start == "pissa":
+            self._largest()
+        if point.directions:
+            self.magnitude = nn.Parameter(self._lengths().clone())
+
+    @classmethod
+    def body(cls, point: Point, r: int, i: int, o: int) -> int:
+        return r * (i + o)
+
+    def weight(self) -> torch.Tensor:
+        """The frozen weight `[outputs, inputs]`, float32."""
+        return oriented(self.module).detach().float()
+
+    @torch.no_grad()
+    def _largest(self) -> None:
+        """`down` and `up` from the largest singular values, with scale: s·up·down = their part of the weight."""
+        rank, scale = self.down.shape[0], float(self.scale) if self.point.scale != "learned" else 1.0
+        u, values, v = torch.linalg.svd(self.weight(), full_matrices=False)
+        root = (values[:rank] / abs(scale)).sqrt()
+        self.down.copy_(root[:, None] * v[:rank])
+        self.up.copy_(math.copysign(1.0, scale) * u[:, :rank] * root)
+        self.register_buffer("first_down", self.down.detach().clone())
+        self.register_buffer("first_up", self.up.detach().clone())
+
+    def product(self) -> torch.Tensor:
+        """up·down without what it started with: `[outputs, inputs]`."""
+        product = self.up @ self.down
+        return product - self.first_up @ self.first_down if self.point.start == "pissa" else product
+
+    def delta(self, source: torch.Tensor) -> torch.Tensor:
+        """up(down(x))."""
+        source = source if self.dropout is None else self.dropout(source)
+        delta = functional.linear(functional.linear(source, self.down), self.up)
+        if self.point.start == "pissa":
+            delta = delta - functional.linear(functional.linear(source, self.first_down), self.first_up)
+        return delta
+
+    def forward(self, h: torch.Tensor, x: torch.Tensor | None, weight: float = 1.0) -> torch.Tensor:
+        if self.point.directions:
+            return self._turned(h, x, weight)
+        plain = self.point.composition != "gated" and self.point.start == "zero" and self.point.scale != "learned"
+        source = h if self.after or x is None else x
+        if not plain or source.dtype != h.dtype or torch.is_autocast_enabled(h.device.type):
+            return super().forward(h, x, weight)
+        source = source if self.dropout is None else self.dropout(source)
+        low = functional.linear(source, self.down)
+        # one pass over h instead of three: the product is added as it is made
+        joined = torch.addmm(h.flatten(0, -2), low.flatten(0, -2), self.up.t(), alpha=float(self.scale) * weight)
+        return joined.view(h.shape)
+
+    def _lengths(self) -> torch.Tensor:
+        """Lengths of the rows of W + s·up·down `[outputs]`; no gradient goes through them (DoRA, section 4.3)."""
+        with torch.no_grad():
+            weight = self.weight() + float(self.scale) * self.product().float()
+            return weight.norm(dim=1).to(self.up.dtype)
+
+    def _turned(self, h: torch.Tensor, x: torch.Tensor | None, weight: float) -> torch.Tensor:
+        """m / |W + s·ΔW| · (W + s·ΔW) x, beside the bias. With m as it was, the factor is one to the bit."""
+        assert x is not None
+        bias = getattr(self.module, "bias", None)
+        bare = h if bias is None else h - bias
+        factor = self.magnitude / self._lengths()
+        change = (factor - 1) * bare + factor * self.scale * self.delta(x)
+        return h + weight * change
+
+
+class Bottleneck(Site):
+    """Δh = up(f(down(x))): the adapter of Houlsby et al. (2019). `down [width, inputs]`, `up [outputs, width]`."""
+
+    formula = "r·(i + o)"
+    affine = False
+
+    def __init__(self, point: Point, place: Place, module: nn.Module):
+        super().__init__(point, place, module)
+        width = point.size or 1
+        self.down = nn.Parameter(torch.empty(width, self.inputs))
+        self.up = nn.Parameter(torch.zeros(place.outputs, width))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        self.up.rate = point.up_rate  # type: ignore[attr-defined]
+        self.down_bias = nn.Parameter(torch.zeros(width)) if point.biases else None
+        self.up_bias = nn.Parameter(torch.zeros(place.outputs)) if point.biases else None
+        self.dropout = nn.Dropout(point.dropout) if point.dropout else None
+        self.activation = ACTIVATIONS[point.nonlinearity]
+
+    @classmethod
+    def body(cls, point: Point, r: int, i: int, o: int) -> int:
+        return r * (i + o) + (r + o) * point.biases
+
+    def delta(self, source: torch.Tensor) -> torch.Tensor:
+        """up(f(down(x)))."""
+        inner = self.activation(functional.linear(source, self.down, self.down_bias))
+        inner = inner if self.dropout is None else self.dropout(inner)
+        return functional.linear(inner, self.up, self.up_bias)
+
+
+class Scale(Site):
+    """h ⊙ (1 + factor): (IA)³ (Liu et al. 2022), held as the change, so that weight decay pulls to the identity."""
+
+    formula = "o"
+
+    def __init__(self, point: Point, place: Place, module: nn.Module):
+        super().__init__(point, place, module)
+        self.factor = nn.Parameter(torch.zeros(place.outputs))
+
+    @classmethod
+    def body(cls, point: Point, r: int, i: int, o: int) -> int:
+        return o
+
+    def delta(self, source: torch.Tensor) -> torch.Tensor:
+        """h ⊙ factor."""
+        return source * self.factor
+
+
+class Bias(Site):
+    """h + change: BitFit (Ben Zaken et al. 2022) where the module has a bias that the change adds to."""
+
+    formula = "o"
+
+    def __init__(self, point: Point, place: Place, module: nn.Module):
+        super().__init__(point, place, module)
+        self.change = nn.Parameter(torch.zeros(place.outputs))
+
+    @classmethod
+    def body(cls, point: Point, r: int, i: int, o: int) -> int:
+        return o
+
+    def delta(self, source: torch.Tensor) -> torch.Tensor:
+        """The change alone."""
+        return self.change
+
+
+FORMS: dict[str, type[Site]] = {"linear": LowRank, "bottleneck": Bottleneck, "scale": Scale, "bias": Bias}
+
+
+def oriented(module: nn.Module) -> torch.Tensor:
+    """The weight of a linear layer as `[outputs, inputs]`, whichever way it holds it."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    found = sizes(module)
+    transposed = found is not None and type(module).__name__ == "Conv1D"
+    return weight.t() if transposed else weight

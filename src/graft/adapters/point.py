@@ -1,0 +1,138 @@
+"""A point of the design space of adapters (He et al. 2022, arXiv:2110.04366, section 3.3). Light: pydantic only.
+
+A frozen module computes h from x. A point says which Δh is worked out from which of the two, and how it joins h.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from graft.settings import Settings
+
+Form = Literal["linear", "bottleneck", "softmax", "scale", "bias", "tokens"]
+Nonlinearity = Literal["relu", "gelu", "silu", "tanh", "sigmoid"]
+
+SIZED = ("linear", "bottleneck", "softmax", "tokens")
+"""Forms that have a size."""
+
+SUBLAYERS = ("attention", "cross_attention", "feed_forward")
+LINEARS = ("linears", "attention_linears", "cross_attention_linears", "feed_forward_linears")
+ROLES = ("query", "key", "value", "qkv", "output", "up", "down")
+WORDS = (*SUBLAYERS, *LINEARS, *ROLES, "intermediate", "biases", "input")
+"""Places that every model is searched for; anything else is a pattern of names of linear layers."""
+
+_RANGE = re.compile(r"(-?\d*):(-?\d*)")
+
+
+def chosen(layers: str | list[int] | None, count: int) -> list[int]:
+    """The blocks out of `count` that `layers` names. Raises ValueError for what is no range."""
+    if layers is None:
+        return list(range(count))
+    if isinstance(layers, str):
+        found = _RANGE.fullmatch(layers.strip())
+        if not found:
+            raise ValueError(f"expected layers such as 0:6, -4: or [0, 5], found {layers!r}")
+        return list(range(count))[slice(*(int(end) if end else None for end in found.groups()))]
+    return [layer % count for layer in layers if -count <= layer < count]
+
+
+def _readable(layers: Any) -> Any:
+    chosen(layers, 1)
+    return layers
+
+
+Layers = Annotated[
+    str | list[int] | None,
+    AfterValidator(_readable),
+    Field(description="Which blocks of each stack, from 0: `0:6`, `-4:`, `[0, 5]`; none: all."),
+]
+"""A choice of blocks."""
+
+
+class Point(Settings):
+    """One point: what Δh is, from where, at which places, and how it joins h. It starts as the identity."""
+
+    form: Annotated[
+        Form,
+        Field(
+            description="`linear`: down and up, no non-linearity; `bottleneck`: one between them; `softmax`: over "
+            "learned keys, giving learned values; `scale`: a factor for each channel; `bias`: a constant; `tokens`: "
+            "learned embeddings before the text."
+        ),
+    ]
+    on: Annotated[
+        list[str],
+        Field(
+            min_length=1,
+            description="Places. Sublayers: `attention`, `cross_attention`, `feed_forward`. Single linear layers: "
+            "`query`, `key`, `value`, `qkv`, `output`, `up`, `down`, `linears` (all in the blocks), "
+            "`attention_linears`, `cross_attention_linears`, `feed_forward_linears`. `intermediate`: what the "
+            "feed-forward's last layer reads; `biases`: every layer that has one; `input`: before the first token. "
+            "Or patterns of names such as `*.q_proj`. `before NAME`: what such a layer reads; `key|qkv`: the second "
+            "where the first is not there.",
+        ),
+    ]
+    layers: Layers = None
+    insertion: Annotated[
+        Literal["parallel", "after"], Field(description="Δh from the module's input x, or from its output h.")
+    ] = "parallel"
+    composition: Annotated[
+        Literal["add", "scaled", "gated"],
+        Field(description="h + Δh; h + s·Δh; or h + g·(Δh - h), g learned and zero at first."),
+    ] = "add"
+    scale: Annotated[float | Literal["learned"], Field(description="s of `scaled`; `learned` starts at 1.")] = 1.0
+    size: Annotated[
+        int | None, Field(ge=1, description="Rank, width of the bottleneck, number of learned keys or tokens.")
+    ] = None
+    nonlinearity: Annotated[Nonlinearity, Field(description="That of the bottleneck.")] = "relu"
+    biases: Annotated[bool, Field(description="Biases in the bottleneck.")] = False
+    dropout: Annotated[float, Field(ge=0, lt=1, description="Share of the input that is dropped in training.")] = 0.0
+    start: Annotated[
+        Literal["zero", "pissa"],
+        Field(
+            description="Linear: `down` random and `up` zero, or both from the largest singular values of the frozen "
+            "weight, less their own product (PiSSA)."
+        ),
+    ] = "zero"
+    directions: Annotated[
+        bool, Field(description="Linear: train the length of each row of the weight beside its direction (DoRA).")
+    ] = False
+    up_rate: Annotated[
+        float, Field(gt=0, description="Learning rate of what starts at zero, as a multiple (LoRA+).")
+    ] = 1.0
+    gate: Annotated[
+        bool,
+        Field(
+            description="Softmax and tokens: a learned gate for each head, zero at first, so that it starts as the "
+            "identity; without it as published."
+        ),
+    ] = True
+    shift: Annotated[
+        bool, Field(description="Softmax: learned keys take up positions, so that the text begins behind them.")
+    ] = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Point:
+        if (self.form in SIZED) != (self.size is not None):
+            need = "a size" if self.form in SIZED else "no size"
+            raise ValueError(f"expected {need} for the form {self.form!r}, found {self.size}")
+        if self.composition != "scaled" and self.scale != 1.0:
+            raise ValueError(f"a scale goes with composition: scaled, found composition: {self.composition}")
+        linear_only = [name for name in ("start", "directions") if getattr(self, name) not in ("zero", False)]
+        if linear_only and (self.form != "linear" or self.insertion != "parallel"):
+            raise ValueError(f"{linear_only[0]} is for linear points in parallel, found form {self.form!r}")
+        if self.form == "tokens" and self.on != ["input"]:
+            raise ValueError(f"learned tokens stand at the input: expected `on: [input]`, found {self.on}")
+        if self.form != "tokens" and "input" in self.on:
+            raise ValueError(f"only learned tokens stand at the input, found form {self.form!r}")
+        attention = {"attention", "cross_attention"}
+        if self.form == "softmax" and (not attention >= set(self.on) or self.insertion != "parallel"):
+            raise ValueError("learned keys stand beside those of attention, in parallel: use `on: [attention]`")
+        if self.form == "bias" and "biases" not in self.on and self.insertion == "parallel":
+            raise ValueError("a bias is added to what a module gives: use `on: [biases]` or `insertion: after`")
+        if self.form == "scale" and self.insertion != "after":
+            raise ValueError("a scale multiplies what is there: use `insertion: after`")
+        return self

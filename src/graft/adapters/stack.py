@@ -1,0 +1,345 @@
+"""How adapters sit in a model: sites at places, switched, stacked and averaged at run time, or each row its own.
+
+The model's modules and their names stay as they are; sites hang on them by hooks and hold their weights apart, in
+`model.graft_adapters`. A model with adapters is of a subclass of its class that saves only them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from graft.adapters.forms import FORMS, Site
+from graft.adapters.places import Layout, Place
+from graft.adapters.point import Point
+from graft.errors import RequestError, UnknownName
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from graft.adapters.keys import Keys, Reader, TokenSite
+
+NAME = "graft_adapters"
+"""The attribute of a model that holds its adapters."""
+
+Active = Sequence[str] | Mapping[str, float] | str | None
+
+
+class Sites(nn.Module):
+    """Modules by any name: `nn.ModuleDict` refuses those of its own methods, such as `keys`."""
+
+    def __setitem__(self, name: str, module: nn.Module) -> None:
+        self._modules[name] = module
+
+    def __getitem__(self, name: str) -> Any:
+        return self._modules[name]
+
+    def __delitem__(self, name: str) -> None:
+        del self._modules[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def items(self) -> list[tuple[str, Any]]:
+        """Names with their modules, in order."""
+        return list(self._modules.items())
+
+    def values(self) -> list[Any]:
+        """The modules, in order."""
+        return list(self._modules.values())
+
+
+class Adapters(nn.Module):
+    """All adapters of one model, by name. `active` are those that run, in order, each with a weight."""
+
+    def __init__(self, model: PreTrainedModel, base: Path | None = None):
+        super().__init__()
+        self.sites = Sites()
+        self.points: dict[str, list[Point]] = {}
+        self.active: list[tuple[str, float]] = []
+        self.rows: list[str | None] | None = None
+        self.junctions: dict[str, Junction] = {}
+        self.slots: dict[str, Keys] = {}
+        self.reader: Reader | None = None
+        self.was: str | None = None
+        """How the model computed attention before it had learned keys."""
+        self.base = base
+        """Folder of the frozen model, which a saved adapter names."""
+
+    def add(self, model: PreTrainedModel, name: str, points: Sequence[Point]) -> None:
+        """Put a fresh adapter into `model`, trainable and the only active one.
+
+        Raises RequestError for a place that is not there, a rank above a layer's size, or a name that is taken.
+        """
+        if name in self.points or not name or "." in name:
+            raise RequestError(f"expected a new name without dots for an adapter, found {name!r}")
+        layout = Layout(model)
+        plain = [point for point in points if point.form in FORMS]
+        found = [
+            FORMS[point.form](point, place, layout.modules[place.target])
+            for point in plain
+            for place in layout.places(point)
+        ]
+        sites = Sites()
+        for point in points:
+            if point.form not in FORMS:
+                self._add_keys(model, layout, name, point, sites)
+        for site in found:
+            sites[site_key(site.place, sites)] = site
+            self._hang(model, name, site)
+        self.sites[name] = sites
+        self.points[name] = list(points)
+        sites.to(model.device, model.dtype).train(model.training)
+        self.use(name)
+
+    def _add_keys(self, model: PreTrainedModel, layout: Layout, name: str, point: Point, sites: Sites) -> None:
+        """Learned keys, or tokens that the model makes keys of, in front of attention."""
+        from graft.adapters.keys import SLOT, Keys, KeySite, Reader, TokenFront, TokenSite, attention_modules, wanted
+
+        if self.was is None:
+            self.was = model.config._attn_implementation
+        bodies = model.get_encoder() if model.config.is_encoder_decoder else model
+        chosen = wanted(attention_modules(model), layout, point)
+        fronts: list[Any]
+        if point.form == "tokens":
+            inside = {id(module) for module in bodies.modules()}
+            chosen = {path: shape for path, shape in chosen.items() if id(layout.modules[path]) in inside}
+            site = TokenSite(point, model, list(chosen.values()))
+            sites["input" if "input" not in sites else f"input/{len(sites)}"] = site
+            fronts = [TokenFront(site, place) for place in range(len(chosen))]
+        else:
+            fronts = [KeySite(point, shapes) for shapes in chosen.values()]
+            for path, front in zip(chosen, fronts, strict=True):
+                sites[f"{path.replace('.', '/')}/keys"] = front
+        for path, front in zip(chosen, fronts, strict=True):
+            held = layout.modules[path].__dict__
+            held[SLOT] = held.get(SLOT) or Keys(self)
+            held[SLOT].fronts.setdefault(name, []).append(front)
+            self.slots[path] = held[SLOT]
+        if self.reader is None:
+            self.reader = Reader(self, model)
+
+    def _hang(self, model: PreTrainedModel, name: str, site: Site) -> None:
+        place = site.place
+        key = f"{place.source}>{place.target}{'<' if place.before else ''}"
+        if key not in self.junctions:
+            self.junctions[key] = Junction(self, model, place)
+        self.junctions[key].sites.setdefault(name, []).append(site)
+
+    def use(self, active: Active) -> None:
+        """Switch: a name, several (stacked, in this order), names with weights (averaged), or None for the bare model.
+
+        Raises UnknownName for an adapter that is not there.
+        """
+        names = [active] if isinstance(active, str) else active or []
+        pairs = list(names.items()) if isinstance(names, Mapping) else [(name, 1.0) for name in names]
+        for name, _ in pairs:
+            self._check(name)
+        self.active, self.rows = [(name, float(weight)) for name, weight in pairs], None
+
+    def _check(self, name: str) -> None:
+        if name not in self.points:
+            raise UnknownName("adapter", name, list(self.points))
+
+    @contextmanager
+    def using(self, active: Active) -> Iterator[None]:
+        """Inside, the adapters that `use` would take."""
+        before = self.active, self.rows
+        self.use(active)
+        try:
+            yield
+        finally:
+            self.active, self.rows = before
+
+    @contextmanager
+    def each_row(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Inside, row i of a batch is read with the adapter `names[i]` (None: without any)."""
+        for name in names:
+            if name is not None:
+                self._check(name)
+        before, self.rows = self.rows, list(names)
+        try:
+            yield
+        finally:
+            self.rows = before
+
+    def train_only(self, model: PreTrainedModel, name: str | None) -> None:
+        """Freeze everything but the adapter `name` (None: everything)."""
+        model.requires_grad_(False)
+        if name is not None:
+            self.sites[name].requires_grad_(True)
+
+    def keyed(self) -> list[str]:
+        """Active adapters that have learned keys or tokens."""
+        return [n for n, _ in self.active if any(p.form in ("softmax", "tokens") for p in self.points[n])]
+
+    def running(self) -> list[str]:
+        """Adapters that the next call runs, each once."""
+        names = [name for name, _ in self.active] if self.rows is None else [n for n in self.rows if n is not None]
+        return list(dict.fromkeys(names))
+
+    def rows_of(self, name: str | None, count: int) -> torch.Tensor:
+        """Which of `count` rows are read with `name`; beams and tokens may have multiplied those that were named.
+
+        Raises RequestError where the rows do not fit the names.
+        """
+        names = self.rows or []
+        if not names or count % len(names):
+            raise RequestError(f"expected a batch of {len(names)} rows, one for each adapter named, found {count}")
+        times = count // len(names)
+        return torch.tensor([i * times + k for i, n in enumerate(names) if n == name for k in range(times)])
+
+    def tokens(self, name: str) -> list[TokenSite]:
+        """Learned tokens of an adapter."""
+        return [site for site in self.sites[name].values() if hasattr(site, "embeddings")]
+
+    def slots_of(self, site: TokenSite) -> list[Keys]:
+        """The attention modules that see these tokens, in the model's order."""
+        fronts = [(slot, front) for slot in self.slots.values() for each in slot.fronts.values() for front in each]
+        return [slot for slot, front in fronts if getattr(front, "site", None) is site]
+
+    def positions(self, name: str) -> int:
+        """Positions that an adapter's learned keys and tokens take before the text."""
+        taken = [p.size or 0 for p in self.points[name] if p.shift or (p.form == "tokens" and not p.gate)]
+        return max(taken, default=0)
+
+    def taken(self, model: PreTrainedModel) -> int:
+        """Positions that the active adapters take before the text."""
+        return sum(self.positions(name) for name, _ in self.active)
+
+    def drop(self, name: str) -> None:
+        """Take one adapter out."""
+        self._check(name)
+        del self.sites[name], self.points[name]
+        for junction in self.junctions.values():
+            junction.sites.pop(name, None)
+        for slot in self.slots.values():
+            slot.fronts.pop(name, None)
+        self.active = [(other, weight) for other, weight in self.active if other != name]
+
+    def release(self, model: PreTrainedModel) -> None:
+        """Undo what the adapters changed in the model beside hooks on modules."""
+        if self.reader is not None:
+            self.reader.handle.remove()
+        for path in self.slots:
+            model.get_submodule(path).__dict__.pop("graft_keys", None)
+        if self.was is not None:
+            model.set_attn_implementation(self.was)
+
+    def count(self, name: str) -> int:
+        """Trained numbers of an adapter."""
+        return sum(p.numel() for p in self.sites[name].parameters())
+
+
+def site_key(place: Place, taken: Sites) -> str:
+    """A name for a site that a module may have: slashes for dots, numbered where a place has several."""
+    key = place.path.replace(".", "/") + ("/before" if place.before else "")
+    return key if key not in taken else f"{key}/{sum(other.startswith(key) for other in taken)}"
+
+
+class Junction:
+    """Where sites meet one module: its hooks, and x where that is read elsewhere."""
+
+    def __init__(self, stack: Adapters, model: PreTrainedModel, place: Place):
+        self.stack = stack
+        self.sites: dict[str, list[Site]] = {}
+        self.x: torch.Tensor | None = None
+        self.apart = place.source != place.target
+        target = model.get_submodule(place.target)
+        if place.before:
+            self.handles = [target.register_forward_pre_hook(self.change_input)]
+            return
+        self.handles = [target.register_forward_hook(self.change_output)]
+        if self.apart:
+            self.handles.append(model.get_submodule(place.source).register_forward_pre_hook(self.read))
+
+    def read(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Keep x, the input of the source."""
+        self.x = args[0]
+
+    def change_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The target's input with what the sites do to it."""
+        return (self.joined(args[0], None), *args[1:])
+
+    def change_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """The target's output with what the sites do to it; of a tuple, the first."""
+        x = self.x if self.apart else args[0] if args else None
+        self.x = None
+        if isinstance(output, tuple):
+            return (self.joined(output[0], x), *output[1:])
+        return self.joined(output, x)
+
+    def joined(self, h: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
+        """h with all active sites."""
+        if self.stack.rows is not None:
+            return self._by_rows(h, x, self.stack.rows)
+        for name, weight in self.stack.active:
+            for site in self.sites.get(name, ()):
+                h = site(h, x, weight)
+        return h
+
+    def _by_rows(self, h: torch.Tensor, x: torch.Tensor | None, names: Sequence[str | None]) -> torch.Tensor:
+        """Each row of the batch with its own adapter."""
+        for name in dict.fromkeys(names):
+            if name is None or name not in self.sites:
+                continue
+            rows = self.stack.rows_of(name, len(h)).to(h.device)
+            mine, source = h[rows], None if x is None else x[rows]
+            for site in self.sites[name]:
+                mine = site(mine, source)
+            h = h.index_copy(0, rows, mine)
+        return h
+
+
+class Adapted:
+    """Mixed into the class of a model that has adapters: saving it saves them, with the name of the frozen model."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write the adapters' folder; see `graft.adapters.folder.save`."""
+        from graft.adapters.folder import save
+
+        save(self, Path(save_directory), seen_from=kwargs.get("seen_from"))  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=256)
+def adapted_class(cls: type) -> type:
+    """`cls` with `Adapted`, under the same name."""
+    return cls if issubclass(cls, Adapted) else type(cls.__name__, (Adapted, cls), {"__module__": cls.__module__})
+
+
+def adapters_of(model: Any) -> Adapters | None:
+    """The adapters of a model; None where it has none."""
+    return getattr(model, NAME, None)
+
+
+def adopt(
+    model: PreTrainedModel, points: Sequence[Point], name: str = "adapter", *, base: Path | str | None = None
+) -> Adapters:
+    """Put a fresh adapter into `model` (in place) and freeze everything else.
+
+    `base` is the folder the model was loaded from, which a saved adapter names; needed for saving only. Adapters that
+    are there already stay, frozen, and run before it. Raises RequestError for places that are not there.
+    """
+    stack = adapters_of(model)
+    if stack is None:
+        stack = Adapters(model, Path(base) if base is not None else None)
+        model.add_module(NAME, stack)
+        model.__class__ = adapted_class(type(model))  # type: ignore[arg-type]
+    earlier = list(stack.active)
+    stack.add(model, name, points)
+    stack.active = [*earlier, (name, 1.0)]
+    stack.train_only(model, name)
+    return stack

@@ -1,0 +1,81 @@
+"""The design space as a table: what each named method is, written from its points."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from graft.adapters.point import Point
+
+FORMS = {
+    "linear": "x Wdown Wup",
+    "bottleneck": "{f}(x Wdown) Wup",
+    "softmax": "softmax(q Pkᵀ) Pv",
+    "scale": "h ⊙ l",
+    "bias": "b",
+    "tokens": "softmax(q Pkᵀ) Pv, P from learned tokens",
+}
+"""Δh of each form; x stands for h where the point is inserted after the module."""
+
+PARAMETERS = {
+    "linear": "r(i+o)",
+    "bottleneck": "r(i+o)",
+    "softmax": "2·r·k",
+    "scale": "o",
+    "bias": "o",
+    "tokens": "r·d in all",
+}
+"""Numbers at one place: r the size, i and o channels in and out, k channels of keys, d of the model."""
+
+
+def rows(methods: Mapping[str, Sequence[Point]], model: Any = None) -> list[dict[str, str]]:
+    """A row a method: form, insertion, places, composition, parameters; counted where `model` (a skeleton) is given."""
+    found = []
+    for name, points in methods.items():
+        row = {
+            "method": name,
+            "Δh": " and ".join(_form(point) for point in points),
+            "inserted": " and ".join(dict.fromkeys(point.insertion for point in points)),
+            "at": " and ".join(", ".join(point.on) for point in points),
+            "composition": " and ".join(_composition(point) for point in points),
+            "parameters": " and ".join(_parameters(point) for point in points),
+        }
+        found.append(row | ({"in this model": counted(model, points)} if model is not None else {}))
+    return found
+
+
+def _form(point: Point) -> str:
+    form = FORMS[point.form].format(f=point.nonlinearity)
+    return form.replace("x ", "h ") if point.insertion == "after" else form
+
+
+def _composition(point: Point) -> str:
+    if point.form in ("softmax", "tokens"):
+        gated = "(1-λ)h + λΔh"
+        return f"h + g({gated} - h)" if point.gate else gated
+    scale = point.scale if point.scale == "learned" else f"{point.scale:g}"
+    return {"add": "h + Δh", "scaled": f"h + sΔh, s = {scale}", "gated": "h + g(Δh - h)"}[point.composition]
+
+
+def _parameters(point: Point) -> str:
+    formula = PARAMETERS[point.form]
+    formula += "+r+o" if point.form == "bottleneck" and point.biases else ""
+    formula += " + a gate a head" if point.form in ("softmax", "tokens") and point.gate else ""
+    return formula + (f", r = {point.size}" if point.size else "")
+
+
+def counted(model: Any, points: Sequence[Point]) -> str:
+    """Trained numbers in `model`, and their share of it; what is in the way where the points do not fit it."""
+    import copy
+
+    from graft.adapters.stack import adopt
+    from graft.errors import RequestError
+
+    tried = copy.deepcopy(model)
+    try:
+        stack = adopt(tried, points)
+    except RequestError as error:
+        return f"not here: {str(error).partition(': ')[2].partition(';')[0]}"
+    whole = sum(p.numel() for p in model.parameters())
+    count = stack.count("adapter")
+    return f"{count:,} ({100 * count / whole:.2g} %)"

@@ -1,0 +1,45 @@
+"""Adapters tried on a model's skeleton, which takes no memory: what is wrong is found before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from graft.adapters.facts import frozen_config
+from graft.adapters.point import Point
+from graft.errors import RequestError
+
+
+def skeleton(config: Mapping[str, Any]) -> Any:
+    """The model that a configuration (as in `config.json`) names, without weights; None where it names none here."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    from graft.models import model_class
+
+    plain = frozen_config(dict(config))
+    kind = plain.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        return None
+    made = AutoConfig.for_model(kind, **plain)
+    cls = model_class(made)
+    with torch.device("meta"):
+        return cls.from_config(made) if hasattr(cls, "from_config") else cls(made)
+
+
+def problems(config: Mapping[str, Any], points: Sequence[Point], *, fold: bool = False) -> list[str]:
+    """What is wrong with these points on the model of this configuration, a sentence each; empty if nothing."""
+    from graft.adapters.folding import unfoldable
+    from graft.adapters.stack import adopt
+
+    model = skeleton(config)
+    if model is None:
+        return []
+    try:
+        stack = adopt(model, points)
+    except RequestError as error:
+        return [str(error)]
+    except (RuntimeError, NotImplementedError):  # a model that cannot be tried without weights is tried with them
+        return []
+    wrong = unfoldable(model, stack) if fold else []
+    return [f"the adapter does not fold: {wrong[0]}; say `fold: false`"] if wrong else []

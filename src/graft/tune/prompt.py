@@ -1,0 +1,36 @@
+"""Prompt tuning: learned embeddings in front of the text (Lester et al. 2021, arXiv:2104.08691)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from graft.adapters.point import Point
+from graft.settings import Settings as Base
+
+
+class Settings(Base):
+    """The model reads so many learned tokens before the text. In encoders they are read by themselves."""
+
+    length: Annotated[int, Field(ge=1, description="Learned tokens.")] = 16
+    gate: Annotated[
+        bool,
+        Field(
+            description="A gate for each head, zero at first: training starts from the model as it is. Without it as "
+            "published, from random tokens."
+        ),
+    ] = True
+
+
+def points(settings: Settings) -> list[Point]:
+    """The point of the design space that these settings name."""
+    return [
+        Point(
+            form="tokens",
+            insertion="parallel",
+            on=["input"],
+            size=settings.length,
+            gate=settings.gate,
+        )
+    ]
