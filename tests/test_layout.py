@@ -14,7 +14,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "graft"
 VERBS = {"pretrain", "tune", "adapt", "merge", "ensemble", "_load"}
 LAYERS = [
     {"errors", "settings", "progress", "_callable", "_register", "yaml_lines"},
-    {"methods", "verb", "checkpoint", "lineage", "data"},
+    {"methods", "verb", "checkpoint", "lora", "pickles", "lineage", "data"},
     {"models", "adapters"},
     {"train", "evaluate"},
     VERBS,

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from graft.errors import RequestError
+from graft.lora import base_folder, is_lora, name_base
 from graft.settings import Settings, parse
 from graft.verb import Estimate, Facts, Job, Verb
 
@@ -41,7 +42,7 @@ class Load(Verb[LoadSettings]):
         if settings.revision is not None:
             raise RequestError("`revision` names a commit on the hub: expected `hub: true` beside it")
         folder = (root / Path(settings.path).expanduser()).resolve()
-        if not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file() and not is_lora(folder):
             raise RequestError(
                 f"expected a model's folder (with config.json) at {folder}, found none; for a model on the hub write "
                 f"{{load: {{path: {settings.path}, hub: true}}}}"
@@ -74,6 +75,8 @@ class Load(Verb[LoadSettings]):
             shutil.copytree(
                 folder, job.out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("graft.json", "checkpoints", ".*")
             )
+        if is_lora(job.out):
+            name_base(job.out, base_folder(folder))
         return {"notes": {"loaded_from": str(folder)}}
 
 

@@ -27,6 +27,8 @@ ADAPTER = "adapter.safetensors"
 """Weights that stand beside those of a frozen model, which lies elsewhere."""
 ADAPTER = "adapter.safetensors"
 """Weights that stand beside those of a frozen model, which lies elsewhere."""
+LORA = "adapter_model.safetensors"
+"""Factors of an adapter in the form of peft."""
 WIDTH = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -53,6 +55,11 @@ class TensorHeader:
     end: int
 
     @property
+    def stored(self) -> str:
+        """The dtype in which a model that is made from this one keeps the tensor."""
+        return self.dtype
+
+    @property
     def count(self) -> int:
         """Number of elements."""
         return int(np.prod(self.shape, dtype=np.int64)) if self.shape else 1
@@ -72,13 +79,10 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
+    if (folder / LORA).exists():
+        return [folder / LORA]
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a model's folder, found nothing there")
-    if (folder / ADAPTER).exists():
-        raise CheckpointError(
-            f"{folder}: expected {SINGLE} or {INDEX}, found an adapter, whose weights are changes of another model's: "
-            "tune with `fold: true` (or `graft adapt --fold true`) to get a whole model"
-        )
     if (folder / ADAPTER).exists():
         raise CheckpointError(
             f"{folder}: expected {SINGLE} or {INDEX}, found an adapter, whose weights are changes of another model's: "
@@ -175,6 +179,7 @@ class TensorReader:
     """Reads pieces of tensors by `pread` into buffers of the caller: no page faults, safe from many threads."""
 
     def __init__(self, folder: Path):
+        self.folder = Path(folder).resolve()
         self.headers = read_headers(Path(folder))
         self._files: dict[Path, int] = {}
         for header in self.headers.values():

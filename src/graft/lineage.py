@@ -9,14 +9,18 @@ import subprocess
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import graft
+from graft import lora
 from graft.checkpoint import ADAPTER, INDEX, WIDTH, TensorReader, atomic_write, read_headers, weight_files
 from graft.errors import CheckpointError, RequestError
+from graft.lora import is_lora
+from graft.pickles import hash_pickles, is_pickled, pickled_bytes
 from graft.settings import Settings
 from graft.verb import Facts
 
@@ -138,6 +142,10 @@ def hash_model(folder: Path) -> str:
 
     Raises RequestError where the folder holds no model.
     """
+    if is_lora(folder):
+        return _hash_lora(Path(folder))
+    if is_pickled(folder):
+        return hash_pickles(folder)
     config = read_config(folder)
     if (Path(folder) / ADAPTER).exists():
         parts = [config.get(ADAPTED, {}).get("base", {}).get("hash"), hash_file(Path(folder) / ADAPTER)]
@@ -161,6 +169,14 @@ def touched(folder: Path) -> bool:
     written = (Path(folder) / MANIFEST).stat().st_mtime_ns
     files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("config.json")]
     return any(path.stat().st_mtime_ns > written for path in files)
+
+
+def _hash_lora(folder: Path) -> str:
+    """Hash of an adapter: its factors, how they are scaled, and the base it names where that is to be found."""
+    base = lora.base_folder(folder)
+    said = {key: value for key, value in lora.read_config(folder).items() if key != "base_model_name_or_path"}
+    parts = [hash_weights(folder), said, hash_model(base) if base is not None else None]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -230,7 +246,11 @@ def architecture_of(config: Mapping[str, Any]) -> str:
 def facts_of(folder: Path) -> Facts:
     """The facts of a model's folder: from its manifest, or from configuration, headers and tokenizer without one."""
     folder = Path(folder)
+    if is_lora(folder):
+        return _lora_facts(folder)
     config = read_config(folder)
+    if is_pickled(folder):
+        return _pickled_facts(folder, config)
     manifest = read_manifest(folder)
     if manifest is not None and not manifest.mergeable:
         return Facts(
@@ -255,6 +275,25 @@ def facts_of(folder: Path) -> Facts:
     return Facts(
         architecture_of(config), f"unknown:{hash_weights(folder)[:32]}", vocabulary_hash(folder), count, size, config
     )
+
+
+def _pickled_facts(folder: Path, config: dict[str, Any]) -> Facts:
+    """What is known without opening a pickle."""
+    size = pickled_bytes(folder)
+    width = 4 if config.get("dtype", config.get("torch_dtype", "float32")) == "float32" else 2
+    start = f"unknown:{hash_pickles(folder)[:32]}"
+    return Facts(architecture_of(config), start, vocabulary_hash(folder), size // width, size, config, stored="pickle")
+
+
+def _lora_facts(folder: Path) -> Facts:
+    """Those of the base that an adapter names; of a base that is not to be found nothing is known."""
+    base = lora.base_folder(folder)
+    manifest = read_manifest(folder)
+    trained_on = frozenset(manifest.trained_on) if manifest is not None else frozenset()
+    if base is None:
+        return Facts("unknown", "unknown:", "none:", 0, 0, {}, True, trained_on, "adapter")
+    found = facts_of(base)
+    return replace(found, stored="adapter", trained_on=found.trained_on | trained_on)
 
 
 def find_models(folder: Path) -> dict[str, tuple[Path, Manifest]]:

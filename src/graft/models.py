@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from graft.checkpoint import ADAPTER, disk_errors, read_headers
 from graft.errors import CheckpointError, RequestError
 from graft.lineage import ADAPTED
+from graft.lora import add_to, base_folder, is_lora
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ def load_config(path: str | Path, *, hub: bool = False) -> PretrainedConfig:
     from transformers import AutoConfig
 
     _register()
-    config = AutoConfig.from_pretrained(_place(path, hub), local_files_only=not hub, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(_place(_home(path), hub), local_files_only=not hub, trust_remote_code=False)
     return _frozen_config(config) if config.model_type == ADAPTED else config
 
 
@@ -48,6 +49,7 @@ def load_tokenizer(path: str | Path, *, hub: bool = False) -> PreTrainedTokenize
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # for some model types the Auto class takes the type's own tokenizer, whatever the folder says it was saved from
+    path = _home(path)
     chosen = PreTrainedTokenizerFast if _saved_class(path) in GENERAL_TOKENIZERS else AutoTokenizer
     try:
         tokenizer = chosen.from_pretrained(_place(path, hub), local_files_only=not hub, trust_remote_code=False)
@@ -80,6 +82,8 @@ def load(
     """
     import torch
 
+    if is_lora(path):
+        return add_to(load(_home(path), dtype=dtype, device=device), Path(path))
     config = load_config(path, hub=hub)
     place = _place(path, hub)
     if (Path(place) / ADAPTER).is_file():
@@ -132,6 +136,16 @@ def _frozen_config(config: Any) -> PretrainedConfig:
 
     plain = {name: value for name, value in config.to_dict().items() if name not in (ADAPTED, "model_type")}
     return AutoConfig.for_model(config.graft_adapted["model_type"], **plain)
+
+
+def _home(path: str | Path) -> str | Path:
+    """Where configuration and tokenizer are: an adapter's are its base's. Raises RequestError for a lost base."""
+    if not is_lora(path):
+        return path
+    base = base_folder(Path(path))
+    if base is None:
+        raise RequestError(f"{path}: expected an adapter whose base is on this machine, found one that names another")
+    return base
 
 
 def _place(path: str | Path, hub: bool) -> str:

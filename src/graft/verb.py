@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from graft.errors import RequestError
 from graft.settings import Settings
@@ -36,6 +36,8 @@ class Facts:
     """False where the node has no weights of its own to average (an ensemble)."""
     trained_on: frozenset[str] = frozenset()
     """Fingerprints of the data (with split) that went into the weights, ancestors' included."""
+    stored: Literal["safetensors", "adapter", "pickle"] = "safetensors"
+    """How the weights lie on disk; `adapter`: factors in the form of peft, to be added to a base."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Verb(Generic[S]):
     version: ClassVar[int] = 1
     """Counted up when the same settings give other weights: cached nodes are then made anew."""
     stands_for: ClassVar[str] = "model"
+    reads: ClassVar[frozenset[str]] = frozenset({"safetensors", "adapter"})
+    """How the weights of the models it is made from may be stored."""
 
     def types(self) -> Mapping[str, type[Settings]]:
         """The settings type of each method (key: the method's name, or the verb's name where it has one form only)."""
@@ -116,6 +120,16 @@ class Verb(Generic[S]):
     def check(self, settings: S, models: Mapping[str, Facts]) -> list[str]:
         """What is wrong with this node given the facts of the models it names: one sentence each, empty if nothing."""
         return []
+
+    def unreadable(self, models: Mapping[str, Facts]) -> list[str]:
+        """Models that are stored as this verb does not read them: one sentence each, with what makes them readable."""
+        lost = (
+            "is an adapter whose base is not on this machine: "
+            "{merge: {models: [%s], adapters_of: BASE}} makes a model of it"
+        )
+        pickled = "is stored as a pickle: {merge: {models: [%s], allow_pickle: true}} makes a model of it"
+        wrong = [f"{name} {pickled % name}" for name, f in models.items() if f.stored not in self.reads]
+        return wrong + [f"{name} {lost % name}" for name, f in models.items() if f.architecture == "unknown"]
 
     def facts(self, settings: S, models: Mapping[str, Facts], key: str) -> Facts:
         """Facts of the model this node will make. `key` identifies the node (the hash of all that makes it)."""

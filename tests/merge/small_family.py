@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import graft.merge
+from graft.settings import references
 from graft.verb import Job
 
 CONFIG = {
@@ -62,9 +63,8 @@ def merge(settings, folders, out, seed=0):
     scratch = out.parent / f"{out.name}.scratch"
     for folder in (out, scratch):
         folder.mkdir(parents=True, exist_ok=True)
-    found = graft.merge.VERB.run(
-        Job(out.name, parsed, seed, out, scratch, scratch, {n: folders[n] for n in parsed.parents}, {})
-    )
+    named = [name for kind, name, _ in references(parsed) if kind == "model"]
+    found = graft.merge.VERB.run(Job(out.name, parsed, seed, out, scratch, scratch, {n: folders[n] for n in named}, {}))
     return tensors(out), found
 
 

@@ -146,7 +146,9 @@ def averaging(name):
 
 
 def test_every_method_is_held_to_the_properties():
-    assert set(ONE_EACH) | ELSEWHERE == set(method_names("graft.merge"))
+    adapters = {name for name, settings in VERB.types().items() if settings.makes == "adapter"}
+    assert adapters == {"add_adapters", "extract_lora"}
+    assert set(ONE_EACH) | ELSEWHERE | adapters == set(method_names("graft.merge"))
 
 
 @pytest.mark.parametrize("name", [n for n in sorted(ONE_EACH) if n != "arcee_fusion"])

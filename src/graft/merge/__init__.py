@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.errors import Problem, SettingsError
+from graft.merge.inputs import settled
 from graft.merge.judged import judged_parts, located, task_content
 from graft.merge.settings import DeltaSettings, MergeSettings
 from graft.merge.slices import COUNTS, length, restacked
@@ -17,8 +18,10 @@ from graft.verb import Estimate, Facts, Job, Verb
 
 ROOMS = (
     "architecture",
+    "adapted",
     "candidates",
     "engine",
+    "inputs",
     "journal",
     "judged",
     "preflight",
@@ -65,6 +68,10 @@ class Merge(Verb[MergeSettings]):
             whole["task"] = part.task and task_content(Path(part.task))
         return plain
 
+    def unreadable(self, models: Mapping[str, Facts]) -> list[str]:
+        """Nothing: what a merge reads depends on its settings."""
+        return []
+
     def check(self, settings: MergeSettings, models: Mapping[str, Facts]) -> list[str]:
         from graft.merge.preflight import problems
 
@@ -72,6 +79,7 @@ class Merge(Verb[MergeSettings]):
         return never if settings.force else never + may_be_forced
 
     def facts(self, settings: MergeSettings, models: Mapping[str, Facts], key: str) -> Facts:
+        models = settled(settings, models)
         first = models[settings.parents[0]]
         config, share = _stacked(settings, models) if settings.slices else (first.config, 1.0)
         grown = {models[name].initialisation for name in settings.parents}
@@ -79,12 +87,17 @@ class Merge(Verb[MergeSettings]):
         width = {"float32": 4, "bfloat16": 2, "float16": 2}.get(settings.dtype or "")
         return Facts(
             first.architecture,
-            first.initialisation if len(grown) == 1 else f"unknown:{key}" if unknown else f"of:{key}",
+            first.initialisation
+            if len(grown) == 1 or settings.makes == "adapter"
+            else f"unknown:{key}"
+            if unknown
+            else f"of:{key}",
             first.vocabulary,
             round(first.parameters * share),
             round(share * (first.parameters * width if width else first.bytes)),
             config,
             trained_on=frozenset().union(*(models[name].trained_on for name in settings.parents)),
+            stored="adapter" if settings.makes == "adapter" else "safetensors",
         )
 
     def estimate(self, settings: MergeSettings, models: Mapping[str, Facts]) -> Estimate:

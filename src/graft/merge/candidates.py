@@ -28,6 +28,7 @@ from graft.evaluate.judge import Judge
 from graft.evaluate.results import Results, key_of
 from graft.evaluate.unseen import check_unseen
 from graft.merge.engine import files_beside, prepare, stamps, stream, unrelated
+from graft.merge.inputs import Input, inputs
 from graft.merge.judged import Judged
 from graft.merge.preflight import Layout, layout
 from graft.merge.settings import MergeSettings
@@ -85,7 +86,7 @@ class Seat:
         self._made: tuple[Any, ...] | None = None
         self._targets: dict[str, Tensor] | None = None
         self._opened = ExitStack()
-        self._readers: dict[Path, TensorReader] = {}
+        self._readers: dict[Input, TensorReader] = {}
 
     def take(self, settings: MergeSettings, seed: int | None = None) -> None:
         """Make `model` and `tokenizer` those of this merge. Raises what the merge itself would raise."""
@@ -93,19 +94,20 @@ class Seat:
         prepared = prepare(job, settings)
         settings, folders = prepared.settings, prepared.models or job.models
         plan = layout(settings, folders)
-        readers = {name: self._reader(folders[name]) for name in settings.parents}
+        parts = inputs(settings, folders)
+        readers = {name: self._reader(part) for name, part in parts.items()}
         made = (dict(plan.tensors), plan.config)
         if self._made != made or self._targets is None:
-            self._load(settings, job.seed, plan, readers, folders, prepared.survey)
+            self._load(settings, job.seed, plan, readers, parts[settings.parents[0]].home, prepared.survey)
             self._made = made
             return
         writer = InMemory(self._targets, plan.tensors)
         _stream(settings, job.seed, plan, readers, writer, prepared.survey)
 
-    def _reader(self, folder: Path) -> TensorReader:
-        if folder not in self._readers:
-            self._readers[folder] = self._opened.enter_context(TensorReader(folder))
-        return self._readers[folder]
+    def _reader(self, part: Input) -> TensorReader:
+        if part not in self._readers:
+            self._readers[part] = self._opened.enter_context(part.open())
+        return self._readers[part]
 
     def _load(
         self,
@@ -113,7 +115,7 @@ class Seat:
         seed: int,
         plan: Layout,
         readers: Mapping[str, TensorReader],
-        folders: Mapping[str, Path],
+        home: Path,
         survey: Any,
     ) -> None:
         self.model = self._targets = None
@@ -121,7 +123,7 @@ class Seat:
         # a new file each time: the memory of a loaded model may be the file that it came from
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-        files_beside(plan, folders[settings.parents[0]], place)
+        files_beside(plan, home, place)
         _stream(settings, seed, plan, readers, TensorWriter(place, plan.tensors, settings.shard), survey)
         device = self.job.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.tokenizer = models.load(place, device=device), models.load_tokenizer(place)
@@ -255,7 +257,8 @@ def check_parents(job: Job) -> None:
     """Raises CannotCombine for models that may not be merged, before time is spent on judging them."""
     assert isinstance(job.settings, MergeSettings)
     with ExitStack() as opened:
-        readers = {name: opened.enter_context(TensorReader(folder)) for name, folder in job.models.items()}
+        parts = inputs(job.settings, job.models)
+        readers = {name: opened.enter_context(part.open()) for name, part in parts.items()}
         unrelated(job.settings, layout(job.settings, job.models), readers, job.models)
 
 

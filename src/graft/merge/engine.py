@@ -22,6 +22,7 @@ from graft.checkpoint import FLOATS, TensorReader, TensorWriter, atomic_write
 from graft.errors import CannotCombine
 from graft.lineage import read_manifest
 from graft.merge.architecture import Check, verify
+from graft.merge.inputs import inputs, unpickled
 from graft.merge.journal import Journal
 from graft.merge.preflight import INSTEAD, Layout, layout
 from graft.merge.prepared import Prepared
@@ -49,17 +50,22 @@ def run(job: Job) -> dict[str, Any]:
     """Write the merged model's folder into `job.out`; returns the notes for the manifest."""
     settings = job.settings
     assert isinstance(settings, MergeSettings)
+    chosen = method("graft.merge", settings.method)
+    job = replace(job, models=unpickled(settings, job.models, job.cache))
+    if hasattr(chosen, "make"):
+        return chosen.make(job, settings)
     asked, prepared = settings.seeds, prepare(job, settings)
     settings, folders = prepared.settings, prepared.models or job.models
     plan = layout(settings, folders)
     plan.notes.update(prepared.notes)
-    files_beside(plan, folders[settings.parents[0]], job.out)
+    parts = inputs(settings, folders)
+    files_beside(plan, parts[settings.parents[0]].home, job.out)
     with ExitStack() as opened:
         if hasattr(prepared.survey, "close"):
             opened.callback(prepared.survey.close)
         check = Check(job.out, job.cache)
         opened.callback(check.close)
-        readers = {name: opened.enter_context(TensorReader(folders[name])) for name in settings.parents}
+        readers = {name: opened.enter_context(part.open()) for name, part in parts.items()}
         with Workers(1):
             # a few small samples: torch's own threads would take longer to meet than to work
             forced = [*plan.forced, *unrelated(settings, plan, readers, folders)]

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from graft.checkpoint import FLOATS, Headers, read_headers
+from graft.checkpoint import FLOATS, Headers
 from graft.errors import CannotCombine
-from graft.lineage import ADAPTED, facts_of, read_config
+from graft.lineage import ADAPTED, facts_of
 from graft.merge.architecture import architecture
+from graft.merge.inputs import homeless, inputs, settled
 from graft.merge.settings import MergeSettings
 from graft.merge.slices import COUNTS, restacked, stack
 from graft.merge.varying import by_tensor
@@ -55,10 +56,20 @@ def _whole(facts: Facts) -> str:
 def problems(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[list[str], list[str]]:
     """(what forbids this merge, what `force` may override) by the facts of the models, a sentence each."""
     first, *others = settings.parents
+    models = settled(settings, models)
+    if lost := [name for name in settings.parents if models[name].architecture == "unknown"]:
+        # adapters are added up without a base; whether they stand on one is told by their shapes
+        return ([] if settings.makes == "adapter" else [homeless(name) for name in lost]), []
     never = [
         f"{name} has no weights of its own to average: {_whole(models[name])}, or make an {INSTEAD.removeprefix('an ')}"
         for name in settings.parents
         if not models[name].mergeable
+    ]
+    never += [
+        f"{name} is stored as a pickle, which may hold a program: `allow_pickle: true` (--allow-pickle) reads tensors "
+        "from it and refuses all else; or get the model as safetensors"
+        for name, facts in models.items()
+        if facts.stored == "pickle" and not settings.allow_pickle
     ]
     forced: list[str] = []
     for name in others:
@@ -75,7 +86,9 @@ def problems(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[list
                 f"{name} and {first} have different vocabularies: rows of their embeddings stand for different tokens; "
                 "an ensemble that matches their tokens combines them instead"
             )
-        if not related(a, b):
+        if settings.of_one_base and a.initialisation != b.initialisation:
+            forced.append(f"{name} and {first} stand on different bases: the sum of their changes belongs to neither")
+        elif not related(a, b):
             forced.append(
                 f"{name} and {first} grew from different initialisations: the mean of their weights is no model; "
                 f"{INSTEAD}"
@@ -106,20 +119,24 @@ def layout(settings: MergeSettings, folders: Mapping[str, Path]) -> Layout:
     Raises CannotCombine (what is missing or of another shape, and what would work instead) and CheckpointError.
     """
     reference, *others = settings.parents
-    never, forced = problems(settings, {name: facts_of(folders[name]) for name in settings.parents})
+    never, forced = problems(settings, {name: facts_of(folder) for name, folder in folders.items()})
     if never or (forced and not settings.force):
         raise CannotCombine("\n".join([*never, *forced]))
-    headers = {name: read_headers(folders[name]) for name in settings.parents}
-    configs = {name: read_config(folders[name]) for name in settings.parents}
+    parts = inputs(settings, folders)
+    headers = {name: part.headers for name, part in parts.items()}
+    configs = {name: part.config for name, part in parts.items()}
     # who ties what matters only where not all store the same tensors
-    alike = all(headers[name].keys() == headers[reference].keys() for name in others)
-    tied = {name: {} if alike else _tied(folders[name], headers[name]) for name in settings.parents}
+    alike = all(headers[name].keys() == headers[reference].keys() for name in others) and not any(
+        part.apart for part in parts.values()
+    )
+    said = {name: {} if alike else _tied(parts[name].home, headers[name]) for name in settings.parents}
+    tied = {name: {t: o for t, o in said[name].items() if t not in parts[name].apart} for name in settings.parents}
     places: Places = _stacked(settings, headers, tied) if settings.slices else _places(settings.parents, headers, tied)
     _same_shapes(headers, places)
     config = dict(configs[reference])
     if settings.slices:
         config = restacked(configs, reference, settings.stacked)
-    if any(name in tied[reference] for name in places):
+    if any(name in said[reference] for name in places):
         config["tie_word_embeddings"] = False
     if settings.dtype is not None:
         config = {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": settings.dtype}
@@ -142,7 +159,7 @@ def _stored(headers: Headers, name: str, dtype: str | None) -> tuple[str, tuple[
     if header.dtype.startswith("F8") and dtype is None:
         raise CannotCombine(f"{name} is stored as {header.dtype}, which cannot hold a merge: give a `dtype`")
     is_float = header.dtype in FLOATS or header.dtype.startswith("F8")
-    return STORED[dtype] if dtype is not None and is_float else header.dtype, header.shape
+    return STORED[dtype] if dtype is not None and is_float else header.stored, header.shape
 
 
 def _tied(folder: Path, headers: Headers) -> dict[str, str]:

@@ -20,6 +20,10 @@ class MergeSettings(Settings):
 
     draws: ClassVar[bool] = False
     """Whether the method draws at random."""
+    makes: ClassVar[Literal["model", "adapter"]] = "model"
+    """What the method writes."""
+    of_one_base: ClassVar[bool] = False
+    """Whether the parents are changes that mean something on one model only."""
 
     method: Annotated[str, Field(description="How the weights are combined.")]
     models: Annotated[
@@ -33,6 +37,15 @@ class MergeSettings(Settings):
     force: Annotated[
         bool, Field(description="Merge even what is not of one initialisation or vocabulary; the manifest says so.")
     ] = False
+    allow_pickle: Annotated[
+        bool, Field(description="Read weights that lie in PyTorch's pickles, by torch.load(weights_only=True).")
+    ] = False
+    adapters_of: Annotated[
+        ModelRef | None,
+        Field(
+            description="The model that adapters among the models were trained on, where they do not name it rightly."
+        ),
+    ] = None
     shard: Annotated[Bytes, Field(gt=0, description="Largest size of one file of weights.")] = 5 * 10**9
     slices: Annotated[
         list[dict[ModelRef, tuple[int, int]]],

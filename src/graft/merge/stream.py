@@ -38,11 +38,17 @@ class Piece:
     """Flat, float32, one of each model, in the order of the settings."""
     base: Tensor | None = None
     """Flat, float32, where the method has a base."""
+    changes: Sequence[Tensor | None] = ()
+    """Deltas that are known as such, of adapters on this base; they are not worked out from the models."""
 
     def deltas(self) -> list[Tensor]:
         """The models minus the base, overwriting the models."""
         assert self.base is not None
-        return [model.sub_(self.base) for model in self.models]
+        changes = self.changes or [None] * len(self.models)
+        return [
+            model.sub_(self.base) if change is None else change
+            for model, change in zip(self.models, changes, strict=True)
+        ]
 
     def __len__(self) -> int:
         return len(self.models[0])
@@ -149,9 +155,28 @@ class Tensors:
 
     def read(self, start: int, count: int) -> Piece:
         """One piece of all parents. Raises CheckpointError, naming model and tensor, for NaN and Inf."""
-        models = [self._read(source, index, start, count) for index, source in enumerate(self.models)]
         base = self._read(self.base, "base", start, count) if self.base is not None else None
-        return Piece(start, models, base)
+        changes = [self._change(source, start, count) for source in self.models]
+        models = [
+            self._read(source, index, start, count) if change is None else self._on_base(index, base, change)
+            for index, (source, change) in enumerate(zip(self.models, changes, strict=True))
+        ]
+        return Piece(start, models, base, changes)
+
+    def _change(self, source: Source, start: int, count: int) -> Tensor | None:
+        """What an adapter adds to the base of this merge; None for all other parents."""
+        on = getattr(source.reader, "base", None)
+        if on is None or self.base is None or self.base.reader.folder != on.folder:
+            return None
+        change = source.reader.change(source.name, start, count)  # type: ignore[attr-defined]
+        if change is not None and not finite(change):
+            raise self._not_finite(source)
+        return change
+
+    def _on_base(self, slot: object, base: Tensor | None, change: Tensor) -> Tensor:
+        assert base is not None
+        _, values = self.workers.buffer((slot, "float32"), torch.float32, len(base))
+        return torch.add(base, change, out=values)
 
     def _read(self, source: Source, slot: object, start: int, count: int) -> Tensor:
         stored = source.reader.headers[source.name].dtype
@@ -163,11 +188,14 @@ class Tensors:
             _, values = self.workers.buffer((slot, "float32"), torch.float32, count)
             values.copy_(raw)
         if not finite(values):
-            raise CheckpointError(
-                f"{source.model}: NaN or Inf in {source.name} ({source.reader.headers[source.name].file}): "
-                "train or download it anew; a merge would carry it on"
-            )
+            raise self._not_finite(source)
         return values
+
+    def _not_finite(self, source: Source) -> CheckpointError:
+        return CheckpointError(
+            f"{source.model}: NaN or Inf in {source.name} ({source.reader.headers[source.name].file}): "
+            "train or download it anew; a merge would carry it on"
+        )
 
     def write(self, combine: Combine, writer: TensorWriter) -> None:
         """Make every piece and put it into its place, cast once. Raises CheckpointError where NaN or Inf come out."""

@@ -156,7 +156,7 @@ class _Reader:
                 continue
             path = ("models", name, node.verb.name)
             models = {model: found[model] for model in node.models}
-            wrong = node.verb.check(node.settings, models)
+            wrong = node.verb.unreadable(models) or node.verb.check(node.settings, models)
             for message in wrong:
                 self.problems.note(path, message)
             facts = None if wrong else self.problems.attempt(path, lambda: node.verb.facts(node.settings, models, name))  # noqa: B023

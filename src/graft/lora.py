@@ -1,0 +1,207 @@
+"""Folders of LoRA adapters in the form of peft, read without peft: which tensors of the base they change, by what.
+
+`adapter_config.json` says how, `adapter_model.safetensors` holds the factors: for a weight W `[out, in]` of the base
+the pair A `[r, in]` and B `[out, r]`, and W becomes W + s · B A. Hu et al. 2021, arXiv:2106.09685; s is alpha / r, or
+alpha / √r where the adapter is rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graft.checkpoint import INDEX, LORA, SINGLE, Headers, atomic_write, read_file_headers
+from graft.errors import CheckpointError, RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+CONFIG = "adapter_config.json"
+START = "base_model.model."
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+"""Ways to initialise factors that leave the base's weights as they are."""
+
+VARIANTS = (
+    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "arrow_config", "layer_replication",
+    "trainable_token_indices",
+)  # fmt: skip
+"""Settings under which an adapter is something else than a sum with its base."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A change of one weight: `scale · B A`, or its transpose. `a` and `b` are names in the adapter's file."""
+
+    a: str
+    b: str
+    rank: int
+    scale: float
+    transposed: bool
+    """The base stores the weight as `[in, out]`."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What an adapter's folder holds. Names of tensors are those that the base's model gives them."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    changes: Mapping[str, Factors]
+    whole: Mapping[str, str]
+    """Tensors that take the place of the base's, before any change: name in the base → name in the adapter's file."""
+    headers: Headers
+
+
+def is_lora(folder: Path | str) -> bool:
+    """Whether a folder holds an adapter in the form of peft, and no model."""
+    place = Path(folder)
+    return (place / CONFIG).is_file() and not any((place / name).is_file() for name in (SINGLE, INDEX))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`adapter_config.json`. Raises CheckpointError for a damaged one and RequestError for what is no plain LoRA."""
+    path = Path(folder) / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the configuration is damaged ({error})") from None
+    if config.get("peft_type") != "LORA":
+        raise RequestError(
+            f"{folder}: expected a LoRA adapter, found {config.get('peft_type')}: fold it into its base first"
+        )
+    if variants := [key for key in VARIANTS if config.get(key)]:
+        raise RequestError(
+            f"{folder}: expected a plain LoRA adapter, found {', '.join(variants)}: fold it into its base first"
+        )
+    if config.get("init_lora_weights", True) not in PLAIN_STARTS:
+        raise RequestError(
+            f"{folder}: its start ({config['init_lora_weights']}) changed the weights of the base: save it as "
+            "a plain LoRA adapter (peft: path_initial_model_for_weight_conversion)"
+        )
+    return config
+
+
+def base_folder(folder: Path) -> Path | None:
+    """Where the base that the adapter names lies on this machine, seen from the adapter's folder or from here."""
+    named = read_config(folder).get("base_model_name_or_path")
+    places = [Path(folder) / named, Path(named).expanduser()] if named else []
+    return next((place for place in places if (place / "config.json").is_file()), None)
+
+
+def name_base(folder: Path, base: Path | None) -> None:
+    """Let the adapter in `folder` name its base by its full path; nothing is changed where `base` is None."""
+    if base is not None:
+        config = json.loads((folder / CONFIG).read_text()) | {"base_model_name_or_path": str(base.resolve())}
+        atomic_write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def read_lora(folder: Path) -> Lora:
+    """The adapter in a folder, from its configuration and the header of its file.
+
+    Raises RequestError for kinds of adapters that are not a sum with their base, CheckpointError for damaged files.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    path = folder / LORA
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: expected {LORA} beside {CONFIG}, found none")
+    headers = read_file_headers(path)
+    changes: dict[str, Factors] = {}
+    whole: dict[str, str] = {}
+    for name in headers:
+        module, kind, rest = _parts(name)
+        if kind in ("lora_A", "lora_embedding_A"):
+            other = name.replace(kind, kind[:-1] + "B")
+            if other not in headers:
+                raise CheckpointError(f"{path}: expected {other} beside {name}, found none")
+            changes[f"{module}.weight"] = _factors(config, module, name, other, headers, kind == "lora_embedding_A")
+        elif kind is None:
+            whole[rest] = name
+        elif kind not in ("lora_B", "lora_embedding_B"):
+            raise RequestError(
+                f"{path}: expected pairs lora_A and lora_B, found {name}: fold the adapter into its base first"
+            )
+    return Lora(folder, config, changes, whole, headers)
+
+
+def _parts(name: str) -> tuple[str, str | None, str]:
+    """(module, `lora_A` or the like, None for a tensor of the base; its name there)."""
+    inner = name.removeprefix(START).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+    if match := re.match(r"(.*?)\.(lora_[a-zA-Z_]+?)(\.weight)?$", inner):
+        return match[1], match[2], ""
+    if "lora_" in inner or "trainable_tokens" in inner:
+        return inner, "other", ""
+    return "", None, re.sub(r"\.default\.", ".", inner)
+
+
+def _factors(config: Mapping[str, Any], module: str, a: str, b: str, headers: Headers, embedding: bool) -> Factors:
+    shape_a, shape_b = headers[a].shape, headers[b].shape
+    if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1]:
+        raise RequestError(
+            f"{headers[a].file}: expected factors of a matrix, found {a} {list(shape_a)} and {b} {list(shape_b)}"
+        )
+    alpha = _of_module(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
+    rank = shape_a[0]
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return Factors(a, b, rank, float(scale), embedding or bool(config.get("fan_in_fan_out")))
+
+
+def _of_module(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
+    """The value of the first pattern that the end of a module's path matches, as peft reads them."""
+    return next((v for pattern, v in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), otherwise)
+
+
+def add_to(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """`model` with the adapter added to its weights, in place: worked out in float32, cast once.
+
+    Raises RequestError for what the adapter changes and the model does not have.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    found, own = read_lora(folder), load_file(Path(folder) / LORA)
+    with torch.no_grad():
+        for name, stored in found.whole.items():
+            _untied(model, name).copy_(own[stored])
+        for name, factors in found.changes.items():
+            weight = _untied(model, name)
+            change = factors.scale * (own[factors.b].float() @ own[factors.a].float())
+            turned = change.shape != weight.shape or (factors.transposed and change.shape[0] == change.shape[1])
+            weight.copy_(weight.float() + (change.T if turned else change).to(weight.device))
+    return model
+
+
+def _untied(model: PreTrainedModel, name: str) -> Tensor:
+    """The parameter of this name; one that is the same as another becomes one of its own."""
+    import torch
+
+    module_name, _, last = name.rpartition(".")
+    try:
+        module = model.get_submodule(module_name)
+        weight = getattr(module, last)
+    except AttributeError:
+        raise RequestError(
+            f"expected {name}, which the adapter changes, found none in {type(model).__name__}"
+        ) from None
+    if name in (getattr(model, "all_tied_weights_keys", None) or {}):
+        weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        setattr(module, last, weight)
+        model.config.tie_word_embeddings = False
+    return weight
+
+
+def stands_for(name: str, headers: Headers) -> str | None:
+    """The name that a checkpoint has for a tensor of the model; headless checkpoints leave out its first part."""
+    if name in headers:
+        return name
+    short = name.partition(".")[2]
+    if short in headers:
+        return short
+    longer = [known for known in headers if known.endswith(f".{name}")]
+    return longer[0] if len(longer) == 1 else None

@@ -1,0 +1,119 @@
+"""The parents of a merge as they lie on disk: models, and adapters with the models that they stand on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graft.checkpoint import Headers, TensorReader, read_headers
+from graft.errors import CannotCombine
+from graft.lineage import read_config
+from graft.lora import base_folder, is_lora, read_lora, stands_for
+from graft.pickles import converted, is_pickled
+from graft.verb import Facts
+
+if TYPE_CHECKING:
+    from graft.merge.settings import MergeSettings
+
+
+@dataclass(frozen=True)
+class Input:
+    """One parent. `home` is the folder of its configuration and tokenizer: of the base, where it is an adapter."""
+
+    folder: Path
+    home: Path
+
+    @cached_property
+    def headers(self) -> Headers:
+        """All tensors of the model; those that an adapter changes are worked out when they are read."""
+        if self.folder == self.home:
+            return read_headers(self.folder)
+        from graft.merge.adapted import adapted_headers
+
+        return adapted_headers(read_lora(self.folder), read_headers(self.home), self.tied_apart)
+
+    @cached_property
+    def apart(self) -> frozenset[str]:
+        """Tensors that the base has under another name and the adapter under their own."""
+        return frozenset(self.headers) & frozenset(self.tied_apart) if self.folder != self.home else frozenset()
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """`config.json` of the model."""
+        return read_config(self.home)
+
+    @cached_property
+    def tied_apart(self) -> dict[str, str]:
+        """Tensors that the base does not store, as they are the same as another one, and that the adapter changes."""
+        base = read_headers(self.home)
+        own = read_lora(self.folder)
+        if all(stands_for(name, base) for name in (*own.changes, *own.whole)):
+            return {}
+        from graft.merge.architecture import architecture
+
+        found = architecture(self.home)
+        return {name: same for name, same in found.tied.items() if same in base} if found else {}
+
+    def open(self) -> TensorReader:
+        """Reads pieces of the tensors."""
+        if self.folder == self.home:
+            return TensorReader(self.folder)
+        from graft.merge.adapted import AdaptedReader
+
+        return AdaptedReader(self.folder, self.home, self.tied_apart)
+
+
+def inputs(settings: MergeSettings, folders: Mapping[str, Path]) -> dict[str, Input]:
+    """The parents by name. Raises CannotCombine for an adapter whose base is not to be found."""
+    return {name: Input(folders[name], _home(settings, name, folders)) for name in settings.parents}
+
+
+def _home(settings: MergeSettings, name: str, folders: Mapping[str, Path]) -> Path:
+    folder = folders[name]
+    if not is_lora(folder):
+        return folder
+    if settings.adapters_of is not None:
+        return folders[settings.adapters_of]
+    found = base_folder(folder)
+    if found is None and settings.base_name is not None and settings.base_name != name:
+        found = folders[settings.base_name]
+    if found is None:
+        raise CannotCombine(homeless(name))
+    return found
+
+
+def unpickled(settings: MergeSettings, folders: Mapping[str, Path], cache: Path) -> dict[str, Path]:
+    """The folders, those with pickles replaced by converted ones in `cache`, where that is allowed."""
+    return {
+        name: converted(folder, cache, _tied(folder)) if settings.allow_pickle and is_pickled(folder) else folder
+        for name, folder in folders.items()
+    }
+
+
+def _tied(folder: Path) -> Mapping[str, str]:
+    from graft.merge.architecture import architecture
+
+    found = architecture(folder)
+    return found.tied if found else {}
+
+
+def homeless(name: str) -> str:
+    """What is said of an adapter without a base."""
+    return f"{name} is an adapter, and the model it names is not on this machine: say which it is, as `adapters_of`"
+
+
+def settled(settings: MergeSettings, models: Mapping[str, Facts]) -> dict[str, Facts]:
+    """Facts of the parents, an adapter's being those of the model that it stands on."""
+    return {name: _settled(settings, models, models[name]) for name in settings.parents}
+
+
+def _settled(settings: MergeSettings, models: Mapping[str, Facts], facts: Facts) -> Facts:
+    if facts.stored != "adapter":
+        return facts
+    under = models[settings.adapters_of] if settings.adapters_of is not None else facts
+    if under.architecture == "unknown" and settings.base_name is not None:
+        under = models[settings.base_name]
+    return replace(under, stored="adapter", trained_on=under.trained_on | facts.trained_on)
