@@ -16,7 +16,7 @@ from graft.cli import app
 from graft.errors import RequestError
 from graft.verbs import verb
 
-COMMANDS = ["run", "plan", "tree", "relate", "report", "pretrain", "tune", "merge", "ensemble", "eval", "chat"]
+COMMANDS = ["run", "plan", "tree", "relate", "report", "pretrain", "tune", "merge", "ensemble", "eval", "gains", "chat"]
 
 
 def invoke(*words, input=""):

@@ -19,6 +19,7 @@ COMMANDS = (
     "merge",
     "ensemble",
     "evaluate",
+    "gains",
     "chat",
     "load",
     "show",

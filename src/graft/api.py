@@ -17,6 +17,7 @@ from graft.recipe import read_recipe
 from graft.run import RunResult, run
 
 if TYPE_CHECKING:
+    from graft.ensemble.gains import Gains
     from graft.ensemble.show import Spoken
     from graft.relate import Relation
     from graft.tree import Member
@@ -27,6 +28,7 @@ __all__ = [
     "chat",
     "ensemble",
     "evaluate",
+    "gains",
     "load",
     "merge",
     "plan",
@@ -134,7 +136,7 @@ def evaluate(
 
     check_device(device)
     room = importlib.import_module("graft.evaluate")
-    folders = models if isinstance(models, Mapping) else {Path(m).resolve().name: m for m in models}
+    folders = _named(models)
     parsed = room.parse(list(measures), ("evaluate",))
     named = {split_ref(ref)[0] for m in parsed for kind, ref, _ in references(m) if kind == "data"}
     raw = {**(data_sets or {}), **{name: data_at(name) for name in sorted(named - set(data_sets or {}))}}
@@ -142,7 +144,7 @@ def evaluate(
     where = Path(out)
     where.mkdir(parents=True, exist_ok=True)
     return room.evaluate(
-        {name: Path(folder) for name, folder in folders.items()},
+        folders,
         parsed,
         data=sets,
         root=Path(root),
@@ -151,6 +153,36 @@ def evaluate(
         seed=seed,
         device=device,
     )
+
+
+def _named(models: Sequence[Path | str] | Mapping[str, Path | str]) -> dict[str, Path]:
+    """Folders of models by name: that of the folder, where none is given."""
+    folders = models if isinstance(models, Mapping) else {Path(m).resolve().name: m for m in models}
+    return {name: Path(folder) for name, folder in folders.items()}
+
+
+def gains(
+    models: Sequence[Path | str] | Mapping[str, Path | str],
+    on: str,
+    *,
+    documents: int = 200,
+    data_sets: Mapping[str, Any] | None = None,
+    root: Path | str = ".",
+    seed: int = 0,
+    device: str | None = None,
+) -> Gains:
+    """What mixtures of models would gain on held-out text, and who should join in which order, before any is made.
+
+    `on` names one of `data_sets` (settings as in a recipe) with its split, or is a file.
+    """
+    from graft import data
+    from graft.data import split_ref
+
+    raw = data_sets or {split_ref(on)[0]: data_at(split_ref(on)[0])}
+    sets = {name: data.parse(value, ("data", name)) for name, value in raw.items()}
+    room, folders = importlib.import_module("graft.ensemble.candidates"), _named(models)
+    check_device(device)
+    return room.predicted(folders, sets, on, root=Path(root), documents=documents, seed=seed, device=device)
 
 
 def show(ensemble: Path | str, text: str, *, page: Path | str | None = None, device: str | None = None) -> Spoken:

@@ -371,6 +371,31 @@ def show(
     typer.echo(json.dumps(spoken.plain())) if json_ else _print(coloured(spoken))
 
 
+@app.command()
+@tidy
+def gains(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Folders of models of one vocabulary.")],
+    on: Annotated[str, typer.Option("--on", help="Held-out text (a file, or NAME.SPLIT of --recipe).")],
+    documents: Annotated[int, typer.Option(min=2, help="At most so many documents of each data set are read.")] = 200,
+    recipe: Annotated[Path | None, typer.Option(help="Take the data sets of this.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the intervals.")] = 0,
+    device: Device = None,
+    json_: Json = False,
+) -> None:
+    """Predict what an ensemble of models would gain, and who should join first, before it is made.
+
+    Example: [bold]graft gains models/coder models/writer --on held-out.jsonl[/bold]
+    """
+    from graft.api import gains as predict
+    from graft.ensemble.gains import render
+    from graft.one import yaml_file
+
+    family = yaml_file(recipe) if recipe else {}
+    root = recipe.parent if recipe else "."
+    found = predict(models, on, documents=documents, data_sets=family.get("data"), root=root, seed=seed, device=device)
+    typer.echo(json.dumps(found.plain())) if json_ else _print(render(found))
+
+
 def _said(prompt: str | None) -> Iterator[str]:
     """What is said: the prompt, the whole of stdin, or line after line from a terminal."""
     if prompt is not None:

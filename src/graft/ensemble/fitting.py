@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from graft.ensemble.sources import Source
 from graft.ensemble.weights import Fit, fit_linear, fit_log_linear
 from graft.errors import CannotCombine
 from graft.evaluate.scorer import Scorer
+from graft.evaluate.unseen import check_unseen
 from graft.verb import Job
 
 
@@ -49,14 +50,14 @@ class HeldOut:
         return _importance(self.parts[at], self.shares)
 
 
-def held_out(reference: str, documents: int, job: Job) -> HeldOut:
+def held_out(reference: str, documents: int, sets: Mapping[str, Any], root: Path, device: str | None) -> HeldOut:
     """At most `documents` of each part of a data set's split."""
     name, split = data.split_ref(reference)
-    corpus = data.open_corpus(job.data, name, job.root)
+    corpus = data.open_corpus(sets, name, root)
     read = [list(itertools.islice(part.records(split), documents)) for part, _ in corpus.parts]
     parts = np.repeat(np.arange(len(read)), [len(records) for records in read])
     shares = np.array([share for _, share in corpus.parts])
-    return HeldOut([record for records in read for record in records], corpus.format, parts, shares, job.device)
+    return HeldOut([record for records in read for record in records], corpus.format, parts, shares, device)
 
 
 def fit_weights(settings: EnsembleSettings, weights: FittedWeights, job: Job, sources: list[Source]) -> Fit:
@@ -64,12 +65,8 @@ def fit_weights(settings: EnsembleSettings, weights: FittedWeights, job: Job, so
 
     A mixture of data sets counts by its shares: the loss is the mean over the parts' mean losses a token.
     """
-    name, split = data.split_ref(weights.fit)
-    corpus = data.open_corpus(job.data, name, job.root)
-    fingerprints = [corpus.fingerprint, *(part.fingerprint for part, _ in corpus.parts)]
-    for member in settings.names:
-        _check_unseen(member, job.models[member], fingerprints, split)
-    text = held_out(weights.fit, weights.documents, job)
+    check_unseen({member: job.models[member] for member in settings.names}, [weights.fit], job.data, job.root)
+    text = held_out(weights.fit, weights.documents, job.data, job.root, job.device)
     if weights.gate is not None:
         names = weights.gate.looks_at or settings.names
         seen = [place for place, source in enumerate(sources) if source.model in names]
@@ -171,31 +168,6 @@ def _check_format(found: str, wanted: list[str], what: str) -> None:
 def _importance(parts: np.ndarray, shares: np.ndarray) -> np.ndarray:
     """How much each token counts, given the part it is from: a part's tokens together count as its share."""
     return shares[parts] / np.bincount(parts, minlength=len(shares))[parts]
-
-
-def _check_unseen(member: str, folder: Path, fingerprints: list[str], split: str) -> None:
-    """Raises CannotCombine where the member or a model it was made from was trained on this text."""
-    trained = trained_on(folder)
-    for fingerprint in fingerprints:
-        if (fingerprint, split) in trained:
-            raise CannotCombine(
-                f"{member} was trained on {trained[fingerprint, split]}.{split}: weights fitted on it would favour the "
-                f"member that knows it by heart; fit them on held-out text ({trained[fingerprint, split]}.dev)"
-            )
-
-
-def trained_on(folder: Path) -> dict[tuple[str, str], str]:
-    """(fingerprint, split) of the data that went into a model's weights, its ancestors' included, with its name.
-
-    From the manifests; a split named `dev` only chose among checkpoints. A model without a manifest gives nothing.
-    """
-    manifest = lineage.read_manifest(folder)
-    if manifest is None:
-        return {}
-    found = {(use.fingerprint, use.split): use.name for use in manifest.data if use.split == "train"}
-    for parent in manifest.parents:
-        found |= trained_on(folder / parent.path)
-    return found
 
 
 def _token_log_probs(source: Source, texts: list[str], device: str | None) -> list[np.ndarray]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from graft import models
@@ -104,6 +105,29 @@ def distributions(
             gold.append(torch.tensor(target)[places])
             texts.append(torch.full((len(places),), number))
     return Read(torch.cat(kept), torch.cat(gold), torch.cat(texts), torch.cat(hidden) if states else None)
+
+
+@dataclass(frozen=True)
+class Said:
+    """`log_probs [tokens] float64` of the tokens that come, and the likeliest tokens `best [tokens]`."""
+
+    log_probs: np.ndarray
+    best: np.ndarray
+
+
+@torch.inference_mode()
+def said(source: Source, items: Sequence[Item], *, context: int, width: int, device: str | None = None) -> Said:
+    """What a model gives at every token of the items, each cut to `context` tokens; two numbers a token are kept."""
+    scorer = Scorer(source.load(device), models.load_tokenizer(source.folder))
+    gold, best = [], []
+    for item in items:
+        target = item.target[:context]
+        if target:
+            logits = scorer.model(**_inputs(scorer, item, target, context)).logits[0, :, :width].float()
+            wanted = torch.tensor(target, device=logits.device)[:, None]
+            gold.append(logits.log_softmax(-1).gather(-1, wanted)[:, 0].double().cpu().numpy())
+            best.append(logits.argmax(-1).cpu().numpy())
+    return Said(np.concatenate(gold), np.concatenate(best))
 
 
 def _inputs(scorer: Scorer, item: Item, target: list[int], context: int) -> dict[str, Any]:
