@@ -229,7 +229,7 @@ def _add_verb(name: str, words: str) -> None:
         device: Device = None,
         json_: Json = False,
     ) -> None:
-        from graft.one import make_one, yaml_file
+        from graft.one import make_one, told, yaml_file
 
         if methods:
             rows = methods_of(name, context.args)
@@ -244,7 +244,7 @@ def _add_verb(name: str, words: str) -> None:
         if json_:
             typer.echo((made / "graft.json").read_text().strip())
         else:
-            typer.echo(str(made))
+            typer.echo("\n".join([str(made), *told(made)]))
 
 
 _add_verb(
@@ -265,7 +265,11 @@ _add_verb(
 _add_verb(
     "merge",
     "Combine the weights of models into one model.\n\n"
-    "Example: [bold]graft merge models/soup models/coder=0.5 models/writer=0.5 --method linear[/bold]",
+    "Example: [bold]graft merge models/soup models/coder=0.5 models/writer=0.5 --method linear[/bold]\n\n"
+    "Led by held-out data: [bold]graft merge models/best models/coder models/writer --method task_arithmetic "
+    "--base models/base --search.over.scale '[0.1, 1.5]' --search.on held-out.jsonl[/bold]\n\n"
+    "The spread over seeds: [bold]graft merge models/dare models/coder models/writer --method dare_ties "
+    "--base models/base --seeds 5[/bold]",
 )
 _add_verb(
     "ensemble",

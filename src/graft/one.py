@@ -10,6 +10,7 @@ from graft import verbs
 from graft.data import split_ref
 from graft.errors import DataError, RequestError
 from graft.executors import Here
+from graft.lineage import read_manifest
 from graft.models import check_device
 from graft.plan import make_plan
 from graft.plan.places import beside
@@ -66,6 +67,12 @@ def make_one(
             )
         execute(plan, Here(), device=device)
     return target
+
+
+def told(folder: Path) -> list[str]:
+    """What people should read of how a model came about, a line each."""
+    manifest = read_manifest(folder)
+    return verbs.verb(manifest.verb).told(manifest.notes) if manifest is not None else []
 
 
 def one_node(

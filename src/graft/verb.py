@@ -121,6 +121,14 @@ class Verb(Generic[S]):
         """What is wrong with this node given the facts of the models it names: one sentence each, empty if nothing."""
         return []
 
+    def measured(self, settings: S) -> Mapping[str, Any]:
+        """Data sets (with split) that models are only measured on, with the measure."""
+        return {}
+
+    def told(self, notes: Mapping[str, Any]) -> list[str]:
+        """What people should read of a manifest's notes, a line each."""
+        return []
+
     def unreadable(self, models: Mapping[str, Facts]) -> list[str]:
         """Models that are stored as this verb does not read them: one sentence each, with what makes them readable."""
         lost = (

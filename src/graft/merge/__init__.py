@@ -19,11 +19,13 @@ from graft.verb import Estimate, Facts, Job, Verb
 ROOMS = (
     "architecture",
     "adapted",
+    "barrier",
     "candidates",
     "engine",
     "inputs",
     "journal",
     "judged",
+    "matching",
     "preflight",
     "prepared",
     "related",
@@ -33,6 +35,7 @@ ROOMS = (
     "slices",
     "space",
     "stream",
+    "symmetry",
     "telling",
     "varying",
 )
@@ -76,6 +79,11 @@ class Merge(Verb[MergeSettings]):
         from graft.merge.preflight import problems
 
         never, may_be_forced = problems(settings, models)
+        first = models[settings.parents[0]].architecture
+        for judged in judged_parts(settings).values():
+            if judged.judges and first not in (kinds := judged.entry().architectures):
+                name = judged.task or judged.measure
+                never.append(f"{name} is taken of {' or '.join(kinds)} models, found {first}: name another measure")
         return never if settings.force else never + may_be_forced
 
     def facts(self, settings: MergeSettings, models: Mapping[str, Facts], key: str) -> Facts:
@@ -113,6 +121,10 @@ class Merge(Verb[MergeSettings]):
             )
             note += "; and models are judged in memory before, which takes as long as measuring them"
         return Estimate(made.parameters, made.bytes, memory, None if judges else moved / 1e9, note)
+
+    def measured(self, settings: MergeSettings) -> Mapping[str, Any]:
+        parts = [part for part in judged_parts(settings).values() if part.judges]
+        return {reference: part.entry() for part in parts for reference in part.data}
 
     def told(self, notes: Mapping[str, Any]) -> list[str]:
         from graft.merge.telling import lines

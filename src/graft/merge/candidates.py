@@ -31,6 +31,7 @@ from graft.merge.engine import files_beside, prepare, stamps, stream, unrelated
 from graft.merge.inputs import Input, inputs
 from graft.merge.judged import Judged
 from graft.merge.preflight import Layout, layout
+from graft.merge.prepared import Prepared
 from graft.merge.settings import MergeSettings
 from graft.merge.stream import Workers
 from graft.progress import say
@@ -91,7 +92,13 @@ class Seat:
     def take(self, settings: MergeSettings, seed: int | None = None) -> None:
         """Make `model` and `tokenizer` those of this merge. Raises what the merge itself would raise."""
         job = replace(self.job, settings=settings, seed=self.job.seed if seed is None else seed, scratch=self.folder)
-        prepared = prepare(job, settings)
+        with ExitStack() as opened:
+            prepared = prepare(job, settings)
+            if hasattr(prepared.survey, "close"):
+                opened.callback(prepared.survey.close)
+            self._take(prepared, job)
+
+    def _take(self, prepared: Prepared, job: Job) -> None:
         settings, folders = prepared.settings, prepared.models or job.models
         plan = layout(settings, folders)
         parts = inputs(settings, folders)

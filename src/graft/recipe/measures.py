@@ -9,7 +9,7 @@ from typing import Any
 from graft import evaluate
 from graft.data import DataSettings, open_corpus, split_ref
 from graft.data.settings import HuggingFace
-from graft.recipe.problems import Problems
+from graft.recipe.problems import Problems, Where
 from graft.recipe.sections import Node
 from graft.settings import references
 
@@ -36,18 +36,28 @@ def check_formats(
     """What is trained on must say what is to be produced, and a measure must fit the data it is taken on."""
     formats = _formats(sets, root, problems)
     for name, node in nodes.items():
-        if raw := [ref for ref in node.data if formats.get(split_ref(ref)[0]) == "raw"]:
+        measured = node.verb.measured(node.settings)
+        for reference, measure in measured.items():
+            _check_fit(measure, reference, formats, ("models", name, node.verb.name), problems)
+        if raw := [ref for ref in node.data if ref not in measured and formats.get(split_ref(ref)[0]) == "raw"]:
             problems.note(
                 ("models", name, node.verb.name),
                 f"{raw[0]} is raw: records that do not say what is to be produced; give its `format` and `fields`",
             )
     for place, measure in measures.items():
-        if not isinstance(measure, evaluate.OnData):
-            continue
-        for reference in measure.on:
-            format = formats.get(split_ref(reference)[0])
-            if format is not None and (wrong := evaluate.misfit(measure, reference, format)):
-                problems.note(("evaluate", place, "on"), wrong)
+        for reference in measure.on if isinstance(measure, evaluate.OnData) else ():
+            _check_fit(measure, reference, formats, ("evaluate", place, "on"), problems)
+
+
+def _check_fit(
+    measure: evaluate.Measure, reference: str, formats: Mapping[str, str], path: Where, problems: Problems
+) -> None:
+    """Note where a measure cannot be taken on a data set."""
+    format = formats.get(split_ref(reference)[0])
+    if not isinstance(measure, evaluate.OnData) or format is None:
+        return
+    if wrong := evaluate.misfit(measure, reference, format):
+        problems.note(path, wrong)
 
 
 def check_architectures(measures: Measures, architectures: Mapping[str, str], problems: Problems) -> None:
