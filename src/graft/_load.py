@@ -52,12 +52,12 @@ class Load(Verb[LoadSettings]):
     def content(self, settings: LoadSettings) -> Any:
         from graft.lineage import hash_model
 
-        return {"weights": hash_model(_folder(settings)), "files": _hashes(_folder(settings))}
+        return {"weights": hash_model(fetched(settings)), "files": _hashes(fetched(settings))}
 
     def facts(self, settings: LoadSettings, models: Mapping[str, Facts], key: str) -> Facts:
         from graft.lineage import facts_of
 
-        return facts_of(_folder(settings))
+        return facts_of(fetched(settings))
 
     def estimate(self, settings: LoadSettings, models: Mapping[str, Facts]) -> Estimate:
         facts = self.facts(settings, models, "")
@@ -68,7 +68,7 @@ class Load(Verb[LoadSettings]):
         from graft.checkpoint import check_weights, disk_errors
 
         assert isinstance(job.settings, LoadSettings)
-        folder = _folder(job.settings)
+        folder = fetched(job.settings)
         if list(folder.glob("*.safetensors")):
             check_weights(folder)
         with disk_errors(job.out):
@@ -80,7 +80,7 @@ class Load(Verb[LoadSettings]):
         return {"notes": {"loaded_from": str(folder)}}
 
 
-def _folder(settings: LoadSettings) -> Path:
+def fetched(settings: LoadSettings) -> Path:
     """Where the model lies; downloaded first where it is on the hub. Raises RequestError where the hub has none."""
     if not settings.hub:
         return Path(settings.path)

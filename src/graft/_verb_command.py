@@ -130,7 +130,8 @@ def rows_table(rows: Sequence[Mapping[str, str]]) -> Table:
 def requested(verb: str, words: Sequence[str], assignments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """(output folder, settings) of the words after the command. Raises RequestError for words that say nothing."""
     settings: dict[str, Any] = {}
-    plain = list(_options(words, settings))
+    flags = {name for name, field in fields_of(verb).items() if field.annotation is bool}
+    plain = list(_options(words, settings, flags))
     if not plain:
         raise RequestError(f"expected the folder to write, as in `graft {verb} FOLDER …`, found none")
     for word in assignments:
@@ -140,19 +141,23 @@ def requested(verb: str, words: Sequence[str], assignments: Sequence[str]) -> tu
     return plain[0], settings
 
 
-def _options(words: Sequence[str], settings: dict[str, Any]) -> Iterator[str]:
-    """Puts `--key value` and `--key=value` into `settings`; yields the other words."""
-    rest = iter(words)
-    for word in rest:
+def _options(words: Sequence[str], settings: dict[str, Any], flags: Collection[str] = ()) -> Iterator[str]:
+    """Puts `--key value` and `--key=value` into `settings`; yields the other words.
+
+    `flags` are keys that are true where no value stands behind them.
+    """
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
         if not word.startswith("--"):
             yield word
             continue
         key, equals, value = word[2:].partition("=")
         if not equals:
-            found = next(rest, None)
-            if found is None:
+            alone = key.replace("-", "_") in flags and rest[:1] not in (["true"], ["false"])
+            if not alone and not rest:
                 raise RequestError(f"expected a value after {word}, found none")
-            value = found
+            value = "true" if alone else rest.pop(0)
         assigned(settings, f"{key.replace('-', '_')}={value}")
 
 

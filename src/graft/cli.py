@@ -222,6 +222,7 @@ def _add_verb(name: str, words: str) -> None:
         recipe: Annotated[Path | None, typer.Option(help="Take the data sets of this recipe.")] = None,
         seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
         force: Annotated[bool, typer.Option("--force", help="Make it anew though it is there.")] = False,
+        hub: Annotated[bool, typer.Option("--hub", help="Allow the network: models may be ids on the hub.")] = False,
         methods: Annotated[
             bool, typer.Option("--methods", help="Print the methods as a table and stop; with --from on that model.")
         ] = False,
@@ -239,7 +240,7 @@ def _add_verb(name: str, words: str) -> None:
         family = yaml_file(recipe) if recipe else {}
         made = make_one(
             name, out, written, data=family.get("data"), root=recipe.parent if recipe else ".", seed=seed, force=force,
-            wait=wait, device=device,
+            wait=wait, device=device, hub=hub,
         )  # fmt: skip
         if json_:
             typer.echo((made / "graft.json").read_text().strip())

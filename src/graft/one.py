@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from graft import verbs
+from graft._load import LoadSettings, fetched
 from graft.data import split_ref
 from graft.errors import DataError, RequestError
 from graft.executors import Here
@@ -45,16 +46,17 @@ def make_one(
     force: bool = False,
     wait: bool = True,
     device: str | None = None,
+    hub: bool = False,
 ) -> Path:
     """Make one model in the folder `out` and return it; nothing is done where it is there already.
 
-    Models in `settings` are folders; data sets are names of `data` (settings as in a recipe), or files. A model that
-    was made otherwise is replaced only with `force`. Raises RequestError for what is wrong with the request and
-    RunError for what goes wrong while it runs.
+    Models in `settings` are folders, or with `hub`, which allows the network, ids on the hub; data sets are names of
+    `data` (settings as in a recipe), or files. A model that was made otherwise is replaced only with `force`. Raises
+    RequestError for what is wrong with the request and RunError for what goes wrong while it runs.
     """
     check_device(device)
     target = Path(out)
-    recipe = one_node(verb, target.name, settings, data=data or {}, seed=seed, root=Path(root))
+    recipe = one_node(verb, target.name, settings, data=data or {}, seed=seed, root=Path(root), hub=hub)
     places = beside(target)
     with locked(places, wait=wait):
         plan = make_plan(recipe, places, force=[target.name] if force else [])
@@ -76,15 +78,26 @@ def told(folder: Path) -> list[str]:
 
 
 def one_node(
-    verb: str, name: str, settings: Mapping[str, Any] | str, *, data: Mapping[str, Any], seed: int, root: Path
+    verb: str,
+    name: str,
+    settings: Mapping[str, Any] | str,
+    *,
+    data: Mapping[str, Any],
+    seed: int,
+    root: Path,
+    hub: bool = False,
 ) -> Recipe:
     """A recipe of one node; the folders it names are models that stand outside of it."""
     parsed = verbs.verb(verb).parse(settings, ())
     named = list(dict.fromkeys((kind, ref) for kind, ref, _ in references(parsed)))
     folders = {ref: Path(ref).expanduser() for kind, ref in named if kind == "model"}
     missing = [ref for ref, folder in folders.items() if not folder.is_dir()]
-    if missing:
-        raise RequestError(f"expected a model's folder, found none at {', '.join(missing)}")
+    if missing and not hub:
+        raise RequestError(
+            f"expected a model's folder, found none at {', '.join(missing)}; a model on the hub needs the network "
+            "allowed: --hub"
+        )
+    folders |= {ref: fetched(LoadSettings(path=ref, hub=True)) for ref in missing}
     files = {split_ref(ref)[0] for kind, ref in named if kind == "data"} - set(data)
     sets = {**data, **{file: data_at(file) for file in sorted(files)}}
     value = {"family": name, "seed": seed, "data": sets, "models": {name: {verb: settings}}}
