@@ -26,6 +26,7 @@ def made(tmp_path):
         base = tmp_path / "base"
         family(model_name).save_pretrained(base)
         model = models.load(base)
+        torch.manual_seed(0)
         adopt(model, points(name, **options), "mine", base=base)
         moved(model)
         model.save_pretrained(tmp_path / "adapter")
@@ -160,7 +161,7 @@ def test_the_frozen_weights_take_the_dtype_that_is_asked_for(made):
     _, expected, folder = made()
     half = models.load(folder, dtype="bfloat16")
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    assert torch.allclose(logits(half).float(), expected, atol=0.05)
+    assert (logits(half).float() - expected).norm() < 0.1 * expected.norm()
 
 
 def test_weights_of_an_adapter_are_no_whole_models(made):

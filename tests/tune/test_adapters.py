@@ -286,3 +286,56 @@ def test_an_adapter_loads_in_a_fresh_process(tmp_path, base):  # noqa: F811
     code = f"import graft; from transformers import AutoModelForCausalLM; {load}; {show}"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split() == ["LlamaForCausalLM", "True"]
+
+
+def test_any_type_of_peft_is_tuned_saved_loaded_and_folded(tmp_path, base):  # noqa: F811
+    pytest.importorskip("peft")
+    how = {"peft": {"peft_type": "LOHA", "r": 2, "target_modules": "all-linear"}}
+    ids = torch.arange(3, 30)[None]
+    found = run(tmp_path / "a", base, method=how, learning_rate=0.03, budget="8 steps")
+    assert found["trained_parameters"] > 0
+    loaded = models.load(tmp_path / "a" / "out")
+    assert type(loaded).__name__ == "LlamaForCausalLM"
+    with torch.no_grad():
+        changed = loaded(ids).logits
+        assert not torch.allclose(changed, models.load(base)(ids).logits, atol=1e-4)
+    loaded.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(models.load(tmp_path / "again")(ids).logits, changed)
+    run(tmp_path / "b", base, method=how, learning_rate=0.03, budget="8 steps", fold=True)
+    with torch.no_grad():
+        assert torch.allclose(models.load(tmp_path / "b" / "out")(ids).logits, changed, atol=1e-5)
+
+
+def test_what_peft_cannot_do_here_is_refused(tmp_path, base):  # noqa: F811
+    pytest.importorskip("peft")
+    for config, words in (
+        ({"peft_type": "LOHAA"}, r"did you mean 'LOHA'\?"),
+        ({"peft_type": "LOHA", "rank": 3}, "does not take these settings.*rank"),
+        ({"peft_type": "P_TUNING", "num_virtual_tokens": 3}, "use the method prefix or prompt"),
+        ({"peft_type": "LOHA", "r": 2, "target_modules": ["nowhere"]}, "peft: Target modules"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            run(tmp_path, base, method={"peft": config})
+
+
+def test_peft_folders_come_in_and_go_out_by_the_verb(tmp_path, base, monkeypatch):  # noqa: F811
+    peft = pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    made = peft.get_peft_model(models.load(base), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    made.eval().save_pretrained("theirs")
+    ids = torch.arange(3, 30)[None]
+    done = CliRunner().invoke(app, ["adapt", "ours", "--peft", "theirs", "--from", str(base), "--export", "peft"])
+    assert done.exit_code == 0, done.output
+    back = peft.PeftModel.from_pretrained(models.load(base), "ours/peft").eval()
+    with torch.no_grad():
+        expected = made(ids).logits
+        assert torch.allclose(graft.load("ours")(ids).logits, expected, atol=1e-5)
+        assert torch.allclose(back(ids).logits, expected, atol=1e-5)
+    missing = CliRunner().invoke(app, ["adapt", "more", "--peft", "nowhere", "--from", str(base)])
+    assert missing.exit_code == 2
+    assert "expected a peft folder" in missing.output

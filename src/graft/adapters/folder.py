@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from graft import lineage, models
+from graft.adapters.foreign import foreign_base, foreign_said, foreign_weights, load_foreign
 from graft.adapters.point import Point
 from graft.adapters.stack import Adapters, Sites, adapters_of, adopt
 from graft.checkpoint import ADAPTER, atomic_write, disk_errors, read_file_headers
@@ -34,7 +35,8 @@ def save(model: PreTrainedModel, folder: Path, *, seen_from: Path | None = None)
     Raises RequestError where the frozen model lies in no folder.
     """
     stack = adapters_of(model)
-    if stack is None or stack.base is None:
+    base = stack.base if stack is not None else foreign_base(model)
+    if base is None:
         raise RequestError(
             "expected a frozen model that was loaded from a folder, found one in memory: save it first and say where "
             "(adopt(…, base=FOLDER)), or fold the adapters into it"
@@ -43,20 +45,27 @@ def save(model: PreTrainedModel, folder: Path, *, seen_from: Path | None = None)
         "format": 1,
         "model_type": model.config.model_type,
         "base": {
-            "path": os.path.relpath(stack.base.resolve(), Path(seen_from or folder).resolve()),
-            "hash": lineage.known_hash(stack.base),
+            "path": os.path.relpath(base.resolve(), Path(seen_from or folder).resolve()),
+            "hash": lineage.known_hash(base),
         },
-        "adapters": {name: [point.plain() for point in points] for name, points in stack.points.items()},
-        "active": [list(pair) for pair in stack.active],
+        **(_said(stack) if stack is not None else foreign_said(model)),
     }
     config = {**model.config.to_dict(), "model_type": ADAPTED, ADAPTED: entry}
     config["architectures"] = [type(model).__name__]
     folder.mkdir(parents=True, exist_ok=True)
     with disk_errors(folder):
-        save_file(weights_of(stack), folder / ADAPTER, metadata={"format": "pt"})
+        held = weights_of(stack) if stack is not None else foreign_weights(model)
+        save_file(held, folder / ADAPTER, metadata={"format": "pt"})
         if getattr(model, "can_generate", lambda: False)():
             model.generation_config.save_pretrained(folder)
-    atomic_write(folder / "config.json", json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+    atomic_write(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
+
+
+def _said(stack: Adapters) -> dict[str, Any]:
+    return {
+        "adapters": {name: [point.plain() for point in points] for name, points in stack.points.items()},
+        "active": [list(pair) for pair in stack.active],
+    }
 
 
 def weights_of(stack: Adapters) -> dict[str, torch.Tensor]:
@@ -81,6 +90,8 @@ def load(
     place = Path(base) if base is not None else folder / entry["base"]["path"]
     check_base(folder, entry, place)
     model = models.load(place, dtype=dtype, device=device)
+    if "peft" in entry:
+        return load_foreign(model, entry["peft"], _read(folder), place).eval()
     active = _put(model, folder, entry, place)
     stack = adapters_of(model)
     assert stack is not None
@@ -95,8 +106,10 @@ def add_from(model: PreTrainedModel, folder: str | Path) -> list[tuple[str, floa
     for a name that is taken.
     """
     folder, entry, stack = Path(folder), entry_of(Path(folder)), adapters_of(model)
-    if stack is None or stack.base is None:
-        raise RequestError("expected a model that was loaded with adapters, found one without a frozen model's folder")
+    if stack is None or stack.base is None or "peft" in entry:
+        raise RequestError(
+            f"{folder}: adapters made by peft's own types stand alone: expected graft's points, found one"
+        )
     check_base(folder, entry, stack.base)
     before = list(stack.active)
     active = _put(model, folder, entry, stack.base)

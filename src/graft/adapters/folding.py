@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from graft.adapters.foreign import save_foreign_folded
 from graft.adapters.forms import Site, oriented
 from graft.adapters.places import sizes
 from graft.adapters.stack import NAME, Adapted, Adapters, adapters_of
@@ -62,7 +63,9 @@ def remove(model: PreTrainedModel) -> None:
 def save_folded(model: PreTrainedModel, folder: Path) -> None:
     """Write the model with its active adapters folded in, as an ordinary folder; `model` itself stays as it is."""
     stack = adapters_of(model)
-    assert stack is not None
+    if stack is None:
+        save_foreign_folded(model, folder)
+        return
     held = model.state_dict(keep_vars=True)
     whole = {name: value.detach() for name, value in held.items() if not name.startswith(f"{NAME}.")}
     for changed, tensor in folded_tensors(model, stack).items():

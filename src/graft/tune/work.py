@@ -25,7 +25,7 @@ def run(job: Job) -> dict[str, Any]:
     """Tune and write a model's folder into `job.out`; returns the metrics of the training."""
     import torch
 
-    from graft.adapters.stack import adapters_of
+    from graft.adapters.stack import Adapted, adapters_of
     from graft.train.on_text import train_on_text
 
     settings = job.settings
@@ -40,7 +40,7 @@ def run(job: Job) -> dict[str, Any]:
     stack = adapters_of(model)
     length = settings.length or context(model.config, tokenizer) - (stack.taken(model) if stack else 0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    save = _save(job, tokenizer, settings.fold) if stack else None
+    save = _save(job, tokenizer, settings.fold) if isinstance(model, Adapted) else None
     metrics = train_on_text(job, model, tokenizer, corpus, split, objective, length, save)
     return {**metrics, "trained_parameters": trained}
 
@@ -62,7 +62,7 @@ def applied(model: PreTrainedModel, settings: TuneSettings, name: str, start: Pa
         free = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 99))) if n not in taken)
         adopt(model, chosen.points(parsed), free, base=start)
     else:
-        model = chosen.apply(model, parsed)
+        model = chosen.apply(model, parsed, start) if how == "peft" else chosen.apply(model, parsed)
     stack = adapters_of(model)
     wrong = unfoldable(model, stack) if settings.fold and stack else []
     if wrong:

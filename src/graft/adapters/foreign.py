@@ -1,0 +1,112 @@
+"""Adapters of peft's own types, which graft has no point for: peft computes, graft trains, saves and loads them."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graft.errors import CheckpointError, MissingExtra, RequestError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+HOLDER = "graft_peft"
+"""The attribute of a model that holds peft's wrapper around it, and the folder of its frozen weights."""
+
+
+def peft_config(settings: Mapping[str, Any]) -> Any:
+    """peft's configuration object. Raises MissingExtra without peft, RequestError for what it does not take."""
+    if importlib.util.find_spec("peft") is None:
+        raise MissingExtra("peft", "peft", "the method peft")
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    plain = dict(settings)
+    kind = str(plain.pop("peft_type", "none")).upper()
+    known = {str(getattr(name, "value", name)): cls for name, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if kind not in known:
+        there = ", ".join(sorted(known))
+        raise RequestError(
+            f"expected a `peft_type` that peft has, found {kind!r}{nearest(kind, known)}; there are: {there}"
+        )
+    try:
+        config = known[kind](**plain)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"peft: {kind} does not take these settings: {error}") from None
+    if config.is_prompt_learning:
+        raise RequestError(
+            f"peft: {kind} puts tokens of its own into every batch, which packed rows have no room for: use the method "
+            "prefix or prompt, which read and write peft's folders"
+        )
+    return config
+
+
+def wrap(model: PreTrainedModel, settings: Mapping[str, Any], base: Path | None) -> PreTrainedModel:
+    """Put a fresh adapter of peft's into `model` (in place) and freeze everything else."""
+    from peft import get_peft_model
+
+    from graft.adapters.stack import adapted_class, adapters_of
+
+    if adapters_of(model) is not None or HOLDER in model.__dict__:
+        raise RequestError(
+            "an adapter of peft's stands alone: expected a model without adapters, found one that has some"
+        )
+    config = peft_config(settings)
+    try:
+        wrapper = get_peft_model(model, config)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise RequestError(f"peft: {error}") from None
+    model.__dict__[HOLDER] = (wrapper, base, dict(settings))
+    model.__class__ = adapted_class(type(model))
+    return model
+
+
+def foreign_base(model: PreTrainedModel) -> Path | None:
+    """The folder of the frozen weights below an adapter of peft's; None where it is not known or there is none."""
+    held = model.__dict__.get(HOLDER)
+    return held[1] if held else None
+
+
+def foreign_said(model: PreTrainedModel) -> dict[str, Any]:
+    """What `config.json` is to say."""
+    return {"adapters": {}, "active": [], "peft": model.__dict__[HOLDER][2]}
+
+
+def foreign_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The adapter's weights, by peft's names."""
+    from peft import get_peft_model_state_dict
+
+    found = get_peft_model_state_dict(model.__dict__[HOLDER][0])
+    return {name: value.detach().cpu().contiguous() for name, value in found.items()}
+
+
+def load_foreign(
+    model: PreTrainedModel, settings: Mapping[str, Any], weights: Mapping[str, torch.Tensor], base: Path
+) -> PreTrainedModel:
+    """`model` with the adapter, frozen. Raises CheckpointError where weights are missing or belong nowhere."""
+    from peft import set_peft_model_state_dict
+
+    wrap(model, settings, base)
+    expected = set(foreign_weights(model))
+    if expected != set(weights):
+        missing = ", ".join(sorted(expected ^ set(weights))[:4])
+        raise CheckpointError(f"{base}: expected the weights of {settings.get('peft_type')}, found others: {missing}")
+    set_peft_model_state_dict(model.__dict__[HOLDER][0], dict(weights))
+    model.requires_grad_(False)
+    return model
+
+
+def save_foreign_folded(model: PreTrainedModel, folder: Path) -> None:
+    """Write the model with peft's adapter merged in. Raises RequestError for types that cannot be."""
+    from graft.adapters.stack import Adapted
+
+    wrapper = copy.deepcopy(model.__dict__[HOLDER][0])
+    try:
+        whole = wrapper.merge_and_unload()
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        raise RequestError(f"peft's adapter does not fold: {error}; say `fold: false`") from None
+    whole.__class__ = next(cls for cls in type(whole).__mro__ if not issubclass(cls, Adapted))
+    whole.save_pretrained(folder)

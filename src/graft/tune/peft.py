@@ -1,0 +1,31 @@
+"""Any adapter of the package peft that works inside the model: LoHa, LoKr, OFT, VeRA, BOFT, AdaLoRA, …"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, model_validator
+
+from graft.settings import Settings as Base
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Settings(Base):
+    """A configuration as peft takes it: `{peft: {peft_type: LOHA, r: 4, target_modules: all-linear}}`."""
+
+    config: Annotated[dict[str, Any], Field(min_length=1, description="peft's settings; they may stand here directly.")]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _direct(cls, raw: Any) -> Any:
+        return {"config": raw} if isinstance(raw, dict) and set(raw) != {"config"} else raw
+
+
+def apply(model: PreTrainedModel, settings: Settings, base: Path | None = None) -> PreTrainedModel:
+    """The model with peft's adapter, which alone is trainable. Raises RequestError for what peft refuses."""
+    from graft.adapters.foreign import wrap
+
+    return wrap(model, settings.config, base)
