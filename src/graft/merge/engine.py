@@ -188,7 +188,7 @@ def unrelated(
     Raises CannotCombine where they did not grow from one initialisation and that is not forced.
     """
     first, *others = settings.parents
-    if settings.method == "passthrough":
+    if settings.method == "passthrough" or settings.aligns:
         return []
     unknown = {name for name, folder in folders.items() if read_manifest(folder) is None}
     pairs = [name for name in others if name in unknown or first in unknown]

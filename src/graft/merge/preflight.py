@@ -88,7 +88,7 @@ def problems(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[list
             )
         if settings.of_one_base and a.initialisation != b.initialisation:
             forced.append(f"{name} and {first} stand on different bases: the sum of their changes belongs to neither")
-        elif not related(a, b):
+        elif not (settings.aligns or related(a, b)):
             forced.append(
                 f"{name} and {first} grew from different initialisations: the mean of their weights is no model; "
                 f"{INSTEAD}"

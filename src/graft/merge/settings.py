@@ -20,6 +20,8 @@ class MergeSettings(Settings):
 
     draws: ClassVar[bool] = False
     """Whether the method draws at random."""
+    aligns: ClassVar[bool] = False
+    """Whether the method makes models of different initialisation comparable before it merges them."""
     makes: ClassVar[Literal["model", "adapter"]] = "model"
     """What the method writes."""
     of_one_base: ClassVar[bool] = False
