@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.errors import Problem, SettingsError
+from graft.merge._options import OnData, SubspaceSettings
 from graft.merge.inputs import settled
 from graft.merge.judged import judged_parts, located, task_content
 from graft.merge.settings import DeltaSettings, MergeSettings
@@ -120,7 +121,12 @@ class Merge(Verb[MergeSettings]):
                 side_by_side * 2 * max(made.bytes, 4 * made.parameters if settings.method == "learned_soup" else 0)
             )
             note += "; and models are judged in memory before, which takes as long as measuring them"
-        return Estimate(made.parameters, made.bytes, memory, None if judges else moved / 1e9, note)
+        beside = 0.0
+        if isinstance(settings, OnData | SubspaceSettings):
+            held, beside, more = settings.cost(models[settings.parents[0]])
+            memory, note = memory + held, f"{note}; {more}" if more else note
+        seconds = None if judges else moved / 1e9 + beside
+        return Estimate(made.parameters, made.bytes, memory, seconds, note)
 
     def measured(self, settings: MergeSettings) -> Mapping[str, Any]:
         parts = [part for part in judged_parts(settings).values() if part.judges]

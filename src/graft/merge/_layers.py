@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from graft.errors import CannotCombine
+
 if TYPE_CHECKING:
     from torch import nn
 
-    from graft.merge.engine import Prepared
+    from graft.merge.prepared import Prepared
     from graft.merge.settings import MergeSettings
     from graft.merge.stream import Tensors
     from graft.verb import Job
@@ -67,6 +69,17 @@ def layers_of(folder: Path) -> Layers | None:
     return Layers.of(model) if model is not None else None
 
 
+def parameters_of(layers: Layers, stored: Iterable[str], model: str) -> dict[str, str]:
+    """The parameter that each stored tensor is. Raises CannotCombine for one that is made into another on loading."""
+    found = {name: layers.parameter(name) for name in stored}
+    if unknown := [name for name, parameter in found.items() if parameter is None]:
+        raise CannotCombine(
+            f"expected the tensors of {model} to be parameters of its class, found {len(unknown)} that transformers "
+            f"makes into others on loading ({', '.join(unknown[:3])}): use `regmean`, or a method without data"
+        )
+    return {name: parameter for name, parameter in found.items() if parameter is not None}
+
+
 def orientation(tensors: Tensors, layers: Layers | None) -> bool | None:
     """Whether a tensor is a linear layer's weight kept as [in, out]; None: it is a bias, a norm, a table or no matrix.
 
@@ -75,14 +88,15 @@ def orientation(tensors: Tensors, layers: Layers | None) -> bool | None:
     if len(tensors.shape) != 2 or 0 in tensors.shape:
         return None
     if layers is not None:
-        return layers.transposed(tensors.name)
+        return layers.transposed((tensors.base or tensors.models[0]).name)
     return None if any(word in tensors.name for word in TABLES) else False
 
 
 def prepare_layers(job: Job, settings: MergeSettings) -> Prepared:
     """What a method on matrices finds out beforehand: which tensors are linear layers' weights."""
-    from graft.merge.engine import Prepared
+    from graft.merge.inputs import inputs
+    from graft.merge.prepared import Prepared
 
-    layers = layers_of(job.models[settings.parents[0]])
+    layers = layers_of(inputs(settings, job.models)[settings.parents[0]].home)
     how = "module types" if layers is not None else "names: this version of transformers does not know the architecture"
     return Prepared(settings, {"linear_layers_found_by": how}, layers)

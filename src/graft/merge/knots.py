@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from graft.merge._layers import prepare_layers
+from graft.merge._options import SubspaceSettings
 from graft.merge.settings import SparseSettings
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 prepare = prepare_layers
 
 
-class Settings(SparseSettings):
+class Settings(SubspaceSettings, SparseSettings):
     """`θ₀ + λ U merge(Σ V_1, …)` with `[δ_1 … δ_n] = U Σ [V_1 … V_n]` for linear layers: task vectors of adapters,
     which lie in different low-rank spaces, meet in U. Other tensors: the weighted mean (or sum) of the task vectors."""
 

@@ -10,6 +10,7 @@ from typing import Any
 from graft.checkpoint import FLOATS, Headers
 from graft.errors import CannotCombine
 from graft.lineage import ADAPTED, facts_of
+from graft.merge._options import OnData
 from graft.merge.architecture import architecture
 from graft.merge.inputs import homeless, inputs, settled
 from graft.merge.settings import MergeSettings
@@ -71,6 +72,13 @@ def problems(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[list
         for name, facts in models.items()
         if facts.stored == "pickle" and not settings.allow_pickle
     ]
+    if isinstance(settings, OnData) and settings.on is not None:
+        never += [
+            f"{name} is of architecture {models[name].architecture}: {settings.method} reads text with causal language "
+            f"models; {INSTEAD}"
+            for name in settings.parents
+            if models[name].architecture != "decoder"
+        ]
     forced: list[str] = []
     for name in others:
         a, b = models[first], models[name]

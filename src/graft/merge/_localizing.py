@@ -1,0 +1,128 @@
+"""Learning the region of a task vector that makes its model good at its data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from graft.checkpoint import FLOATS, TensorReader, TensorWriter
+from graft.data.objectives import IGNORED
+from graft.data.rows import Rows
+from graft.merge._composed import Composed
+from graft.merge._reading import kept, made_of, rows_for
+from graft.merge._select import Cut
+from graft.merge.inputs import inputs
+from graft.merge.localize_and_stitch import Settings, survey
+from graft.merge.preflight import layout
+from graft.merge.prepared import Prepared
+from graft.merge.stream import Source, Tensors, Workers
+from graft.progress import Progress
+from graft.train.losses import TokenLoss
+from graft.verb import Job
+
+SHARE = "share.json"
+
+
+class Regions:
+    """The regions of all models, on disk as a byte an element."""
+
+    def __init__(self, folders: Mapping[str, Path]):
+        self._readers = {name: TensorReader(folder) for name, folder in folders.items()}
+
+    def read(self, source: Source, start: int, count: int) -> Tensor:
+        """1 or 0 for `count` elements of a model's tensor from element `start`: flat, float32."""
+        return self._readers[source.model].read(source.name, start, count).float()
+
+    def close(self) -> None:
+        """Close the files."""
+        for reader in self._readers.values():
+            reader.close()
+
+
+def learned(job: Job, settings: Settings) -> Prepared:
+    """The regions of all models."""
+    cuts: list[Mapping[str, list[Cut]]] = []
+    folders = {}
+    with Composed(job, settings) as composed:
+        for place, name in enumerate(settings.names):
+
+            def make(folder: Path) -> None:
+                if not cuts:
+                    cuts.append(largest_of(job, settings))
+                start = {p: cuts[0][tensor][place] for tensor, p in composed.outputs.items()}  # noqa: B023
+                _write(composed, folder, localized(composed, job, settings, name, start), name)  # noqa: B023
+
+            made = {**made_of(job, settings), "model": name}
+            folders[name] = kept(job.scratch / "regions" / str(place), made, make)
+    shares = {name: json.loads((folder / SHARE).read_text()) for name, folder in folders.items()}
+    return Prepared(settings, {"share_in_region": shares}, Regions(folders))
+
+
+def largest_of(job: Job, settings: Settings) -> Mapping[str, list[Cut]]:
+    """The largest of every task vector, as where regions are not learned."""
+    plan = layout(settings, job.models)
+    with ExitStack() as opened:
+        parents = inputs(settings, job.models)
+        readers = {name: opened.enter_context(parent.open()) for name, parent in parents.items()}
+        workers = opened.enter_context(Workers())
+        tensors = []
+        for name, (dtype, shape) in plan.tensors.items():
+            sources = {model: Source(model, readers[model], stored) for model, stored in plan.places[name].items()}
+            if dtype in FLOATS:
+                models = [sources[model] for model in settings.names]
+                tensors.append(Tensors(name, shape, models, sources[settings.base], workers))
+        return survey(tensors, settings)
+
+
+def localized(
+    composed: Composed, job: Job, settings: Settings, name: str, start: Mapping[str, Cut]
+) -> dict[str, Tensor]:
+    """S of every parameter after gradient descent on `loss(θ₀ + σ(S) δ) + l1 sum σ(S)`, float32, in its shape.
+
+    He et al. 2024, arXiv:2408.13656, equation 2; S begins at `bias` in the cut and at −`bias` outside.
+    """
+    scores = {}
+    for parameter, cut in start.items():
+        delta = composed.delta(parameter, name)
+        inside = torch.from_numpy(cut.keep(delta.abs().flatten().cpu(), 0)).view(delta.shape).to(delta.device)
+        scores[parameter] = (inside.float() * 2 - 1).mul_(settings.bias)
+
+    def descend(parameter: str, gradient: Tensor) -> None:
+        gates = scores[parameter].sigmoid()
+        slope = (gradient * composed.delta(parameter, name)).add_(settings.l1)
+        scores[parameter].sub_(slope.mul_(gates * (1 - gates)), alpha=settings.learning_rate)
+
+    rows = rows_for(job, settings, composed.model, name)
+    with Progress(f"localizing {name}", settings.steps, "steps") as progress:
+        for step in range(settings.steps):
+            composed.compose(lambda parameter: scores[parameter].sigmoid().mul_(composed.delta(parameter, name)))
+            with composed.gradients(descend):
+                loss = _loss(composed, settings, rows, step)
+            progress.advance(1, f"loss {loss:.4f}")
+    return scores
+
+
+def _loss(composed: Composed, settings: Settings, rows: Rows, step: int) -> float:
+    """Mean loss a token of a batch, with a backward pass."""
+    pool = min(len(rows), max(settings.tokens // len(rows[0]["input_ids"]), 1))
+    batch = rows.collate([rows[(step * settings.batch_size + i) % pool] for i in range(min(settings.batch_size, pool))])
+    batch = {key: tensor.to(composed.model.device) for key, tensor in batch.items()}
+    loss = TokenLoss()(composed.model, batch) / max(int((batch["labels"] != IGNORED).sum()), 1)
+    loss.backward()
+    return float(loss.detach())
+
+
+def _write(composed: Composed, folder: Path, scores: Mapping[str, Tensor], name: str) -> None:
+    """The region of one model: where S is above 0, under the names of its own tensors."""
+    stored = {places[name]: parameter for parameter, places in composed.places.items()}
+    writer = TensorWriter(folder, {tensor: ("U8", tuple(scores[p].shape)) for tensor, p in stored.items()})
+    for tensor, parameter in stored.items():
+        writer.write(tensor, 0, (scores[parameter] > 0).to("cpu", torch.uint8).numpy().reshape(-1).data)
+    writer.close()
+    whole = sum(score.numel() for score in scores.values())
+    (folder / SHARE).write_text(json.dumps(sum(int((score > 0).sum()) for score in scores.values()) / whole))

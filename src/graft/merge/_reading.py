@@ -1,0 +1,96 @@
+"""Text for methods that look at what models do with it: rows of tokens for each model, and what was measured, kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from graft import data, models
+from graft.checkpoint import atomic_folder
+from graft.data.objectives import Causal, objective_rows
+from graft.data.rows import Rows
+from graft.evaluate.scorer import longest_context
+from graft.merge._layers import Layers
+from graft.merge._options import OnData
+from graft.merge.inputs import inputs
+from graft.merge.settings import MergeSettings
+from graft.settings import Settings
+from graft.train.attention import Batch, keeps_apart
+from graft.verb import Job
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LONGEST = 512
+"""Tokens of context where nothing is said, if the model can take as many."""
+MARK = "made_of.json"
+
+
+def device_of(job: Job) -> str:
+    """Where models run: where the job says, else the accelerator where there is one."""
+    return job.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load(job: Job, settings: MergeSettings, name: str) -> PreTrainedModel:
+    """A parent as a model in float32, in evaluation mode; an adapter put into the model that it stands on."""
+    parent = inputs(settings, job.models)[name]
+    model = models.load(parent.home, dtype=torch.float32, device=device_of(job))
+    if parent.folder != parent.home:
+        layers = Layers.of(model)
+        with parent.open() as reader, torch.no_grad():
+            for stored in reader.names:
+                if parameter := layers.parameter(stored):
+                    model.get_parameter(parameter).copy_(reader.read(stored))
+    return model
+
+
+def rows_for(job: Job, settings: OnData, model: PreTrainedModel, name: str) -> Rows:
+    """The rows that are read for the model `name`; `model` is the one that reads them."""
+    reference, split = data.split_ref(settings.data_of(name))
+    home = inputs(settings, job.models)[name].home
+    length = settings.length or min(longest_context(model.config), LONGEST)
+    return objective_rows(
+        data.open_corpus(job.data, reference, job.root), split, models.load_tokenizer(home), Causal(),
+        length=length, seed=job.seed, cache=job.cache, together=keeps_apart(model, length),
+    )  # fmt: skip
+
+
+def batches(settings: OnData, rows: Rows, size: int, device: Any) -> Iterator[Batch]:
+    """Batches of `size` rows until `settings.tokens` tokens have come, or each row once."""
+    read, index = 0, 0
+    while read < settings.tokens and index < len(rows):
+        batch = rows.collate([rows[i] for i in range(index, min(index + size, len(rows)))])
+        read += int(real(batch).sum())
+        index += size
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def real(batch: Batch) -> torch.Tensor:
+    """[batch, length] bool: which places hold tokens and not padding."""
+    if "segments" in batch:
+        return batch["segments"] >= 0
+    if "attention_mask" in batch:
+        return batch["attention_mask"].bool()
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+
+
+def kept(folder: Path, made_of: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
+    """`folder`, filled by `make`, unless a run that was killed has filled it from the same things already."""
+    plain = json.dumps(made_of, sort_keys=True)
+    mark = folder / MARK
+    if not (mark.is_file() and mark.read_text() == plain):
+        with atomic_folder(folder) as part:
+            make(part)
+            (part / MARK).write_text(plain)
+    return folder
+
+
+def made_of(job: Job, settings: Settings) -> dict[str, Any]:
+    """What decides all that is measured in a job: settings, seed and the weights of the parents."""
+    from graft.merge.engine import stamps
+
+    return {"settings": settings.plain(), "seed": job.seed, "parents": stamps(job.models)}
