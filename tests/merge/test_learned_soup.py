@@ -34,8 +34,8 @@ def mixture(asked, trained):
     made = asked(by_layer=True)
     with ExitStack() as opened:
         readers = [opened.enter_context(TensorReader(trained[name])) for name in NAMES]
-        mixed, groups = _mixture(made, made.settings, readers)
-        yield mixed, groups, _batches(made, made.settings, mixed.module)[0]
+        mixed, groups = _mixture(made, made.settings, readers, trained["up"])
+        yield mixed, groups, _batches(made, made.settings, mixed.module, trained["up"])[0]
 
 
 LOGITS = [[0.4, -0.3, -1.0], [-0.2, 0.5, -2.0], [0.1, 0.0, -0.7]]
@@ -109,7 +109,7 @@ def test_every_layer_is_a_group_and_what_lies_outside_is_the_last():
 
 def loss_of(folder, made):
     loss, model = TokenLoss(), load(folder)
-    batches = _batches(made, made.settings, model)
+    batches = _batches(made, made.settings, model, folder)
     with torch.no_grad():
         return sum(float(loss(model, b)) for b in batches) / sum(loss.weight(b) for b in batches)
 

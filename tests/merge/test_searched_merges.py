@@ -12,7 +12,7 @@ from graft.errors import CannotCombine, RequestError, SettingsError
 from graft.evaluate import parse
 from graft.evaluate.judge import Judge
 from graft.merge import VERB, candidates, greedy_soup
-from graft.merge.candidates import Candidates, Seat
+from graft.merge.candidates import Candidates, InMemory, Seat
 from graft.merge.search import evolve, golden
 from graft.models import load
 
@@ -199,6 +199,46 @@ def test_no_merge_is_judged_twice_even_after_a_kill(root, data, trained, tmp_pat
     assert len(judged) == 15
     made, expected = tensors(tmp_path / "killed"), tensors(tmp_path / "whole")
     assert all(torch.equal(made[name], expected[name]) for name in expected)
+
+
+def test_what_is_not_in_the_type_of_the_merge_is_brought_over_at_the_end():
+    """As on another device: the model's own tensors stay as they are until all is written."""
+    target = {"w": torch.zeros(2, 3, dtype=torch.float64), "v": torch.zeros(4)}
+    writer = InMemory(target, {"w": ("F32", (2, 3)), "v": ("F32", (4,))})
+    values = torch.arange(6, dtype=torch.float32)
+    writer.write("w", 8, values.numpy().tobytes()[8:])
+    writer.write("v", 4, values.numpy().tobytes()[4:12])
+    assert target["v"].tolist() == [0, 1, 2, 0]
+    assert not target["w"].any()
+    writer.write("w", 0, values.numpy().tobytes()[:8])
+    writer.close()
+    assert target["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_soup_of_adapters_is_that_of_the_models_they_make(merge, root, trained, tmp_path):
+    from small_adapters import adapter
+
+    adapters = {name: adapter(trained["base"], tmp_path / name, seed) for seed, name in enumerate(("one", "two"))}
+    settings = {"models": list(adapters), "adapters_of": "base"}
+    soup, notes = merge(settings | {"method": "greedy_soup", "on": "all.dev"}, "soup", more=adapters)
+    taken = [one["model"] for one in notes["greedy_soup"]["decisions"] if one["taken"]]
+    plain, _ = merge(settings | {"method": "uniform_soup", "models": taken}, "plain", more=adapters)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(soup).values(), tensors(plain).values(), strict=True))
+    learned, notes = merge(settings | {"method": "learned_soup", "on": "all.dev"}, "learned", more=adapters)
+    (shares,) = notes["learned_soup"]["shares"].values()
+    weighted = settings | {"models": dict(zip(adapters, shares, strict=True))}
+    plain, _ = merge(weighted | {"method": "linear"}, "weighted", more=adapters)
+    for name, value in tensors(learned).items():
+        torch.testing.assert_close(value, tensors(plain)[name], rtol=1e-6, atol=1e-7)
+
+
+BESIDE = [{"search": {"over": {"limit": [1, 5]}, "on": "all.dev"}}, {"slices": [{"up": [0, 1]}]}]
+
+
+@pytest.mark.parametrize("more", BESIDE)
+def test_a_soup_that_chooses_by_itself_is_neither_searched_nor_sliced(more):
+    with pytest.raises(SettingsError, match=r"expected no .* beside greedy_soup, which chooses by itself"):
+        VERB.parse({"method": "greedy_soup", "models": ["up"], "on": "all.dev", **more})
 
 
 # searches

@@ -81,6 +81,8 @@ class Merge(Verb[MergeSettings]):
 
         never, may_be_forced = problems(settings, models)
         first = models[settings.parents[0]].architecture
+        if (settings.search or settings.seeds) and hasattr(method("graft.merge", settings.method), "make"):
+            never.append(f"{settings.method} makes no model: leave `search` and `seeds` out")
         for judged in judged_parts(settings).values():
             if judged.judges and first not in (kinds := judged.entry().architectures):
                 name = judged.task or judged.measure

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ from graft.evaluate.unseen import check_unseen
 from graft.lineage import architecture_of
 from graft.merge.candidates import check_parents, stored_names
 from graft.merge.engine import stamps
+from graft.merge.inputs import inputs
 from graft.merge.preflight import layout
 from graft.merge.slices import LAYER
 from graft.progress import Progress
@@ -136,9 +138,10 @@ def learn(job: Job, settings: Settings) -> Learned:
     check_unseen(job.models, [settings.on], job.data, job.root)
     check_parents(job)
     with ExitStack() as opened:
-        readers = [opened.enter_context(TensorReader(job.models[name])) for name in settings.names]
-        mixture, groups = _mixture(job, settings, readers)
-        batches = _batches(job, settings, mixture.module)
+        parts = list(inputs(settings, job.models).values())
+        readers = [opened.enter_context(part.open()) for part in parts]
+        mixture, groups = _mixture(job, settings, readers, parts[0].home)
+        batches = _batches(job, settings, mixture.module, parts[0].home)
         state = _resumed(job, settings) or State(0, [[0.0] * len(readers)] * len(groups), 1.0)
         learner = _Learner(mixture, batches, settings, state)
         with Progress("learning shares", settings.epochs, "epochs") as progress:
@@ -150,12 +153,11 @@ def learn(job: Job, settings: Settings) -> Learned:
     return Learned(groups, torch.tensor(state.best, dtype=torch.float64).softmax(-1).tolist(), state)
 
 
-def _mixture(job: Job, settings: Settings, readers: Sequence[TensorReader]) -> tuple[Mixture, list[str]]:
+def _mixture(job: Job, settings: Settings, readers: Sequence[TensorReader], home: Path) -> tuple[Mixture, list[str]]:
     plan = layout(settings, job.models)
-    first = job.models[settings.names[0]]
     device = job.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = models.load(first, dtype="float32", device=device)
-    names = stored_names(model, first)
+    model = models.load(home, dtype="float32", device=device)
+    names = stored_names(model, home)
     floats = [name for name, (dtype, _) in plan.tensors.items() if dtype in FLOATS]
     if names is None or not set(floats) <= set(names):
         raise CannotCombine(
@@ -184,7 +186,7 @@ def _pattern(name: str) -> str:
     return f"{match[1]}{match[2]}.*" if match else "*"
 
 
-def _batches(job: Job, settings: Settings, model: Any) -> list[Batch]:
+def _batches(job: Job, settings: Settings, model: Any, home: Path) -> list[Batch]:
     """The rows of the data, `batch_size` at a time."""
     name, split = data.split_ref(settings.on)
     corpus = data.open_corpus(job.data, name, job.root)
@@ -192,7 +194,7 @@ def _batches(job: Job, settings: Settings, model: Any) -> list[Batch]:
     rows = objective_rows(
         corpus,
         split,
-        models.load_tokenizer(job.models[settings.names[0]]),
+        models.load_tokenizer(home),
         objective_for(architecture_of(model.config.to_dict()), None),
         length=length,
         seed=job.seed,

@@ -11,15 +11,14 @@ from pydantic import Field, model_validator
 
 from graft.errors import RequestError
 from graft.merge.judged import Judged
-from graft.merge.settings import MergeSettings
+from graft.merge.prepared import ChoosingSettings, Prepared, as_written
 from graft.settings import ModelRef
 
 if TYPE_CHECKING:
-    from graft.merge.prepared import Prepared
     from graft.verb import Job
 
 
-class Settings(MergeSettings, Judged):
+class Settings(ChoosingSettings, Judged):
     """The mean of the last or the best checkpoints that a training kept, or their moving average."""
 
     method: Literal["checkpoints"] = "checkpoints"
@@ -71,7 +70,6 @@ def prepare(job: Job, settings: Settings) -> Prepared:
     """Finds the checkpoints; what is merged is their linear soup. Raises RequestError where there are too few."""
     from graft.lineage import hash_weights
     from graft.merge.linear import Settings as Linear
-    from graft.merge.prepared import Prepared, as_written
 
     run = job.models[settings.of]
     if settings.ema == "kept":
@@ -155,7 +153,6 @@ def _judged(job: Job, settings: Settings, kept: Mapping[int, Path]) -> dict[int,
 
     from graft.evaluate.unseen import check_unseen
     from graft.merge.candidates import Candidates
-    from graft.merge.prepared import as_written
     from graft.merge.uniform_soup import Settings as Mean
 
     check_unseen(job.models, settings.data, job.data, job.root)

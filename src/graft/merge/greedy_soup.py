@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from graft.merge.judged import NeedsData
+from graft.merge.prepared import ChoosingSettings, Prepared, as_written
 from graft.merge.settings import MergeSettings
 from graft.settings import ModelRef
 
 if TYPE_CHECKING:
-    from graft.merge.prepared import Prepared
     from graft.verb import Job
 
 
-class Settings(MergeSettings, NeedsData):
+class Settings(ChoosingSettings, NeedsData):
     """The mean of the models that help: the best one, then each of the others, best first, that does not make the mean
     of those already taken worse on held-out data."""
 
@@ -59,7 +59,6 @@ def choose(names: Sequence[str], alone: Sequence[float], loss: Callable[[list[st
 def prepare(job: Job, settings: Settings) -> Prepared:
     """Judges each model and then the soups; what is merged is the mean of the chosen ones, best first."""
     from graft.merge.candidates import Candidates
-    from graft.merge.prepared import Prepared
 
     with Candidates(job, settings, settings.jobs) as candidates:
         sign = -1 if candidates.judge.higher_is_better else 1
@@ -84,7 +83,6 @@ def prepare(job: Job, settings: Settings) -> Prepared:
 def mean(settings: MergeSettings, names: Sequence[str]) -> MergeSettings:
     """The plain mean of some of the models, written as `settings` say."""
     from graft.merge import uniform_soup
-    from graft.merge.prepared import as_written
 
     return uniform_soup.Settings(models=list(names), **as_written(settings))
 

@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from graft.merge.settings import MergeSettings
+from graft.merge.prepared import ChoosingSettings, Prepared, as_written
 from graft.settings import DataRef, ModelRef
 
 if TYPE_CHECKING:
-    from graft.merge.prepared import Prepared
     from graft.verb import Job
 
 
-class Settings(MergeSettings):
+class Settings(ChoosingSettings):
     """`sum_m softmax(α)_m θ_m`, where α makes the loss on held-out data small; for each layer, if asked for."""
 
     method: Literal["learned_soup"] = "learned_soup"
@@ -41,7 +40,6 @@ def prepare(job: Job, settings: Settings) -> Prepared:
     """
     from graft.merge import linear
     from graft.merge._learning import learn
-    from graft.merge.prepared import Prepared, as_written
     from graft.merge.varying import parse_varying
 
     learned = learn(job, settings)

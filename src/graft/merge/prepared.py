@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import model_validator
+
 from graft.merge.settings import MergeSettings
 
 
@@ -24,6 +26,20 @@ class Prepared:
     """Where the models lie, if they are others than the job's."""
 
 
+NOT_SHARED = ("method", "models", "slices", "search", "seeds")
+
+
+class ChoosingSettings(MergeSettings):
+    """A merge that finds out itself which models, or how much of each, become another merge."""
+
+    @model_validator(mode="after")
+    def _chooses_alone(self) -> ChoosingSettings:
+        for name in ("slices", "search"):
+            if getattr(self, name):
+                raise ValueError(f"expected no {name} beside {self.method}, which chooses by itself, found some")
+        return self
+
+
 def as_written(settings: MergeSettings) -> dict[str, Any]:
-    """The settings that say how a merge is written and not what it is."""
-    return {"dtype": settings.dtype, "force": settings.force, "shard": settings.shard}
+    """The settings that a merge of other models or by another method takes over: how it reads and writes."""
+    return {name: getattr(settings, name) for name in MergeSettings.model_fields if name not in NOT_SHARED}
