@@ -50,6 +50,7 @@ def test_what_the_pages_show_runs(workplace):
     assert {"run", "plan", "tree", "report", "pretrain", "tune", "merge", "relate", "ensemble", "eval", "chat"} <= shown
     run_readme()
     run_evaluation()
+    run_tuning()
 
 
 def run_guide() -> set[str]:
@@ -85,6 +86,15 @@ def run_evaluation() -> None:
     graft(["eval", "tuned-on-code", "--task", "colours.yaml", "--out", "runs/colours"])
     rows = [json.loads(line) for line in Path("runs/colours/results.jsonl").read_text().splitlines()]
     assert {row["metric"]: row["n"] for row in rows} == {"accuracy": 9, "accuracy_per_byte": 9}
+
+
+def run_tuning() -> None:
+    for language, _, content in blocks((DOCS / "tuning.md").read_text()):
+        for words in commands(content) if language == "console" else ():
+            graft(words[1:])
+        if language == "python":
+            exec(compile(content, "tuning.md", "exec"), {})
+    assert {"low", "keys", "stacked", "weighted", "whole"} <= {path.name for path in Path("models").iterdir()}
 
 
 @pytest.mark.parametrize("page", sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("bench/*.md")]))

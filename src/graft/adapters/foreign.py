@@ -60,7 +60,7 @@ def wrap(model: PreTrainedModel, settings: Mapping[str, Any], base: Path | None)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise RequestError(f"peft: {error}") from None
     model.__dict__[HOLDER] = (wrapper, base, dict(settings))
-    model.__class__ = adapted_class(type(model))
+    model.__class__ = adapted_class(type(model))  # type: ignore[arg-type]
     return model
 
 

@@ -29,19 +29,20 @@ PARAMETERS = {
 
 
 def rows(methods: Mapping[str, Sequence[Point]], model: Any = None) -> list[dict[str, str]]:
-    """A row a method: form, insertion, places, composition, parameters; counted where `model` (a skeleton) is given."""
-    found = []
-    for name, points in methods.items():
-        row = {
-            "method": name,
-            "Δh": " and ".join(_form(point) for point in points),
-            "inserted": " and ".join(dict.fromkeys(point.insertion for point in points)),
-            "at": " and ".join(", ".join(point.on) for point in points),
-            "composition": " and ".join(_composition(point) for point in points),
-            "parameters": " and ".join(_parameters(point) for point in points),
-        }
-        found.append(row | ({"in this model": counted(model, points)} if model is not None else {}))
-    return found
+    """A row a point: form, insertion, places, composition, parameters; counted where `model` (a skeleton) is given."""
+    return [_row(name, point, model) for name, points in methods.items() for point in points]
+
+
+def _row(name: str, point: Point, model: Any) -> dict[str, str]:
+    row = {
+        "method": name,
+        "Δh": _form(point),
+        "inserted": point.insertion,
+        "at": ", ".join(point.on),
+        "composition": _composition(point),
+        "parameters": _parameters(point),
+    }
+    return row | ({"in this model": counted(model, [point])} if model is not None else {})
 
 
 def _form(point: Point) -> str:
@@ -51,8 +52,7 @@ def _form(point: Point) -> str:
 
 def _composition(point: Point) -> str:
     if point.form in ("softmax", "tokens"):
-        gated = "(1-λ)h + λΔh"
-        return f"h + g({gated} - h)" if point.gate else gated
+        return "(1-gλ)h + gλΔh" if point.gate else "(1-λ)h + λΔh"
     scale = point.scale if point.scale == "learned" else f"{point.scale:g}"
     return {"add": "h + Δh", "scaled": f"h + sΔh, s = {scale}", "gated": "h + g(Δh - h)"}[point.composition]
 
@@ -60,7 +60,7 @@ def _composition(point: Point) -> str:
 def _parameters(point: Point) -> str:
     formula = PARAMETERS[point.form]
     formula += "+r+o" if point.form == "bottleneck" and point.biases else ""
-    formula += " + a gate a head" if point.form in ("softmax", "tokens") and point.gate else ""
+    formula += ", g a head" if point.form in ("softmax", "tokens") and point.gate else ""
     return formula + (f", r = {point.size}" if point.size else "")
 
 
