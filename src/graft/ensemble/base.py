@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from graft import lineage, models
 from graft.ensemble import linear
 from graft.ensemble.configuration import EnsembleConfig, context_of, keeps_text, kind_of, layers_of, spans_of
 from graft.ensemble.gate import Gate
-from graft.ensemble.members import fresh, load_members
+from graft.ensemble.members import copied, fresh, load_members
 from graft.ensemble.union import Union, union_of
 from graft.errors import RequestError, RunError
 from graft.methods import method
@@ -136,15 +135,14 @@ class Ensemble(PreTrainedModel):
     def _inside(self, entry: dict[str, Any], member: Any, folder: Path, copies: dict[Any, str]) -> dict[str, Any]:
         """The entry of a member that is copied into `folder`, unless one with the same weights has been."""
         source = self._source(entry)
-        same = source.resolve() if source is not None else next(member.parameters()).data_ptr()
+        if source is not None and source.is_dir():
+            path = copied(source, folder, entry["name"], copies)
+            return {**entry, "path": path, "hash": lineage.hash_model(folder / path)}
+        same = next(member.parameters()).data_ptr()
         if same not in copies:
             copies[same] = f"members/{entry['name']}"
-            if source is not None and source.is_dir():
-                shutil.copytree(source, folder / copies[same], dirs_exist_ok=True)
-            else:
-                member.save_pretrained(
-                    folder / copies[same], **({"self_contained": True} if isinstance(member, Ensemble) else {})
-                )
+            nested = {"self_contained": True} if isinstance(member, Ensemble) else {}
+            member.save_pretrained(folder / copies[same], **nested)
         return {**entry, "path": copies[same], "hash": lineage.hash_model(folder / copies[same])}
 
     def _outside(self, entry: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -11,11 +11,11 @@ import numpy as np
 from graft.ensemble.configuration import kind_of
 from graft.ensemble.fitting import held_out
 from graft.ensemble.gains import Gains, gains
+from graft.ensemble.members import config_of
 from graft.ensemble.reading import common_context, pair_items, said, text_items
 from graft.ensemble.sources import Source
 from graft.errors import RequestError
 from graft.evaluate.unseen import check_unseen
-from graft.lineage import read_config
 
 
 def predicted(
@@ -36,7 +36,7 @@ def predicted(
     check_unseen(folders, [reference], sets, root)
     text = held_out(reference, documents, sets, root, device)
     sources = [Source(name, folder, name) for name, folder in folders.items()]
-    kind = kind_of([read_config(source.folder) for source in sources])
+    kind = kind_of([config_of(source.folder) for source in sources])
     if kind == "SequenceClassification":
         raise RequestError("expected models that write, found classifiers")
     places = list(folders.values())

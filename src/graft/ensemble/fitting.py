@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from graft import data, lineage, models
+from graft import data, models
 from graft.data.corpus import text_of
 from graft.ensemble.classification import labels_of
 from graft.ensemble.configuration import kind_of
@@ -19,6 +19,7 @@ from graft.ensemble.contributions import MOST, contributions
 from graft.ensemble.diversity import error_correlation
 from graft.ensemble.gate import Told, features, fit_gate
 from graft.ensemble.linear import Settings, combine
+from graft.ensemble.members import config_of
 from graft.ensemble.reading import Read, classes, common_context, distributions, pair_items, text_items
 from graft.ensemble.settings import EnsembleSettings, FittedWeights, GateSettings
 from graft.ensemble.sources import Source
@@ -86,7 +87,7 @@ def _fit_mixture(sources: list[Source], text: HeldOut) -> Fit:
 
 def _choices(source: Source) -> int:
     """Among how much a model without any knowledge would choose: the tokens, or of a classifier the classes."""
-    config = lineage.read_config(source.folder)
+    config = config_of(source.folder)
     return len(labels_of(config)) if kind_of([config]) == "SequenceClassification" else int(config["vocab_size"])
 
 
@@ -104,7 +105,7 @@ def columns(sources: list[Source], text: HeldOut) -> tuple[np.ndarray, np.ndarra
 
 
 def _kind(sources: list[Source]) -> str:
-    return kind_of([lineage.read_config(source.folder) for source in sources])
+    return kind_of([config_of(source.folder) for source in sources])
 
 
 def _fit_product(sources: list[Source], text: HeldOut) -> Fit:

@@ -2,24 +2,89 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from graft import lineage, models
-from graft.ensemble.dropout import thinned
+from graft.adapters.facts import frozen_config
+from graft.checkpoint import atomic_write
+from graft.ensemble.dropout import thinned, twin
 from graft.ensemble.sources import Source
 from graft.errors import CheckpointError
+from graft.lora import CONFIG as LORA_CONFIG
+from graft.lora import base_folder, is_lora
 
 
 def member_entry(source: Source, folder: Path, seen_from: Path) -> dict[str, Any]:
     """What a configuration says of a member that lies in `folder`: name, path, hash, configuration, extras."""
-    config = lineage.read_config(folder)
     path = os.path.relpath(folder.resolve(), seen_from.resolve())
-    return {"name": source.name, "path": path, "hash": lineage.hash_model(folder), "config": config, **source.extras}
+    return {
+        "name": source.name,
+        "path": path,
+        "hash": lineage.hash_model(folder),
+        "config": config_of(folder),
+        **source.extras,
+    }
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The configuration of the model in a folder; of an adapter's, that of the model it changes."""
+    return frozen_config(lineage.read_config(home_of(folder)))
+
+
+def home_of(folder: Path) -> Path:
+    """Where configuration and tokenizer lie: the folder, or for an adapter of peft its base's.
+
+    Raises CheckpointError where that is not there.
+    """
+    if not is_lora(folder):
+        return folder
+    base = base_folder(folder)
+    if base is None:
+        raise CheckpointError(f"{folder}: the adapter's base is missing: expected a model where it says")
+    return base
+
+
+def copied(folder: Path, target: Path, name: str, copies: dict[Path, str]) -> str:
+    """Copy a member's folder, and the base of an adapter, into `target/members`, each once; its path from `target`.
+
+    `copies` holds what has been copied: the path from `target`, by the folder.
+    """
+    own = folder.resolve()
+    if own in copies:
+        return copies[own]
+    copies[own] = f"members/{name}"
+    shutil.copytree(own, target / copies[own], dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoints"))
+    base = _base_of(own)
+    if base is not None:
+        _rename_base(target / copies[own], os.path.basename(copied(base, target, f"{name}-base", copies)))
+    return copies[own]
+
+
+def _base_of(folder: Path) -> Path | None:
+    """The folder of the model that an adapter's folder names; None for a model of its own."""
+    if is_lora(folder):
+        return home_of(folder)
+    adapted = lineage.read_config(folder).get(lineage.ADAPTED)
+    return None if adapted is None else folder / adapted["base"]["path"]
+
+
+def _rename_base(folder: Path, beside: str) -> None:
+    """Let the adapter in `folder` name the base that lies beside it."""
+    path = folder / (LORA_CONFIG if is_lora(folder) else "config.json")
+    config = json.loads(path.read_text())
+    if is_lora(folder):
+        config["base_model_name_or_path"] = f"../{beside}"
+    else:
+        config[lineage.ADAPTED]["base"]["path"] = f"../{beside}"
+    atomic_write(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def load_members(entries: Sequence[Mapping[str, Any]], folder: Path, dtype: Any) -> list[PreTrainedModel]:
@@ -37,8 +102,9 @@ Loaded = dict[tuple[Any, ...], Any]
 
 def _load_entry(entry: Mapping[str, Any], folder: Path, dtype: Any, found: Loaded) -> PreTrainedModel:
     place = folder / entry["path"]
-    if not (place / "config.json").exists():
+    if not (place / "config.json").exists() and not is_lora(place):
         raise CheckpointError(f"{folder}: member {entry['name']!r} is missing: expected a model in {place}")
+    home_of(place)
     now = lineage.hash_model(place)
     if entry.get("hash") and now != entry["hash"]:
         raise CheckpointError(
@@ -51,14 +117,46 @@ def _load_entry(entry: Mapping[str, Any], folder: Path, dtype: Any, found: Loade
 def loaded(
     place: Path, extras: Mapping[str, Any], *, dtype: Any = None, device: str | None = None, found: Loaded | None = None
 ) -> PreTrainedModel:
-    """The model in `place` with what `extras` say of it; its weights are those in `found` if it is there already."""
+    """The model in `place` with what `extras` say of it.
+
+    Weights that are in `found` already are not held twice: those of the folder itself, of the model that an adapter
+    changes, and all that are the same as those of the same name in another.
+    """
     wanted, where = extras.get("dtype") or dtype, extras.get("device") or device
     key = (place.resolve(), str(wanted), where)
     known = {} if found is None else found
     if key not in known:
-        known[key] = models.load(place, dtype=wanted, device=where)
+        if is_lora(place):
+            base = loaded(home_of(place), {}, dtype=wanted, device=where, found=known)
+            known[key] = _adapted(twin(base), place)
+        else:
+            known[key] = share(models.load(place, dtype=wanted, device=where), list(known.values()))
     dropout = extras.get("dropout")
     return known[key] if dropout is None else thinned(known[key], dropout["share"], dropout["seed"])
+
+
+def _adapted(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model with an adapter of peft, which computes beside its weights and leaves them as they are."""
+    from graft.adapters.peft_format import adopt_peft
+
+    adopt_peft(model, folder, "adapter")
+    return model.eval()
+
+
+def share(model: PreTrainedModel, others: Sequence[PreTrainedModel]) -> PreTrainedModel:
+    """The model (in place) with the very tensors of `others` where theirs of the same name are equal to its own."""
+    there = [dict(other.named_parameters(remove_duplicate=False)) for other in others]
+    for name, weight in list(model.named_parameters(remove_duplicate=False)):
+        same = next((other[name] for other in there if name in other and _equal(other[name], weight)), None)
+        if same is not None:
+            module, _, last = name.rpartition(".")
+            setattr(model.get_submodule(module), last, same)
+    return model
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    alike = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    return alike and torch.equal(one, other)
 
 
 def fresh(config: dict[str, Any]) -> PreTrainedModel:

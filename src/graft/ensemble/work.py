@@ -18,9 +18,6 @@ from graft.verb import Facts, Job
 SHARED = ("least_risk", "linear", "log_linear", "majority", "ranked")
 """Rules under which a member's weight may be shared out among several."""
 
-NOT_COPIED = shutil.ignore_patterns("checkpoints")
-"""What of a member's folder does not belong to the member."""
-
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -187,11 +184,13 @@ def _write(
 ) -> None:
     from graft.checkpoint import atomic_write
     from graft.ensemble.configuration import EnsembleConfig
+    from graft.ensemble.members import home_of
 
     entries = _entries(job, settings, sources)
+    first = home_of(sources[0].folder)
     for file in TOKENIZER_FILES:
-        if (sources[0].folder / file).exists():
-            shutil.copyfile(sources[0].folder / file, job.out / file)
+        if (first / file).exists():
+            shutil.copyfile(first / file, job.out / file)
     over = _write_union(job, sources) if settings.vocabulary == "union" else {}
     config = EnsembleConfig(entries, settings.rule, weights, settings.options, gate, draft=settings.draft, **over)
     atomic_write(job.out / "config.json", json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
@@ -199,13 +198,10 @@ def _write(
 
 def _entries(job: Job, settings: EnsembleSettings, sources: Sequence[Source]) -> list[dict[str, Any]]:
     """What the configuration says of each member; a self-contained ensemble has copies, each folder once."""
-    from graft.ensemble.members import member_entry
+    from graft.ensemble.members import copied, member_entry
 
     if not settings.self_contained:
         return [member_entry(source, source.folder, job.target or job.out) for source in sources]
-    copies: dict[Path, Path] = {}
-    for source in sources:
-        if source.folder not in copies:
-            copies[source.folder] = job.out / "members" / source.name
-            shutil.copytree(source.folder, copies[source.folder], dirs_exist_ok=True, ignore=NOT_COPIED)
-    return [member_entry(source, copies[source.folder], job.out) for source in sources]
+    copies: dict[Path, str] = {}
+    places = [job.out / copied(source.folder, job.out, source.name, copies) for source in sources]
+    return [member_entry(source, place, job.out) for source, place in zip(sources, places, strict=True)]
