@@ -16,6 +16,7 @@ from torch import Tensor
 from graft.checkpoint import FLOATS
 from graft.merge._layers import Layers, parameters_of
 from graft.merge._reading import load
+from graft.merge.candidates import check_parents
 from graft.merge.inputs import inputs
 from graft.merge.preflight import layout
 from graft.merge.settings import DeltaSettings
@@ -32,6 +33,7 @@ class Composed:
     """`with Composed(job, settings) as composed`: `.model` (the base at first), `.compose(make)`, `.gradients(to)`."""
 
     def __init__(self, job: Job, settings: DeltaSettings):
+        check_parents(job)
         self.settings = settings
         plan = layout(settings, job.models)
         floats = {name: places for name, places in plan.places.items() if plan.tensors[name][0] in FLOATS}

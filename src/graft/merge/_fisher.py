@@ -15,9 +15,9 @@ from graft.data.objectives import IGNORED
 from graft.errors import CannotCombine
 from graft.merge._layers import Layers, parameters_of
 from graft.merge._reading import batches, device_of, kept, load, made_of, rows_for
+from graft.merge.candidates import check_parents
 from graft.merge.fisher import Settings
 from graft.merge.inputs import inputs
-from graft.merge.preflight import layout
 from graft.merge.prepared import Prepared
 from graft.merge.stream import Source
 from graft.progress import Progress
@@ -50,7 +50,7 @@ class Fishers:
 
 def measured(job: Job, settings: Settings) -> Prepared:
     """The Fisher information of all models. What cannot be merged is refused before that takes its time."""
-    layout(settings, job.models)
+    check_parents(job)
     folders = {
         name: kept(
             job.scratch / "fisher" / f"{place}",

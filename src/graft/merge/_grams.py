@@ -20,8 +20,8 @@ from graft.checkpoint import Headers, TensorReader, TensorWriter
 from graft.errors import CannotCombine
 from graft.merge._layers import Layers, layers_of
 from graft.merge._reading import batches, device_of, kept, load, made_of, real, rows_for
+from graft.merge.candidates import check_parents
 from graft.merge.inputs import inputs
-from graft.merge.preflight import layout
 from graft.merge.prepared import Prepared
 from graft.merge.regmean import RegressionSettings
 from graft.merge.stream import Source
@@ -129,7 +129,7 @@ class Gatherer:
 
 def measured(job: Job, settings: RegressionSettings) -> Prepared:
     """The Gram matrices of all models. What cannot be merged is refused before that takes its time."""
-    layout(settings, job.models)
+    check_parents(job)
     folders = {name: _of_model(job, settings, name) for name in settings.names}
     return Prepared(settings, noted(folders), Grams(folders))
 

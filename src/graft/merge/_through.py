@@ -15,6 +15,7 @@ from graft.errors import CannotCombine
 from graft.merge._grams import ROWS, Gatherer, Grams, gather, noted, widths_of, write
 from graft.merge._layers import Layers
 from graft.merge._reading import batches, device_of, kept, load, made_of, real, rows_for
+from graft.merge.candidates import check_parents
 from graft.merge.inputs import inputs
 from graft.merge.preflight import layout
 from graft.merge.prepared import Prepared
@@ -44,6 +45,7 @@ class Growing:
     """The merged model as far as it is known: linear layers behind the last finished one are plain means."""
 
     def __init__(self, job: Job, settings: RegressionSettings, opened: ExitStack):
+        check_parents(job)
         self.job, self.settings = job, settings
         plan = layout(settings, job.models)
         self.parents = inputs(settings, job.models)

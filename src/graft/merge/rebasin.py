@@ -51,9 +51,7 @@ def prepare(job: Job, settings: Settings) -> Prepared:
     return Prepared(settings, {"alignment": {"to": first, "models": notes}}, models=folders)
 
 
-def _aligned(
-    known: Symmetries, first: Path, second: Path, out: Path, settings: Settings, made: str
-) -> dict[str, Any]:
+def _aligned(known: Symmetries, first: Path, second: Path, out: Path, settings: Settings, made: str) -> dict[str, Any]:
     """Writes `second` in the order that agrees with `first` into `out`, unless it is there; how well they agree."""
     from graft.checkpoint import TensorReader, atomic_write
     from graft.merge.engine import COMPANIONS

@@ -1,0 +1,148 @@
+"""Methods that read data from the command line, through a kill; on adapters; and refusals before anything is read."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import readers
+import torch
+from readers import job
+from small_adapters import adapter, folded
+from small_family import tensors
+from typer.testing import CliRunner
+
+import graft.merge._composed as composed
+import graft.merge._fisher as fisher
+import graft.merge._grams as grams
+import graft.merge._through as through
+from graft import models
+from graft.cli import app
+from graft.errors import CannotCombine
+from graft.merge import VERB
+
+READING = {
+    "fisher": {},
+    "regmean": {},
+    "regmean_plus": {},
+    "adamerging": {"base": "base", "steps": 2, "learning_rate": 0.02},
+    "localize_and_stitch": {"base": "base", "steps": 2, "density": 0.2},
+    "tsv_merge": {"base": "base", "on": None},
+    "iso_c": {"base": "base", "on": None},
+    "wudi": {"base": "base", "on": None},
+    "knots": {"base": "base", "on": None},
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("readers")
+
+
+@pytest.fixture(scope="module")
+def data(root):
+    return readers.write_data(root)
+
+
+@pytest.fixture(scope="module")
+def folders(root):
+    return readers.family(root / "models", 10)
+
+
+@pytest.fixture(scope="module")
+def adapters(root, folders):
+    """Two adapters on the base, and the models that they are: name → folder."""
+    made = {"base": folders["base"]}
+    for seed, kind in enumerate(("low", "high")):
+        made[kind] = adapter(folders["base"], root / f"{kind}-adapter", seed, r=2 + seed)
+        whole = models.load(folders["base"])
+        whole.load_state_dict(folded(folders["base"], made[kind]))
+        made[f"{kind} whole"] = readers.save(whole, root / f"{kind}-whole")
+    return made
+
+
+@pytest.mark.parametrize("method", READING)
+def test_adapters_are_merged_as_the_models_that_they_are(method, adapters, root, data, tmp_path):
+    settings = {"method": method, "models": ["low", "high"], "on": "all", "length": 17} | READING[method]
+    if settings["on"] is None:
+        settings = {key: value for key, value in settings.items() if key not in ("on", "length")}
+    made = job(settings, adapters, data, root, tmp_path / "adapters")
+    plain = {"base": adapters["base"]} | {kind: adapters[f"{kind} whole"] for kind in ("low", "high")}
+    whole = job(settings, plain, data, root, tmp_path / "whole")
+    for each in (made, whole):
+        VERB.run(each)
+    one, other = tensors(tmp_path / "adapters"), tensors(tmp_path / "whole")
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=2e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("method", [name for name, settings in READING.items() if settings.get("on", "all")])
+def test_models_that_may_not_be_merged_are_refused_before_anything_is_read(
+    method, folders, root, data, tmp_path, monkeypatch
+):
+    def never(*_):
+        raise AssertionError("a model was loaded")
+
+    for module in (composed, fisher, grams, through):
+        monkeypatch.setattr(module, "load", never)
+    stranger = readers.model()
+    torch.manual_seed(99)
+    stranger.init_weights()
+    with torch.no_grad():
+        for weight in stranger.parameters():
+            weight.copy_(0.02 * torch.randn_like(weight))
+    own = folders | {"low": readers.save(stranger, tmp_path / "stranger")}
+    settings = {"method": method, "models": ["high", "low"], "on": "all", "length": 17} | READING[method]
+    with pytest.raises(CannotCombine, match="different initialisations"):
+        VERB.run(job(settings, own, data, root, tmp_path / "out"))
+
+
+def words(folders, root, method, *more):
+    pair = [str(folders[kind]) for kind in ("low", "high")]
+    return ["merge", *pair, "--method", method, "--on", str(root / "all.jsonl"), "--length", "17", *more]
+
+
+def invoke(*given):
+    return CliRunner().invoke(app, [str(word) for word in given])
+
+
+def test_one_command_reads_a_file(folders, root, tmp_path):
+    verb, *rest = words(folders, root, "regmean", "--tokens", "170")
+    done = invoke(verb, tmp_path / "made", *rest, "--json")
+    assert done.exit_code == 0, done.output
+    manifest = json.loads((tmp_path / "made" / "graft.json").read_text())
+    assert manifest["notes"]["merged_by_regression"] == 15
+    assert [use["split"] for use in manifest["data"]] == ["train"]
+    assert manifest["settings"]["tokens"] == 170
+    pair = [folders["low"], folders["high"]]
+    wrong = invoke("merge", tmp_path / "no", *pair, "--method", "fisher", "--on", "nowhere.txt")
+    assert wrong.exit_code == 2
+    assert "nowhere.txt" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_learning_that_is_killed_goes_on_and_ends_the_same(folders, root, tmp_path):
+    """kill -9 in the middle of learning λ."""
+    verb, *rest = words(folders, root, "adamerging", "--base", str(folders["base"]), "--steps", "60")
+    whole = invoke(verb, tmp_path / "whole", *rest)
+    assert whole.exit_code == 0, whole.output
+    out = tmp_path / "there" / "killed"
+    command = [sys.executable, "-c", "from graft.cli import main; main()", verb, str(out), *rest]
+    process = subprocess.Popen(command, env=os.environ | {"GRAFT_QUIET": "1"})
+    state = out.parent / ".graft" / "work" / "killed" / "scratch" / "lambdas.json"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (state.is_file() and json.loads(state.read_text())["step"] > 5):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 5 < json.loads(state.read_text())["step"] < 60
+    again = invoke(verb, out, *rest)
+    assert again.exit_code == 0, again.output
+    first, second = tensors(tmp_path / "whole"), tensors(out)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    notes = [json.loads((folder / "graft.json").read_text())["notes"] for folder in (tmp_path / "whole", out)]
+    assert notes[0]["entropy_by_step"] == notes[1]["entropy_by_step"]
