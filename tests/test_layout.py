@@ -25,6 +25,7 @@ LAYERS = [
     {"executors"},
     {"_worker", "run", "report", "recipe_reference", "relate", "tree"},
     {"one", "chatting"},
+    {"deltas"},
     {"api", "_verb_command"},
     {"cli"},
 ]

@@ -12,6 +12,8 @@ COMMANDS = (
     "plan",
     "tree",
     "relate",
+    "deltas",
+    "explain",
     "report",
     "pretrain",
     "tune",

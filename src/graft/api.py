@@ -17,6 +17,7 @@ from graft.recipe import read_recipe
 from graft.run import RunResult, run
 
 if TYPE_CHECKING:
+    from graft.deltas import Advice, Deltas, Outcome
     from graft.ensemble.gains import Gains
     from graft.ensemble.show import Spoken
     from graft.relate import Relation
@@ -26,8 +27,10 @@ __all__ = [
     "RunResult",
     "adapt",
     "chat",
+    "deltas",
     "ensemble",
     "evaluate",
+    "explain",
     "gains",
     "load",
     "merge",
@@ -183,6 +186,49 @@ def gains(
     room, folders = importlib.import_module("graft.ensemble.candidates"), _named(models)
     check_device(device)
     return room.predicted(folders, sets, on, root=Path(root), documents=documents, seed=seed, device=device)
+
+
+def deltas(
+    base: Path | str,
+    models: Sequence[Path | str] | Mapping[str, Path | str],
+    *,
+    on: str | None = None,
+    measure: str = "bits_per_byte",
+    limit: int = 100,
+    points: int = 5,
+    data_sets: Mapping[str, Any] | None = None,
+    root: Path | str = ".",
+    page: Path | str | None = None,
+    device: str | None = None,
+) -> tuple[Deltas, Advice, Outcome | None]:
+    """What models learned away from their base, what to try first, and (with `on`) how they, their mean and their
+    ensemble do on held-out data and along the lines between them. `page` writes the pictures as HTML there.
+    """
+    from graft.data import parse, split_ref
+
+    check_device(device)
+    room, folders = importlib.import_module("graft.deltas"), _named(models)
+    found = room.deltas(base, folders)
+    seen = None
+    if on is not None:
+        judge = importlib.import_module("graft.evaluate.judge").Judge
+        raw = data_sets or {split_ref(on)[0]: data_at(split_ref(on)[0])}
+        sets = {name: parse(value, ("data", name)) for name, value in raw.items()}
+        (asked,) = importlib.import_module("graft.evaluate").parse([{"measure": measure, "on": [on], "limit": limit}])
+        judged = judge.of(asked, sets, Path(root))
+        seen = room.outcome(folders, judged, base=Path(base), points=points, device=device)
+    advice = room.advise(found)
+    if page is not None:
+        atomic_write(Path(page), importlib.import_module("graft.deltas.page").page(found, advice, seen))
+    return found, advice, seen
+
+
+def explain(models: Sequence[Path | str], *, base: Path | str | None = None) -> Advice:
+    """Which merge of these models to try first, and why, from their weights alone.
+
+    `base` None: the one model that all of them were made from, where their manifests name one.
+    """
+    return importlib.import_module("graft.deltas").explain([Path(m) for m in models], Path(base) if base else None)
 
 
 def show(ensemble: Path | str, text: str, *, page: Path | str | None = None, device: str | None = None) -> Spoken:

@@ -190,6 +190,36 @@ def relate(
 
 @app.command()
 @tidy
+def deltas(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="The model that the others were tuned from.")],
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL…", help="Folders of tuned models.")],
+    on: Annotated[str | None, typer.Option(help="Held-out data: a file, with its split if it has some.")] = None,
+    measure: Annotated[str, typer.Option(help="What is measured there.")] = "bits_per_byte",
+    limit: Annotated[int, typer.Option(help="At most so many documents or items.")] = 100,
+    page: Annotated[Path | None, typer.Option(help="Write the pictures into this HTML file.")] = None,
+    device: Device = None,
+    json_: Json = False,
+) -> None:
+    """Say what models learned away from their base, layer by layer, and which merge to try first.
+
+    Example: [bold]graft deltas models/base models/coder models/writer --on held-out.jsonl --page deltas.html[/bold]
+    """
+    from graft import api
+    from graft.deltas.page import tables
+
+    found, advice, seen = api.deltas(base, models, on=on, measure=measure, limit=limit, page=page, device=device)
+    if json_:
+        told = {"deltas": found.plain(), "advice": advice.plain(), "outcome": seen.plain() if seen else None}
+        typer.echo(json.dumps(told))
+        return
+    for each in tables(found, advice, seen):
+        typer.echo(each) if isinstance(each, str) else _print(each)
+    if page is not None:
+        typer.echo(f"pictures: {page}")
+
+
+@app.command()
+@tidy
 def report(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of a run.")], json_: Json = False
 ) -> None:
@@ -205,6 +235,18 @@ def report(
         return
     _print(reports.table(folder))
     typer.echo(f"report: {page}")
+
+
+def _explain(words: list[str], settings: list[str], as_json: bool) -> None:
+    """Which merge suits these models and why; nothing is merged."""
+    from graft import api
+
+    _, written = requested("merge", words, settings)
+    advice = api.explain(list(written.get("models", [])), base=written.get("base"))
+    told = [f"try first: {advice.method} {dict(advice.settings) or ''}".rstrip()]
+    told += [f"  because {reason}" for reason in advice.why]
+    told += [f"  then: {', '.join(advice.also)}"] if advice.also else []
+    typer.echo(json.dumps(advice.plain()) if as_json else "\n".join(told))
 
 
 def _add_verb(name: str, words: str) -> None:
@@ -235,6 +277,9 @@ def _add_verb(name: str, words: str) -> None:
         if methods:
             rows = methods_of(name, context.args)
             typer.echo(json.dumps(rows)) if json_ else _print(rows_table(rows))
+            return
+        if name == "merge" and "--explain" in context.args:
+            _explain([word for word in context.args if word != "--explain"], settings or [], json_)
             return
         out, written = requested(name, context.args, settings or [])
         family = yaml_file(recipe) if recipe else {}
@@ -269,6 +314,8 @@ _add_verb(
     "Example: [bold]graft merge models/soup models/coder=0.5 models/writer=0.5 --method linear[/bold]\n\n"
     "Led by held-out data: [bold]graft merge models/best models/coder models/writer --method task_arithmetic "
     "--base models/base --search.over.scale '[0.1, 1.5]' --search.on held-out.jsonl[/bold]\n\n"
+    "Which method suits these models, and why: [bold]graft merge models/best models/coder models/writer "
+    "--base models/base --explain[/bold]\n\n"
     "The spread over seeds: [bold]graft merge models/dare models/coder models/writer --method dare_ties "
     "--base models/base --seeds 5[/bold]",
 )

@@ -147,9 +147,12 @@ def _weights(
         case "same initialisation":
             return "yes", "any method of merge"
         case "permuted":
-            return "after alignment", "their units stand in different orders, which have to be matched first"
+            return "after alignment", "their units stand in different orders: the merge `rebasin` matches them first"
         case "other initialisation":
-            return "after alignment", "a plain mean of their weights is no model; matching their units may make it one"
+            return (
+                "after alignment",
+                "a plain mean of their weights is no model; the merge `rebasin` matches their units first",
+            )
         case "ensemble":
             return "no", "an ensemble has no weights of its own: merge its members"
         case "not comparable":

@@ -1,0 +1,110 @@
+"""Which merge to try first, and why: rules of thumb over what the task vectors look like, each with its source.
+
+A suggestion is where to begin, no promise. What decides is held-out data; the ensemble of the same models, which pays
+with the sum of their costs, is what a merge is measured against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from graft.deltas.measure import Deltas
+from graft.errors import RequestError
+from graft.lineage import read_manifest
+from graft.relate import relate
+
+ALIKE = 0.5
+"""Cosine above which task vectors count as runs of one task."""
+TRIMMABLE = 0.7
+"""Share of ‖δ‖² in the largest fifth above which a density of 0.2 loses little."""
+FAR = 0.5
+"""‖δ‖ / ‖θ₀‖ above which a model has left the neighbourhood of its base."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A method with settings, the reasons in words, and what else to try."""
+
+    method: str
+    settings: Mapping[str, Any]
+    why: Sequence[str]
+    also: Sequence[str] = field(default_factory=list)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON-ready values."""
+        return asdict(self)
+
+
+def explain(models: Sequence[Path], base: Path | None) -> Advice:
+    """What to try first with these folders. Raises RequestError where there are fewer than two and no base."""
+    from graft.deltas.measure import deltas
+
+    base = base or common_base(models)
+    if len(models) + (base is not None) < 2:
+        raise RequestError("expected two models, or one and its --base, found fewer")
+    for other in models[1:] if base is None else models:
+        found = relate(base or models[0], other)
+        if found.weights != "yes":
+            why = [f"{other}: {found.kind} ({found.evidence})", found.weights_why]
+            if found.kind in ("permuted", "other initialisation"):
+                return Advice("rebasin", {}, why, ["an ensemble: graft ensemble OUT MODEL…"])
+            return Advice("none", {}, why, ["an ensemble: graft ensemble OUT MODEL…"])
+    if base is None:
+        why = ["the base is not known (name it with --base): without it there are no task vectors to look at"]
+        return Advice("linear", {}, why, ["slerp", "greedy_soup"])
+    return advise(deltas(base, {str(model): model for model in models}))
+
+
+def common_base(models: Sequence[Path]) -> Path | None:
+    """The one model that all were made from, by their manifests, where its folder is there."""
+    found = set()
+    for model in models:
+        manifest = read_manifest(model)
+        parents = manifest.parents if manifest is not None else []
+        found.add((model / parents[0].path).resolve() if len(parents) == 1 else None)
+    base = found.pop() if len(found) == 1 else None
+    return base if base is not None and (base / "config.json").is_file() else None
+
+
+def advise(found: Deltas) -> Advice:
+    """What to try first with these task vectors."""
+    why = _far(found)
+    if len(found.models) == 1:
+        reason = "one task vector: how far to go along it is the one thing to find (Ilharco et al. 2023)"
+        return Advice("task_arithmetic", {"scale": 1.0}, [*why, reason], ["search: {over: {scale: [0, 1.5]}, on: …}"])
+    pairs = [found.whole.cosines[i][j] or 0.0 for i, j in combinations(range(len(found.models)), 2)]
+    mean = sum(pairs) / len(pairs)
+    kept = min(found.largest)
+    conflicts = found.whole.conflicts or 0.0
+    if mean >= ALIKE:
+        reason = f"the task vectors point the same way (mean cosine {mean:.2f}): their mean is near all of them"
+        return Advice("linear", {}, [*why, f"{reason} (Wortsman et al. 2022)"], ["greedy_soup", "model_stock"])
+    apart = f"the task vectors hardly overlap (mean cosine {mean:.2f}): added, each keeps its own"
+    if kept >= TRIMMABLE and conflicts > 0.1:
+        reasons = [
+            f"the largest fifth of the changes holds {kept:.0%} of each task vector: the rest can be trimmed",
+            f"signs contradict in {conflicts:.0%} of the elements that several models changed "
+            f"(independent changes: {found.by_chance:.0%}), which an elected sign settles (Yadav et al. 2023)",
+        ]
+        return Advice("ties", {"density": 0.2, "scale": 1.0}, [*why, *reasons], ["dare_ties", "task_arithmetic"])
+    spread = f"the changes are spread out: the largest fifth holds {kept:.0%}, so that trimming would lose much"
+    return Advice("task_arithmetic", {"scale": _scale(found)}, [*why, apart, spread], ["tsv_merge", "iso_c", "ties"])
+
+
+def _scale(found: Deltas) -> float:
+    """Ilharco et al. 2023 found 0.3 to 0.5 to do for sums of many task vectors."""
+    return 1.0 if len(found.models) == 1 else max(round(1.0 / len(found.models), 2), 0.3)
+
+
+def _far(found: Deltas) -> list[str]:
+    """A warning for every model that has gone far."""
+    return [
+        f"{name} has moved by {moved:.0%} of its base's length: averages of models that far apart often fail; "
+        "compare with the ensemble"
+        for name, moved in zip(found.models, found.whole.relative, strict=True)
+        if moved > FAR
+    ]

@@ -1,0 +1,166 @@
+"""Task vectors (δ = θ − θ₀) by layer: how long they are, how far they agree, where their signs contradict each other.
+
+One pass over the files, a piece at a time; nothing of the size of a model is held.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graft.checkpoint import FLOATS, TensorReader
+from graft.progress import Progress
+
+KINDS = {
+    "attention": ("attn", "attention"),
+    "feed-forward": ("mlp", "fc1", "fc2", "intermediate", "output.dense", "ffn", "feed_forward", "experts"),
+    "norms": ("norm", "ln_"),
+    "embeddings": ("embed", "wte", "wpe", "lm_head", "shared"),
+}
+"""What a tensor belongs to, by words in its name; norms before the block they stand in."""
+LARGEST = 0.2
+"""Share of the largest values whose weight in a task vector is told."""
+SAMPLE = 1 << 14
+"""Values of each tensor that this is told by."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What is added up over the pieces of tensors; `n` models."""
+
+    elements: int
+    base: float
+    """Sum of θ₀²."""
+    gram: np.ndarray
+    """[n, n] float64: sums of δₘ·δₖ."""
+    shared: int
+    """Elements that two models or more changed."""
+    conflicts: int
+    """Those of them in which not all changes have one sign."""
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            self.elements + other.elements,
+            self.base + other.base,
+            self.gram + other.gram,
+            self.shared + other.shared,
+            self.conflicts + other.conflicts,
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of tensors of one layer (None: outside of the layers)."""
+
+    layer: int | None
+    kind: str
+    elements: int
+    relative: list[float]
+    """‖δ‖ / ‖θ₀‖ of each model."""
+    cosines: list[list[float | None]]
+    """Between the task vectors, [models, models]; None where one of them is 0."""
+    conflicts: float | None
+    """Share of the elements changed by two models or more in which the signs contradict; None where there are none."""
+
+
+@dataclass(frozen=True)
+class Deltas:
+    """The task vectors of `models` from `base`: as a whole, and part by part."""
+
+    base: str
+    models: list[str]
+    whole: Part
+    parts: list[Part]
+    largest: list[float]
+    """Share of ‖δ‖² that the largest fifth of the values holds, by a sample of every tensor: near 1, trimming costs
+    nothing."""
+    by_chance: float
+    """The conflicts that independent changes in all elements would have: 1 − 2^(1−n)."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON-ready values."""
+        return asdict(self)
+
+
+def deltas(base: Path | str, models: Mapping[str, Path | str]) -> Deltas:
+    """Reads base and models once. Raises CannotCombine where their tensors do not correspond, and CheckpointError for
+    damaged weights, NaN and Inf."""
+    from graft.merge.preflight import layout
+    from graft.merge.stream import Source, Tensors, Workers
+    from graft.merge.task_arithmetic import Settings
+
+    settings = Settings.model_validate({"base": "base", "models": list(models), "force": True})
+    folders = {"base": Path(base), **{name: Path(folder) for name, folder in models.items()}}
+    plan = layout(settings, folders)
+    found: dict[tuple[int | None, str], list[Sums]] = {}
+    samples: list[list[np.ndarray]] = [[] for _ in models]
+    with ExitStack() as opened:
+        readers = {name: opened.enter_context(TensorReader(folder)) for name, folder in folders.items()}
+        workers = opened.enter_context(Workers())
+        floats = [name for name, (dtype, _) in plan.tensors.items() if dtype in FLOATS]
+        with Progress("comparing", len(floats), "tensors") as progress:
+            for name in floats:
+                places = {model: Source(model, readers[model], place) for model, place in plan.places[name].items()}
+                shape = plan.tensors[name][1]
+                tensors = Tensors(name, shape, [places[m] for m in models], places["base"], workers)
+                found.setdefault(placed(name), []).extend(tensors.map(_sums))
+                for held, delta in zip(samples, tensors.read(0, min(SAMPLE, tensors.count)).deltas(), strict=True):
+                    held.append(np.square(delta.numpy().astype(np.float64)))
+                progress.advance(1)
+    sums = {place: reduce(Sums.__add__, each) for place, each in found.items()}
+    parts = [_part(*place, each) for place, each in sorted(sums.items(), key=_order)]
+    whole = _part(None, "all", reduce(Sums.__add__, sums.values()))
+    return Deltas(
+        str(base), list(models), whole, parts, [_held(each) for each in samples], 1 - 2.0 ** (1 - len(models))
+    )
+
+
+def placed(name: str) -> tuple[int | None, str]:
+    """(layer, kind) of a tensor by its name: `model.layers.3.mlp.up_proj.weight` → (3, "feed-forward")."""
+    layer = re.search(r"\.(\d+)\.", name)
+    kinds = ("norms", "attention", "feed-forward", "embeddings")
+    kind = next((kind for kind in kinds if any(word in name for word in KINDS[kind])), "other")
+    return (int(layer[1]) if layer else None), kind
+
+
+def _order(item: tuple[tuple[int | None, str], Sums]) -> tuple[int, str]:
+    (layer, kind), _ = item
+    return (-1 if layer is None else layer), kind
+
+
+def _sums(piece: Any) -> Sums:
+    import torch
+
+    base = float(piece.base.double().square().sum())
+    stacked = torch.stack(piece.deltas())
+    wide = stacked.double()
+    rising, falling = (stacked > 0).sum(0), (stacked < 0).sum(0)
+    shared = (rising + falling) >= 2
+    conflicts = shared & (rising > 0) & (falling > 0)
+    return Sums(len(piece), base, (wide @ wide.T).numpy(), int(shared.sum()), int(conflicts.sum()))
+
+
+def _part(layer: int | None, kind: str, sums: Sums) -> Part:
+    lengths = np.sqrt(np.diag(sums.gram))
+    cosines: list[list[float | None]] = [
+        [float(sums.gram[i, j] / (a * b)) if a and b else None for j, b in enumerate(lengths)]
+        for i, a in enumerate(lengths)
+    ]
+    relative = [float(length / max(np.sqrt(sums.base), 1e-30)) for length in lengths]
+    conflicts = sums.conflicts / sums.shared if sums.shared else None
+    return Part(layer, kind, sums.elements, relative, cosines, conflicts)
+
+
+def _held(squares: Sequence[np.ndarray]) -> float:
+    """Share of the whole that the largest fifth holds."""
+    values = np.sort(np.concatenate(squares))[::-1]
+    total = float(values.sum())
+    return float(values[: max(round(LARGEST * len(values)), 1)].sum()) / total if total else 1.0

@@ -1,0 +1,197 @@
+"""What is told of task vectors is what a few lines of torch find, and the advice follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from itertools import combinations
+
+import pytest
+import small_family
+import torch
+import trained_family
+from typer.testing import CliRunner
+
+import graft
+from graft.cli import app
+from graft.deltas import Deltas, Part, advise, common_base, deltas
+from graft.deltas.measure import placed
+from graft.errors import CannotCombine, CheckpointError, RequestError
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return small_family.family(tmp_path_factory.mktemp("family"), 3)
+
+
+@pytest.fixture(scope="module")
+def found(folders):
+    return deltas(folders["base"], {name: folders[name] for name in "abc"})
+
+
+def by_hand(folders, keep):
+    """[models, elements] of all task vectors and [elements] of the base, over the tensors that `keep` wants."""
+    base = {n: t for n, t in small_family.tensors(folders["base"]).items() if keep(n)}
+    tuned = [small_family.tensors(folders[name]) for name in "abc"]
+    start = torch.cat([t.flatten() for t in base.values()]).double()
+    vectors = torch.stack([torch.cat([own[n].flatten() for n in base]).double() for own in tuned]) - start
+    return vectors, start
+
+
+def test_lengths_cosines_and_conflicts_are_those_found_by_hand(folders, found):
+    parts = [(found.whole, lambda name: True)]
+    parts += [
+        (next(p for p in found.parts if (p.layer, p.kind) == (1, "attention")), lambda n: "layers.1.self_attn" in n),
+        (next(p for p in found.parts if (p.layer, p.kind) == (0, "feed-forward")), lambda n: "layers.0.mlp" in n),
+    ]
+    for part, keep in parts:
+        vectors, start = by_hand(folders, keep)
+        assert part.elements == len(start)
+        assert part.relative == pytest.approx((vectors.norm(dim=1) / start.norm()).tolist(), rel=1e-5)
+        for i, j in combinations(range(3), 2):
+            cosine = torch.cosine_similarity(vectors[i], vectors[j], dim=0).item()
+            assert part.cosines[i][j] == pytest.approx(cosine, abs=1e-5)
+        signs = vectors.float().sign()
+        shared = (signs != 0).sum(0) >= 2
+        against = shared & (signs > 0).any(0) & (signs < 0).any(0)
+        assert part.conflicts == pytest.approx((against.sum() / shared.sum()).item(), abs=1e-3)
+
+
+def test_every_tensor_has_one_place_and_the_parts_are_the_whole(found):
+    assert sum(part.elements for part in found.parts) == found.whole.elements
+    assert placed("model.layers.3.mlp.up_proj.weight") == (3, "feed-forward")
+    assert placed("transformer.h.0.ln_1.weight") == (0, "norms")
+    assert placed("model.layers.2.self_attn.q_norm.weight") == (2, "norms")
+    assert placed("transformer.h.11.attn.c_attn.weight") == (11, "attention")
+    assert placed("model.embed_tokens.weight") == (None, "embeddings")
+    assert placed("model.layers.0.block_sparse_moe.experts.1.w1.weight") == (0, "feed-forward")
+
+
+def test_changes_drawn_independently_contradict_as_chance_has_it(found):
+    """Dense independent changes of three models: signs agree in a quarter of the elements."""
+    assert found.by_chance == 0.75
+    assert found.whole.conflicts == pytest.approx(0.75, abs=0.03)
+
+
+def test_a_model_that_did_not_move_has_no_direction(folders):
+    found = deltas(folders["base"], {"still": folders["base"], "a": folders["a"]})
+    assert found.whole.relative[0] == 0
+    assert found.whole.cosines[0] == [None, None]
+    assert found.whole.conflicts is None
+
+
+def told(cosine=0.0, conflicts=0.5, largest=0.4, models=2, moved=0.05):
+    names = [f"m{i}" for i in range(models)]
+    cosines = [[1.0 if i == j else cosine for j in range(models)] for i in range(models)]
+    whole = Part(None, "all", 100, [moved] * models, cosines, conflicts)
+    return Deltas("base", names, whole, [], [largest] * models, 1 - 2.0 ** (1 - models))
+
+
+@pytest.mark.parametrize(
+    ("found", "method"),
+    [
+        (told(cosine=0.9), "linear"),
+        (told(largest=0.95), "ties"),
+        (told(), "task_arithmetic"),
+        (told(models=1), "task_arithmetic"),
+    ],
+)
+def test_the_advice_follows_from_the_numbers_and_names_them(found, method):
+    advice = advise(found)
+    assert advice.method == method
+    assert advice.why
+    settings = {"method": method, "models": found.models, **advice.settings}
+    if method != "linear":
+        settings["base"] = "base"
+    graft.merge.VERB.parse(settings)
+
+
+def test_a_model_that_has_gone_far_is_warned_of():
+    assert "m0 has moved by 80% of its base's length" in advise(told(moved=0.8)).why[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    root = tmp_path_factory.mktemp("trained")
+    trained_family.write_data(root)
+    return root, trained_family.family(root)
+
+
+def test_held_out_data_show_parents_mean_ensemble_and_barriers(trained, tmp_path):
+    root, folders = trained
+    page = tmp_path / "deltas.html"
+    named = {name: folders[name] for name in ("up", "down")}
+    _, _, seen = graft.deltas(folders["base"], named, on=str(root / "all.jsonl"), points=3, page=page, limit=10)
+    assert list(seen.scores) == ["base", "up", "down", "mean of the weights", "ensemble"]
+    (line,) = seen.lines.values()
+    assert line.values[0] == pytest.approx(seen.scores["up"], rel=1e-5)
+    assert line.values[2] == pytest.approx(seen.scores["down"], rel=1e-5)
+    assert line.values[1] == pytest.approx(seen.scores["mean of the weights"], rel=1e-5)
+    # a mixture loses less than the mean of its members' losses (Jensen)
+    assert seen.scores["ensemble"] < (seen.scores["up"] + seen.scores["down"]) / 2
+    written = page.read_text()
+    assert written.count("<svg") >= 5
+    assert "http" not in written.replace("http://www.w3.org", "")
+
+
+def test_the_command_prints_tables_or_one_json_value(folders):
+    words = ["deltas", str(folders["base"]), str(folders["a"]), str(folders["b"])]
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 0, shown.output
+    assert "try first: " in shown.output
+    plain = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    assert plain["deltas"]["models"] == ["a", "b"]
+    assert plain["outcome"] is None
+
+
+def test_explaining_a_merge_merges_nothing(folders, tmp_path):
+    out = tmp_path / "out"
+    words = ["merge", str(out), str(folders["a"]), str(folders["b"]), "--base", str(folders["base"]), "--explain"]
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 0, shown.output
+    assert "try first: " in shown.output
+    assert "  because " in shown.output
+    assert not out.exists()
+
+
+def test_without_a_base_the_relation_decides(folders, tmp_path):
+    assert graft.explain([folders["a"], folders["b"]]).method == "linear"
+    stranger = small_family.save(small_family.model(77), tmp_path / "stranger")
+    advice = graft.explain([folders["a"], stranger])
+    assert advice.method == "rebasin"
+    assert "ensemble" in advice.also[0]
+    with pytest.raises(RequestError, match="expected two models"):
+        graft.explain([folders["a"]])
+
+
+def test_the_base_is_found_in_the_manifests(trained, tmp_path, monkeypatch):
+    _, folders = trained
+    made = []
+    for name in ("up", "down"):
+        out = tmp_path / name
+        graft.merge(out, models=[str(folders[name])], method="linear")
+        made.append(out)
+    assert common_base(made) is None
+    same = []
+    for seed in (1, 2):
+        out = tmp_path / f"same{seed}"
+        graft.merge(out, models=[str(folders["up"])], method="linear", seed=seed)
+        same.append(out)
+    assert common_base(same) == folders["up"].resolve()
+
+
+def test_what_does_not_correspond_or_is_damaged_is_named(folders, tmp_path):
+    wide = small_family.save(small_family.model(0, hidden_size=32), tmp_path / "wide")
+    with pytest.raises(CannotCombine, match="differ in shape"):
+        deltas(folders["base"], {"wide": wide})
+    sick = small_family.model(0)
+    with torch.no_grad():
+        sick.lm_head.weight[0, 0] = float("nan")
+    small_family.save(sick, tmp_path / "sick")
+    with pytest.raises(CheckpointError, match=r"sick: NaN or Inf in lm_head\.weight"):
+        deltas(folders["base"], {"sick": tmp_path / "sick"})
+
+
+def test_findings_are_plain_values(found):
+    json.dumps(found.plain())
+    assert dataclasses.is_dataclass(found)
