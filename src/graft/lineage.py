@@ -205,9 +205,17 @@ def code_state() -> dict[str, Any]:
 
 def vocabulary_hash(folder: Path) -> str:
     """Hash of the token strings with their ids; the same for all models with the same vocabulary."""
+    found = token_ids(folder)
+    if found is None:
+        return "none:" + hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:16]
+    return hash_vocabulary(found)
+
+
+def token_ids(folder: Path) -> dict[str, int] | None:
+    """Token string → id, from `tokenizer.json`; None where there is none. Raises CheckpointError for a damaged one."""
     path = Path(folder) / "tokenizer.json"
     if not path.exists():
-        return "none:" + hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:16]
+        return None
     try:
         raw = json.loads(path.read_text())
     except ValueError as error:
@@ -215,7 +223,7 @@ def vocabulary_hash(folder: Path) -> str:
     tokens = raw.get("model", {}).get("vocab", {})
     pairs = tokens if isinstance(tokens, dict) else {entry[0]: place for place, entry in enumerate(tokens)}
     added = {entry["content"]: entry["id"] for entry in raw.get("added_tokens", [])}
-    return hash_vocabulary({**pairs, **added})
+    return {**pairs, **added}
 
 
 def hash_vocabulary(tokens: Mapping[str, int]) -> str:

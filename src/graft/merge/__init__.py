@@ -27,6 +27,7 @@ ROOMS = (
     "journal",
     "judged",
     "matching",
+    "part",
     "preflight",
     "prepared",
     "related",
@@ -39,6 +40,7 @@ ROOMS = (
     "symmetry",
     "telling",
     "varying",
+    "vocabulary",
 )
 
 
@@ -94,6 +96,7 @@ class Merge(Verb[MergeSettings]):
         first = models[settings.parents[0]]
         config, share = _stacked(settings, models) if settings.slices else (first.config, 1.0)
         grown = {models[name].initialisation for name in settings.parents}
+        spoken = {models[name].vocabulary for name in settings.parents}
         unknown = any(name.startswith("unknown:") for name in grown)
         width = {"float32": 4, "bfloat16": 2, "float16": 2}.get(settings.dtype or "")
         return Facts(
@@ -103,7 +106,7 @@ class Merge(Verb[MergeSettings]):
             else f"unknown:{key}"
             if unknown
             else f"of:{key}",
-            first.vocabulary,
+            first.vocabulary if settings.vocabulary != "union" or len(spoken) == 1 else f"of:{key}",
             round(first.parameters * share),
             round(share * (first.parameters * width if width else first.bytes)),
             config,

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graft.checkpoint import atomic_write
-from graft.errors import CheckpointError
+from graft.errors import CannotCombine, CheckpointError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -54,6 +54,38 @@ def empty_model(folder: Path) -> PreTrainedModel | None:
     made = model_class(config)
     with torch.device("meta"):
         return made.from_config(config) if hasattr(made, "from_config") else made(config)
+
+
+def token_tensors(folder: Path) -> list[str]:
+    """Tensors with a row (or an entry) for each token: those that change with the size of the vocabulary.
+
+    Raises CannotCombine where this `transformers` does not know the architecture.
+    """
+    import copy
+
+    from graft.models import load_config
+
+    if empty_model(folder) is None:
+        raise CannotCombine(
+            f"{folder}: this version of transformers does not know the model, nor which rows are tokens"
+        )
+    config = load_config(folder)
+    larger = copy.deepcopy(config)
+    text = larger.get_text_config()
+    text.vocab_size += 1
+    before, after = (_shapes(one) for one in (config, larger))
+    return [name for name, shape in before.items() if after.get(name) != shape]
+
+
+def _shapes(config: PretrainedConfig) -> Shapes:
+    import torch
+
+    from graft.models import model_class
+
+    made = model_class(config)
+    with torch.device("meta"):
+        model = made.from_config(config) if hasattr(made, "from_config") else made(config)
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def architecture(folder: Path) -> Architecture | None:

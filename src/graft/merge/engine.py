@@ -30,6 +30,7 @@ from graft.merge.related import RELATED, correlation, same_names
 from graft.merge.settings import MergeSettings
 from graft.merge.stream import Piece, Source, Tensors, Workers, same_bytes
 from graft.merge.varying import by_tensor
+from graft.merge.vocabulary import STALE, aligned
 from graft.methods import method
 from graft.progress import Progress
 from graft.verb import Job
@@ -112,11 +113,12 @@ def stream(
 ) -> None:
     """Make every tensor that the journal does not know yet. `survey` is what the method found out beforehand."""
     chosen = method("graft.merge", settings.method)
-    own = by_tensor(settings, plan.places)
-    every = {name: _tensors(name, plan, settings, readers, workers, seed, chosen) for name in plan.tensors}
+    own = by_tensor(settings, {name: place for name, place in plan.places.items() if name not in plan.copied})
+    sources = aligned(readers, plan.vocabulary, plan.places)
+    every = {name: _tensors(name, plan, settings, sources, workers, seed, chosen) for name in plan.tensors}
     floats = {name: tensors for name, tensors in every.items() if plan.tensors[name][0] in FLOATS}
     if survey is None and hasattr(chosen, "survey"):
-        found = chosen.survey(list(floats.values()), settings)
+        found = chosen.survey([tensors for name, tensors in floats.items() if name not in plan.copied], settings)
         floats = {name: replace(tensors, survey=found) for name, tensors in floats.items()}
     elif survey is not None:
         floats = {name: replace(tensors, survey=survey) for name, tensors in floats.items()}
@@ -125,7 +127,8 @@ def stream(
     def one(name: str) -> int:
         size = writer.headers[name].end - writer.headers[name].start
         if name in floats:
-            rule = chosen.rule(floats[name], own[name]) if floats[name].models else _base_alone
+            merged = floats[name].models and name not in plan.copied
+            rule = chosen.rule(floats[name], own[name]) if merged else _alone
             floats[name].write(rule, writer)
         else:
             _copy(every[name], writer)
@@ -144,10 +147,9 @@ def stream(
             raise
 
 
-def _base_alone(piece: Piece) -> Tensor:
-    """What no model has a part in is taken from the base."""
-    assert piece.base is not None
-    return piece.base
+def _alone(piece: Piece) -> Tensor:
+    """What only one parent has a part in, the base or the first model, is taken from it."""
+    return piece.models[0] if piece.base is None else piece.base
 
 
 def _tensors(
@@ -192,7 +194,9 @@ def unrelated(
         return []
     unknown = {name for name, folder in folders.items() if read_manifest(folder) is None}
     pairs = [name for name in others if name in unknown or first in unknown]
-    places = same_names(readers) if settings.slices else list(plan.places.values())
+    tokens = plan.vocabulary.tensors if plan.vocabulary is not None else ()
+    named = [place for tensor, place in plan.places.items() if tensor not in tokens]
+    places = same_names(readers) if settings.slices else named
     found = {n: correlation(readers[first], readers[n], places, (first, n)) for n in pairs}
     if found:
         plan.notes["correlation_of_weights"] = {name: round(value, 4) for name, value in found.items()}
@@ -213,6 +217,11 @@ def files_beside(plan: Layout, parent: Path, out: Path) -> None:
     found = [name for name in COMPANIONS if (parent / name).is_file()]
     for name in found:
         shutil.copyfile(parent / name, out / name)
+    if plan.vocabulary is not None and plan.vocabulary.tokenizer is not None:
+        for name in STALE:
+            (out / name).unlink(missing_ok=True)
+        atomic_write(out / "tokenizer.json", json.dumps(plan.vocabulary.tokenizer, indent=2, ensure_ascii=False))
+        found = [name for name in found if name not in STALE]
     plan.notes["files_taken"] = found
 
 

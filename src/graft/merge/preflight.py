@@ -13,9 +13,11 @@ from graft.lineage import ADAPTED, facts_of
 from graft.merge._options import OnData
 from graft.merge.architecture import architecture
 from graft.merge.inputs import homeless, inputs, settled
+from graft.merge.part import partial
 from graft.merge.settings import MergeSettings
 from graft.merge.slices import COUNTS, restacked, stack
 from graft.merge.varying import by_tensor
+from graft.merge.vocabulary import Vocabulary, joined, with_size
 from graft.verb import Facts
 
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -30,6 +32,7 @@ MEANING_KEYS = (
 )  # fmt: skip
 """Settings that leave the shapes as they are and change what the weights mean."""
 Places = Mapping[str, Mapping[str, str]]
+Tied = Mapping[str, Mapping[str, str]]
 INSTEAD = "an ensemble combines their predictions instead: {ensemble: {combine: linear, members: [...]}}"
 
 
@@ -45,6 +48,10 @@ class Layout:
     notes: dict[str, Any] = field(default_factory=dict)
     forced: Sequence[str] = ()
     """What was wrong and overridden."""
+    copied: frozenset[str] = frozenset()
+    """Tensors that are taken from the first parent as they are: no part of what is merged."""
+    vocabulary: Vocabulary | None = None
+    """How the rows of embeddings are matched, where that is asked for."""
 
 
 def _whole(facts: Facts) -> str:
@@ -84,15 +91,18 @@ def problems(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[list
         a, b = models[first], models[name]
         if not (a.mergeable and b.mergeable):
             continue
-        if a.architecture != b.architecture:
+        if settings.part is not None:
+            # a part is compared by its tensors
+            pass
+        elif a.architecture != b.architecture:
             never.append(f"{name} is of architecture {b.architecture} and {first} of {a.architecture}; {INSTEAD}")
         elif different := different_keys(a.config, b.config, _shape_keys(settings)):
             never.append(f"{name} and {first} differ in shape: {'; '.join(different)}; {INSTEAD}")
         known = not any(found.startswith("none:") for found in (a.vocabulary, b.vocabulary))
-        if known and a.vocabulary != b.vocabulary:
+        if known and a.vocabulary != b.vocabulary and settings.vocabulary is None:
             forced.append(
                 f"{name} and {first} have different vocabularies: rows of their embeddings stand for different tokens; "
-                "an ensemble that matches their tokens combines them instead"
+                "`vocabulary: union` (or base) matches them by token, and so does an ensemble"
             )
         if settings.of_one_base and a.initialisation != b.initialisation:
             forced.append(f"{name} and {first} stand on different bases: the sum of their changes belongs to neither")
@@ -134,18 +144,23 @@ def layout(settings: MergeSettings, folders: Mapping[str, Path]) -> Layout:
     headers = {name: part.headers for name, part in parts.items()}
     configs = {name: part.config for name, part in parts.items()}
     # who ties what matters only where not all store the same tensors
-    alike = all(headers[name].keys() == headers[reference].keys() for name in others) and not any(
-        part.apart for part in parts.values()
-    )
+    alike = settings.part is None and all(headers[name].keys() == headers[reference].keys() for name in others)
+    alike = alike and not any(part.apart for part in parts.values())
     said = {name: {} if alike else _tied(parts[name].home, headers[name]) for name in settings.parents}
     tied = {name: {t: o for t, o in said[name].items() if t not in parts[name].apart} for name in settings.parents}
-    places: Places = _stacked(settings, headers, tied) if settings.slices else _places(settings.parents, headers, tied)
+    places = _all_places(settings, headers, tied)
+    vocabulary = None
+    if settings.vocabulary is not None:
+        vocabulary = joined(settings, parts, headers, places)
+        headers = {name: vocabulary.headers(name, own, places) for name, own in headers.items()}
     _same_shapes(headers, places)
     config = dict(configs[reference])
     if settings.slices:
         config = restacked(configs, reference, settings.stacked)
     if any(name in said[reference] for name in places):
         config["tie_word_embeddings"] = False
+    if vocabulary is not None:
+        config = with_size(config, vocabulary.size)
     if settings.dtype is not None:
         config = {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": settings.dtype}
     notes: dict[str, Any] = {"config_from": reference}
@@ -153,8 +168,19 @@ def layout(settings: MergeSettings, folders: Mapping[str, Path]) -> Layout:
     if any(differ.values()):
         notes["config_differences"] = {name: found for name, found in differ.items() if found}
     tensors = {t: _stored(headers[name], found, settings.dtype) for t, ((name, found), *_) in _items(places)}
-    by_tensor(settings, places)
-    return Layout(tensors, places, config, notes, forced)
+    copied = frozenset(t for t, place in places.items() if settings.part is not None and list(place) == [reference])
+    by_tensor(settings, {tensor: place for tensor, place in places.items() if tensor not in copied})
+    if copied:
+        notes["copied"] = f"{len(copied)} tensors of {reference}"
+    if vocabulary is not None:
+        notes["vocabulary"] = dict(vocabulary.notes)
+    return Layout(tensors, places, config, notes, forced, copied, vocabulary)
+
+
+def _all_places(settings: MergeSettings, headers: Mapping[str, Headers], tied: Tied) -> Places:
+    if settings.part is not None:
+        return partial(settings, headers, tied)
+    return _stacked(settings, headers, tied) if settings.slices else _places(settings.parents, headers, tied)
 
 
 def _items(places: Places) -> Iterator[tuple[str, list[tuple[str, str]]]]:
@@ -174,9 +200,6 @@ def _tied(folder: Path, headers: Headers) -> dict[str, str]:
     """Tensors that a parent says are the same as another one it stores: the output matrix, usually."""
     found = architecture(folder)
     return {name: same for name, same in found.tied.items() if same in headers} if found else {}
-
-
-Tied = Mapping[str, Mapping[str, str]]
 
 
 def _places(parents: Sequence[str], headers: Mapping[str, Headers], tied: Tied) -> dict[str, dict[str, str]]:

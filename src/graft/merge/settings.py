@@ -39,6 +39,20 @@ class MergeSettings(Settings):
     force: Annotated[
         bool, Field(description="Merge even what is not of one initialisation or vocabulary; the manifest says so.")
     ] = False
+    vocabulary: Annotated[
+        Literal["union", "base"] | None,
+        Field(
+            description="Match the rows of embeddings by token string: all models' tokens, or those of the base (or "
+            "first model); none: all must have one vocabulary."
+        ),
+    ] = None
+    part: Annotated[
+        list[str] | dict[str, str] | None,
+        Field(
+            description="Merge only the base's (or first model's) tensors whose names begin so, and copy the others; "
+            "as a mapping, to how their names begin in the other models."
+        ),
+    ] = None
     allow_pickle: Annotated[
         bool, Field(description="Read weights that lie in PyTorch's pickles, by torch.load(weights_only=True).")
     ] = False
@@ -110,6 +124,12 @@ class MergeSettings(Settings):
             from graft.merge.space import check
 
             check(self, self.search)
+        return self
+
+    @model_validator(mode="after")
+    def _part_or_slices(self) -> MergeSettings:
+        if self.part is not None and (self.slices or not self.part):
+            raise ValueError("expected prefixes of names in `part`, and no slices beside it")
         return self
 
     @model_validator(mode="after")
