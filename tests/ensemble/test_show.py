@@ -6,14 +6,19 @@ import re
 import numpy as np
 import pytest
 import torch
+from test_ensemble_folder import facts, family, lines, made, run  # noqa: F401
 from tiny_members import gpt2, llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from graft.cli import app
-from graft.ensemble.model import ensemble_of
-from graft.ensemble.show import coloured, page, speaks
+from graft.ensemble import VERB
+from graft.ensemble.gate import Gate
+from graft.ensemble.model import EnsembleConfig, EnsembleForCausalLM, ensemble_of
+from graft.ensemble.show import coloured, page, speaks, spoken_by
+from graft.ensemble.sources import Source
+from graft.ensemble.spoken import FILE, Spoken
 from graft.errors import RequestError
 
 TEXT = "a <b> & c"
@@ -68,3 +73,56 @@ def test_only_mixtures_are_shown(tmp_path):
     ensemble_of({"a": llama(), "b": gpt2()}, [1, 1], "log_linear").save_pretrained(tmp_path, self_contained=True)
     with pytest.raises(RequestError, match="expected a mixture"):
         speaks(tmp_path, TEXT)
+
+
+def close(one, other):
+    assert one.names == other.names
+    assert one.tokens == other.tokens
+    for name in ("shares", "weights", "probs"):
+        assert np.allclose(getattr(one, name), getattr(other, name), atol=1e-5)
+
+
+def test_who_speaks_is_told_by_members_one_after_the_other_as_by_the_ensemble(folder):
+    sources = [Source(name, folder / "members" / name, name) for name in ("first", "second")]
+    for source in sources:
+        letters().save_pretrained(source.folder)
+    close(spoken_by(sources, [0.7, 0.3], None, TEXT), speaks(folder, TEXT))
+
+
+def test_it_is_kept_and_read_again(folder):
+    spoken = speaks(folder, TEXT)
+    close(Spoken.from_plain(json.loads(json.dumps(spoken.plain()))), spoken)
+
+
+@pytest.mark.parametrize("gate", [None, {"looks_at": ["llama"], "hidden_states": True, "skip": 0.05}])
+def test_a_recipes_ensemble_keeps_a_text_with_who_speaks_in_it(family, gate):  # noqa: F811
+    weights = {"fit": "text.dev", **({"gate": gate} if gate else {})}
+    target, _ = run(family, {"members": ["llama", "gpt2"], "weights": weights}, {"text": lines(family / "t.jsonl", 60)})
+    kept = json.loads((target / FILE).read_text())
+    assert kept["on"] == "text.dev"
+    text = "".join(each["token"] for each in kept["tokens"])
+    assert text.startswith("the line number ")
+    close(Spoken.from_plain(kept), speaks(target, text))
+
+
+def test_given_weights_show_what_is_asked_for_and_only_mixtures_can(family):  # noqa: F811
+    sets = {"text": lines(family / "t.jsonl", 60)}
+    target, _ = run(family, {"members": ["llama", "gpt2"], "show": "text.test"}, sets)
+    assert json.loads((target / FILE).read_text())["on"] == "text.test"
+    plain, _ = run(family, {"members": ["llama", "gpt2"]}, sets, name="plain")
+    assert not (plain / FILE).exists()
+    raw = {"combine": "log_linear", "members": ["llama", "gpt2"], "show": "text.test"}
+    (problem,) = VERB.check(VERB.parse(raw), facts(family, "llama", "gpt2"))
+    assert "`show` is for mixtures (linear)" in problem
+
+
+def test_a_member_that_a_gate_never_uses_keeps_its_place():
+    ensemble = ensemble_of({"a": llama(), "b": gpt2(), "c": llama(5)})
+    gate = Gate(3, inputs=2, looks_at=[0], skip=0.1)
+    with torch.no_grad():
+        gate.outer.bias[1] = -20
+    config = EnsembleConfig(ensemble.config.members, "linear", [0.6, 0.0, 0.4], {}, gate.plain())
+    gated = EnsembleForCausalLM(config, list(ensemble.members)).eval()
+    ids = torch.tensor([[1, 5, 6, 7]])
+    found = gated.generate(ids, max_new_tokens=5, eos_token_id=None)
+    assert torch.equal(found, gated.generate(ids, max_new_tokens=5, eos_token_id=None, use_cache=False))

@@ -223,3 +223,44 @@ def test_the_page_is_replaced_as_a_whole(tmp_path):
     assert len(first.read_text()) < len(before)
     assert sorted(p.name for p in folder.iterdir()) == ["models", "report.html", "results.jsonl"]
     assert json.loads((folder / "models" / "base" / "graft.json").read_text())["name"] == "base"
+
+
+def speech(folder: Path, text: dict) -> None:
+    (folder / "models" / "duo" / "speaks.json").write_text(json.dumps(text))
+
+
+SPEECH = {
+    "on": "mixed.dev",
+    "mean_shares": {"coder": 0.7, "<writer>": 0.3},
+    "tokens": [
+        {
+            "token": token,
+            "members": {
+                "coder": {"weight": 0.6, "probability": 0.5, "share": share},
+                "<writer>": {"weight": 0.4, "probability": 0.25, "share": 1 - share},
+            },
+        }
+        for token, share in [("if ", 0.9), ("a < b", 0.8), ("\n", 0.4)]
+    ],
+}
+
+
+def test_a_mixtures_text_is_shown_with_every_members_part_on_hovering(tmp_path):
+    folder = fake.family(tmp_path / "run")
+    speech(folder, SPEECH)
+    source, page = page_of(folder)
+    assert "Who speaks" in page.words
+    assert "if a < b\n" in page.words
+    told = [value for name, value in page.attributes if name == "title" and value and "coder: 0.600" in value]
+    assert told[0] == "coder: 0.600 × 0.5 = 90%\n<writer>: 0.400 × 0.25 = 10%"
+    assert len(told) == 3
+    assert "script" not in page.tags
+    assert "<writer>" not in source
+
+
+@pytest.mark.parametrize("damage", [{"tokens": []}, {"mean_shares": {}, "tokens": [{"token": "a"}]}, []])
+def test_a_text_that_cannot_be_read_is_left_out(tmp_path, damage):
+    folder = fake.family(tmp_path / "run")
+    assert "Who speaks" not in page_of(folder)[1].words
+    speech(folder, damage)
+    assert "Who speaks" not in page_of(folder)[1].words

@@ -34,6 +34,7 @@ ROOMS = (
     "show",
     "sources",
     "speculative",
+    "spoken",
     "union",
     "voting",
     "weights",

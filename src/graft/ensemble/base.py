@@ -51,12 +51,12 @@ class Ensemble(PreTrainedModel):
         self.choose = getattr(rule, "choose", None)
         # what chooses among whole outputs has nothing to say of tokens: text is scored by the mixture
         self.combine = linear.combine if self.choose and self.writes else rule.combine
-        self.active = [place for place, weight in enumerate(config.weights) if weight]
+        self.active = [place for place, weight in enumerate(config.weights) if weight or config.gate]
         self.weights = torch.tensor([config.weights[place] for place in self.active], dtype=torch.float32)
         self.gate = Gate.from_plain(config.gate) if config.gate else None
         if keeps_text(config.gate) and not self.skips:
             raise RequestError(f"a gate that looks at some members only is for decoders, found {type(self).__name__}")
-        self.spans = spans_of(layers_of(config.members, config.weights), int(keeps_text(config.gate)))
+        self.spans = spans_of(layers_of(config.members, config.weights, config.gate), int(keeps_text(config.gate)))
         self.limits = [context_of(entry["config"]) for entry in config.members]
         self.takes = [set(inspect.signature(type(member).forward).parameters) for member in made]
         self.post_init()

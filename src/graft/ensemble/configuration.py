@@ -93,14 +93,17 @@ def _first(config: dict[str, Any], *names: str) -> int | None:
     return next((int(config[name]) for name in names if config.get(name)), None)
 
 
-def layers_of(members: Sequence[dict[str, Any]], weights: Sequence[float]) -> list[int]:
-    """Layers that each member has in the common cache: none where its weight is zero."""
-    return [_layers(entry["config"]) if weight else 0 for entry, weight in zip(members, weights, strict=True)]
+def layers_of(
+    members: Sequence[dict[str, Any]], weights: Sequence[float], gate: dict[str, Any] | None = None
+) -> list[int]:
+    """Layers that each member has in the common cache: none where its weight is zero and no gate gives it others."""
+    pairs = zip(members, weights, strict=True)
+    return [_layers(entry["config"]) if weight or gate is not None else 0 for entry, weight in pairs]
 
 
 def layers_in_all(members: Sequence[dict[str, Any]], weights: Sequence[float], gate: dict[str, Any] | None) -> int:
     """Layers of the common cache: the members', and before them one of the text where a gate may leave members out."""
-    return sum(layers_of(members, weights)) + keeps_text(gate)
+    return sum(layers_of(members, weights, gate)) + keeps_text(gate)
 
 
 def keeps_text(gate: dict[str, Any] | None) -> bool:

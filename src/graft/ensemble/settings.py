@@ -138,6 +138,13 @@ class EnsembleSettings(Settings):
         ModelRef | None,
         Field(description="The member that drafts blocks of tokens where the ensemble speculates; best a fast one."),
     ] = None
+    show: Annotated[
+        DataRef | None,
+        Field(
+            description="Data set and split whose first document the report shows, with who speaks at which token "
+            "(mixtures of decoders); null: the one that weights are fitted on."
+        ),
+    ] = None
     self_contained: Annotated[bool, Field(description="Copy the members into the ensemble's folder.")] = False
 
     @model_validator(mode="before")

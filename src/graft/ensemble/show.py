@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-import html
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from graft import models
 from graft.ensemble.causal import EnsembleForCausalLM
+from graft.ensemble.gate import Gate, Told
+from graft.ensemble.reading import common_context, distributions, text_items
+from graft.ensemble.sources import Source
+from graft.ensemble.spoken import Spoken, colour
 from graft.errors import RequestError
 from graft.evaluate.scorer import Scorer
 
 if TYPE_CHECKING:
     from rich.text import Text
-
-COLOURS = ("#4c9be8", "#e8894c", "#4cc38a", "#c77ddb", "#d9c04a", "#e86a7c", "#6ad0d6", "#a0a0a0")
-
-
-@dataclass(frozen=True)
-class Spoken:
-    """`shares [tokens, members]`: the part of a token's probability that is a member's, λᵢ pᵢ / Σ λⱼ pⱼ; `weights` and
-    `probs` of the same shape are what it is made of."""
-
-    names: tuple[str, ...]
-    tokens: tuple[str, ...]
-    shares: np.ndarray
-    weights: np.ndarray
-    probs: np.ndarray
-
-    def plain(self) -> dict[str, Any]:
-        """JSON-ready values: each token with each member's weight, probability and share; the mean shares."""
-        tokens = []
-        for place, token in enumerate(self.tokens):
-            columns = zip(self.names, self.weights[place], self.probs[place], self.shares[place], strict=True)
-            parts = {n: {"weight": float(w), "probability": float(p), "share": float(s)} for n, w, p, s in columns}
-            tokens.append({"token": token, "members": parts})
-        return {"mean_shares": dict(zip(self.names, map(float, self.shares.mean(0)), strict=True)), "tokens": tokens}
 
 
 @torch.inference_mode()
@@ -78,35 +57,47 @@ def coloured(spoken: Spoken) -> Text:
 
     shown = Text()
     for token, member in zip(spoken.tokens, spoken.shares.argmax(-1), strict=True):
-        shown.append(token, style=_colour(int(member)))
+        shown.append(token, style=colour(int(member)))
     shown.append("\n\n")
     for member, name in enumerate(spoken.names):
-        shown.append(f"{name} {spoken.shares[:, member].mean():.0%}  ", style=f"bold {_colour(member)}")
+        shown.append(f"{name} {spoken.shares[:, member].mean():.0%}  ", style=f"bold {colour(member)}")
     return shown
 
 
 def page(spoken: Spoken) -> str:
     """The same as one HTML page without scripts: hovering shows every member's weight, probability and share."""
-    words = "".join(_word(spoken, place) for place in range(len(spoken.tokens)))
-    legend = " ".join(
-        f'<b style="color:{_colour(member)}">{html.escape(name)} {spoken.shares[:, member].mean():.0%}</b>'
-        for member, name in enumerate(spoken.names)
-    )
     style = "body{font:16px/1.6 sans-serif;max-width:50em;margin:2em auto;padding:0 1em}pre{white-space:pre-wrap}"
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Who speaks</title><style>{style}</style>'
-        f"<p>{legend}</p><pre>{words}</pre></html>\n"
+        f"<p>{spoken.legend()}</p><pre>{spoken.words()}</pre></html>\n"
     )
 
 
-def _word(spoken: Spoken, place: int) -> str:
-    columns = zip(spoken.names, spoken.weights[place], spoken.probs[place], spoken.shares[place], strict=True)
-    told = "\n".join(f"{n}: {w:.3f} × {p:.3g} = {s:.0%}" for n, w, p, s in columns)
-    member = int(spoken.shares[place].argmax())
-    strength = round(100 * float(spoken.shares[place, member]) / 2)
-    colour = f"background:color-mix(in srgb,{_colour(member)} {strength}%,transparent)"
-    return f'<span style="{colour}" title="{html.escape(told)}">{html.escape(spoken.tokens[place])}</span>'
-
-
-def _colour(member: int) -> str:
-    return COLOURS[member % len(COLOURS)]
+@torch.inference_mode()
+def spoken_by(
+    sources: Sequence[Source],
+    weights: Sequence[float],
+    gate: dict[str, Any] | None,
+    text: str,
+    device: str | None = None,
+) -> Spoken:
+    """Who speaks in `text` where these members are mixed, one after the other in memory; as much as all can read."""
+    folders = list(dict.fromkeys(source.folder for source in sources))
+    (item,) = text_items(folders, [text])
+    context, width = common_context(folders)
+    made = Gate.from_plain(gate) if gate else None
+    states = made.looks_at if made is not None and made.states else []
+    asked = {"context": context, "width": width, "device": device}
+    read = [distributions(source, [item], states=number in states, **asked) for number, source in enumerate(sources)]
+    log_probs = torch.cat([each.log_probs.gather(-1, each.gold[:, None]) for each in read], -1)
+    shares = torch.tensor([weights]).expand(len(log_probs), -1)
+    if made is not None:
+        shares = made.decide([Told(read[n].log_probs, read[n].states) for n in made.looks_at])
+    offsets = models.load_tokenizer(folders[0])(text, add_special_tokens=False, return_offsets_mapping=True)
+    return Spoken(
+        tuple(source.name for source in sources),
+        tuple(text[start:end] for start, end in offsets["offset_mapping"][: len(log_probs)]),
+        (log_probs + shares.log()).softmax(-1).numpy(),
+        shares.numpy(),
+        log_probs.exp().numpy(),
+    )

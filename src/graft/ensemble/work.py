@@ -46,6 +46,10 @@ def problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[st
     if settings.vocabulary == "union":
         found += _union_problems(settings)
     found += _several_problems(settings)
+    if settings.show is not None and (
+        settings.rule != "linear" or settings.vocabulary != "same" or models[first].architecture != "decoder"
+    ):
+        found.append("`show` is for mixtures (linear) of decoders of one vocabulary: only there members share a token")
     if not isinstance(settings.weights, FittedWeights):
         wrong = method("graft.ensemble", settings.rule).problem(_constants(settings))
         found += [wrong] if wrong else []
@@ -144,12 +148,14 @@ def run(job: Job) -> dict[str, Any]:
     if not isinstance(settings.weights, FittedWeights):
         weights = [_constants(settings)[source.entry] * source.share for source in sources]
         _write(job, settings, sources, weights)
+        _show(job, settings, sources, weights, None)
         return {"weights": dict(zip(names, weights, strict=True))}
     from graft.ensemble.fitting import fit_weights
 
     fit = fit_weights(settings, settings.weights, job, sources)
     weights = [float(weight) for weight in fit.weights]
     _write(job, settings, sources, weights, fit.gate)
+    _show(job, settings, sources, weights, fit.gate)
     return {
         "weights": dict(zip(names, weights, strict=True)),
         "loss": fit.loss,
@@ -161,6 +167,39 @@ def run(job: Job) -> dict[str, Any]:
         **({} if fit.gate is None else {"loss_without_gate": fit.constant}),
         **({} if fit.gate is None else {"needed": {names[at]: share for at, share in fit.run.items()}}),
     }
+
+
+SHOWN = 2000
+"""Characters of a document that are shown at most."""
+
+
+def _show(job: Job, settings: EnsembleSettings, sources: list[Source], weights: list[float], gate: Any) -> None:
+    """Write who speaks in the first document of what is to be shown, for the report."""
+    fitted = settings.weights.fit if isinstance(settings.weights, FittedWeights) else None
+    reference = settings.show or fitted
+    if reference is None or not _can_be_shown(settings, sources):
+        return
+    from graft.checkpoint import atomic_write
+    from graft.ensemble.fitting import held_out
+    from graft.ensemble.show import spoken_by
+    from graft.ensemble.spoken import FILE
+
+    texts = held_out(reference, 1, job.data, job.root, job.device).texts
+    text = next((text[:SHOWN] for text in texts if text.strip()), None)
+    if text is None:
+        return
+    spoken = spoken_by(sources, weights, gate, text, job.device)
+    atomic_write(job.out / FILE, json.dumps({"on": reference, **spoken.plain()}, ensure_ascii=False) + "\n")
+
+
+def _can_be_shown(settings: EnsembleSettings, sources: list[Source]) -> bool:
+    """Whether members share in every token: in mixtures of decoders of one vocabulary."""
+    from graft.ensemble.configuration import kind_of
+    from graft.ensemble.members import config_of
+
+    if settings.rule != "linear" or settings.vocabulary != "same":
+        return False
+    return kind_of([config_of(source.folder) for source in sources]) == "CausalLM"
 
 
 def _table(names: list[str], values: Any) -> dict[str, dict[str, float | None]]:

@@ -18,6 +18,7 @@ from graft.report.curves import draw_curves
 from graft.report.judge import best, decimals, difference, half, p_text, places_for, sentence, verdict, verdicts
 from graft.report.read import Column, Model, Row, Run, is_number
 from graft.report.scores import difference_bar, difference_reach, flag_class, score_panel
+from graft.report.speakers import speakers
 from graft.report.tree import draw_tree
 from graft.report.words import bytes_text, fixed, rate_text, seconds_text, si
 
@@ -54,6 +55,7 @@ def render_page(run: Run) -> str:
         panels=[(column, score_panel(run, column)) for column in run.columns],
         costs=[(c, drawn) for c in run.columns if (drawn := [p for cost in COSTS if (p := cost_panel(run, c, cost))])],
         curves=draw_curves(run),
+        speakers=list(speakers(run)),
         pairs=[(c, *_by_kinship(rows)) for c in run.columns if (rows := list(_pairs(run, c)))],
         table=[_line(run, model) for model in run.models.values()],
         provenance=[_provenance(run, model) for model in run.models.values()],
