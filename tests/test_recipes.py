@@ -26,9 +26,11 @@ def shrunk(recipe: Path, folder: Path) -> dict[str, Any]:
     for node in raw["models"].values():
         settings = next(value for key, value in node.items() if key != "seed")
         if "budget" in settings:
-            settings |= {"budget": "4 steps", "batch_size": 2, "evaluate_every": 4}
+            settings |= {"budget": "4 steps", "batch_size": 2, "evaluate_every": 1 if "keep" in settings else 4}
         if "pretrain" in node:
             settings |= {"size": "60k", "length": 64, "tokenizer": {"size": 300}}
+        for part in (settings, settings.get("search", {})):
+            part |= {key: 3 for key in ("limit", "evaluations", "rows") if key in part}
     for measure in raw["evaluate"]:
         measure["limit"] = 8
     return raw
