@@ -91,7 +91,7 @@ def test_each_row_of_a_batch_has_its_own_adapter(many, model_name):
     for row, name in enumerate(names):
         with torch.no_grad(), adapters_of(model).using(name):
             one = model(**{key: value[row : row + 1] for key, value in batch.items()}).logits
-        assert torch.allclose(together[row], one[0], atol=1e-5), name
+        assert (together[row] - one[0]).abs().max() < 1e-5 * (1 + one.abs().max()), name  # float32, in another order
 
 
 def test_rows_with_their_own_adapters_generate_as_alone(many):
@@ -105,6 +105,23 @@ def test_rows_with_their_own_adapters_generate_as_alone(many):
         for row, name in enumerate(names):
             with adapters_of(model).using(name):
                 assert torch.equal(together[row], model.generate(ids[row : row + 1], **options)[0]), (name, how)
+
+
+@pytest.mark.parametrize("model_name", ["llama", "gpt2"])
+def test_rows_of_low_rank_are_read_at_once_whatever_their_ranks(many, model_name):
+    model = many(model_name, {"a": "lora"})
+    stack = adapters_of(model)
+    adopt(model, points("lora", rank=2, alpha=1), "b")
+    moved(model)
+    names = ["b", None, "a", "b"]
+    batch = inputs(model, rows=4)
+    with stack.each_row(names):
+        slowly = model(**batch).logits  # with gradients, one after the other
+        with torch.no_grad():
+            together = model(**batch).logits
+        assert any(junction.gathered is not None for junction in stack.junctions.values())
+    assert torch.allclose(together, slowly, atol=1e-5)
+    assert all(junction.gathered is None for junction in stack.junctions.values())
 
 
 def test_rows_must_fit_the_names(many):

@@ -109,6 +109,9 @@ class LowRank(Site):
             self._largest()
         if point.directions:
             self.magnitude = nn.Parameter(self._lengths().clone())
+        own = point.directions or point.start == "pissa" or point.scale == "learned" or point.composition == "gated"
+        self.plain = not own
+        """Whether it is h + s·up·down·x and nothing else."""
 
     @classmethod
     def body(cls, point: Point, r: int, i: int, o: int) -> int:
@@ -145,15 +148,14 @@ class LowRank(Site):
     def forward(self, h: torch.Tensor, x: torch.Tensor | None, weight: float = 1.0) -> torch.Tensor:
         if self.point.directions:
             return self._turned(h, x, weight)
-        plain = self.point.composition != "gated" and self.point.start == "zero" and self.point.scale != "learned"
         source = h if self.after or x is None else x
-        if not plain or source.dtype != h.dtype or torch.is_autocast_enabled(h.device.type):
+        if not self.plain or source.dtype != h.dtype or torch.is_autocast_enabled(h.device.type):
             return super().forward(h, x, weight)
         source = source if self.dropout is None else self.dropout(source)
-        low = functional.linear(source, self.down)
+        down, up = self.down, self.up
         # one pass over h instead of three: the product is added as it is made
-        joined = torch.addmm(h.flatten(0, -2), low.flatten(0, -2), self.up.t(), alpha=float(self.scale) * weight)
-        return joined.view(h.shape)
+        low = torch.mm(source.reshape(-1, source.shape[-1]), down.t())
+        return torch.addmm(h.reshape(-1, h.shape[-1]), low, up.t(), alpha=self.scale * weight).view(h.shape)
 
     def _lengths(self) -> torch.Tensor:
         """Lengths of the rows of W + s·up·down `[outputs]`; no gradient goes through them (DoRA, section 4.3)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from graft.adapters.forms import FORMS, Site
+from graft.adapters.forms import FORMS, LowRank, Site
 from graft.adapters.places import Layout, Place
 from graft.adapters.point import Point
 from graft.errors import RequestError, UnknownName
@@ -175,6 +176,8 @@ class Adapters(nn.Module):
             yield
         finally:
             self.rows = before
+            for junction in self.junctions.values():
+                junction.gathered = None
 
     def train_only(self, model: PreTrainedModel, name: str | None) -> None:
         """Freeze everything but the adapter `name` (None: everything)."""
@@ -257,6 +260,7 @@ class Junction:
         self.stack = stack
         self.sites: dict[str, list[Site]] = {}
         self.x: torch.Tensor | None = None
+        self.gathered: Gathered | None = None
         self.apart = place.source != place.target
         target = model.get_submodule(place.target)
         if place.before:
@@ -288,20 +292,58 @@ class Junction:
             return self._by_rows(h, x, self.stack.rows)
         for name, weight in self.stack.active:
             for site in self.sites.get(name, ()):
-                h = site(h, x, weight)
+                h = site.forward(h, x, weight)
         return h
 
     def _by_rows(self, h: torch.Tensor, x: torch.Tensor | None, names: Sequence[str | None]) -> torch.Tensor:
-        """Each row of the batch with its own adapter."""
+        """Each row of the batch with its own adapter: all at once where they are low-rank, else one after the other."""
+        if not torch.is_grad_enabled():
+            if self.gathered is None or self.gathered.names is not names or len(self.gathered.down) != len(h):
+                self.gathered = gathered(self.sites, h, names)
+            if self.gathered is not None:
+                source = h if x is None or self.gathered.after else x
+                return torch.baddbmm(h, torch.bmm(source, self.gathered.down), self.gathered.up)
         for name in dict.fromkeys(names):
             if name is None or name not in self.sites:
                 continue
             rows = self.stack.rows_of(name, len(h)).to(h.device)
-            mine, source = h[rows], None if x is None else x[rows]
+            mine, theirs = h[rows], None if x is None else x[rows]
             for site in self.sites[name]:
-                mine = site(mine, source)
+                mine = site(mine, theirs)
             h = h.index_copy(0, rows, mine)
         return h
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The low-rank weights of every row of a batch side by side: `down [rows, inputs, rank]`, `up [rows, rank, o]`."""
+
+    names: Sequence[str | None]
+    down: torch.Tensor
+    up: torch.Tensor
+    after: bool
+
+
+def gathered(sites: Mapping[str, list[Site]], h: torch.Tensor, names: Sequence[str | None]) -> Gathered | None:
+    """The weights of all rows of h `[rows, length, o]`, low ranks padded; None where a site is not plain low-rank."""
+    found: dict[str, LowRank] = {}
+    for name in dict.fromkeys(names):
+        for site in sites.get(name, ()) if name is not None else ():
+            if name in found or not isinstance(site, LowRank) or not site.plain:
+                return None
+            found[str(name)] = site
+    if len({site.after for site in found.values()}) != 1 or h.dim() != 3 or len(h) % len(names):
+        return None
+    first, rank = next(iter(found.values())), max(len(site.down) for site in found.values())
+    down = h.new_zeros(len(names), first.inputs, rank)
+    up = h.new_zeros(len(names), rank, h.shape[-1])
+    for row, name in enumerate(names):
+        if name in found:
+            mine = found[name]
+            down[row, :, : len(mine.down)] = mine.down.t()
+            up[row, : len(mine.down)] = mine.scale * mine.up.t()
+    times = len(h) // len(names)
+    return Gathered(names, down.repeat_interleave(times, 0), up.repeat_interleave(times, 0), first.after)
 
 
 class Adapted:

@@ -245,7 +245,7 @@ def _metric_of(subject: Subject, name: str, sums: np.ndarray) -> metrics.Metric:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Bytes of the model's files; an ensemble's are those of its members."""
+    """Bytes of the model's files; an ensemble's are those of its members, an adapter's those of its base as well."""
     own = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file() and "checkpoints" not in p.parts)
     config = lineage.read_config(folder)
     outside = [
@@ -253,6 +253,8 @@ def disk_bytes(folder: Path) -> int:
         for m in config.get("members", [])
         if isinstance(m, dict) and not m["path"].startswith("members/")
     ]
+    if lineage.ADAPTED in config:
+        outside.append(folder / config[lineage.ADAPTED]["base"]["path"])
     return own + sum(disk_bytes(place) for place in outside if place.is_dir())
 
 
