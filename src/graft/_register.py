@@ -26,7 +26,7 @@ def _register() -> None:
     rooms = [module for name, module in sys.modules.items() if name.startswith("graft.ensemble.")]
     if not any(getattr(module.__spec__, "_initializing", False) for module in rooms):
         import graft.adapters.auto
-    import graft.ensemble.model  # noqa: F401
+        import graft.ensemble.model  # noqa: F401
 
 
 class _Finder(importlib.abc.MetaPathFinder):

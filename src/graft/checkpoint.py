@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter.safetensors"
 """Weights that stand beside those of a frozen model, which lies elsewhere."""
-ADAPTER = "adapter.safetensors"
-"""Weights that stand beside those of a frozen model, which lies elsewhere."""
 LORA = "adapter_model.safetensors"
 """Factors of an adapter in the form of peft."""
 WIDTH = {
