@@ -54,3 +54,42 @@ def measured(root, data):
         return judge.value(load(folder), load_tokenizer(folder))
 
     return bits
+
+
+@pytest.fixture(scope="session")
+def reading_root(tmp_path_factory):
+    """The folder of the texts that small models have learned: see `readers.py`."""
+    return tmp_path_factory.mktemp("readers")
+
+
+@pytest.fixture(scope="session")
+def texts(reading_root):
+    """Data sets by name."""
+    from readers import write_data
+
+    return write_data(reading_root)
+
+
+@pytest.fixture(scope="session")
+def tuned(reading_root):
+    """`base` and a model tuned on each kind of text: name → folder."""
+    from readers import family
+
+    return family(reading_root / "models")
+
+
+@pytest.fixture
+def merged(reading_root, texts, tuned, tmp_path):
+    """merged(settings, name="out") → (tensors of the output, the notes, its folder), of the tuned models."""
+    from readers import LENGTH, NAMES, job
+    from small_family import tensors
+
+    from graft.merge import VERB
+
+    def run(settings, name="out", own=tuned):
+        raw = {"models": NAMES, "length": LENGTH} | settings
+        raw = {key: value for key, value in raw.items() if value is not None}
+        found = VERB.run(job(raw, own, texts, reading_root, tmp_path / name))
+        return tensors(tmp_path / name), found["notes"], tmp_path / name
+
+    return run

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from small_family import tensors
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -16,7 +17,10 @@ from graft.verb import Job
 
 KINDS = {"low": (4, 5), "middle": (16, 7), "high": (28, 11)}
 """First of twelve words, and how far on the circle of these the next word is."""
-LENGTH = 16
+NAMES = list(KINDS)
+ON = {kind: f"{kind}.train" for kind in KINDS}
+LENGTH = 17
+"""Tokens of a text with its end: a row."""
 
 
 def save(made, folder):
@@ -32,7 +36,17 @@ def save(made, folder):
 def line(kind, start):
     """Token ids of one text."""
     first, step = KINDS[kind]
-    return [first + (start + i * step) % 12 for i in range(LENGTH)]
+    return [first + (start + i * step) % 12 for i in range(LENGTH - 1)]
+
+
+def text_rows(kind):
+    """The rows that are read for a kind: texts with their end, in any order."""
+    return [torch.tensor([*line(kind, start), 2]) for start in range(12)]
+
+
+def mean(folders, name):
+    """A tensor's mean over the models, float64."""
+    return sum(tensors(folders[kind])[name].double().numpy() for kind in KINDS) / len(KINDS)
 
 
 def rows(kind):

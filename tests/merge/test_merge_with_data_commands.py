@@ -38,40 +38,25 @@ READING = {
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("readers")
-
-
-@pytest.fixture(scope="module")
-def data(root):
-    return readers.write_data(root)
-
-
-@pytest.fixture(scope="module")
-def folders(root):
-    return readers.family(root / "models", 10)
-
-
-@pytest.fixture(scope="module")
-def adapters(root, folders):
+def adapters(reading_root, tuned):
     """Two adapters on the base, and the models that they are: name → folder."""
-    made = {"base": folders["base"]}
+    made = {"base": tuned["base"]}
     for seed, kind in enumerate(("low", "high")):
-        made[kind] = adapter(folders["base"], root / f"{kind}-adapter", seed, r=2 + seed)
-        whole = models.load(folders["base"])
-        whole.load_state_dict(folded(folders["base"], made[kind]))
-        made[f"{kind} whole"] = readers.save(whole, root / f"{kind}-whole")
+        made[kind] = adapter(tuned["base"], reading_root / f"{kind}-adapter", seed, r=2 + seed)
+        whole = models.load(tuned["base"])
+        whole.load_state_dict(folded(tuned["base"], made[kind]))
+        made[f"{kind} whole"] = readers.save(whole, reading_root / f"{kind}-whole")
     return made
 
 
 @pytest.mark.parametrize("method", READING)
-def test_adapters_are_merged_as_the_models_that_they_are(method, adapters, root, data, tmp_path):
+def test_adapters_are_merged_as_the_models_that_they_are(method, adapters, reading_root, texts, tmp_path):
     settings = {"method": method, "models": ["low", "high"], "on": "all", "length": 17} | READING[method]
     if settings["on"] is None:
         settings = {key: value for key, value in settings.items() if key not in ("on", "length")}
-    made = job(settings, adapters, data, root, tmp_path / "adapters")
+    made = job(settings, adapters, texts, reading_root, tmp_path / "adapters")
     plain = {"base": adapters["base"]} | {kind: adapters[f"{kind} whole"] for kind in ("low", "high")}
-    whole = job(settings, plain, data, root, tmp_path / "whole")
+    whole = job(settings, plain, texts, reading_root, tmp_path / "whole")
     for each in (made, whole):
         VERB.run(each)
     one, other = tensors(tmp_path / "adapters"), tensors(tmp_path / "whole")
@@ -82,7 +67,7 @@ def test_adapters_are_merged_as_the_models_that_they_are(method, adapters, root,
 
 @pytest.mark.parametrize("method", [name for name, settings in READING.items() if settings.get("on", "all")])
 def test_models_that_may_not_be_merged_are_refused_before_anything_is_read(
-    method, folders, root, data, tmp_path, monkeypatch
+    method, tuned, reading_root, texts, tmp_path, monkeypatch
 ):
     def never(*_):
         raise AssertionError("a model was loaded")
@@ -95,39 +80,39 @@ def test_models_that_may_not_be_merged_are_refused_before_anything_is_read(
     with torch.no_grad():
         for weight in stranger.parameters():
             weight.copy_(0.02 * torch.randn_like(weight))
-    own = folders | {"low": readers.save(stranger, tmp_path / "stranger")}
+    own = tuned | {"low": readers.save(stranger, tmp_path / "stranger")}
     settings = {"method": method, "models": ["high", "low"], "on": "all", "length": 17} | READING[method]
     with pytest.raises(CannotCombine, match="different initialisations"):
-        VERB.run(job(settings, own, data, root, tmp_path / "out"))
+        VERB.run(job(settings, own, texts, reading_root, tmp_path / "out"))
 
 
-def words(folders, root, method, *more):
-    pair = [str(folders[kind]) for kind in ("low", "high")]
-    return ["merge", *pair, "--method", method, "--on", str(root / "all.jsonl"), "--length", "17", *more]
+def words(tuned, reading_root, method, *more):
+    pair = [str(tuned[kind]) for kind in ("low", "high")]
+    return ["merge", *pair, "--method", method, "--on", str(reading_root / "all.jsonl"), "--length", "17", *more]
 
 
 def invoke(*given):
     return CliRunner().invoke(app, [str(word) for word in given])
 
 
-def test_one_command_reads_a_file(folders, root, tmp_path):
-    verb, *rest = words(folders, root, "regmean", "--tokens", "170")
+def test_one_command_reads_a_file(tuned, reading_root, texts, tmp_path):
+    verb, *rest = words(tuned, reading_root, "regmean", "--tokens", "170")
     done = invoke(verb, tmp_path / "made", *rest, "--json")
     assert done.exit_code == 0, done.output
     manifest = json.loads((tmp_path / "made" / "graft.json").read_text())
     assert manifest["notes"]["merged_by_regression"] == 15
     assert [use["split"] for use in manifest["data"]] == ["train"]
     assert manifest["settings"]["tokens"] == 170
-    pair = [folders["low"], folders["high"]]
+    pair = [tuned["low"], tuned["high"]]
     wrong = invoke("merge", tmp_path / "no", *pair, "--method", "fisher", "--on", "nowhere.txt")
     assert wrong.exit_code == 2
     assert "nowhere.txt" in wrong.stderr
 
 
 @pytest.mark.slow
-def test_learning_that_is_killed_goes_on_and_ends_the_same(folders, root, tmp_path):
+def test_learning_that_is_killed_goes_on_and_ends_the_same(tuned, reading_root, texts, tmp_path):
     """kill -9 in the middle of learning λ."""
-    verb, *rest = words(folders, root, "adamerging", "--base", str(folders["base"]), "--steps", "60")
+    verb, *rest = words(tuned, reading_root, "adamerging", "--base", str(tuned["base"]), "--steps", "60")
     whole = invoke(verb, tmp_path / "whole", *rest)
     assert whole.exit_code == 0, whole.output
     out = tmp_path / "there" / "killed"

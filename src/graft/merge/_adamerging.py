@@ -14,7 +14,7 @@ from graft.checkpoint import atomic_write
 from graft.data.objectives import IGNORED
 from graft.data.rows import Rows
 from graft.merge._composed import Composed
-from graft.merge._reading import made_of, rows_for
+from graft.merge._reading import made_of, rows_for, rows_of_step
 from graft.merge.adamerging import Settings, entropy
 from graft.merge.prepared import Prepared
 from graft.merge.slices import LAYER
@@ -24,6 +24,8 @@ from graft.train.losses import shifted_left
 from graft.verb import Job
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
+LOGITS = 1 << 26
+"""Logits that are looked at together, at most (or those of one row)."""
 
 
 @dataclass
@@ -92,9 +94,8 @@ def learned(job: Job, settings: Settings) -> Prepared:
                 progress.advance(1, f"entropy {state.entropies[-1]:.4f}")
     named = [dict(zip(settings.names, found, strict=True)) for found in state.lambdas.tolist()]
     survey = {name: state.lambdas[index[parameter]].tolist() for name, parameter in composed.outputs.items()}
-    return Prepared(
-        settings, {"lambdas": dict(zip(groups, named, strict=True)), "entropy_by_step": state.entropies}, survey
-    )
+    notes = {"lambdas": dict(zip(groups, named, strict=True)), "entropy_by_step": state.entropies}
+    return Prepared(settings, notes, survey)
 
 
 def _learn(composed: Composed, settings: Settings, texts: list[Rows], index: dict[str, int], state: State) -> None:
@@ -121,17 +122,16 @@ def _learn(composed: Composed, settings: Settings, texts: list[Rows], index: dic
 
 
 def uncertainty(composed: Composed, settings: Settings, rows: Rows, step: int, sets: int) -> float:
-    """Mean entropy at the tokens of a batch, with a backward pass row by row through its share of the objective."""
-    pool = min(len(rows), max(settings.tokens // len(rows[0]["input_ids"]), 1))
-    numbers = [(step * settings.batch_size + i) % pool for i in range(min(settings.batch_size, pool))]
-    read = [rows.collate([rows[number]]) for number in numbers]
-    counted = sum(int((shifted_left(batch["labels"]) != IGNORED).sum()) for batch in read)
+    """Mean entropy at the tokens of a batch, with backward passes through its share of the objective."""
+    read = rows_of_step(rows, settings, settings.batch_size, step)
+    counted = sum(int((row["labels"][1:] != IGNORED).sum()) for row in read)
+    model = composed.model
+    at_once = max(LOGITS // (max(len(row["input_ids"]) for row in read) * model.config.vocab_size), 1)
     total = 0.0
-    for batch in read:
-        batch = {name: tensor.to(composed.model.device) for name, tensor in batch.items()}
-        logits = composed.model(**model_inputs(composed.model, batch), use_cache=False).logits
+    for start in range(0, len(read), at_once):
+        batch = {name: t.to(model.device) for name, t in rows.collate(read[start : start + at_once]).items()}
+        logits = model(**model_inputs(model, batch), use_cache=False).logits
         loss = entropy(logits)[shifted_left(batch["labels"]) != IGNORED].sum() / max(counted, 1)
-        if loss.requires_grad:
-            (loss / sets).backward()
+        (loss / sets).backward()
         total += float(loss.detach())
     return total

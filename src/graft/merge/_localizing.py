@@ -14,7 +14,7 @@ from graft.checkpoint import FLOATS, TensorReader, TensorWriter
 from graft.data.objectives import IGNORED
 from graft.data.rows import Rows
 from graft.merge._composed import Composed
-from graft.merge._reading import kept, made_of, rows_for
+from graft.merge._reading import kept, made_of, rows_for, rows_of_step
 from graft.merge._select import Cut
 from graft.merge.inputs import inputs
 from graft.merge.localize_and_stitch import Settings, survey
@@ -109,8 +109,7 @@ def localized(
 
 def _loss(composed: Composed, settings: Settings, rows: Rows, step: int) -> float:
     """Mean loss a token of a batch, with a backward pass."""
-    pool = min(len(rows), max(settings.tokens // len(rows[0]["input_ids"]), 1))
-    batch = rows.collate([rows[(step * settings.batch_size + i) % pool] for i in range(min(settings.batch_size, pool))])
+    batch = rows.collate(rows_of_step(rows, settings, settings.batch_size, step))
     batch = {key: tensor.to(composed.model.device) for key, tensor in batch.items()}
     loss = TokenLoss()(composed.model, batch) / max(int((batch["labels"] != IGNORED).sum()), 1)
     loss.backward()

@@ -12,7 +12,7 @@ import torch
 from graft import data, models
 from graft.checkpoint import atomic_folder
 from graft.data.objectives import Causal, objective_rows
-from graft.data.rows import Rows
+from graft.data.rows import Row, Rows
 from graft.evaluate.scorer import longest_context
 from graft.merge._layers import Layers
 from graft.merge._options import OnData
@@ -67,6 +67,12 @@ def batches(settings: OnData, rows: Rows, size: int, device: Any) -> Iterator[Ba
         read += int(real(batch).sum())
         index += size
         yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def rows_of_step(rows: Rows, settings: OnData, size: int, step: int) -> list[Row]:
+    """`size` rows for a step of learning: those of `settings.tokens` tokens, over and over in one order."""
+    pool = min(len(rows), max(settings.tokens // len(rows[0]["input_ids"]), 1))
+    return [rows[(step * size + i) % pool] for i in range(min(size, pool))]
 
 
 def real(batch: Batch) -> torch.Tensor:
