@@ -12,6 +12,7 @@ from typing import Any
 
 import graft
 from graft.checkpoint import atomic_write
+from graft.report.ceiling import draw_ceiling, said
 from graft.report.colours import VERBS, verb_class
 from graft.report.cost import COSTS, cost_panel
 from graft.report.curves import draw_curves
@@ -54,6 +55,8 @@ def render_page(run: Run) -> str:
         tree=draw_tree(run),
         panels=[(column, score_panel(run, column)) for column in run.columns],
         costs=[(c, drawn) for c in run.columns if (drawn := [p for cost in COSTS if (p := cost_panel(run, c, cost))])],
+        ceiling=draw_ceiling(run),
+        ceiling_said=said(run),
         curves=draw_curves(run),
         speakers=list(speakers(run)),
         pairs=[(c, *_by_kinship(rows)) for c in run.columns if (rows := list(_pairs(run, c)))],
