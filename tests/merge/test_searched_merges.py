@@ -14,6 +14,7 @@ from graft.evaluate.judge import Judge
 from graft.merge import VERB, candidates, greedy_soup
 from graft.merge.candidates import Candidates, InMemory, Seat
 from graft.merge.search import evolve, golden
+from graft.merge.space import altered
 from graft.models import load
 
 TUNED = ["up", "down", "jump"]
@@ -322,13 +323,26 @@ def test_side_by_side_gives_what_one_after_the_other_does(merge):
     assert all(torch.equal(a, b) for a, b in zip(tensors(one).values(), tensors(two).values(), strict=True))
 
 
+def test_a_parameter_that_counts_is_tried_at_whole_numbers():
+    settings = VERB.parse({"method": "karcher", "models": ["up", "down"]})
+    assert altered(settings, {"iterations": 3.6}).iterations == 4
+    assert altered(settings, {"weights": [0.25, 0.5]}).weights == [0.25, 0.5]
+
+
+def test_a_density_of_one_model_is_searched_beside_that_of_the_others():
+    settings = VERB.parse({"method": "ties", "base": "base", "models": ["up", "down"], "density": 0.4})
+    assert altered(settings, {"density.down": 0.7}).density == {"up": 0.4, "down": 0.7}
+
+
 WRONG = [
     ({"over": {"scael": [0, 1]}}, "did you mean 'scale'"),
+    ({"over": {"density.upp": [0.1, 1]}}, r"expected a parameter of ties \(weights, .*\), found 'density.upp'"),
     ({"over": {"scale": [1, 0]}}, r"expected \[lowest, highest\]"),
     ({"over": {"density": [0, 1]}}, "density above 0"),
     ({"over": {"scale": [0, 1], "density": [0.1, 1]}, "by": "golden"}, "one number for a golden section"),
     ({"over": {"scale": {"values": [1, 2]}}, "by": "cma_es"}, "lists go with"),
     ({"over": {"scale": [0, 1], "density": [0.1, 1]}, "by": "grid", "evaluations": 3}, "at least 4 evaluations"),
+    ({"over": {"density": [0.1, 1]}, "by_layer": 2, "trim": "model"}, "one number, as it is measured over the whole"),
     ({"over": {"scale": [0, 1]}, "measure": "bits_per_bite"}, "did you mean 'bits_per_byte'"),
     ({"over": {"scale": [0, 1]}, "on": None}, "expected held-out data"),
 ]
@@ -336,7 +350,9 @@ WRONG = [
 
 @pytest.mark.parametrize(("search", "words"), WRONG, ids=lambda value: value if isinstance(value, str) else "")
 def test_a_search_that_cannot_be_made_is_refused_before_anything_runs(search, words):
-    raw = {"method": "ties", "base": "base", "models": TUNED, "search": {"on": "all.dev", **search}}
+    search = {"on": "all.dev", **search}
+    trim = {"trim": search.pop("trim")} if "trim" in search else {}
+    raw = {"method": "ties", "base": "base", "models": TUNED, "search": search, **trim}
     with pytest.raises(SettingsError, match=words):
         VERB.parse(raw)
 

@@ -160,3 +160,43 @@ def test_a_search_whose_process_is_killed_goes_on_and_ends_the_same(root, data, 
     assert again.stdout.splitlines()[1:] == whole.stdout.splitlines()[1:]
     first, second = tensors(tmp_path / "whole"), tensors(out)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def facts(architecture="decoder"):
+    from graft.verb import Facts
+
+    return Facts(architecture, "i", "v", 1000, 4000, {})
+
+
+SOUP = {"method": "greedy_soup", "models": ["a", "b"], "on": "d.dev"}
+
+
+def test_a_measure_that_the_models_cannot_be_taken_by_is_said_before_anything_runs():
+    from graft.merge import VERB
+
+    models = {"a": facts("encoder"), "b": facts("encoder")}
+    found = VERB.check(VERB.parse(SOUP), models)
+    assert found == ["bits_per_byte is taken of decoder models, found encoder: name another measure"]
+    assert VERB.check(VERB.parse(SOUP), {"a": facts(), "b": facts()}) == []
+
+
+def test_what_makes_no_model_is_not_searched():
+    from graft.merge import VERB
+
+    raw = {"method": "extract_lora", "base": "b", "models": ["a"], "rank": 2}
+    search = {"search": {"over": {"rank": [1, 4]}, "on": "d.dev"}}
+    found = VERB.check(VERB.parse(raw | search), {"a": facts(), "b": facts()})
+    assert any("extract_lora makes no model" in line for line in found)
+
+
+def test_the_plan_counts_the_models_that_are_held_to_be_judged():
+    from graft.merge import VERB
+
+    models = {name: facts() for name in "ab"}
+    plain = VERB.estimate(VERB.parse({"method": "linear", "models": ["a", "b"]}), models)
+    one = VERB.estimate(VERB.parse(SOUP), models)
+    four = VERB.estimate(VERB.parse(SOUP | {"jobs": 4}), models)
+    assert plain.seconds is not None
+    assert one.seconds is None
+    assert one.memory_bytes - plain.memory_bytes == 8000
+    assert four.memory_bytes - plain.memory_bytes == 32000

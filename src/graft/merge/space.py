@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,28 +32,36 @@ def altered(settings: M, values: Mapping[str, Any]) -> M:
             own = raw[name]
             raw[name] = (own if isinstance(own, dict) else dict.fromkeys(settings.names, own)) | {model: value}
         else:
-            raw[name] = value
+            raw[name] = round(value) if isinstance(value, float) and _is_whole(settings, name) else value
     return parse_varying(type(settings), raw)
+
+
+def _is_whole(settings: MergeSettings, name: str) -> bool:
+    """Whether a parameter counts something: numbers between are rounded then."""
+    annotation = type(settings).model_fields[name].annotation
+    return int in (annotation, *typing.get_args(annotation)) and float not in typing.get_args(annotation)
 
 
 def check(settings: MergeSettings, search: Search) -> None:
     """Raises ValueError for a parameter that the method does not have and for values that it does not take."""
     from graft.merge.settings import MergeSettings
 
+    _check_way(search)
     known = ["weights", *(name for name in type(settings).model_fields if name not in MergeSettings.model_fields)]
     for key, places in search.over.items():
         name, _, model = key.partition(".")
         if name not in known or (model and model not in settings.names):
-            raise ValueError(f"expected a parameter of {settings.method}, found {key!r}{nearest(key, known)}; {known}")
+            there = ", ".join(known)
+            raise ValueError(f"expected a parameter of {settings.method} ({there}), found {key!r}{nearest(key, known)}")
         for value in places.ends:
+            one = value if search.by_layer is None else [value] * search.by_layer
             try:
-                altered(settings, {key: [value] * len(settings.names) if key == "weights" else value})
+                altered(settings, {key: [one] * len(settings.names) if key == "weights" else one})
             except SettingsError as error:
                 why = "; ".join(problem.message for problem in error.problems)
                 raise ValueError(
                     f"expected values of {key} that {settings.method} takes, found {value!r}: {why}"
                 ) from None
-    _check_way(search)
     if search.way == "grid":
         Space(settings, search).axes()
 
