@@ -17,7 +17,7 @@ from graft import lineage, models
 from graft.ensemble import linear
 from graft.ensemble.configuration import EnsembleConfig, context_of, keeps_text, kind_of, layers_of, spans_of
 from graft.ensemble.gate import Gate
-from graft.ensemble.members import copied, fresh, load_members
+from graft.ensemble.members import copied, fresh, load_members, nan_words
 from graft.ensemble.union import Union, union_of
 from graft.errors import RequestError, RunError
 from graft.methods import method
@@ -91,6 +91,14 @@ class Ensemble(PreTrainedModel):
                     f"member {name!r} was made for {limit} tokens, found a context of {total}: shorten it"
                 )
 
+    def _check_prompts(self, mask: torch.Tensor | None) -> None:
+        """Raises RequestError where a row of a batch is all padding."""
+        if mask is not None and mask.dim() == 2 and not mask.any(-1).all():
+            rows = (~mask.any(-1)).nonzero().flatten().tolist()
+            raise RequestError(
+                f"expected a token in every prompt, found none in rows {rows}: begin them with bos_token"
+            )
+
     def _check_outputs(
         self, mixed: torch.Tensor, log_probs: Sequence[torch.Tensor | None], mask: torch.Tensor | None
     ) -> None:
@@ -103,7 +111,7 @@ class Ensemble(PreTrainedModel):
         for place, log_prob in zip(self.active, log_probs, strict=True):
             if log_prob is not None and log_prob[..., 0][bad].isnan().any():
                 entry = self.config.members[place]
-                raise RunError(f"member {entry['name']!r} ({entry['path']}) gives NaN logits: check its weights")
+                raise RunError(nan_words(entry))
         raise RunError(
             f"{self.config.combine}: no token is possible for every member: use linear, which needs only one"
         )

@@ -39,12 +39,7 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """As of any `transformers` model. Raises RequestError where a row of the batch is all padding."""
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.dim() == 2 and not mask.any(-1).all():
-            rows = (~mask.any(-1)).nonzero().flatten().tolist()
-            raise RequestError(
-                f"expected a token in every prompt, found none in rows {rows}: begin them with bos_token"
-            )
+        self._check_prompts(kwargs.get("attention_mask"))
         if self.choose is not None:
             return chosen_outputs(self, inputs if inputs is not None else kwargs.pop("input_ids"), **kwargs)
         if self.union is not None:

@@ -164,3 +164,8 @@ def fresh(config: dict[str, Any]) -> PreTrainedModel:
     plain = dict(config)
     auto = AutoModelForSeq2SeqLM if plain.get("is_encoder_decoder") else AutoModelForCausalLM
     return auto.from_config(AutoConfig.for_model(plain.pop("model_type"), **plain))
+
+
+def nan_words(entry: Mapping[str, Any]) -> str:
+    """What is said of a member whose logits are NaN."""
+    return f"member {entry['name']!r} ({entry['path']}) gives NaN logits: check its weights"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from transformers import LogitsProcessorList
 
 from graft import models
-from graft.errors import RequestError
+from graft.ensemble.members import nan_words
+from graft.errors import RequestError, RunError
 
 if TYPE_CHECKING:
     from graft.ensemble.base import Ensemble
@@ -22,13 +24,15 @@ def chosen_outputs(model: Ensemble, inputs: torch.Tensor, tokenizer: Any = None,
 
     As from `generate`: with the prompt before it for decoders, with the start token for encoder-decoders. `do_sample`
     and `num_beams` above one in a call go before the rule's `draw`. Raises RequestError where there is no tokenizer to
-    compare texts with, and for what only a single model can return.
+    compare texts with, for texts longer than a member reads, and for what only a single model can return.
     """
     refused = [name for name in ("return_dict_in_generate", "past_key_values", "streamer") if kwargs.get(name)]
     if refused or kwargs.get("num_return_sequences", 1) > 1:
         name = refused[0] if refused else "num_return_sequences"
         raise RequestError(f"an ensemble that chooses one of its members' outputs cannot honour {name}: leave it out")
     reads = tokenizer or _tokenizer(model)
+    if not model.config.is_encoder_decoder:
+        model._check_inputs(inputs.new_empty(1, inputs.shape[1] + (kwargs.get("max_new_tokens") or 0)), None)
     begin = 1 if model.config.is_encoder_decoder else inputs.shape[1]
     written = [_written(model, place, inputs, kwargs) for place in model.active]
     pad = _pad(model, kwargs)
@@ -61,7 +65,8 @@ def _written(model: Ensemble, place: int, inputs: torch.Tensor, kwargs: dict[str
     device = next(member.parameters()).device
     given = {name: value for name, value in kwargs.items() if name not in OURS}
     given = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
-    how = _how(kwargs, model.options)
+    watched = LogitsProcessorList([*(given.pop("logits_processor", None) or ()), _Watch(model, place)])
+    given, how = {**given, "logits_processor": watched}, _how(kwargs, model.options)
     if not how.get("do_sample") or kwargs.get("do_sample"):
         return member.generate(inputs.to(device), **given, **how).to(inputs.device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -78,3 +83,15 @@ def _how(kwargs: dict[str, Any], options: Any) -> dict[str, Any]:
         return {**own, **said, "num_beams": 1, "do_sample": True, "num_return_sequences": count}
     beams = max(count, said.get("num_beams", 1))
     return {"do_sample": False, "num_beams": beams, "num_return_sequences": count}
+
+
+class _Watch:
+    """Raises RunError naming the member whose logits are NaN."""
+
+    def __init__(self, model: Ensemble, place: int):
+        self.entry = model.config.members[place]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.isnan().any():
+            raise RunError(nan_words(self.entry))
+        return scores

@@ -59,7 +59,8 @@ class EnsembleForSeq2SeqLM(Ensemble, GenerationMixin):
         return Encoders([self.members[place].get_encoder() for place in self.translators])  # type: ignore[operator]
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As of any `transformers` model."""
+        """As of any `transformers` model. Raises RequestError where a row of the batch is all padding."""
+        self._check_prompts(kwargs.get("attention_mask"))
         if self.choose is not None:
             return chosen_outputs(self, inputs if inputs is not None else kwargs.pop("input_ids"), **kwargs)
         return super().generate(inputs, **kwargs)  # type: ignore[misc]

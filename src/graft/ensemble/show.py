@@ -87,8 +87,10 @@ def spoken_by(
     context, width = common_context(folders)
     made = Gate.from_plain(gate) if gate else None
     states = made.looks_at if made is not None and made.states else []
-    asked = {"context": context, "width": width, "device": device}
-    read = [distributions(source, [item], states=number in states, **asked) for number, source in enumerate(sources)]
+    read = [
+        distributions(source, [item], context=context, width=width, device=device, states=number in states)
+        for number, source in enumerate(sources)
+    ]
     log_probs = torch.cat([each.log_probs.gather(-1, each.gold[:, None]) for each in read], -1)
     shares = torch.tensor([weights]).expand(len(log_probs), -1)
     if made is not None:

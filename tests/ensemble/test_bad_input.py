@@ -1,0 +1,151 @@
+"""What is wrong is said, with what was expected, what was found and what to do: in memory, in recipes, on the command
+line, for every kind of ensemble."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from test_classification import bert
+from test_ensemble_folder import facts, family, letters, made, run  # noqa: F401
+from test_gate import gated
+from test_seq2seq import bart, source, t5
+from tiny_members import gpt2, llama, prompts, qwen
+from typer.testing import CliRunner
+
+from graft import models
+from graft.cli import app
+from graft.ensemble import VERB
+from graft.ensemble.gate import Gate
+from graft.ensemble.model import ensemble_of
+from graft.errors import CheckpointError, RequestError, RunError
+
+
+def command(family, *words):  # noqa: F811
+    """Exit code and message of `graft ensemble`."""
+    done = CliRunner().invoke(app, ["ensemble", str(family.parent / "made"), *words, "--json"])
+    return done.exit_code, json.loads(done.stdout)["error"]
+
+
+def other_letters(folder):
+    """The same signs under other numbers."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def test_mismatched_vocabularies(family):  # noqa: F811
+    other_letters(family / "gpt2")
+    (problem,) = VERB.check(VERB.parse({"members": ["llama", "gpt2"]}), facts(family, "llama", "gpt2"))
+    assert problem.startswith("gpt2 and llama have different vocabularies: their predictions cannot be matched token")
+    assert "vocabulary: union" in problem
+    code, message = command(family, str(family / "llama"), str(family / "gpt2"))
+    assert code == 2
+    assert "have different vocabularies" in message
+
+
+def test_weights_that_do_not_sum_to_one_with_the_normalised_ones(family):  # noqa: F811
+    words = r"the weights of a mixture must sum to one, found \[0\.5, 0\.75\], which sum to 1\.25; normalised they are "
+    with pytest.raises(RequestError, match=words + r"\[0\.4, 0\.6\]"):
+        ensemble_of({"a": llama(), "b": gpt2()}, [0.5, 0.75])
+    code, message = command(family, f"{family / 'llama'}=0.5", f"{family / 'gpt2'}=0.75")
+    assert code == 2
+    assert "normalised they are [0.4, 0.6]" in message
+    with pytest.raises(RequestError, match=r"weights of zero or more, found .*log_linear allows negative ones"):
+        ensemble_of({"a": llama(), "b": gpt2()}, [1.5, -0.5])
+
+
+def test_a_product_of_negative_weights_only(family):  # noqa: F811
+    with pytest.raises(RequestError, match=r"a product needs at least one weight above zero, found \[-1, -0\.5\]"):
+        ensemble_of({"a": llama(), "b": gpt2()}, [-1, -0.5], "log_linear")
+    code, message = command(family, f"{family / 'llama'}=-1", f"{family / 'gpt2'}=-0.5", "--combine", "log_linear")
+    assert code == 2
+    assert "at least one weight above zero" in message
+
+
+def test_a_member_that_is_missing_or_has_changed_since(family):  # noqa: F811
+    target, _ = run(family, {"members": ["llama", "gpt2"]})
+    changed = models.load(family / "gpt2")
+    with torch.no_grad():
+        next(changed.parameters())[0, 0] += 1
+    changed.save_pretrained(family / "gpt2")
+    with pytest.raises(CheckpointError, match=r"member 'gpt2' has changed .*\(hash .*, expected .*\): make the"):
+        models.load(target)
+    shutil.rmtree(family / "gpt2")
+    with pytest.raises(CheckpointError, match=r"member 'gpt2' is missing: expected a model in .*gpt2"):
+        models.load(target)
+
+
+def broken(model):
+    """A model of which a weight of the last layer is NaN."""
+    with torch.no_grad():
+        list(model.parameters())[-1].fill_(float("nan"))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["decoders", "gated", "outputs", "translators", "classifiers"])
+def test_nan_logits_of_a_member_name_it(kind):
+    ids, mask = prompts()
+    rule, given = ("least_risk", {"tokenizer": letters()}) if kind == "outputs" else ("linear", {})
+    fine, bad = {
+        "translators": (t5(1), broken(bart(2))),
+        "classifiers": (bert(1), broken(bert(2))),
+    }.get(kind, (llama(), broken(qwen())))
+    pair = {"fine": fine, "bad": bad}
+    ensemble = gated(pair, Gate(2)) if kind == "gated" else ensemble_of(pair, [0.5, 0.5], rule)
+    with pytest.raises(RunError, match=r"member 'bad' \(.*\) gives NaN logits: check its weights"):
+        if kind == "classifiers":
+            ensemble(input_ids=ids, attention_mask=mask)
+        else:
+            ensemble.generate(ids, attention_mask=mask, max_new_tokens=2, **given)
+
+
+@pytest.mark.parametrize("rule", ["linear", "least_risk"])
+def test_a_context_longer_than_a_member_was_made_for(rule):
+    ensemble = ensemble_of({"far": qwen(), "near": gpt2()}, [0.5, 0.5], rule)
+    ids, _ = prompts(1, 60, ())
+    given = {"tokenizer": letters()} if rule == "least_risk" else {}
+    with pytest.raises(RequestError, match=r"member 'near' was made for 64 tokens, found a context of \d+: shorten it"):
+        ensemble.generate(ids, max_new_tokens=20, eos_token_id=None, **given)
+
+
+@pytest.mark.parametrize("rule", ["linear", "majority"])
+@pytest.mark.parametrize("kind", ["decoders", "translators"])
+def test_an_empty_prompt_in_a_batch_names_its_row(rule, kind):
+    ids, mask = prompts(3, 7, (0, 7, 0))
+    pair = (llama(), gpt2()) if kind == "decoders" else (t5(1), t5(2))
+    ensemble = ensemble_of(dict(zip("ab", pair, strict=True)), [0.5, 0.5], rule)
+    with pytest.raises(RequestError, match=r"expected a token in every prompt, found none in rows \[1\]"):
+        ensemble.generate(ids, attention_mask=mask, max_new_tokens=2)
+
+
+def test_members_of_several_kinds(family):  # noqa: F811
+    for pair, words in [
+        ((t5(1), llama()), "found encoder-decoders beside decoders"),
+        ((llama(), bert(1)), "found decoders beside classifiers"),
+        ((bert(1), t5(1)), "found classifiers beside encoder-decoders"),
+    ]:
+        with pytest.raises(RequestError, match=f"expected members of one kind, {words}: leave one kind out"):
+            ensemble_of(dict(zip("ab", pair, strict=True)))
+    t5(1).save_pretrained(family / "t5")
+    letters().save_pretrained(family / "t5")
+    (problem,) = VERB.check(VERB.parse({"members": ["llama", "t5"]}), facts(family, "llama", "t5"))
+    assert problem == "t5 is an encoder-decoder and llama is a decoder"
+    code, message = command(family, str(family / "llama"), str(family / "t5"))
+    assert (code, "t5 is an encoder-decoder" in message) == (2, True)
+
+
+def test_a_rule_that_is_misspelt_and_a_member_that_is_not_there(family):  # noqa: F811
+    code, message = command(family, str(family / "llama"), str(family / "gpt2"), "--combine", "liner")
+    assert code == 2
+    assert "did you mean 'linear'" in message
+    code, message = command(family, str(family / "llama"), str(family / "nobody"))
+    assert code == 2
+    assert "nobody" in message
+
+
+def test_a_translators_batch_is_otherwise_fine():
+    ids, mask = source()
+    found = ensemble_of({"a": t5(1), "b": t5(2)}).generate(ids, attention_mask=mask, max_new_tokens=2)
+    assert found.shape[0] == 3
