@@ -265,6 +265,9 @@ def facts_of(folder: Path) -> Facts:
             manifest.architecture, manifest.initialisation, manifest.vocabulary, manifest.parameters, 0, config, False,
             frozenset(manifest.trained_on),
         )  # fmt: skip
+    if ADAPTED in config:
+        base = facts_of(folder / config[ADAPTED]["base"]["path"])
+        return replace(base, config=config, mergeable=False, bytes=(folder / ADAPTER).stat().st_size)
     headers = read_headers(folder)
     size = sum(h.end - h.start for h in headers.values())
     if manifest is not None:

@@ -8,6 +8,7 @@ from graft.adapters import adapters_of, adopt, fold
 from graft.adapters.folding import remove
 from graft.adapters.keys import IMPLEMENTATION, KeySite, Shapes, attention
 from graft.errors import RequestError
+from graft.train.attention import keeps_apart
 
 from .families import family, inputs, logits, moved
 from .test_space import point, points
@@ -160,3 +161,18 @@ def test_models_that_compute_attention_themselves_are_refused():
 def test_keys_of_a_site_have_the_shapes_of_the_module():
     site = KeySite(point(form="softmax", on=["attention"], size=5), Shapes(4, 2, 8, 6))
     assert (site.keys.shape, site.values.shape, site.gate.shape) == ((2, 5, 8), (2, 5, 6), (4,))
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt", "lora"])
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("model_name", ["llama", "gpt2", "bert"])
+def test_documents_packed_into_a_row_are_read_as_they_are_alone(name, model_name, gate):
+    model = adopted(model_name, name, **({"gate": gate} if name != "lora" else {}))
+    assert keeps_apart(model, 32)
+
+
+def test_learned_positions_end_where_the_model_says():
+    model = adopted("gpt2", "prompt", gate=False, length=8)
+    assert adapters_of(model).taken(model) == 8
+    adapters_of(model).use(None)
+    assert adapters_of(model).taken(model) == 0

@@ -140,11 +140,13 @@ def _folded_module(path: str, sites: list[tuple[Site, float]]) -> Iterator[tuple
         return
     columns = oriented(module).float().t()  # row i is what the module makes of the i-th unit vector
     outside = [(site, weight) for site, weight in sites if not site.place.before]
+    units = torch.eye(len(columns), device=columns.device)
     for site, weight in sites:
         if site.place.before:
-            columns = site(torch.eye(len(columns), device=columns.device), None, weight) @ columns
+            units = site(units, None, weight)
+    columns = units @ columns
     bias = torch.zeros(columns.shape[1], device=columns.device) if old_bias is None else old_bias.float()
-    units, nothing = torch.eye(len(columns), device=columns.device), torch.zeros(1, len(columns), device=columns.device)
+    nothing = torch.zeros(1, len(units), device=columns.device)
     zero = _through(outside, torch.zeros_like(bias)[None], nothing)
     weight_t = _through(outside, columns, units) - zero
     if old_bias is not None:

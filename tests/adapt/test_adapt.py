@@ -1,0 +1,164 @@
+"""Adapters put together: stacked, weighted, averaged, folded; what does not go together is refused."""
+
+import pytest
+import torch
+
+from graft import lineage, models
+from graft.adapt import VERB
+from graft.adapters import adapters_of, adopt
+from graft.adapters.folder import averaged
+from graft.data.tokenizers import train_tokenizer
+from graft.errors import CheckpointError, RequestError, SettingsError
+from graft.methods import method
+from graft.verb import Facts, Job
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    from graft import data
+    from graft.pretrain.architectures import Shape, build, config_for
+
+    folder = tmp_path_factory.mktemp("base")
+    raw = data.parse({"source": "python-library", "packages": ["json"], "splits": {"dev": 0, "test": 0}})
+    tokenizer = train_tokenizer(data.open_corpus({"c": raw}, "c", folder), "bpe", 300)
+    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+    torch.manual_seed(0)
+    models.save(
+        build(config_for("decoder", "rotary", Shape(16, 2, 2, len(tokenizer), 64, 0.0, ids))), tokenizer, folder
+    )
+    return folder
+
+
+def adapter(base, folder, how, seed=0, **options):
+    """A trained adapter on `base`, in `folder`."""
+    torch.manual_seed(seed)
+    model = models.load(base)
+    module = method("graft.tune", how)
+    adopt(model, module.points(module.Settings(**options)), folder.name, base=base)
+    with torch.no_grad():
+        for parameter in adapters_of(model).parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    models.save(model, models.load_tokenizer(base), folder)
+    return folder
+
+
+def run(folder, parents, **raw):
+    (folder / "out").mkdir(parents=True)
+    paths = parents if isinstance(parents, dict) else {path.name: path for path in parents}
+    job = Job("made", VERB.parse(raw), 0, folder / "out", folder / "scratch", folder / "cache", paths, {}, folder)
+    return VERB.run(job), models.load(folder / "out")
+
+
+@torch.no_grad()
+def logits(model):
+    return model(torch.arange(3, 20)[None]).logits
+
+
+def test_stacked_adapters_run_with_their_weights(tmp_path, base):
+    low, wide = adapter(base, tmp_path / "low", "lora", rank=2), adapter(base, tmp_path / "wide", "houlsby", 1, width=3)
+    found, model = run(tmp_path / "a", [low, wide], adapters={"low": 0.5, "wide": 1.0})
+    assert found["adapters"] == {"low": 0.5, "wide": 1.0}
+    assert set(found["adapter_parameters"]) == {"low", "wide"}
+    for name, folder in (("low", low), ("wide", wide)):
+        with adapters_of(model).using(name):
+            assert torch.equal(logits(model), logits(models.load(folder)))
+    _, ordered = run(tmp_path / "b", [low, wide], adapters=["low", "wide"])
+    assert not torch.allclose(logits(ordered), logits(model), atol=1e-4)
+
+
+def test_a_stack_of_stacks_multiplies_weights(tmp_path, base):
+    low, wide = adapter(base, tmp_path / "low", "lora", rank=2), adapter(base, tmp_path / "wide", "lora", 1, rank=2)
+    run(tmp_path / "a", [low], adapters={"low": 0.5})
+    parents = {"half": tmp_path / "a" / "out", "wide": wide}
+    _, model = run(tmp_path / "b", parents, adapters={"half": 0.5, "wide": 1.0})
+    assert adapters_of(model).active == [("low", 0.25), ("wide", 1.0)]
+
+
+def test_one_task_over_another_language(tmp_path, base):
+    """MAD-X: the language adapter below a task's is exchanged; the task's stays as it was trained."""
+    english, german, task = (
+        adapter(base, tmp_path / n, "pfeiffer", i, width=3) for i, n in enumerate(["en", "de", "task"])
+    )
+    _, model = run(tmp_path / "a", [english, german, task], adapters=["en", "de", "task"])
+    stack = adapters_of(model)
+    stack.use(["en", "task"])
+    trained = logits(model)
+    stack.use(["de", "task"])
+    assert not torch.allclose(logits(model), trained, atol=1e-4)
+    _, apart = run(tmp_path / "b", [german, task], adapters=["de", "task"])
+    assert torch.equal(logits(model), logits(apart))
+
+
+def test_the_average_is_the_mean_of_the_weights(tmp_path, base):
+    parents = [adapter(base, tmp_path / name, "lora", seed, rank=2) for seed, name in enumerate("abc")]
+    _, model = run(tmp_path / "x", parents, adapters={"a": 1, "b": 2, "c": 1}, how="average")
+    assert list(adapters_of(model).points) == ["made"]
+    sites = [adapters_of(models.load(path)).sites[path.name].state_dict() for path in parents]
+    for name, tensor in adapters_of(model).sites["made"].state_dict().items():
+        a, b, c = (site[name] for site in sites)
+        assert torch.allclose(tensor, (a + 2 * b + c) / 4, atol=1e-6)
+    _, alone = run(tmp_path / "y", parents[:1], adapters=["a"], how="average")
+    assert torch.allclose(logits(alone), logits(models.load(parents[0])), atol=1e-6)
+
+
+def test_only_one_kind_is_averaged(tmp_path, base):
+    parents = [adapter(base, tmp_path / "a", "lora", rank=2), adapter(base, tmp_path / "b", "lora", rank=3)]
+    with pytest.raises(RequestError, match="b and a differ: use `how: stack`"):
+        run(tmp_path / "x", parents, adapters=["a", "b"], how="average")
+    model = models.load(parents[0])
+    averaged(model, {"a": 3.0}, "same")
+    assert torch.allclose(logits(model), logits(models.load(parents[0])), atol=1e-6)
+
+
+def test_a_fold_is_what_the_stack_computes(tmp_path, base):
+    parents = [adapter(base, tmp_path / "a", "lora", rank=2), adapter(base, tmp_path / "b", "ia3", 1)]
+    _, apart = run(tmp_path / "x", parents, adapters=["a", "b"])
+    _, whole = run(tmp_path / "y", parents, adapters=["a", "b"], fold=True)
+    assert adapters_of(whole) is None
+    assert torch.allclose(logits(whole), logits(apart), atol=2e-5)
+
+
+def test_adapters_of_different_models_are_refused(tmp_path, base):
+    low = adapter(base, tmp_path / "low", "lora", rank=2)
+    other = models.load(base)
+    with torch.no_grad():
+        other.lm_head.weight.add_(1.0)
+    models.save(other, models.load_tokenizer(base), tmp_path / "other")
+    strange = adapter(tmp_path / "other", tmp_path / "strange", "lora", rank=2)
+    with pytest.raises(CheckpointError, match="strange: the adapters were made for another base"):
+        run(tmp_path / "x", [low, strange], adapters=["low", "strange"])
+    facts = {path.name: lineage.facts_of(path) for path in (low, strange, base)}
+    settings = VERB.parse({"adapters": ["low", "strange"]})
+    assert VERB.check(settings, facts) == [
+        "strange and low were made for different models: adapters go together on one"
+    ]
+    whole = VERB.check(VERB.parse({"adapters": ["low", base.name]}), facts)
+    assert f"{base.name} is no adapter on a frozen model" in whole[0]
+
+
+def test_facts_of_a_folder_without_a_manifest_are_those_of_its_base(tmp_path, base):
+    low, frozen = lineage.facts_of(adapter(base, tmp_path / "low", "lora", rank=2)), lineage.facts_of(base)
+    assert (low.architecture, low.vocabulary, low.initialisation) == (
+        frozen.architecture, frozen.vocabulary, frozen.initialisation,
+    )  # fmt: skip
+    assert not low.mergeable
+
+
+def test_settings_that_mean_nothing_are_refused():
+    for raw, words in (
+        ({}, "expected `adapters`, or `peft` with `from`"),
+        ({"peft": "x"}, "`peft` and `from` together"),
+        ({"adapters": ["a"], "peft": "x", "from": "b"}, "found both"),
+        ({"adapters": ["a", "a"]}, "every adapter once"),
+        ({"adapters": ["a"], "fold": True, "export": "peft"}, "`export` or `fold`"),
+        ({"adapters": {"a": 1, "b": -1}, "how": "average"}, "do not sum to zero"),
+    ):
+        with pytest.raises(SettingsError, match=words):
+            VERB.parse(raw)
+
+
+def test_what_was_trained_on_is_passed_on():
+    config = {"model_type": "graft_adapted", "graft_adapted": {"model_type": "llama"}}
+    one, two = (Facts("decoder", "i", "v", 10, 0, config, False, frozenset({name})) for name in "ab")
+    made = VERB.facts(VERB.parse({"adapters": ["x", "y"], "fold": True}), {"x": one, "y": two}, "key")
+    assert (made.trained_on, made.mergeable, made.config) == (frozenset("ab"), True, {"model_type": "llama"})
