@@ -160,6 +160,21 @@ def test_in_another_dtype_the_merge_in_memory_is_the_written_one_too(merge, root
         assert {value.dtype for value in written.values()} == {torch.bfloat16}
 
 
+def test_tokenizer_and_configuration_are_those_that_the_merge_would_be_written_with(root, data, trained, tmp_path):
+    other = shutil.copytree(trained["down"], tmp_path / "other")
+    (other / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    models = trained | {"other": other}
+    asked = job({"method": "linear", "models": ["up", "other"]}, models, data, root, tmp_path / "seat")
+    with Seat(asked, tmp_path / "seat") as seat:
+        seat.take(asked.settings)
+        assert seat.tokenizer.chat_template is None
+        seat.take(VERB.parse({"method": "linear", "models": ["other", "up"]}))
+        assert seat.tokenizer.chat_template.endswith("!")
+        assert seat.model.config.rms_norm_eps == 0.5
+
+
 def test_where_loading_converts_tensors_every_merge_is_written_and_loaded(
     root, data, trained, tmp_path, monkeypatch, measured, merge
 ):

@@ -27,7 +27,8 @@ from graft.errors import GraftError, RunError
 from graft.evaluate.judge import Judge
 from graft.evaluate.results import Results, key_of
 from graft.evaluate.unseen import check_unseen
-from graft.merge.engine import files_beside, prepare, stamps, stream, unrelated
+from graft.lineage import hash_file
+from graft.merge.engine import COMPANIONS, files_beside, prepare, stamps, stream, unrelated
 from graft.merge.inputs import Input, inputs
 from graft.merge.judged import Judged
 from graft.merge.preflight import Layout, layout
@@ -103,9 +104,11 @@ class Seat:
         plan = layout(settings, folders)
         parts = inputs(settings, folders)
         readers = {name: self._reader(part) for name, part in parts.items()}
-        made = (dict(plan.tensors), plan.config)
+        home = parts[settings.parents[0]].home
+        beside = [hash_file(home / name) for name in COMPANIONS if (home / name).is_file()]
+        made = (dict(plan.tensors), plan.config, beside)
         if self._made != made or self._targets is None:
-            self._load(settings, job.seed, plan, readers, parts[settings.parents[0]].home, prepared.survey)
+            self._load(settings, job.seed, plan, readers, home, prepared.survey)
             self._made = made
             return
         writer = InMemory(self._targets, plan.tensors)
