@@ -149,3 +149,22 @@ def test_a_translators_batch_is_otherwise_fine():
     ids, mask = source()
     found = ensemble_of({"a": t5(1), "b": t5(2)}).generate(ids, attention_mask=mask, max_new_tokens=2)
     assert found.shape[0] == 3
+
+
+@torch.no_grad()
+def test_members_named_by_their_folders_have_the_folders_names(family):  # noqa: F811
+    shutil.copytree(family / "llama", family / "inner" / "gpt2")
+    out, other = family.parent / "duo", family.parent / "trio"
+    small = str(family / "llama")
+    words = [small, str(family / "gpt2"), "--self-contained", "true", "--draft", small]
+    assert CliRunner().invoke(app, ["ensemble", str(out), *words]).exit_code == 0
+    assert sorted(place.name for place in (out / "members").iterdir()) == ["gpt2", "llama"]
+    loaded = models.load(out)
+    assert [entry["name"] for entry in loaded.config.members] == ["llama", "gpt2"]
+    ids, _ = prompts(1, 7, ())
+    assert loaded.speculate(ids, max_new_tokens=3).sequences.shape == (1, 10)
+    same = [str(family / "gpt2"), str(family / "inner" / "gpt2")]
+    assert CliRunner().invoke(app, ["ensemble", str(other), *same]).exit_code == 0
+    names = [entry["name"] for entry in models.load(other).config.members]
+    assert len(set(names)) == 2
+    assert names[1].endswith("models-inner-gpt2")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,10 +41,11 @@ def sources_of(settings: EnsembleSettings, folders: Mapping[str, Path], seed: in
 
     Raises RequestError for a checkpoint that a model does not have.
     """
+    short = short_names(settings.names)
     found = [
         replace(source, entry=place)
         for place, entry in enumerate(settings.entries)
-        for source in _of_entry(entry, folders[entry.model], seed)
+        for source in _of_entry(entry, short[entry.model], folders[entry.model], seed)
     ]
     names = [source.name for source in found]
     if len(set(names)) < len(names):
@@ -52,9 +53,19 @@ def sources_of(settings: EnsembleSettings, folders: Mapping[str, Path], seed: in
     return found
 
 
-def _of_entry(entry: MemberSettings, folder: Path, seed: int) -> list[Source]:
+def short_names(models: Sequence[str]) -> dict[str, str]:
+    """What members are called: in a recipe as the models, outside one their folders' last part where that tells them
+    apart."""
+    last = [Path(model).name for model in models]
+    return {
+        model: name if last.count(name) == 1 else model.strip("/.").replace("/", "-")
+        for model, name in zip(models, last, strict=True)
+    }
+
+
+def _of_entry(entry: MemberSettings, name: str, folder: Path, seed: int) -> list[Source]:
     extras = {name: value for name in ("dtype", "device") if (value := getattr(entry, name)) is not None}
-    made = [replace(source, extras=extras) for source in _checkpoints(entry, folder)]
+    made = [replace(source, extras=extras) for source in _checkpoints(entry, name, folder)]
     if entry.dropout is not None:
         made = [each for source in made for each in _passes(source, entry, extras, seed)]
     return [replace(source, share=1 / len(made)) for source in made]
@@ -71,14 +82,14 @@ def _passes(source: Source, entry: MemberSettings, extras: dict[str, Any], seed:
     ]
 
 
-def _checkpoints(entry: MemberSettings, folder: Path) -> list[Source]:
+def _checkpoints(entry: MemberSettings, name: str, folder: Path) -> list[Source]:
     if entry.checkpoint is None and entry.checkpoints is None:
-        return [Source(entry.model, folder, entry.model)]
+        return [Source(name, folder, entry.model)]
     there = _kept(folder)
     if entry.checkpoint is not None:
         wanted = [entry.checkpoint]
     else:
-        steps = [name for name in there if name.startswith("step-")]
+        steps = [each for each in there if each.startswith("step-")]
         count = entry.last_checkpoints
         wanted = steps if count is None else steps[-count:]
         if not wanted or (count is not None and len(wanted) < count):
@@ -86,13 +97,13 @@ def _checkpoints(entry: MemberSettings, folder: Path) -> list[Source]:
                 f"{entry.model}: expected {count or 'some'} checkpoints, found {', '.join(steps) or 'none'}: keep more "
                 "of them in its training (`keep: {last: N}`)"
             )
-    missing = [name for name in wanted if name not in there]
+    missing = [each for each in wanted if each not in there]
     if missing:
         raise RequestError(
             f"{entry.model}: expected the checkpoint {missing[0]}, found {', '.join(there) or 'none'}: keep it in its "
             "training (`keep: {last: N}`)"
         )
-    return [Source(f"{entry.model}-{name}", folder / "checkpoints" / name, entry.model) for name in wanted]
+    return [Source(f"{name}-{step}", folder / "checkpoints" / step, entry.model) for step in wanted]
 
 
 def _kept(folder: Path) -> list[str]:

@@ -231,7 +231,8 @@ def _write(
         if (first / file).exists():
             shutil.copyfile(first / file, job.out / file)
     over = _write_union(job, sources) if settings.vocabulary == "union" else {}
-    config = EnsembleConfig(entries, settings.rule, weights, settings.options, gate, draft=settings.draft, **over)
+    draft = next((source.name for source in sources if source.model == settings.draft), None)
+    config = EnsembleConfig(entries, settings.rule, weights, settings.options, gate, draft=draft, **over)
     atomic_write(job.out / "config.json", json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
 
 
