@@ -109,7 +109,7 @@ def test_choices_that_contradict_each_other_are_refused(wrong):
 
 
 @pytest.mark.slow
-def test_from_the_command_line_a_real_training_is_averaged(tmp_path, root):
+def test_from_the_command_line_a_real_training_is_averaged(tmp_path, root, data):
     from graft.cli import app
 
     def graft(*words):
@@ -118,8 +118,9 @@ def test_from_the_command_line_a_real_training_is_averaged(tmp_path, root):
         return done.stdout
 
     graft(
-        "pretrain", tmp_path / "run", "--data", root / "all.jsonl", "--size", "20k", "--budget", "12 steps",
-        "--evaluate-every", "3", "--set", "keep.last=3", "--length", "32", "--batch-size", "4",
+        "pretrain", tmp_path / "run", "--data", root / "all.jsonl", "--size", "60k", "--budget", "12 steps",
+        "--set", "tokenizer.size=300", "--evaluate-every", "3", "--set", "keep.last=3", "--length", "32",
+        "--batch-size", "4",
     )  # fmt: skip
     out = tmp_path / "mean"
     told = graft("merge", out, tmp_path / "run", "--method", "checkpoints", "--last", "2", "--json")
