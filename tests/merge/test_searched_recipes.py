@@ -59,6 +59,20 @@ def test_a_recipe_runs_them_and_says_what_they_looked_at(recipe, tmp_path):
     assert again.made == []
 
 
+def test_a_method_that_reads_data_itself_is_searched_like_any_other(recipe, tmp_path, measured):
+    regmean = {"method": "regmean", "models": ["up", "down"], "on": "all.dev", "tokens": 400, "length": 24}
+    search = {"over": {"alpha": [0, 0.95]}, "by": "grid", "evaluations": 3, "on": "all.dev"}
+    graft.run(recipe(found={"merge": regmean | {"search": search}}), tmp_path / "run", only=["found"])
+    folder = tmp_path / "run" / "models" / "found"
+    notes = json.loads((folder / "graft.json").read_text())["notes"]["search"]
+    assert [one["parameters"]["alpha"] for one in notes["tried"]] == [0.0, 0.475, 0.95]
+    assert measured(folder) == notes["best"]
+    plain = recipe(plain={"merge": regmean | notes["parameters"]})
+    graft.run(plain, tmp_path / "run", only=["plain"])
+    other = tensors(tmp_path / "run" / "models" / "plain")
+    assert all(torch.equal(value, other[name]) for name, value in tensors(folder).items())
+
+
 def test_other_data_make_another_merge_and_the_number_of_jobs_does_not(recipe, root, tmp_path):
     search = {"over": {"scale": [0, 1]}, "on": "all.dev", "evaluations": 3}
     graft.run(recipe(task={"merge": TASK | {"search": search}}), tmp_path / "run")
