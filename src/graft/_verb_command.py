@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -95,11 +96,14 @@ def _words(value: Any) -> str:
     return "" if value is None or value == {} or value == [] else str(value)[:40]
 
 
-def fields_of(verb: str) -> dict[str, FieldInfo]:
-    """The fields of a verb's settings, by the name that people write; those of its methods where they stand beside."""
+def fields_of(verb: str, raw: Mapping[str, Any] | None = None) -> dict[str, FieldInfo]:
+    """The fields of a verb's settings, by the name that people write; those of its methods where they stand beside.
+
+    With `raw`, what is written already: only those of the method that it names.
+    """
     from graft.verbs import verb as find
 
-    types = find(verb).types()
+    types = find(verb).types() if raw is None else find(verb).types_of(raw)
     classes = [types[verb]] if verb in types else list(types.values())
     return {field.alias or name: field for cls in classes for name, field in cls.model_fields.items()}
 
@@ -130,7 +134,7 @@ def rows_table(rows: Sequence[Mapping[str, str]]) -> Table:
 def requested(verb: str, words: Sequence[str], assignments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """(output folder, settings) of the words after the command. Raises RequestError for words that say nothing."""
     settings: dict[str, Any] = {}
-    flags = {name for name, field in fields_of(verb).items() if field.annotation is bool}
+    flags = {n for n, field in fields_of(verb, _named_method(words, assignments)).items() if field.annotation is bool}
     plain = list(_options(words, settings, flags))
     if not plain:
         raise RequestError(f"expected the folder to write, as in `graft {verb} FOLDER …`, found none")
@@ -139,6 +143,15 @@ def requested(verb: str, words: Sequence[str], assignments: Sequence[str]) -> tu
     if plain[1:]:
         _add_models(verb, plain[1:], settings)
     return plain[0], settings
+
+
+def _named_method(words: Sequence[str], assignments: Sequence[str]) -> dict[str, str]:
+    """`{method: NAME}` where the words name one."""
+    following = dict(itertools.pairwise([*words, ""]))
+    told = [word.removeprefix("--") for word in (*words, *assignments)]
+    named = [word.partition("=")[2] for word in told if word.startswith("method=")]
+    named += [following["--method"]] if "--method" in following else []
+    return {"method": named[-1]} if named else {}
 
 
 def _options(words: Sequence[str], settings: dict[str, Any], flags: Collection[str] = ()) -> Iterator[str]:
@@ -179,7 +192,7 @@ def assigned(settings: dict[str, Any], word: str) -> None:
 
 def _add_models(verb: str, words: Sequence[str], settings: dict[str, Any]) -> None:
     """`A=0.5 B=0.5`, or `A B`, into the field of the settings that holds models."""
-    field = models_field(fields_of(verb))
+    field = models_field(fields_of(verb, settings))
     if field is None:
         raise RequestError(f"expected one folder, found {words[0]!r} as well: {verb} takes its models by option")
     pairs = [word.rpartition("=") for word in words]

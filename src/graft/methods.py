@@ -27,9 +27,20 @@ def method_names(package: str) -> list[str]:
 
 def method(package: str, name: str) -> ModuleType:
     """The module of method `name` in `package`. Raises UnknownName, listing the folder."""
-    if name not in method_names(package):
-        raise UnknownName(f"{package.rpartition('.')[2]} method", name, method_names(package))
-    for entry in importlib.metadata.entry_points(group=package):
+    names = method_names(package)
+    if name not in names:
+        raise UnknownName(f"{package.rpartition('.')[2]} method", name, names)
+    return _module(package, name, importlib.metadata.entry_points(group=package))
+
+
+def methods(package: str) -> dict[str, ModuleType]:
+    """All methods in `package` by name."""
+    entries = importlib.metadata.entry_points(group=package)
+    return {name: _module(package, name, entries) for name in method_names(package)}
+
+
+def _module(package: str, name: str, entries: importlib.metadata.EntryPoints) -> ModuleType:
+    for entry in entries:
         if entry.name == name:
             return entry.load()
     return importlib.import_module(f"{package}.{name}")

@@ -39,7 +39,8 @@ def load_config(path: str | Path, *, hub: bool = False) -> PretrainedConfig:
     """The configuration of a folder, or of a hub id where `hub` allows the network."""
     from transformers import AutoConfig
 
-    _register()
+    if hub or _is_ours(path):
+        _register()
     config = AutoConfig.from_pretrained(_place(_home(path), hub), local_files_only=not hub, trust_remote_code=False)
     return _frozen_config(config) if config.model_type == ADAPTED else config
 
@@ -154,6 +155,12 @@ def _place(path: str | Path, hub: bool) -> str:
     raise RequestError(
         f"{path}: expected a model's folder, found none; a model on the hub needs the network allowed (hub)"
     )
+
+
+def _is_ours(path: str | Path) -> bool:
+    """Whether the folder says that it holds a model of graft's own making: only these need its classes."""
+    place = Path(path) / "config.json"
+    return place.is_file() and '"graft_' in place.read_text(errors="replace")
 
 
 def _register() -> None:

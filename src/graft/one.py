@@ -56,7 +56,9 @@ def make_one(
     """
     check_device(device)
     target = Path(out)
-    recipe = one_node(verb, target.name, settings, data=data or {}, seed=seed, root=Path(root), hub=hub)
+    recipe = one_node(
+        verb, target.name, settings, data=data or {}, seed=seed, root=Path(root), hub=hub, begin=not target.exists()
+    )
     places = beside(target)
     with locked(places, wait=wait):
         plan = make_plan(recipe, places, force=[target.name] if force else [])
@@ -86,8 +88,9 @@ def one_node(
     seed: int,
     root: Path,
     hub: bool = False,
+    begin: bool = False,
 ) -> Recipe:
-    """A recipe of one node; the folders it names are models that stand outside of it."""
+    """A recipe of one node; the folders it names are models that stand outside of it. `begin`: it will be made now."""
     parsed = verbs.verb(verb).parse(settings, ())
     named = list(dict.fromkeys((kind, ref) for kind, ref, _ in references(parsed)))
     folders = {ref: Path(ref).expanduser() for kind, ref in named if kind == "model"}
@@ -98,6 +101,8 @@ def one_node(
             "allowed: --hub"
         )
     folders |= {ref: fetched(LoadSettings(path=ref, hub=True)) for ref in missing}
+    if begin:
+        verbs.verb(verb).begin(parsed, folders)
     files = {split_ref(ref)[0] for kind, ref in named if kind == "data"} - set(data)
     sets = {**data, **{file: data_at(file) for file in sorted(files)}}
     value = {"family": name, "seed": seed, "data": sets, "models": {name: {verb: settings}}}

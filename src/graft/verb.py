@@ -91,6 +91,10 @@ class Verb(Generic[S]):
     reads: ClassVar[frozenset[str]] = frozenset({"safetensors", "adapter"})
     """How the weights of the models it is made from may be stored."""
 
+    def types_of(self, raw: Mapping[str, Any]) -> Mapping[str, type[Settings]]:
+        """Of `types` those that may matter for settings in which `raw` is written; all, if nothing else is known."""
+        return self.types()
+
     def types(self) -> Mapping[str, type[Settings]]:
         """The settings type of each method (key: the method's name, or the verb's name where it has one form only)."""
         raise NotImplementedError
@@ -146,6 +150,9 @@ class Verb(Generic[S]):
     def estimate(self, settings: S, models: Mapping[str, Facts]) -> Estimate:
         """What it will cost, from facts alone."""
         raise NotImplementedError
+
+    def begin(self, settings: S, folders: Mapping[str, Path]) -> None:
+        """Start what takes long and needs only the models' folders, beside the checks; nothing may rest on it."""
 
     def run(self, job: Job) -> dict[str, Any]:
         """Write a complete Hugging Face folder into `job.out`; return what the manifest is to hold as metrics.

@@ -1,6 +1,8 @@
 """The architecture of an output is built once for a configuration, here or in another process, with the same answer."""
 
+import json
 import sys
+from dataclasses import asdict
 
 import pytest
 from small_family import model
@@ -63,3 +65,36 @@ def test_what_does_not_fit_is_named(folder, tmp_path):
         "the output would not fit LlamaForCausalLM: missing 1: model.layers.1.mlp.up_proj.weight; "
         "model.norm.weight is [17], expected [16]"
     )
+
+
+class Told(list):
+    """Stands for the process: notes what it was asked to build, and answers at once."""
+
+    def __call__(self, config):
+        self.append(config)
+        return self
+
+    def answer(self):
+        shapes = {"hidden": (json.loads(self[-1])["hidden_size"],)}
+        return 0, json.dumps(asdict(architecture.Architecture("Told", shapes, {}, "", False))), ""
+
+    def close(self):
+        pass
+
+
+def test_it_is_begun_before_the_output_is_there(folder, tmp_path, monkeypatch):
+    """The first who names a configuration starts the process, the type of the weights aside; later ones share it."""
+    monkeypatch.setattr(sys, "modules", {name: m for name, m in sys.modules.items() if name != "transformers"})
+    monkeypatch.setattr(architecture, "Building", begun := Told())
+    architecture.started.cache_clear()
+    architecture.begin(folder)
+    assert len(begun) == 1
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size"', '"dtype": "bfloat16", "hidden_size"'))
+    assert checked(folder, tmp_path / "one").shapes == {"hidden": (16,)}
+    assert checked(folder, tmp_path / "other").shapes == {"hidden": (16,)}
+    assert len(begun) == 1
+    config.write_text(config.read_text().replace('"hidden_size": 16', '"hidden_size": 32'))
+    assert checked(folder, tmp_path / "one").shapes == {"hidden": (32,)}
+    assert len(begun) == 2
+    architecture.started.cache_clear()

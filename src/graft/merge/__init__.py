@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
-from graft.errors import Problem, SettingsError
+from graft.errors import GraftError, Problem, SettingsError
 from graft.merge._options import OnData, SubspaceSettings
 from graft.merge.inputs import settled
 from graft.merge.judged import judged_parts, located, task_content
 from graft.merge.settings import DeltaSettings, MergeSettings
 from graft.merge.slices import COUNTS, length, restacked
 from graft.merge.varying import parse_varying
-from graft.methods import method, method_names
+from graft.methods import method, methods
 from graft.settings import Settings
 from graft.verb import Estimate, Facts, Job, Verb
 
@@ -51,7 +54,11 @@ class Merge(Verb[MergeSettings]):
     summary = "Combine the weights of several models of one initialisation into one model."
 
     def types(self) -> Mapping[str, type[Settings]]:
-        return {name: method("graft.merge", name).Settings for name in method_names("graft.merge")}
+        return {name: module.Settings for name, module in methods("graft.merge").items()}
+
+    def types_of(self, raw: Mapping[str, Any]) -> Mapping[str, type[Settings]]:
+        name = str(raw.get("method", "linear"))
+        return {name: method("graft.merge", name).Settings}
 
     def parse(self, raw: Any, path: tuple[str | int, ...] = ()) -> MergeSettings:
         name = raw.get("method", "linear") if isinstance(raw, dict) else "linear"
@@ -141,6 +148,15 @@ class Merge(Verb[MergeSettings]):
         from graft.merge.telling import lines
 
         return lines(notes)
+
+    def begin(self, settings: MergeSettings, folders: Mapping[str, Path]) -> None:
+        """The architecture is built in another process, and torch imported, while the models are hashed."""
+        from graft.merge.architecture import begin
+        from graft.merge.inputs import inputs
+
+        with suppress(GraftError):
+            begin(inputs(settings, folders)[settings.parents[0]].home)
+        Thread(target=import_module, args=("graft.merge.engine",)).start()
 
     def run(self, job: Job) -> dict[str, Any]:
         from graft.merge.engine import run

@@ -7,14 +7,17 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from graft.checkpoint import atomic_write
 from graft.errors import CannotCombine, CheckpointError
+from graft.lineage import read_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -45,7 +48,6 @@ def empty_model(folder: Path) -> PreTrainedModel | None:
     import torch
     from transformers import CONFIG_MAPPING
 
-    from graft.lineage import read_config
     from graft.models import load_config, model_class
 
     if read_config(folder).get("model_type") not in CONFIG_MAPPING:
@@ -106,6 +108,51 @@ def architecture(folder: Path) -> Architecture | None:
     )
 
 
+def meaning(config: Mapping[str, Any]) -> str:
+    """What of a configuration decides names and shapes, as text: the same for all types of the weights."""
+    left = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
+    return json.dumps({key: value for key, value in config.items() if key not in left}, sort_keys=True)
+
+
+class Building:
+    """A process that builds an architecture. `answer()` waits for it."""
+
+    def __init__(self, config: str):
+        command = [sys.executable, "-m", "graft.merge.architecture"]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        assert self._process.stdin is not None
+        self._process.stdin.write(config)
+        self._process.stdin.close()
+        self._process.stdin = None
+        self._told: tuple[int, str, str] | None = None
+
+    def answer(self) -> tuple[int, str, str]:
+        """(exit status, what it said, what went wrong)."""
+        if self._told is None:
+            answer, errors = self._process.communicate()
+            self._told = (self._process.returncode, answer, errors)
+        return self._told
+
+    def close(self) -> None:
+        """End the process where it still runs."""
+        if self._told is None and self._process.poll() is None:
+            self._process.kill()
+            self.answer()
+
+
+@lru_cache(maxsize=4)
+def started(config: str) -> Building:
+    """The process for a configuration (see `meaning`), started by the first who asks."""
+    return Building(config)
+
+
+def begin(folder: Path) -> None:
+    """Start to build the architecture of `folder`, which a merge will ask for, unless that is no work here."""
+    if "transformers" not in sys.modules:
+        started(meaning(read_config(folder)))
+
+
 class Check:
     """Builds the architecture of a folder beside other work, in a process of its own.
 
@@ -115,12 +162,12 @@ class Check:
 
     def __init__(self, folder: Path, cache: Path):
         self.folder = folder
-        made_of = (folder / "config.json").read_bytes() + metadata.version("transformers").encode()
+        config = meaning(read_config(folder))
+        made_of = config.encode() + metadata.version("transformers").encode()
         self._kept = cache / f"architecture-{hashlib.sha256(made_of).hexdigest()[:32]}.json"
-        self._process: subprocess.Popen[str] | None = None
+        self._building: Building | None = None
         if not self._kept.exists() and "transformers" not in sys.modules:
-            command = [sys.executable, "-m", "graft.merge.architecture", str(folder)]
-            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            self._building = started(config)
 
     def found(self) -> Architecture | None:
         """The architecture; waits for it. Raises CheckpointError where the configuration does not build a model."""
@@ -132,14 +179,14 @@ class Check:
         return Architecture(**plain | {"shapes": {name: tuple(shape) for name, shape in plain["shapes"].items()}})
 
     def _built(self) -> str:
-        if self._process is None:
+        if self._building is None:
             try:
                 return _plain(self.folder)
             # whatever a library makes of a wrong configuration
             except Exception as error:
                 raise self._no_model(str(error)) from error
-        answer, errors = self._process.communicate()
-        if self._process.returncode:
+        status, answer, errors = self._building.answer()
+        if status:
             raise self._no_model(errors)
         return answer.splitlines()[-1]
 
@@ -149,9 +196,8 @@ class Check:
 
     def close(self) -> None:
         """End the process where it still runs."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()
-            self._process.communicate()
+        if self._building is not None:
+            self._building.close()
 
 
 def verify(made: Architecture | None, shapes: Shapes) -> str:
@@ -183,4 +229,6 @@ def _plain(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    print(_plain(Path(sys.argv[1])))
+    with tempfile.TemporaryDirectory() as place:
+        Path(place, "config.json").write_text(sys.stdin.read())
+        print(_plain(Path(place)))
