@@ -60,8 +60,8 @@ def test_regions_follow_the_gradient_of_the_loss(reading_root, texts, tuned, tmp
     settings = LEARN | {"models": NAMES, "length": LENGTH, "steps": 2, "learning_rate": 2e3, "l1": 1e-3}
     made = job(settings, tuned, texts, reading_root, tmp_path / "out")
     with Composed(made, made.settings) as composed:
-        cuts = localizing.largest_of(made, made.settings)
-        start = {parameter: cuts[tensor][1] for tensor, parameter in composed.outputs.items()}
+        cuts = localizing.largest_of(composed, made.settings)
+        start = {parameter: found[1] for parameter, found in cuts.items()}
         found = localizing.localized(composed, made, made.settings, "middle", start)
     base = models.load(tuned["base"], dtype=torch.float32).double()
     own = models.load(tuned["middle"], dtype=torch.float32).double()

@@ -21,6 +21,7 @@ MODELS = {
     "MptForCausalLM": hf.MptConfig(vocab_size=48, d_model=16, n_layers=2, n_heads=2, max_seq_len=32),
     "GemmaForCausalLM": hf.GemmaConfig(**BERT, num_key_value_heads=1, head_dim=8),
     "MixtralForCausalLM": hf.MixtralConfig(**BERT, num_key_value_heads=1, num_local_experts=2),
+    "GPTNeoXForCausalLM": hf.GPTNeoXConfig(**BERT),
     "BertForMaskedLM": hf.BertConfig(**BERT),
     "BertForSequenceClassification": hf.BertConfig(**BERT, num_labels=3),
     "ModernBertForMaskedLM": hf.ModernBertConfig(

@@ -15,10 +15,9 @@ from small_adapters import adapter, folded
 from small_family import tensors
 from typer.testing import CliRunner
 
-import graft.merge._composed as composed
 import graft.merge._fisher as fisher
 import graft.merge._grams as grams
-import graft.merge._through as through
+import graft.merge._parameters as parameters
 from graft import models
 from graft.cli import app
 from graft.errors import CannotCombine
@@ -72,7 +71,7 @@ def test_models_that_may_not_be_merged_are_refused_before_anything_is_read(
     def never(*_):
         raise AssertionError("a model was loaded")
 
-    for module in (composed, fisher, grams, through):
+    for module in (fisher, grams, parameters):
         monkeypatch.setattr(module, "load", never)
     stranger = readers.model()
     torch.manual_seed(99)

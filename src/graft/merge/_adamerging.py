@@ -78,7 +78,7 @@ def group_of(parameter: str, by: str) -> str:
 def learned(job: Job, settings: Settings) -> Prepared:
     """λ for every tensor of the output and every model, from text alone."""
     with Composed(job, settings) as composed:
-        places = {parameter: group_of(parameter, settings.by) for parameter in composed.places}
+        places = {parameter: group_of(parameter, settings.by) for parameter in composed.names}
         groups = list(dict.fromkeys(places.values()))
         index = {parameter: groups.index(group) for parameter, group in places.items()}
         state = State(torch.full((len(groups), len(settings.names)), settings.start, dtype=torch.float64))

@@ -6,20 +6,16 @@ others are read from their files each time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from graft.checkpoint import FLOATS
-from graft.merge._layers import Layers, parameters_of
-from graft.merge._reading import load
-from graft.merge.candidates import check_parents
-from graft.merge.inputs import inputs
-from graft.merge.preflight import layout
+from graft.merge._parameters import Parameters
 from graft.merge.settings import DeltaSettings
+from graft.merge.stream import Source
 from graft.verb import Job
 
 if TYPE_CHECKING:
@@ -33,25 +29,20 @@ class Composed:
     """`with Composed(job, settings) as composed`: `.model` (the base at first), `.compose(make)`, `.gradients(to)`."""
 
     def __init__(self, job: Job, settings: DeltaSettings):
-        check_parents(job)
         self.settings = settings
-        plan = layout(settings, job.models)
-        floats = {name: places for name, places in plan.places.items() if plan.tensors[name][0] in FLOATS}
-        self.model = load(job, settings, settings.base)
-        stored = {name: places[settings.base] for name, places in floats.items()}
-        named = parameters_of(Layers.of(self.model), stored.values(), settings.base)
-        self.places: dict[str, Mapping[str, str]] = {named[stored[name]]: places for name, places in floats.items()}
-        """Parameter → parent → name of the tensor there."""
-        self.outputs = {name: named[stored[name]] for name in floats}
-        """Tensor of the output → parameter."""
-        self._job = job
         self._opened = ExitStack()
+        with ExitStack() as opened:
+            self._parameters = Parameters(job, settings, opened)
+            self._opened = opened.pop_all()
+        self.model, self.layers = self._parameters.model, self._parameters.layers
+        self.names = list(self._parameters.stored)
+        """The parameters."""
+        self.outputs = self._parameters.outputs
+        """Tensor of the output → the parameter that it is (a part of)."""
         self._held: dict[tuple[str, str], Tensor] = {}
         self._room = HELD
 
     def __enter__(self) -> Composed:
-        parents = inputs(self.settings, self._job.models)
-        self._readers = {name: self._opened.enter_context(parent.open()) for name, parent in parents.items()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,8 +58,11 @@ class Composed:
         return self._kept(parameter, model, lambda: self._read(parameter, model) - self.base(parameter))
 
     def _read(self, parameter: str, model: str) -> Tensor:
-        found = self._readers[model].read(self.places[parameter][model])
-        return found.to(self.model.device, torch.float32)
+        return self._parameters.read(parameter, model).to(self.model.device)
+
+    def source(self, parameter: str, model: str) -> Source:
+        """Where a parameter of one parent lies."""
+        return Source(model, *self._parameters.source(parameter, model))
 
     def _kept(self, parameter: str, model: str, make: Callable[[], Tensor]) -> Tensor:
         key = (parameter, model)
@@ -84,7 +78,7 @@ class Composed:
     @torch.no_grad()
     def compose(self, change: Callable[[str], Tensor]) -> None:
         """Set every parameter to the base plus `change(parameter)`."""
-        for parameter in self.places:
+        for parameter in self.names:
             torch.add(self.base(parameter), change(parameter), out=self.model.get_parameter(parameter).data)
 
     @contextmanager
@@ -100,7 +94,7 @@ class Composed:
 
         hooks = [
             self.model.get_parameter(parameter).register_post_accumulate_grad_hook(hook(parameter))
-            for parameter in self.places
+            for parameter in self.names
         ]
         try:
             yield

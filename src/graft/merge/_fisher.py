@@ -13,7 +13,8 @@ from torch import Tensor
 from graft.checkpoint import FLOATS, TensorReader, TensorWriter
 from graft.data.objectives import IGNORED
 from graft.errors import CannotCombine
-from graft.merge._layers import Layers, parameters_of
+from graft.merge._layers import Layers
+from graft.merge._parameters import as_stored, parameters_of
 from graft.merge._reading import batches, device_of, kept, load, made_of, rows_for
 from graft.merge.candidates import check_parents
 from graft.merge.fisher import Settings
@@ -70,7 +71,8 @@ def _write(job: Job, settings: Settings, name: str, folder: Path) -> None:
     headers = inputs(settings, job.models)[name].headers
     stored = [header for header in headers.values() if header.dtype in FLOATS]
     model = load(job, settings, name)
-    parameters = parameters_of(Layers.of(model), [header.name for header in stored], name)
+    layers = Layers.of(model)
+    parameters_of(layers, {header.name: header.name for header in stored}, name)
     rows = rows_for(job, settings, model, name)
     found = diagonal(model, batches(settings, rows, 1, device_of(job)), settings.labels, job.seed, settings.tokens)
     mean = sum(float(f.sum(dtype=torch.float64)) for f in found.values()) / sum(f.numel() for f in found.values())
@@ -79,8 +81,9 @@ def _write(job: Job, settings: Settings, name: str, folder: Path) -> None:
             f"expected gradients of {name} on {settings.data_of(name)}, found that all of them are zero"
         )
     writer = TensorWriter(folder, {header.name: ("F32", header.shape) for header in stored})
-    for header in stored:
-        writer.write(header.name, 0, found[parameters[header.name]].cpu().numpy().reshape(-1).data)
+    made = as_stored(model, layers, found, [header.name for header in stored], name)
+    for tensor, value in made.items():
+        writer.write(tensor, 0, value.cpu().contiguous().numpy().reshape(-1).data)
     writer.close()
     (folder / MEAN).write_text(json.dumps(mean))
 

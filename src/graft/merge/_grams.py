@@ -70,7 +70,11 @@ class Grams:
 
     def of(self, source: Source) -> Gram | None:
         """The Gram matrix for a tensor of a model; None where it is not the weight of a linear layer."""
-        return self._found.get((source.model, source.name))
+        return self.at(source.model, source.name)
+
+    def at(self, model: str, stored: str) -> Gram | None:
+        """The same, by the name that a model stores the tensor under."""
+        return self._found.get((model, stored))
 
     def close(self) -> None:
         """Close the files."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from graft.errors import CannotCombine
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,6 +30,8 @@ class Layers:
     """Parameter → the one that it is the same as."""
     prefix: str
     """What checkpoints of the model without its head leave out before names."""
+    converted: Mapping[str, str]
+    """Stored tensor → the parameter that it is, or is a part of, where transformers converts it on loading."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Layers:
@@ -49,16 +49,36 @@ class Layers:
             and not {f"{name}.weight"} & {*tied, *tied.values()}
         }
         names = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
-        return cls(linear, names, tied, f"{getattr(model, 'base_model_prefix', '')}.")
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        return cls(linear, names, tied, prefix, _converted(model, names))
 
     def parameter(self, stored: str) -> str | None:
-        """The parameter that a stored tensor is, whatever its prefix; None: it is converted while it is loaded."""
-        found = next((name for name in (stored, self.prefix + stored) if name in self.parameters), None)
-        return self.tied.get(found, found) if found else None
+        """The parameter that a stored tensor is, or is a part of, whatever its prefix; None: it is none."""
+        for name in (stored, self.prefix + stored):
+            if name in self.converted:
+                return self.converted[name]
+            if name in self.parameters:
+                return self.tied.get(name, name)
+        return None
 
     def transposed(self, stored: str) -> bool | None:
         """Whether the weight of a linear layer is kept as [in, out]; None: it is not a linear layer's."""
         return self.linear.get(self.parameter(stored) or "")
+
+
+def _converted(model: nn.Module, parameters: frozenset[str]) -> dict[str, str]:
+    """Tensors that are stored under another name than the parameter's, or as one of its parts."""
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if not isinstance(model, PreTrainedModel) or not get_model_conversion_mapping(model, add_legacy=False):
+        return {}
+    found = {}
+    for name, value in model.named_parameters():
+        for stored in revert_weight_conversion(model, {name: value.detach().to("meta")}):
+            found[stored] = name
+    return {stored: name for stored, name in found.items() if stored not in parameters}
 
 
 def layers_of(folder: Path) -> Layers | None:
@@ -69,26 +89,17 @@ def layers_of(folder: Path) -> Layers | None:
     return Layers.of(model) if model is not None else None
 
 
-def parameters_of(layers: Layers, stored: Iterable[str], model: str) -> dict[str, str]:
-    """The parameter that each stored tensor is. Raises CannotCombine for one that is made into another on loading."""
-    found = {name: layers.parameter(name) for name in stored}
-    if unknown := [name for name, parameter in found.items() if parameter is None]:
-        raise CannotCombine(
-            f"expected the tensors of {model} to be parameters of its class, found {len(unknown)} that transformers "
-            f"makes into others on loading ({', '.join(unknown[:3])}): use `regmean`, or a method without data"
-        )
-    return {name: parameter for name, parameter in found.items() if parameter is not None}
-
-
 def orientation(tensors: Tensors, layers: Layers | None) -> bool | None:
     """Whether a tensor is a linear layer's weight kept as [in, out]; None: it is a bias, a norm, a table or no matrix.
 
-    Where the model is not known, every matrix counts whose name does not say that it is a table.
+    Where the model is not known, or converts the tensor on loading, a matrix counts unless its name says that it is a
+    table.
     """
     if len(tensors.shape) != 2 or 0 in tensors.shape:
         return None
-    if layers is not None:
-        return layers.transposed((tensors.base or tensors.models[0]).name)
+    stored = (tensors.base or tensors.models[0]).name
+    if layers is not None and stored not in layers.converted:
+        return layers.transposed(stored)
     return None if any(word in tensors.name for word in TABLES) else False
 
 

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from graft.checkpoint import FLOATS, TensorReader, TensorWriter
+from graft.checkpoint import FLOATS, Headers, TensorReader, TensorWriter
 from graft.data.objectives import IGNORED
 from graft.data.rows import Rows
 from graft.merge._composed import Composed
+from graft.merge._parameters import as_stored
 from graft.merge._reading import kept, made_of, rows_for, rows_of_step
 from graft.merge._select import Cut
 from graft.merge.inputs import inputs
 from graft.merge.localize_and_stitch import Settings, survey
-from graft.merge.preflight import layout
 from graft.merge.prepared import Prepared
 from graft.merge.stream import Source, Tensors, Workers
 from graft.progress import Progress
@@ -53,9 +52,10 @@ def learned(job: Job, settings: Settings) -> Prepared:
 
             def make(folder: Path) -> None:
                 if not cuts:
-                    cuts.append(largest_of(job, settings))
-                start = {p: cuts[0][tensor][place] for tensor, p in composed.outputs.items()}  # noqa: B023
-                _write(composed, folder, localized(composed, job, settings, name, start), name)  # noqa: B023
+                    cuts.append(largest_of(composed, settings))
+                start = {parameter: found[place] for parameter, found in cuts[0].items()}  # noqa: B023
+                scores = localized(composed, job, settings, name, start)  # noqa: B023
+                _write(composed, folder, scores, inputs(settings, job.models)[name].headers, name)  # noqa: B023
 
             made = {**made_of(job, settings), "model": name}
             folders[name] = kept(job.scratch / "regions" / str(place), made, make)
@@ -63,19 +63,14 @@ def learned(job: Job, settings: Settings) -> Prepared:
     return Prepared(settings, {"share_in_region": shares}, Regions(folders))
 
 
-def largest_of(job: Job, settings: Settings) -> Mapping[str, list[Cut]]:
-    """The largest of every task vector, as where regions are not learned."""
-    plan = layout(settings, job.models)
-    with ExitStack() as opened:
-        parents = inputs(settings, job.models)
-        readers = {name: opened.enter_context(parent.open()) for name, parent in parents.items()}
-        workers = opened.enter_context(Workers())
+def largest_of(composed: Composed, settings: Settings) -> Mapping[str, list[Cut]]:
+    """The largest of every task vector, as where regions are not learned; by parameter."""
+    with Workers() as workers:
         tensors = []
-        for name, (dtype, shape) in plan.tensors.items():
-            sources = {model: Source(model, readers[model], stored) for model, stored in plan.places[name].items()}
-            if dtype in FLOATS:
-                models = [sources[model] for model in settings.names]
-                tensors.append(Tensors(name, shape, models, sources[settings.base], workers))
+        for parameter in composed.names:
+            shape = tuple(composed.model.get_parameter(parameter).shape)
+            models = [composed.source(parameter, name) for name in settings.names]
+            tensors.append(Tensors(parameter, shape, models, composed.source(parameter, settings.base), workers))
         return survey(tensors, settings)
 
 
@@ -116,12 +111,14 @@ def _loss(composed: Composed, settings: Settings, rows: Rows, step: int) -> floa
     return float(loss.detach())
 
 
-def _write(composed: Composed, folder: Path, scores: Mapping[str, Tensor], name: str) -> None:
+def _write(composed: Composed, folder: Path, scores: Mapping[str, Tensor], headers: Headers, name: str) -> None:
     """The region of one model: where S is above 0, under the names of its own tensors."""
-    stored = {places[name]: parameter for parameter, places in composed.places.items()}
-    writer = TensorWriter(folder, {tensor: ("U8", tuple(scores[p].shape)) for tensor, p in stored.items()})
-    for tensor, parameter in stored.items():
-        writer.write(tensor, 0, (scores[parameter] > 0).to("cpu", torch.uint8).numpy().reshape(-1).data)
+    regions = {parameter: (score > 0).to("cpu", torch.uint8) for parameter, score in scores.items()}
+    stored = [tensor for tensor, header in headers.items() if header.dtype in FLOATS]
+    made = as_stored(composed.model, composed.layers, regions, stored, name)
+    writer = TensorWriter(folder, {tensor: ("U8", tuple(region.shape)) for tensor, region in made.items()})
+    for tensor, region in made.items():
+        writer.write(tensor, 0, region.contiguous().numpy().reshape(-1).data)
     writer.close()
-    whole = sum(score.numel() for score in scores.values())
-    (folder / SHARE).write_text(json.dumps(sum(int((score > 0).sum()) for score in scores.values()) / whole))
+    whole = sum(region.numel() for region in regions.values())
+    (folder / SHARE).write_text(json.dumps(sum(int(region.sum()) for region in regions.values()) / whole))

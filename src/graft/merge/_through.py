@@ -13,14 +13,11 @@ from torch import Tensor, nn
 
 from graft.errors import CannotCombine
 from graft.merge._grams import ROWS, Gatherer, Grams, gather, noted, widths_of, write
-from graft.merge._layers import Layers
-from graft.merge._reading import batches, device_of, kept, load, made_of, real, rows_for
-from graft.merge.candidates import check_parents
+from graft.merge._parameters import Parameters
+from graft.merge._reading import batches, device_of, kept, made_of, real, rows_for
 from graft.merge.inputs import inputs
-from graft.merge.preflight import layout
 from graft.merge.prepared import Prepared
 from graft.merge.regmean import RegressionSettings, regression_mean
-from graft.merge.stream import Source
 from graft.progress import Progress
 from graft.train.attention import model_inputs
 from graft.verb import Job
@@ -45,18 +42,13 @@ class Growing:
     """The merged model as far as it is known: linear layers behind the last finished one are plain means."""
 
     def __init__(self, job: Job, settings: RegressionSettings, opened: ExitStack):
-        check_parents(job)
         self.job, self.settings = job, settings
-        plan = layout(settings, job.models)
+        self._parameters = Parameters(job, settings, opened)
+        self.model, self.layers = self._parameters.model, self._parameters.layers
+        self.stored = self._parameters.stored
         self.parents = inputs(settings, job.models)
-        self.readers = {name: opened.enter_context(self.parents[name].open()) for name in settings.names}
-        self.model = load(job, settings, settings.names[0])
-        self.layers = Layers.of(self.model)
-        first = settings.names[0]
-        found = {self.layers.parameter(places[first]): places for places in plan.places.values()}
-        self.places: dict[str, Mapping[str, str]] = {name: places for name, places in found.items() if name}
         self.share = [weight / sum(settings.weights) for weight in settings.weights]
-        for parameter in self.places:
+        for parameter in self.stored:
             self.set(parameter, sum((s * w for s, w in zip(self.share, self.weights(parameter), strict=True)), 0.0))
 
     def weights(self, parameter: str) -> list[Tensor]:
@@ -65,7 +57,7 @@ class Growing:
 
     def read(self, parameter: str, name: str) -> Tensor:
         """A parameter of one model, float32, in its shape."""
-        return self.readers[name].read(self.places[parameter][name]).float()
+        return self._parameters.read(parameter, name)
 
     def set(self, parameter: str, value: Tensor | float) -> None:
         """Give the merged model this value."""
@@ -76,7 +68,7 @@ class Growing:
         """Set linear layers to what the Gram matrices in the folders (one a model) say."""
         grams = Grams({name: [folder] for name, folder in folders.items()})
         for layer in layers:
-            found = [grams.of(Source(n, self.readers[n], self.places[layer][n])) for n in self.settings.names]
+            found = [grams.at(n, self.stored[layer][n]) for n in self.settings.names]
             if any(gram is None for gram in found):
                 continue
             turned = self.layers.linear[layer]
@@ -92,7 +84,7 @@ def measured(job: Job, settings: RegressionSettings) -> Prepared:
     with ExitStack() as opened:
         growing = Growing(job, settings, opened)
         stack, blocks = blocks_of(growing.model)
-        linear = [layer for layer in widths_of(job, settings, settings.names[0]) if layer in growing.places]
+        linear = [layer for layer in widths_of(job, settings, settings.names[0]) if layer in growing.stored]
         folders: dict[str, list[Path]] = {name: [] for name in settings.names}
         with Progress("merging layers", len(blocks) + 1, "layers") as progress:
             for number in range(len(blocks)):
@@ -129,7 +121,7 @@ def _behind(growing: Growing, stack: str, number: int, layers: Sequence[str], na
     prefix = f"{stack}.{number}."
     with torch.no_grad():
         for parameter, value in own.named_parameters():
-            if prefix + parameter in growing.places:
+            if prefix + parameter in growing.stored:
                 value.copy_(growing.read(prefix + parameter, name))
     gatherer = Gatherer()
     modules = {layer: own.get_submodule(layer.removeprefix(prefix).removesuffix(".weight")) for layer in layers}

@@ -92,7 +92,7 @@ def _shapes(config: PretrainedConfig) -> Shapes:
 
 def architecture(folder: Path) -> Architecture | None:
     """The architecture that `config.json` of `folder` names; None where this `transformers` does not know it."""
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.conversion_mapping import get_model_conversion_mapping
 
     model = empty_model(folder)
     if model is None:
@@ -103,7 +103,7 @@ def architecture(folder: Path) -> Architecture | None:
         {name: tuple(value.shape) for name, value in model.state_dict().items()},
         dict(getattr(model, "all_tied_weights_keys", None) or {}),
         f"{model.base_model_prefix}.",
-        bool(get_checkpoint_conversion_mapping(model.config.model_type)),
+        bool(get_model_conversion_mapping(model, add_legacy=False)),
         [name for name in model.state_dict() if any(re.search(pattern, name) for pattern in computed)],
     )
 
