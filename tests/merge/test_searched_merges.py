@@ -14,7 +14,7 @@ from graft.evaluate.judge import Judge
 from graft.merge import VERB, candidates, greedy_soup
 from graft.merge.candidates import Candidates, InMemory, Seat
 from graft.merge.search import evolve, golden
-from graft.merge.space import altered
+from graft.merge.space import Space, altered
 from graft.models import load
 
 TUNED = ["up", "down", "jump"]
@@ -342,6 +342,13 @@ def test_a_parameter_that_counts_is_tried_at_whole_numbers():
     settings = VERB.parse({"method": "karcher", "models": ["up", "down"]})
     assert altered(settings, {"iterations": 3.6}).iterations == 4
     assert altered(settings, {"weights": [0.25, 0.5]}).weights == [0.25, 0.5]
+
+
+def test_an_evolution_begins_at_what_is_written_inside_the_ranges_and_else_in_the_middle():
+    over = {"scale": [0, 2], "density": [0.5, 1], "weights": [0, 1]}
+    raw = {"method": "ties", "base": "base", "models": {"up": 0.3, "down": 1}, "scale": 0.5, "density": 0.5}
+    settings = VERB.parse(raw | {"search": {"over": over, "on": "all.dev"}})
+    assert Space(settings, settings.search).start() == [0.25, 0.5, 0.3, 0.5]
 
 
 def test_a_density_of_one_model_is_searched_beside_that_of_the_others():

@@ -114,10 +114,13 @@ class Space:
         ]
 
     def start(self) -> list[float]:
-        """Where the merge as it is written lies in the cube; the middle for what is written otherwise or outside."""
+        """Where the merge as it is written lies in the cube; the middle for what is written otherwise or not inside.
+
+        A number at the end of its range is one that nobody chose (a weight of 1): half of the draws around it are lost.
+        """
         written = [value for key in self.search.over for value in self._written(key)]
         inside = [(value - r.low) / (r.high - r.low) for r, value in zip(self.ranges, written, strict=True)]
-        return [place if 0 <= place <= 1 else 0.5 for place in inside]
+        return [place if 0 < place < 1 else 0.5 for place in inside]
 
     def _written(self, key: str) -> list[float]:
         """The numbers of a parameter as they are written, as often as they are searched; NaN for no plain number."""
