@@ -188,7 +188,7 @@ def test_the_check_tries_the_points_on_a_skeleton(base):  # noqa: F811
     assert "expected a rank of at most 32" in problems(method={"lora": {"rank": 33}})[0]
     assert "expected layers with biases, found none" in problems(method="bitfit")[0]
     assert "does not fold" in problems(method="pfeiffer", fold=True)[0]
-    assert "no adapters to train further" in problems(method="further")[0]
+    assert "no adapters for the method further" in problems(method="further")[0]
 
 
 def test_adapted_models_are_no_whole_weights():
@@ -339,3 +339,22 @@ def test_peft_folders_come_in_and_go_out_by_the_verb(tmp_path, base, monkeypatch
     missing = CliRunner().invoke(app, ["adapt", "more", "--peft", "nowhere", "--from", str(base)])
     assert missing.exit_code == 2
     assert "expected a peft folder" in missing.output
+
+
+def test_a_fusion_of_adapters_is_trained_over_them(tmp_path, base):  # noqa: F811
+    from graft.adapters.folder import add_from, save
+
+    for name in "ab":
+        run(tmp_path / name, base, method={"pfeiffer": {"width": 4}}, learning_rate=0.03)
+    model = models.load(tmp_path / "a" / "out")
+    add_from(model, tmp_path / "b" / "out")
+    adapters_of(model).use(["m", "m-2"])
+    save(model, tmp_path / "both")
+    models.load_tokenizer(base).save_pretrained(tmp_path / "both")
+    run(tmp_path / "fused", tmp_path / "both", method="fusion", learning_rate=0.03)
+    fused = models.load(tmp_path / "fused" / "out")
+    assert adapters_of(fused).points["m-3"][0].of == ["m", "m-2"]
+    with adapters_of(fused).watching() as seen, torch.no_grad():
+        fused(torch.arange(3, 30)[None])
+    assert {tuple(shares.shape) for shares in seen.values()} == {(1, 27, 2)}
+    assert all(torch.allclose(shares.sum(-1), torch.ones(())) for shares in seen.values())

@@ -19,7 +19,7 @@ from torch import nn
 from graft import lineage, models
 from graft.adapters.foreign import foreign_base, foreign_said, foreign_weights, load_foreign
 from graft.adapters.point import Point
-from graft.adapters.stack import Adapters, Sites, adapters_of, adopt
+from graft.adapters.stack import Adapters, Sites, adapters_of, adopt, free_name
 from graft.checkpoint import ADAPTER, atomic_write, disk_errors, read_file_headers
 from graft.errors import CheckpointError, RequestError
 from graft.lineage import ADAPTED
@@ -102,8 +102,8 @@ def load(
 def add_from(model: PreTrainedModel, folder: str | Path) -> list[tuple[str, float]]:
     """Put the adapters of `folder` beside those of `model` (in place), frozen; returns those that were active there.
 
-    What is active in `model` stays. Raises CheckpointError where they were made for another frozen model, RequestError
-    for a name that is taken.
+    What is active in `model` stays; where a name is taken, a number is put behind the newcomer's. Raises
+    CheckpointError where they were made for another frozen model.
     """
     folder, entry, stack = Path(folder), entry_of(Path(folder)), adapters_of(model)
     if stack is None or stack.base is None or "peft" in entry:
@@ -118,16 +118,20 @@ def add_from(model: PreTrainedModel, folder: str | Path) -> list[tuple[str, floa
 
 
 def _put(model: PreTrainedModel, folder: Path, entry: Mapping[str, Any], base: Path) -> list[tuple[str, float]]:
-    for name, points in entry["adapters"].items():
-        adopt(model, [parse(Point, raw, (name,)) for raw in points], name, base=base)
-    stack = adapters_of(model)
-    assert stack is not None
+    there = adapters_of(model)
+    names: dict[str, str] = {}
+    for old, raw in entry["adapters"].items():
+        names[old] = free_name(old, there.points if there else ())
+        points = [parse(Point, one, (old,)) for one in raw]
+        adopt(model, [p.model_copy(update={"of": [names[o] for o in p.of]}) for p in points], names[old], base=base)
+        there = adapters_of(model)
+    assert there is not None
     added = Sites()
-    for name in entry["adapters"]:
-        added[name] = stack.sites[name]
+    for old, new in names.items():
+        added[old] = there.sites[new]
     fill(added, _read(folder), folder / ADAPTER)
     model.requires_grad_(False)
-    return [(name, float(weight)) for name, weight in entry["active"]]
+    return [(names[name], float(weight)) for name, weight in entry["active"]]
 
 
 @torch.no_grad()

@@ -12,10 +12,10 @@ from pydantic import AfterValidator, Field, model_validator
 
 from graft.settings import Settings
 
-Form = Literal["linear", "bottleneck", "softmax", "scale", "bias", "tokens"]
+Form = Literal["linear", "bottleneck", "softmax", "scale", "bias", "tokens", "invertible", "fusion"]
 Nonlinearity = Literal["relu", "gelu", "silu", "tanh", "sigmoid"]
 
-SIZED = ("linear", "bottleneck", "softmax", "tokens")
+SIZED = ("linear", "bottleneck", "softmax", "tokens", "invertible")
 """Forms that have a size."""
 
 SUBLAYERS = ("attention", "cross_attention", "feed_forward")
@@ -60,7 +60,8 @@ class Point(Settings):
         Field(
             description="`linear`: down and up, no non-linearity; `bottleneck`: one between them; `softmax`: over "
             "learned keys, giving learned values; `scale`: a factor for each channel; `bias`: a constant; `tokens`: "
-            "learned embeddings before the text."
+            "learned embeddings before the text; `invertible`: a coupling of the embeddings' halves, undone before the "
+            "head; `fusion`: attention over the changes of other adapters."
         ),
     ]
     on: Annotated[
@@ -114,6 +115,10 @@ class Point(Settings):
         bool, Field(description="Softmax: learned keys take up positions, so that the text begins behind them.")
     ] = False
 
+    of: Annotated[
+        list[str], Field(description="Fusion: the adapters it attends over; none named: those that are active.")
+    ] = []
+
     @model_validator(mode="after")
     def _check(self) -> Point:
         if (self.form in SIZED) != (self.size is not None):
@@ -128,6 +133,11 @@ class Point(Settings):
             raise ValueError(f"learned tokens stand at the input: expected `on: [input]`, found {self.on}")
         if self.form != "tokens" and "input" in self.on:
             raise ValueError(f"only learned tokens stand at the input, found form {self.form!r}")
+        for form, place in (("invertible", "embeddings"), ("fusion", "adapters")):
+            if (self.form == form) != (self.on == [place]):
+                raise ValueError(f"the form {form} goes with `on: [{place}]`, found {self.form} on {self.on}")
+        if self.of and self.form != "fusion":
+            raise ValueError(f"`of` names the adapters of a fusion, found it beside the form {self.form}")
         attention = {"attention", "cross_attention"}
         if self.form == "softmax" and (not attention >= set(self.on) or self.insertion != "parallel"):
             raise ValueError("learned keys stand beside those of attention, in parallel: use `on: [attention]`")

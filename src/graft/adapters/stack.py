@@ -7,7 +7,7 @@ The model's modules and their names stay as they are; sites hang on them by hook
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from graft.adapters.composed import Fusion, Inverse, Invertible, ends
 from graft.adapters.forms import FORMS, LowRank, Site
 from graft.adapters.places import Layout, Place
 from graft.adapters.point import Point
@@ -73,6 +74,7 @@ class Adapters(nn.Module):
         self.active: list[tuple[str, float]] = []
         self.rows: list[str | None] | None = None
         self.junctions: dict[str, Junction] = {}
+        self.seen: dict[str, torch.Tensor] | None = None
         self.slots: dict[str, Keys] = {}
         self.reader: Reader | None = None
         self.was: str | None = None
@@ -88,23 +90,58 @@ class Adapters(nn.Module):
         if name in self.points or not name or "." in name:
             raise RequestError(f"expected a new name without dots for an adapter, found {name!r}")
         layout = Layout(model)
-        plain = [point for point in points if point.form in FORMS]
-        found = [
-            FORMS[point.form](point, place, layout.modules[place.target])
-            for point in plain
-            for place in layout.places(point)
-        ]
+        points = [self._resolved(point) for point in points]
+        found = [site for point in points for site in self._made(layout, point)]
         sites = Sites()
         for point in points:
-            if point.form not in FORMS:
+            if point.form in ("softmax", "tokens"):
                 self._add_keys(model, layout, name, point, sites)
         for site in found:
-            sites[site_key(site.place, sites)] = site
+            if isinstance(site, Site):
+                sites[site_key(site.place, sites)] = site
             self._hang(model, name, site)
         self.sites[name] = sites
-        self.points[name] = list(points)
+        self.points[name] = points
         sites.to(model.device, model.dtype).train(model.training)
         self.use(name)
+
+    def _resolved(self, point: Point) -> Point:
+        """A fusion with the names of the adapters it is of: those that are active, if it names none."""
+        if point.form != "fusion":
+            return point
+        names = point.of or [name for name, _ in self.active]
+        for name in names:
+            self._check(name)
+        if len(names) < 2:
+            raise RequestError(f"expected two adapters or more to fuse, found {', '.join(names) or 'none'}")
+        return point.model_copy(update={"of": names})
+
+    def _made(self, layout: Layout, point: Point) -> list[Any]:
+        """Fresh sites of a point, those that hang on modules."""
+        if point.form == "fusion":
+            return self._fusions(point)
+        if point.form == "invertible":
+            inside, outside = ends(layout)
+            site = Invertible(point, inside, layout.modules[inside.target])
+            return [site, Inverse(site, outside, layout.modules[outside.target])]
+        if point.form not in FORMS:
+            return []
+        return [FORMS[point.form](point, place, layout.modules[place.target]) for place in layout.places(point)]
+
+    def _fusions(self, point: Point) -> list[Fusion]:
+        """A site wherever two of the adapters meet."""
+        found = []
+        for junction in self.junctions.values():
+            names = [name for name in point.of if name in junction.sites]
+            if len(names) > 1:
+                module = junction.sites[names[0]][0].module
+                found.append(Fusion(point, junction.place, module, junction, names))
+        if not found:
+            raise RequestError(
+                f"expected adapters that change the same places to fuse, found that {', '.join(point.of)} do not meet: "
+                "learned keys are not fused, other points are where they hang on the same modules"
+            )
+        return found
 
     def _add_keys(self, model: PreTrainedModel, layout: Layout, name: str, point: Point, sites: Sites) -> None:
         """Learned keys, or tokens that the model makes keys of, in front of attention."""
@@ -133,7 +170,7 @@ class Adapters(nn.Module):
         if self.reader is None:
             self.reader = Reader(self, model)
 
-    def _hang(self, model: PreTrainedModel, name: str, site: Site) -> None:
+    def _hang(self, model: PreTrainedModel, name: str, site: Any) -> None:
         place = site.place
         key = f"{place.source}>{place.target}{'<' if place.before else ''}"
         if key not in self.junctions:
@@ -164,6 +201,16 @@ class Adapters(nn.Module):
             yield
         finally:
             self.active, self.rows = before
+
+    @contextmanager
+    def watching(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Inside, the last shares that fusions gave their adapters: by place, `[batch, length, adapters]`."""
+        seen: dict[str, torch.Tensor] = {}
+        self.seen = seen
+        try:
+            yield seen
+        finally:
+            self.seen = None
 
     @contextmanager
     def each_row(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -247,6 +294,12 @@ class Adapters(nn.Module):
         return sum(p.numel() for p in self.sites[name].parameters())
 
 
+def free_name(name: str, taken: Iterable[str]) -> str:
+    """`name`, with a number behind it where it is taken."""
+    held = set(taken)
+    return next(n for n in (name, *(f"{name}-{i}" for i in range(2, len(held) + 3))) if n not in held)
+
+
 def site_key(place: Place, taken: Sites) -> str:
     """A name for a site that a module may have: slashes for dots, numbered where a place has several."""
     key = place.path.replace(".", "/") + ("/before" if place.before else "")
@@ -261,7 +314,7 @@ class Junction:
         self.sites: dict[str, list[Site]] = {}
         self.x: torch.Tensor | None = None
         self.gathered: Gathered | None = None
-        self.apart = place.source != place.target
+        self.place, self.apart = place, place.source != place.target
         target = model.get_submodule(place.target)
         if place.before:
             self.handles = [target.register_forward_pre_hook(self.change_input)]
@@ -291,8 +344,13 @@ class Junction:
         if self.stack.rows is not None:
             return self._by_rows(h, x, self.stack.rows)
         for name, weight in self.stack.active:
-            for site in self.sites.get(name, ()):
-                h = site.forward(h, x, weight)
+            h = self.changed(name, h, x, weight)
+        return h
+
+    def changed(self, name: str, h: torch.Tensor, x: torch.Tensor | None, weight: float = 1.0) -> torch.Tensor:
+        """h with the sites of one adapter."""
+        for site in self.sites.get(name, ()):
+            h = site.forward(h, x, weight)
         return h
 
     def _by_rows(self, h: torch.Tensor, x: torch.Tensor | None, names: Sequence[str | None]) -> torch.Tensor:
@@ -307,10 +365,7 @@ class Junction:
             if name is None or name not in self.sites:
                 continue
             rows = self.stack.rows_of(name, len(h)).to(h.device)
-            mine, theirs = h[rows], None if x is None else x[rows]
-            for site in self.sites[name]:
-                mine = site(mine, theirs)
-            h = h.index_copy(0, rows, mine)
+            h = h.index_copy(0, rows, self.changed(name, h[rows], None if x is None else x[rows]))
         return h
 
 
@@ -382,6 +437,7 @@ def adopt(
         model.__class__ = adapted_class(type(model))  # type: ignore[arg-type]
     earlier = list(stack.active)
     stack.add(model, name, points)
-    stack.active = [*earlier, (name, 1.0)]
+    fused = {other for point in stack.points[name] for other in point.of}
+    stack.active = [*(pair for pair in earlier if pair[0] not in fused), (name, 1.0)]
     stack.train_only(model, name)
     return stack

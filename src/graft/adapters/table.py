@@ -14,6 +14,8 @@ FORMS = {
     "scale": "h ⊙ l",
     "bias": "b",
     "tokens": "softmax(q Pkᵀ) Pv, P from learned tokens",
+    "invertible": "(F(e₂), G(o₁)), undone before the head",
+    "fusion": "softmaxₙ(Q h · K δₙ) V δₙ",
 }
 """Δh of each form; x stands for h where the point is inserted after the module."""
 
@@ -24,6 +26,8 @@ PARAMETERS = {
     "scale": "o",
     "bias": "o",
     "tokens": "r·d in all",
+    "invertible": "2·r·o",
+    "fusion": "3·o²",
 }
 """Numbers at one place: r the size, i and o channels in and out, k channels of keys, d of the model."""
 

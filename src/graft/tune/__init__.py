@@ -66,10 +66,9 @@ class Tune(Verb[TuneSettings]):
                 f"{settings.from_} is an adapter on a frozen model: full tuning needs whole weights, so give it "
                 "`fold: true`, or add an adapter to it (lora, …), or train on the one it has (`method: further`)"
             ]
-        if "further" in settings.method and not is_adapted(start):
-            return [
-                f"{settings.from_} has no adapters to train further: name a model that has, or a method such as lora"
-            ]
+        needing = next((name for name in ("further", "fusion") if name in settings.method), None)
+        if needing and not is_adapted(start):
+            return [f"{settings.from_} has no adapters for the method {needing}: name a model that has, or choose lora"]
         try:
             objective_for(start.architecture, settings.objective)
         except CannotCombine as error:
@@ -80,7 +79,7 @@ class Tune(Verb[TuneSettings]):
         """What is wrong with the adapter for this model, tried on its skeleton where its configuration is known."""
         ((name, options),) = settings.method.items()
         chosen = method("graft.tune", name)
-        if not hasattr(chosen, "points") or not start.config.get("architectures"):
+        if name == "fusion" or not hasattr(chosen, "points") or not start.config.get("architectures"):
             return []
         from graft.adapters.trial import problems
 
@@ -94,10 +93,11 @@ class Tune(Verb[TuneSettings]):
 
     def estimate(self, settings: TuneSettings, models: Mapping[str, Facts]) -> Estimate:
         from graft.train.estimate import training_estimate
+        from graft.train.memory import Dimensions
 
         start = models[settings.from_]
         length = settings.length or min(int(start.config.get("max_position_embeddings", 512)), 1024)
-        return training_estimate(start.parameters, settings, length)
+        return training_estimate(start.parameters, settings, length, Dimensions.of(start.config))
 
     def run(self, job: Job) -> dict[str, Any]:
         from graft.tune.work import run
@@ -110,7 +110,11 @@ def named_points() -> dict[str, list[Point]]:
     found = {}
     for name in method_names("graft.tune"):
         module = method("graft.tune", name)
-        if hasattr(module, "points") and not any(f.is_required() for f in module.Settings.model_fields.values()):
+        if (
+            name != "fusion"
+            and hasattr(module, "points")
+            and not any(f.is_required() for f in module.Settings.model_fields.values())
+        ):
             found[name] = module.points(module.Settings())
     return found
 

@@ -51,16 +51,14 @@ def applied(model: PreTrainedModel, settings: TuneSettings, name: str, start: Pa
     Raises RequestError for places that the model does not have and for an adapter that shall be folded and cannot be.
     """
     from graft.adapters.folding import unfoldable
-    from graft.adapters.stack import adapters_of, adopt
+    from graft.adapters.stack import adapters_of, adopt, free_name
 
     ((how, options),) = settings.method.items()
     chosen = method("graft.tune", how)
     parsed = chosen.Settings(**options)
     if hasattr(chosen, "points"):
         earlier = adapters_of(model)
-        taken = list(earlier.points) if earlier else []
-        free = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 99))) if n not in taken)
-        adopt(model, chosen.points(parsed), free, base=start)
+        adopt(model, chosen.points(parsed), free_name(name, earlier.points if earlier else ()), base=start)
     else:
         model = chosen.apply(model, parsed, start) if how == "peft" else chosen.apply(model, parsed)
     stack = adapters_of(model)
