@@ -14,7 +14,7 @@ from graft.adapters.point import Point
 from graft.errors import RequestError
 
 if TYPE_CHECKING:
-    from graft.adapters.stack import Junction
+    from graft.adapters.junction import Junction
 
 
 class Fusion(Site):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,8 @@ import torch
 from torch import nn
 
 from graft.adapters.composed import Fusion, Inverse, Invertible, ends
-from graft.adapters.forms import FORMS, LowRank, Site
+from graft.adapters.forms import FORMS, Site
+from graft.adapters.junction import Junction
 from graft.adapters.places import Layout, Place
 from graft.adapters.point import Point
 from graft.errors import RequestError, UnknownName
@@ -304,101 +304,6 @@ def site_key(place: Place, taken: Sites) -> str:
     """A name for a site that a module may have: slashes for dots, numbered where a place has several."""
     key = place.path.replace(".", "/") + ("/before" if place.before else "")
     return key if key not in taken else f"{key}/{sum(other.startswith(key) for other in taken)}"
-
-
-class Junction:
-    """Where sites meet one module: its hooks, and x where that is read elsewhere."""
-
-    def __init__(self, stack: Adapters, model: PreTrainedModel, place: Place):
-        self.stack = stack
-        self.sites: dict[str, list[Site]] = {}
-        self.x: torch.Tensor | None = None
-        self.gathered: Gathered | None = None
-        self.place, self.apart = place, place.source != place.target
-        target = model.get_submodule(place.target)
-        if place.before:
-            self.handles = [target.register_forward_pre_hook(self.change_input)]
-            return
-        self.handles = [target.register_forward_hook(self.change_output)]
-        if self.apart:
-            self.handles.append(model.get_submodule(place.source).register_forward_pre_hook(self.read))
-
-    def read(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Keep x, the input of the source."""
-        self.x = args[0]
-
-    def change_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The target's input with what the sites do to it."""
-        return (self.joined(args[0], None), *args[1:])
-
-    def change_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """The target's output with what the sites do to it; of a tuple, the first."""
-        x = self.x if self.apart else args[0] if args else None
-        self.x = None
-        if isinstance(output, tuple):
-            return (self.joined(output[0], x), *output[1:])
-        return self.joined(output, x)
-
-    def joined(self, h: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
-        """h with all active sites."""
-        if self.stack.rows is not None:
-            return self._by_rows(h, x, self.stack.rows)
-        for name, weight in self.stack.active:
-            h = self.changed(name, h, x, weight)
-        return h
-
-    def changed(self, name: str, h: torch.Tensor, x: torch.Tensor | None, weight: float = 1.0) -> torch.Tensor:
-        """h with the sites of one adapter."""
-        for site in self.sites.get(name, ()):
-            h = site.forward(h, x, weight)
-        return h
-
-    def _by_rows(self, h: torch.Tensor, x: torch.Tensor | None, names: Sequence[str | None]) -> torch.Tensor:
-        """Each row of the batch with its own adapter: all at once where they are low-rank, else one after the other."""
-        if not torch.is_grad_enabled():
-            if self.gathered is None or self.gathered.names is not names or len(self.gathered.down) != len(h):
-                self.gathered = gathered(self.sites, h, names)
-            if self.gathered is not None:
-                source = h if x is None or self.gathered.after else x
-                return torch.baddbmm(h, torch.bmm(source, self.gathered.down), self.gathered.up)
-        for name in dict.fromkeys(names):
-            if name is None or name not in self.sites:
-                continue
-            rows = self.stack.rows_of(name, len(h)).to(h.device)
-            h = h.index_copy(0, rows, self.changed(name, h[rows], None if x is None else x[rows]))
-        return h
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """The low-rank weights of every row of a batch side by side: `down [rows, inputs, rank]`, `up [rows, rank, o]`."""
-
-    names: Sequence[str | None]
-    down: torch.Tensor
-    up: torch.Tensor
-    after: bool
-
-
-def gathered(sites: Mapping[str, list[Site]], h: torch.Tensor, names: Sequence[str | None]) -> Gathered | None:
-    """The weights of all rows of h `[rows, length, o]`, low ranks padded; None where a site is not plain low-rank."""
-    found: dict[str, LowRank] = {}
-    for name in dict.fromkeys(names):
-        for site in sites.get(name, ()) if name is not None else ():
-            if name in found or not isinstance(site, LowRank) or not site.plain:
-                return None
-            found[str(name)] = site
-    if len({site.after for site in found.values()}) != 1 or h.dim() != 3 or len(h) % len(names):
-        return None
-    first, rank = next(iter(found.values())), max(len(site.down) for site in found.values())
-    down = h.new_zeros(len(names), first.inputs, rank)
-    up = h.new_zeros(len(names), rank, h.shape[-1])
-    for row, name in enumerate(names):
-        if name in found:
-            mine = found[name]
-            down[row, :, : len(mine.down)] = mine.down.t()
-            up[row, : len(mine.down)] = mine.scale * mine.up.t()
-    times = len(h) // len(names)
-    return Gathered(names, down.repeat_interleave(times, 0), up.repeat_interleave(times, 0), first.after)
 
 
 class Adapted:
