@@ -10,8 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -37,6 +37,9 @@ from graft.merge.settings import MergeSettings
 from graft.merge.stream import Workers
 from graft.progress import say
 from graft.verb import Job
+
+Verdict = Callable[[MergeSettings, int], float | None]
+"""The metric of a merge with a seed."""
 
 VERSION = 1
 """Counted up when the same merge gets another verdict."""
@@ -191,7 +194,7 @@ class Candidates:
         self.judge = Judge.of(judged.entry(), job.data, job.root, judged.metric)
         self.results = Results(job.scratch / "judged")
         self._opened = ExitStack()
-        self._judges: list[Callable[[MergeSettings, int], float | None]] = []
+        self._judges: list[Verdict] = []
 
     def values(self, merges: Sequence[MergeSettings], seeds: Sequence[int] | None = None) -> list[float | None]:
         """The metric of each merge, in order; None where a merge gives no finite number."""
@@ -199,13 +202,9 @@ class Candidates:
         keys = [self._key(settings, seed) for settings, seed in zip(merges, seeds, strict=True)]
         asked = {key: (settings, seed) for key, settings, seed in zip(keys, merges, seeds, strict=True)}
         new = {key: one for key, one in asked.items() if self.results.get(key) is None}
-        free = self._seats(len(new))
-        with ThreadPoolExecutor(max(len(free), 1)) as pool:
-            futures = {key: pool.submit(_with_one_of, free, *one) for key, one in new.items()}
-            for key, future in futures.items():
-                value = future.result()
-                self.results.append({"key": key, "value": value, "settings": asked[key][0].plain()})
-                say(f"{self.job.name}: {self.judge.metric} {'none' if value is None else format(value, '.6g')}")
+        for key, value in _judged(self._seats(len(new)), new):
+            self.results.append({"key": key, "value": value, "settings": asked[key][0].plain()})
+            say(f"{self.job.name}: {self.judge.metric} {'none' if value is None else format(value, '.6g')}")
         return [(self.results.get(key) or {})["value"] for key in keys]
 
     def losses(self, merges: Sequence[MergeSettings]) -> list[float]:
@@ -224,7 +223,7 @@ class Candidates:
             seed=seed,
         )
 
-    def _seats(self, wanted: int) -> list[Callable[[MergeSettings, int], float | None]]:
+    def _seats(self, wanted: int) -> list[Verdict]:
         """As many as are of use, opened when they are needed for the first time."""
         if wanted and not self._judges:
             check_parents(self.job)
@@ -246,15 +245,29 @@ class Candidates:
         self._opened.close()
 
 
-def _with_one_of(
-    free: list[Callable[[MergeSettings, int], float | None]], settings: MergeSettings, seed: int
-) -> float | None:
-    """There are as many threads as judges: one is always free."""
-    judge = free.pop()
-    try:
-        return judge(settings, seed)
-    finally:
-        free.append(judge)
+def _judged(
+    judges: list[Verdict], asked: Mapping[str, tuple[MergeSettings, int]]
+) -> Iterator[tuple[str, float | None]]:
+    """(key, value) of every merge as soon as it is judged. There are as many threads as judges: one is always free."""
+    if len(judges) == 1:
+        yield from ((key, judges[0](*one)) for key, one in asked.items())
+        return
+
+    def with_one(settings: MergeSettings, seed: int) -> float | None:
+        judge = judges.pop()
+        try:
+            return judge(settings, seed)
+        finally:
+            judges.append(judge)
+
+    with ThreadPoolExecutor(max(len(judges), 1)) as pool:
+        futures = {pool.submit(with_one, *one): key for key, one in asked.items()}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def judged_in(seat: Seat, judge: Judge, settings: MergeSettings, seed: int) -> float | None:
