@@ -21,6 +21,7 @@ from transformers import (
 
 from graft import data, lineage, models
 from graft.ensemble import VERB
+from graft.ensemble.dropout import thinned
 from graft.ensemble.model import ensemble_of
 from graft.errors import CannotCombine, RequestError
 
@@ -246,3 +247,40 @@ def test_other_mixtures_of_translators_and_decoders_are_refused_before_anything_
     assert "inside is a decoder and deep is an encoder-decoder" in found
     swapped = {"combine": "experts", "members": ["inside", "deep", "outside"]}
     assert "deep is an encoder-decoder and inside is a decoder" in VERB.check(VERB.parse(swapped), facts)
+
+
+def test_how_far_language_models_move_a_translator_is_fitted(members, family):
+    """Three weights of a product of which one member reads the source and two the target alone; fits never lose."""
+    raw = {"combine": "log_linear", "members": ["deep", "inside", "outside"], "weights": {"fit": "pairs.dev"}}
+    names = ("deep", "inside", "outside")
+    assert VERB.check(VERB.parse(raw), {name: lineage.facts_of(family / name) for name in names}) == []
+    sets = {"pairs": pairs(family / "pairs.jsonl")}
+    target, found = run(family, raw, sets)
+    loaded = models.load(target)
+    corpus = data.open_corpus({"pairs": data.parse(sets["pairs"])}, "pairs", family)
+    told = [told_by(loaded, record) for record in corpus.records("dev")]
+    measured = -torch.cat([p.gather(-1, torch.tensor(t)[:, None])[:, 0] for p, t in told]).mean().item()
+    assert measured == pytest.approx(found["loss"], abs=1e-4)
+    assert found["loss"] < min(found["member_losses"].values())
+
+
+def test_shallow_fusion_decodes_with_a_cache_as_without(members):
+    ensemble = ensemble_of({"translator": members["small"], "writer": llama(5)}, [1.0, 0.3], "log_linear")
+    ids, mask = source()
+    found = ensemble.generate(ids, attention_mask=mask, num_beams=3, **PLAIN)
+    assert torch.equal(found, ensemble.generate(ids, attention_mask=mask, num_beams=3, use_cache=False, **PLAIN))
+
+
+@pytest.mark.parametrize("share", [None, 0.2])
+def test_passes_of_a_translator_with_dropout(members, share):
+    passes = {str(seed): thinned(members["small"], share, seed) for seed in range(3)}
+    ensemble = ensemble_of(passes)
+    ids, mask = source()
+    target = prompts(padded=())[0]
+    with torch.no_grad():
+        told = [p(input_ids=ids, attention_mask=mask, decoder_input_ids=target).logits for p in passes.values()]
+        found = ensemble(input_ids=ids, attention_mask=mask, decoder_input_ids=target).logits
+    assert torch.allclose(found.exp(), sum(each.softmax(-1) for each in told) / 3, atol=1e-6)
+    assert not torch.allclose(told[0], told[1], atol=1e-2)
+    decoded = ensemble.generate(ids, attention_mask=mask, num_beams=2, **PLAIN)
+    assert torch.equal(decoded, ensemble.generate(ids, attention_mask=mask, num_beams=2, use_cache=False, **PLAIN))

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from graft.ensemble.settings import MOVE
 from graft.errors import RequestError
 
 
@@ -65,12 +66,12 @@ def kind_of(configs: Sequence[dict[str, Any]], combine: str = "linear") -> str:
     """What an ensemble of such members is: `CausalLM`, `Seq2SeqLM` or `SequenceClassification`, as `transformers` names
     it.
 
-    Raises RequestError for members of several kinds; only `experts` may move an encoder-decoder by two decoders.
+    Raises RequestError for members of several kinds; only rules in MOVE may have decoders beside an encoder-decoder.
     """
     kinds = [_kind(config) for config in configs]
     if len(set(kinds)) <= 1:
         return kinds[0] if kinds else "CausalLM"
-    if combine == "experts" and kinds[0] == "Seq2SeqLM" and set(kinds[1:]) == {"CausalLM"}:
+    if combine in MOVE and kinds[0] == "Seq2SeqLM" and set(kinds[1:]) == {"CausalLM"}:
         return "Seq2SeqLM"
     named = " beside ".join(dict.fromkeys(WORDS[kind] for kind in kinds))
     raise RequestError(f"expected members of one kind, found {named}: leave one kind out")

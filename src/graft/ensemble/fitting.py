@@ -105,7 +105,8 @@ def columns(sources: list[Source], text: HeldOut) -> tuple[np.ndarray, np.ndarra
 
 
 def _kind(sources: list[Source]) -> str:
-    return kind_of([config_of(source.folder) for source in sources])
+    # a product may have language models of the target beside a translator
+    return kind_of([config_of(source.folder) for source in sources], "log_linear")
 
 
 def _fit_product(sources: list[Source], text: HeldOut) -> Fit:

@@ -61,7 +61,8 @@ class Gate(nn.Module):
 
     def decide(self, told: Sequence[Told]) -> torch.Tensor:
         """The weights to mix by `[..., members]`, from what the members say that the gate looks at."""
-        weights = self(features([each.log_probs for each in told], [each.state for each in told]))
+        seen = features([each.log_probs for each in told], [each.state for each in told])
+        weights = self(seen.to(self.outer.weight.dtype)).float()
         kept = weights > self.skip
         cut = weights * kept
         return torch.where(kept.all(-1, keepdim=True), weights, cut / cut.sum(-1, keepdim=True))

@@ -132,7 +132,7 @@ def said(source: Source, items: Sequence[Item], *, context: int, width: int, dev
 
 def _inputs(scorer: Scorer, item: Item, target: list[int], context: int) -> dict[str, Any]:
     """What the model is asked: the target up to each token, for encoder-decoders behind the source."""
-    if item.source is None:
+    if item.source is None or not scorer.encoder_decoder:
         ids = torch.tensor([[scorer.prefix_token, *target[:-1]]], device=scorer.device)
         return {"input_ids": ids, "use_cache": False}
     start, read = scorer.model.config.decoder_start_token_id, item.source

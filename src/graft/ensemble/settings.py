@@ -105,6 +105,9 @@ class OutputSettings(Settings):
     seed: Annotated[int, Field(ge=0, description="Of samples: the same every time.")] = 0
 
 
+MOVE = ("experts", "log_linear")
+"""Rules by which language models of the target may move a translator, which stands first."""
+
 NOT_A_MIXTURE = "a union of vocabularies is for mixtures (linear), found {!r}: other rules need the same tokens"
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from graft.ensemble.settings import NOT_A_MIXTURE, EnsembleSettings, FittedWeights, GateSettings
+from graft.ensemble.settings import MOVE, NOT_A_MIXTURE, EnsembleSettings, FittedWeights, GateSettings
 from graft.ensemble.sources import Source, sources_of
 from graft.methods import method
 from graft.settings import parse
@@ -63,9 +63,9 @@ def _kind_of(facts: Facts) -> str:
 
 
 def _moved(settings: EnsembleSettings, models: Mapping[str, Facts]) -> bool:
-    """Whether decoders move an encoder-decoder (domain-differential adaptation): the only kinds that may be mixed."""
+    """Whether decoders move an encoder-decoder (by their rule's arithmetic): the only kinds that may be mixed."""
     first, *others = [models[name].architecture for name in settings.names]
-    return settings.rule == "experts" and first == "encoder-decoder" and set(others) == {"decoder"}
+    return settings.rule in MOVE and first == "encoder-decoder" and set(others) == {"decoder"}
 
 
 def _classifier_problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[str]:
