@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from graft.errors import GraftError, Problem, SettingsError
+from graft.errors import CannotCombine, GraftError, Problem, SettingsError
 from graft.merge._options import OnData, SubspaceSettings
 from graft.merge.inputs import settled
 from graft.merge.judged import judged_parts, located, task_content
@@ -150,12 +149,21 @@ class Merge(Verb[MergeSettings]):
         return lines(notes)
 
     def begin(self, settings: MergeSettings, folders: Mapping[str, Path]) -> None:
-        """The architecture is built in another process, and torch imported, while the models are hashed."""
+        """Headers are compared; then the architecture is built in another process, and torch imported, while the models
+        are hashed. Raises CannotCombine where the headers differ."""
         from graft.merge.architecture import begin
         from graft.merge.inputs import inputs
+        from graft.merge.preflight import agree
 
-        with suppress(GraftError):
-            begin(inputs(settings, folders)[settings.parents[0]].home)
+        try:
+            parts = inputs(settings, folders)
+            agree(settings, parts)
+            begin(parts[settings.parents[0]].home)
+        except CannotCombine:
+            raise
+        except GraftError:
+            # what has no headers to compare is told of by the checks
+            return
         Thread(target=import_module, args=("graft.merge.engine",)).start()
 
     def run(self, job: Job) -> dict[str, Any]:

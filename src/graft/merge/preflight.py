@@ -12,10 +12,10 @@ from graft.errors import CannotCombine
 from graft.lineage import ADAPTED, facts_of
 from graft.merge._options import OnData
 from graft.merge.architecture import architecture
-from graft.merge.inputs import homeless, inputs, settled
+from graft.merge.inputs import Input, homeless, inputs, settled
 from graft.merge.part import partial
 from graft.merge.settings import MergeSettings
-from graft.merge.slices import COUNTS, restacked, stack
+from graft.merge.slices import COUNTS, LAYER, restacked, stack
 from graft.merge.varying import by_tensor
 from graft.merge.vocabulary import Vocabulary, joined, with_size
 from graft.verb import Facts
@@ -129,6 +129,23 @@ def different_keys(a: Mapping[str, Any], b: Mapping[str, Any], keys: Sequence[st
     """`hidden_size 64 and 128` for each of `keys` that both configurations give, differently."""
     shared = [key for key in keys if key in a and key in b]
     return [f"{key} {a[key]!r} and {b[key]!r}" for key in shared if a[key] != b[key]]
+
+
+def agree(settings: MergeSettings, parts: Mapping[str, Input]) -> None:
+    """Compare configurations and the shapes of layers: what needs nothing but headers, and so comes first of all.
+
+    Raises CannotCombine for dimensions and shapes that differ. Slices and parts are compared later, as they are placed.
+    """
+    reference, *others = settings.parents
+    if settings.slices or settings.part:
+        return
+    for name in others:
+        if different := different_keys(parts[reference].config, parts[name].config, SHAPE_KEYS):
+            raise CannotCombine(f"{name} and {reference} differ in shape: {'; '.join(different)}; {INSTEAD}")
+    headers = {name: part.headers for name, part in parts.items()}
+    shared = set.intersection(*(set(found) for found in headers.values()))
+    layers = sorted(tensor for tensor in shared if LAYER.fullmatch(tensor))
+    _same_shapes(headers, {tensor: dict.fromkeys(parts, tensor) for tensor in layers})
 
 
 def layout(settings: MergeSettings, folders: Mapping[str, Path]) -> Layout:
