@@ -19,6 +19,7 @@ import graft.merge._through as through
 import graft.merge.stream
 from graft.errors import CannotCombine, SettingsError
 from graft.merge import VERB
+from graft.merge.telling import lines
 from graft.verb import Facts
 
 READING = {
@@ -109,7 +110,12 @@ def test_models_that_are_no_causal_ones_are_refused(merged, tmp_path):
         ({"method": "regmean", "on": "x", "tokens": 100, "length": 128}, "expected at least 128 tokens"),
         ({"method": "adamerging", "on": "x"}, "base: this key is required"),
         ({"method": "localize_and_stitch", "base": "c", "density": 0}, "expected a density above 0"),
-        ({"method": "regmean_plus", "on": "x", "slices": [{"a": [0, 1]}]}, "expected whole models, found slices"),
+        ({"method": "regmean_plus", "on": "x", "slices": [{"a": [0, 1]}]}, "expected whole models of one"),
+        (
+            {"method": "adamerging", "base": "c", "on": "x", "part": ["model."]},
+            "adamerging runs what it merges",
+        ),
+        ({"method": "fisher", "on": "x", "vocabulary": "union"}, "expected models of one vocabulary"),
         ({"method": "adamerging", "base": "c", "on": "x", "models": {"a": [0, 1], "b": 1}}, "over the whole model"),
     ],
 )
@@ -148,3 +154,26 @@ def test_what_it_costs_is_said_beforehand():
     assert VERB.estimate(VERB.parse(by_size), dict.fromkeys("abc", FACTS)).note == plain.note
     whole = VERB.parse({"method": "tsv_merge", "base": "c", "models": ["a", "b"]})
     assert VERB.estimate(whole, dict.fromkeys("abc", FACTS)).memory_bytes > plain.memory_bytes + 10 * 4 * 2048 * 8192
+
+
+def test_layers_may_be_stacked_and_numbers_may_follow_layers(merged, tuned):
+    stack = {"slices": [{kind: [0, 1] for kind in KINDS}, {kind: [0, 1] for kind in KINDS}]}
+    for method in ("fisher", "regmean"):
+        made, _, _ = merged({"method": method, "on": ON} | stack, method)
+        first = {name: tensor for name, tensor in made.items() if ".layers.0." in name}
+        assert all(torch.equal(made[name.replace(".0.", ".1.")], tensor) for name, tensor in first.items())
+    base = tensors(tuned["base"])
+    made, _, _ = merged(
+        {"method": "iso_c", "base": "base", "scale": {"*.layers.0.*": 0, "*": 1}, "length": None}, "iso"
+    )
+    for name, tensor in made.items():
+        assert torch.equal(tensor, base[name]) == (".layers.0." in name), name
+
+
+def test_what_was_found_is_told_to_people():
+    told = lines({"entropy_by_step": [2.0, 1.5], "share_in_region": {"a": 0.05}, "merged_by_regression": 7})
+    assert told == [
+        "learned λ in 2 steps: entropy 2.0000 to 1.5000 nats a token",
+        "regions: a 5.00%",
+        "7 tensors merged by regression, the others by their mean",
+    ]

@@ -76,9 +76,11 @@ class WholeModel(OnData):
     """What is found by running the merged model: it takes the models as they are, with one weight each."""
 
     @model_validator(mode="after")
-    def _unsliced(self) -> WholeModel:
-        if self.slices:
-            raise ValueError(f"expected whole models, found slices, which {self.method} cannot run while it merges")
+    def _unchanged(self) -> WholeModel:
+        asked = {"slices": self.slices, "part": self.part, "vocabulary": self.vocabulary}
+        if found := [name for name, value in asked.items() if value]:
+            words = "expected whole models of one vocabulary"
+            raise ValueError(f"{words}, found `{found[0]}`: {self.method} runs what it merges")
         return self
 
     @property

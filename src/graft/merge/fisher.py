@@ -35,6 +35,12 @@ class Settings(OnData):
     ] = 1e-6
 
     @model_validator(mode="after")
+    def _one_vocabulary(self) -> Settings:
+        if self.vocabulary is not None:
+            raise ValueError("expected models of one vocabulary: Fisher information has the rows of each model's own")
+        return self
+
+    @model_validator(mode="after")
     def _above_zero(self) -> Settings:
         if min(self.weights) <= 0:
             raise ValueError(f"expected weights above 0, found {min(self.weights)}")

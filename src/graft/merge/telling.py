@@ -14,6 +14,9 @@ def lines(notes: Mapping[str, Any]) -> list[str]:
         "learned_soup": _learned,
         "checkpoints": _checkpoints,
         "seeds": _seeds,
+        "entropy_by_step": _entropy,
+        "share_in_region": _regions,
+        "merged_by_regression": _regression,
     }
     return [line for key, words in told.items() if key in notes for line in words(notes[key])]
 
@@ -55,6 +58,19 @@ def _seeds(found: Mapping[str, Any]) -> Iterator[str]:
             f"  {found['metric']} {_value(score['mean'])} ± {_value(found['deviation'])} "
             f"({_value(score['least'])} to {_value(score['most'])})"
         )
+
+
+def _entropy(found: list[float]) -> Iterator[str]:
+    if found:
+        yield f"learned λ in {len(found)} steps: entropy {found[0]:.4f} to {found[-1]:.4f} nats a token"
+
+
+def _regions(found: Mapping[str, float]) -> Iterator[str]:
+    yield "regions: " + ", ".join(f"{name} {share:.2%}" for name, share in found.items())
+
+
+def _regression(found: int) -> Iterator[str]:
+    yield f"{found} tensors merged by regression, the others by their mean"
 
 
 def _value(value: Any) -> str:
