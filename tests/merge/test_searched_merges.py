@@ -254,6 +254,8 @@ WRONG = [
     ({"over": {"density": [0.1, 1]}, "by_layer": 2, "trim": "model"}, "one number, as it is measured over the whole"),
     ({"over": {"scale": [0, 1]}, "measure": "bits_per_bite"}, "did you mean 'bits_per_byte'"),
     ({"over": {"scale": [0, 1]}, "on": None}, "expected held-out data"),
+    ({"over": {"scale": [0, 1]}, "measure": "classification", "metric": "bleu"}, r"accuracy, f1_macro\), found 'bleu'"),
+    ({"over": {"scale": [0, 1]}, "measure": "perplexity", "metric": "mcc"}, r"\(perplexity\), found 'mcc'"),
 ]
 
 
@@ -271,6 +273,8 @@ def test_a_task_that_reads_a_data_set_has_it_named_so_that_the_key_knows(tmp_pat
     asked = {"method": "greedy_soup", "models": ["a", "b"], "task": "t.yaml"}
     with pytest.raises(RequestError, match=r"reads the data set all.test: name it"):
         VERB.located(VERB.parse(asked), tmp_path)
+    with pytest.raises(RequestError, match=r"t.yaml: expected a metric that is computed \(accuracy\), found 'mcc'"):
+        VERB.located(VERB.parse(asked | {"on": "all.test", "metric": "mcc"}), tmp_path)
     settings = VERB.located(VERB.parse(asked | {"on": "all.test"}), tmp_path)
     before = VERB.content(settings)
     (tmp_path / "t.yaml").write_text("name: t\ndata: all\nprompt: '{{ text }}!'\ntarget: a\nchoices: [a, b]\n")

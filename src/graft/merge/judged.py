@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -42,10 +43,17 @@ class Judged(Settings):
             raise ValueError(f"expected one measure, found {', '.join(self.measure) or 'none'}")
         if self.judges:
             try:
-                self.entry()
+                entry = self.entry()
             except SettingsError as error:
                 raise ValueError("; ".join(problem.message for problem in error.problems)) from None
+            if self.task is None:
+                self.check_metric(getattr(entry, "metrics", [entry.measure]))  # type: ignore[attr-defined]
         return self
+
+    def check_metric(self, known: Sequence[str]) -> None:
+        """Raises ValueError where the metric that is to count is none of those that are computed."""
+        if self.metric is not None and self.metric not in known:
+            raise ValueError(f"expected a metric that is computed ({', '.join(known)}), found {self.metric!r}")
 
     @property
     def judges(self) -> bool:
@@ -168,7 +176,12 @@ def located(judged: J, root: Path) -> J:
     from graft.evaluate.tasks import load_task
 
     path = (root / str(judged.task)).resolve()
-    task = load_task(path).settings
+    found = load_task(path)
+    task = found.settings
+    try:
+        judged.check_metric(found.metrics)
+    except ValueError as error:
+        raise RequestError(f"{path}: {error}") from None
     if isinstance(task.data, str):
         reads = f"{split_ref(task.data)[0]}.{task.split}"
         if reads not in judged.data:
