@@ -1,17 +1,24 @@
 """An ensemble over bytes as a `transformers` model: rules, decoding, batches, folders, recipes, evaluation."""
 
 import itertools
+import json
 import math
 
 import pytest
 import torch
 from tiny_bytes import LEFT, RIGHT, by_hand, member, pair, tokenizer
+from transformers import AutoModelForCausalLM
 
+import graft.data
+from graft import lineage
+from graft import models as graft_models
+from graft.ensemble import VERB
 from graft.ensemble.byte_level.byte_model import EXACT, Cover
 from graft.ensemble.byte_level.tokenizer import BOS, EOS, PAD, SIZE, byte_tokenizer
 from graft.ensemble.model import EnsembleOverBytes, ensemble_of
-from graft.errors import RequestError, RunError
+from graft.errors import CannotCombine, RequestError, RunError
 from graft.evaluate.scorer import Scorer
+from graft.verb import Job
 
 SOME = Cover(drop=0.05, most=4)
 
@@ -169,6 +176,46 @@ def test_what_cannot_be_done_is_refused():
         ensemble_of({"bytes": model, "other": pair(SOME)})
 
 
+def saved(folder):
+    for name, model, words in (("left", member(1, LEFT, 2), LEFT), ("right", member(5, RIGHT), RIGHT)):
+        model.save_pretrained(folder / name)
+        words.save_pretrained(folder / name)
+    return {name: folder / name for name in ("left", "right")}
+
+
+def run(folder, raw):
+    folders = saved(folder)
+    settings = VERB.parse(raw)
+    assert VERB.check(settings, {name: lineage.facts_of(place) for name, place in folders.items()}) == []
+    out = folder / "both"
+    out.mkdir()
+    VERB.run(Job("both", settings, 0, out, folder / "s", folder / "c", folders, {}))
+    return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_recipe_makes_a_folder_that_loads_scores_and_writes(tmp_path, inside):
+    raw = {
+        "members": {"left": 0.6, "right": 0.4},
+        "vocabulary": "bytes",
+        "cover": {"drop": 0},
+        "self_contained": inside,
+    }
+    out = run(tmp_path, raw)
+    assert json.loads((out / "config.json").read_text())["cover"] == {"tokenisations": "all", "drop": 0.0, "most": 16}
+    wanted = pair(Cover(drop=0.0))(input_ids=ids_of(b"abc")[0]).logits
+    for model in (graft_models.load(out), AutoModelForCausalLM.from_pretrained(out)):
+        assert isinstance(model, EnsembleOverBytes)
+        assert torch.equal(model(input_ids=ids_of(b"abc")[0]).logits, wanted)
+    words = graft_models.load_tokenizer(out)
+    made = model.generate(**words("cab", return_tensors="pt"), do_sample=False, max_new_tokens=3)
+    assert words.decode(made[0], skip_special_tokens=True).startswith("cab")
+    model.save_pretrained(tmp_path / "again", self_contained=inside)
+    again = graft_models.load(tmp_path / "again")
+    assert torch.equal(again(input_ids=ids_of(b"abc")[0]).logits, wanted)
+
+
 @torch.no_grad()
 def test_the_scorer_counts_the_bits_of_the_bytes():
     model = pair(EXACT)
@@ -178,9 +225,59 @@ def test_the_scorer_counts_the_bits_of_the_bytes():
     assert document.log_probs == pytest.approx(told[range(4), list(b"abca")].tolist(), abs=1e-5)
 
 
+def test_different_vocabularies_name_bytes_and_bytes_refuse_what_they_cannot_do(tmp_path):
+    facts = {name: lineage.facts_of(place) for name, place in saved(tmp_path).items()}
+    (problem,) = VERB.check(VERB.parse({"members": ["left", "right"]}), facts)
+    assert "`vocabulary: bytes`" in problem
+    raw = {"members": ["left", "right"], "vocabulary": "bytes", "draft": "left"}
+    assert "one vocabulary" in VERB.check(VERB.parse(raw), facts)[0]
+    raw = {"members": ["left", "right"], "cover": {"drop": 0}}
+    assert "`vocabulary: bytes`" in "".join(VERB.check(VERB.parse(raw), facts))
+    raw = {"members": ["left", "right"], "vocabulary": "bytes", "combine": "least_risk"}
+    assert "bytes are for rules that combine probabilities" in "".join(VERB.check(VERB.parse(raw), facts))
+
+
+def test_a_tokenizer_without_bytes_is_refused_before_anything_is_written(tmp_path):
+    folders = saved(tmp_path)
+    odd = json.loads((folders["left"] / "tokenizer.json").read_text())
+    odd["decoder"] = {"type": "BPEDecoder", "suffix": "</w>"}
+    (folders["left"] / "tokenizer.json").write_text(json.dumps(odd))
+    settings = VERB.parse({"members": ["left", "right"], "vocabulary": "bytes"})
+    out = tmp_path / "both"
+    out.mkdir()
+    with pytest.raises(CannotCombine, match=r"left.*BPEDecoder"):
+        VERB.run(Job("both", settings, 0, out, tmp_path / "s", tmp_path / "c", folders, {}))
+
+
 @torch.no_grad()
 def test_a_damaged_member_is_named():
     model = pair(SOME)
     model.members[1].lm_head.weight[0] = math.nan
     with pytest.raises(RunError, match="member 'right' gives NaN"):
         model(input_ids=ids_of(b"ab")[0])
+
+
+@pytest.mark.parametrize("rule", ["linear", "log_linear"])
+def test_weights_are_fitted_to_bytes_of_held_out_text(tmp_path, rule):
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in ["abcab", "cab", "bcabc", "a"] * 2))
+    sets = {"some": graft.data.parse({"source": "jsonl", "path": "text.jsonl", "splits": {"dev": 0.5}})}
+    folders = saved(tmp_path)
+    raw = {"members": ["left", "right"], "vocabulary": "bytes", "combine": rule, "cover": {"drop": 0, "most": None}}
+    settings = VERB.parse({**raw, "weights": {"fit": "some.dev"}})
+    out = tmp_path / "both"
+    out.mkdir()
+    made = VERB.run(Job("both", settings, 0, out, tmp_path / "s", tmp_path / "c", folders, sets, root=tmp_path))
+    corpus = graft.data.open_corpus(sets, "some", tmp_path)
+    texts = [record["text"].encode() for record in corpus.records("dev")]
+    weights = list(made["weights"].values())
+    members = {"left": member(1, LEFT, 2), "right": member(5, RIGHT)}
+
+    def loss(first):
+        shares = (first, 1 - first) if rule == "linear" else (first, weights[1])
+        model = ensemble_of(members, shares, rule, tokenizers=[LEFT, RIGHT], cover=EXACT)
+        told = [model(input_ids=torch.tensor([[BOS, *text[:-1]]])).logits[0] for text in texts]
+        gold = [row[range(len(text)), list(text)] for row, text in zip(told, texts, strict=True)]
+        return -float(torch.cat(gold).mean())
+
+    assert made["loss"] == pytest.approx(loss(weights[0]), abs=1e-4)
+    assert loss(weights[0]) <= min(loss(max(weights[0] - 0.1, 0)), loss(min(weights[0] + 0.1, 1))) + 1e-6

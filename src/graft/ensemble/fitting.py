@@ -68,6 +68,10 @@ def fit_weights(settings: EnsembleSettings, weights: FittedWeights, job: Job, so
     """
     check_unseen({member: job.models[member] for member in settings.names}, [weights.fit], job.data, job.root)
     text = held_out(weights.fit, weights.documents, job.data, job.root, job.device)
+    if settings.vocabulary == "bytes":
+        from graft.ensemble.byte_level.fitting import fit as fit_over_bytes
+
+        return fit_over_bytes(settings, sources, text.texts, text.importance, job.device)
     if weights.gate is not None:
         names = weights.gate.looks_at or settings.names
         seen = [place for place, source in enumerate(sources) if source.model in names]

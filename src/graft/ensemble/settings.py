@@ -93,6 +93,22 @@ class MemberSettings(Settings):
         return self.checkpoints is not None or self.dropout is not None
 
 
+class CoverSettings(Settings):
+    """Which token sequences count where the ensemble is over bytes."""
+
+    tokenisations: Annotated[
+        Literal["all", "canonical"],
+        Field(description="`all` that write the text, or `canonical`: those that the member's tokenizer makes."),
+    ] = "all"
+    drop: Annotated[
+        float,
+        Field(ge=0, lt=1, description="Share of the probability that may be approximated at each byte; 0: exact."),
+    ] = 0.03
+    most: Annotated[
+        int | None, Field(gt=0, description="Complete sequences that are read at most at each byte; null: all (exact).")
+    ] = 16
+
+
 class OutputSettings(Settings):
     """How members write the answers that a rule for whole outputs chooses from. `generate` may say otherwise."""
 
@@ -131,12 +147,15 @@ class EnsembleSettings(Settings):
         Field(description="`uniform`, or `{fit: DATA.dev}`; left out where `members` gives weights."),
     ] = None
     vocabulary: Annotated[
-        Literal["same", "union"],
+        Literal["same", "union", "bytes"],
         Field(
             description="`same`: members of one vocabulary, others are refused; `union`: a token that only some "
-            "members have gets what they give (linear)."
+            "members have gets what they give (linear); `bytes`: members with any tokenizers, combined at every byte."
         ),
     ] = "same"
+    cover: Annotated[CoverSettings | None, Field(description="Which token sequences count (`vocabulary: bytes`).")] = (
+        None
+    )
     draft: Annotated[
         ModelRef | None,
         Field(description="The member that drafts blocks of tokens where the ensemble speculates; best a fast one."),

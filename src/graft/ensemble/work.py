@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from graft.ensemble.byte_level.work import configuration as byte_configuration
+from graft.ensemble.byte_level.work import problems as byte_problems
 from graft.ensemble.settings import MOVE, NOT_A_MIXTURE, EnsembleSettings, FittedWeights, GateSettings
 from graft.ensemble.sources import Source, sources_of
 from graft.methods import method
@@ -35,7 +37,7 @@ def problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[st
         if models[name].vocabulary != models[first].vocabulary and settings.vocabulary == "same":
             found.append(
                 f"{name} and {first} have different vocabularies: their predictions cannot be matched token by token; "
-                "a mixture can be made over `vocabulary: union`"
+                "use `vocabulary: bytes`, or for a mixture `vocabulary: union`"
             )
         if models[name].architecture != models[first].architecture and not _moved(settings, models):
             found.append(f"{name} is {_kind_of(models[name])} and {first} is {_kind_of(models[first])}")
@@ -45,6 +47,7 @@ def problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[st
         found += _other_than_decoders(settings, "encoder-decoders")
     if settings.vocabulary == "union":
         found += _union_problems(settings)
+    found += byte_problems(settings)
     found += _several_problems(settings)
     if settings.show is not None and (
         settings.rule != "linear" or settings.vocabulary != "same" or models[first].architecture != "decoder"
@@ -226,6 +229,10 @@ def _write(
     from graft.ensemble.members import home_of
 
     entries = _entries(job, settings, sources)
+    if settings.vocabulary == "bytes":
+        config: Any = byte_configuration(settings, sources, entries, weights, job.out)
+        atomic_write(job.out / "config.json", json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
+        return
     first = home_of(sources[0].folder)
     for file in TOKENIZER_FILES:
         if (first / file).exists():

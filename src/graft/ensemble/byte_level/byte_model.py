@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from graft.ensemble.byte_level.cover import Born, Hypothesis, State, Told, fresh, grown, pruned, state_of
-from graft.ensemble.byte_level.forest import Forest, Leaf, Reader
+from graft.ensemble.byte_level.cover import Born, Hypothesis, State, Told, again, chosen, fresh, grown, state_of
+from graft.ensemble.byte_level.forest import UNREAD, Forest, Leaf, Reader
 from graft.ensemble.byte_level.spelling import spelling_of
+from graft.ensemble.configuration import context_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 AHEAD = 128
 """Tokens that are read ahead at once where the text is known."""
-SCOUT = 96
+SCOUT = 256
 """Bytes behind the first sequence that must be read, in which others are looked for."""
+PROMOTED = 0.1
+"""Share of the mass from which on a sequence that was not read is."""
 WINDOW = 16
 """Tokens before the end of a sequence from which it is cut anew, to see whether the tokenizer cuts it so."""
 
@@ -27,11 +30,11 @@ WINDOW = 16
 @dataclass(frozen=True)
 class Cover:
     """Which token sequences count. `tokenisations`: `all` that spell the text, or `canonical` ones, those that the
-    tokenizer makes. `drop`: the share of the probability that may be left out at each byte; 0: exact. `most`: sequences
-    kept at most at each byte; None: all."""
+    tokenizer makes. `drop`: the share of the probability that may be approximated at each byte; 0: exact. `most`:
+    complete sequences followed at most at each byte; None: all."""
 
     tokenisations: Literal["all", "canonical"] = "all"
-    drop: float = 1e-3
+    drop: float = 0.03
     most: int | None = 16
 
 
@@ -42,9 +45,11 @@ class ByteModel:
     """A causal language model and its tokenizer as a distribution over byte strings.
 
     It is p(bytes) = Σ p(tokens) over all token sequences that spell the bytes (Vieira et al. 2025; Phan et al. 2024),
-    p over the tokens that write text and the end, renormalised. With `drop` ε at each byte, the distribution of texts
-    of n bytes differs from the exact one by at most 1 - (1 - ε)ⁿ in total variation (while `most` leaves out no more).
-    Raises CannotCombine for a tokenizer whose tokens have no bytes of their own.
+    p over the tokens that write text and the end, renormalised. With `drop` ε, sequences that together have at most the
+    share ε at a byte are not read: they are taken to go on as the likeliest that ends there does, or else as their last
+    token alone would, until they become likely. The distribution of texts of n bytes then differs from the exact one by
+    at most n ε in total variation (while `most` leaves out no more); it always sums to one. Raises CannotCombine for a
+    tokenizer whose tokens have no bytes of their own.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class ByteModel:
         told = getattr(model, "generation_config", None)
         ends = getattr(told, "eos_token_id", None)
         self.spelling = spelling_of(tokenizer, [ends] if isinstance(ends, int) else ends or [], name)
+        limit = context_of(model.config.to_dict()) if limit is None else limit
         self.reader = Reader(model, self.spelling, limit=limit, name=name)
         self.cover, self.tokenizer = cover, tokenizer
 
@@ -66,27 +72,29 @@ class ByteModel:
         """Before the first byte."""
         leaf, told = forest.root()
         first = told.trie.root
-        open_ = [fresh(leaf, told, 0.0)]
+        open_ = [fresh(leaf, told, 0.0, 0.0)]
         empty = [(leaf, int(told.trie.ids[place])) for place in range(first.low, first.low + first.own)]
         logs = [float(told.logs[place]) for place in range(first.low, first.low + first.own)]
-        open_ += [fresh(*found, log) for found, log in zip(forest.read(empty), logs, strict=True)] if empty else []
-        return state_of(open_)
+        found = forest.read(empty) if empty else []
+        return state_of(open_ + [fresh(*pair, log, log) for pair, log in zip(found, logs, strict=True)])
 
     def advance(self, forest: Forest, states: Sequence[State], data: Sequence[int]) -> list[State]:
         """Each state one byte on, what is new read in one go. A byte that the model cannot write changes nothing."""
-        plans = [self._plan(state, byte) for state, byte in zip(states, data, strict=True)]
-        read = iter(forest.read([(each.leaf, each.token) for _, born, _ in plans for each in born]))
+        plans = [self._plan(forest, state, byte) for state, byte in zip(states, data, strict=True)]
+        read = iter(forest.read([(each.leaf, each.token) for _, born, rough in plans for each in born if not rough]))
         made = []
-        for state, (moved, born, gone) in zip(states, plans, strict=True):
-            found = [fresh(*next(read), each.log) for each in born]
-            made.append(_next_state(state, [*moved, *found], gone))
+        for state, byte, (moved, born, rough) in zip(states, data, plans, strict=True):
+            alone = self.reader.alone([each.token for each in born] if rough else [])
+            found = [_rough(*pair) for pair in zip(born, alone, strict=True)] if rough else []
+            found += [] if rough else [_sure(next(read), each) for each in born]
+            made.append(_next_state(state, byte, [*moved, *found]))
         return made
 
     def follow(self, forest: Forest, state: State, data: bytes) -> tuple[np.ndarray, State]:
         """`[len(data), 257] float64`: what comes behind each byte of a known text, and the state at its end.
 
-        The sequence that the tokenizer makes is read ahead in one go. Others are looked for as if none of them were
-        there yet, read together, and the bytes behind the first of them are gone through again.
+        The sequence that the tokenizer makes is read ahead in one go. Others are looked for as if they were rough,
+        read together, and the bytes behind the first of them are gone through again.
         """
         nexts = np.empty((len(data), 257))
         done = 0
@@ -95,7 +103,7 @@ class ByteModel:
             stop = min(len(data), done + max(1, sum(len(self._spelt(leaf)) for leaf, _ in held)))
             while done < stop:
                 done, state, wanted = self._pass(forest, state, data, done, stop, nexts)
-                held += forest.read(wanted)
+                held += forest.catch_up(wanted)
         return nexts, state
 
     def _spelt(self, leaf: Leaf) -> bytes:
@@ -104,39 +112,72 @@ class ByteModel:
 
     def _pass(
         self, forest: Forest, state: State, data: bytes, begin: int, stop: int, nexts: np.ndarray
-    ) -> tuple[int, State, list[tuple[Leaf, int]]]:
-        """Go on from byte `begin` as long as all is read; returns how far, the state there, what is to be read."""
+    ) -> tuple[int, State, list[Leaf]]:
+        """Go on from byte `begin` as long as all is known; returns how far, the state there, what is to be read.
+
+        Behind the first byte that something is lacking for, what stands for it is a guess: only to see what else is.
+        """
         here, reached, exact = state, begin, True
-        wanted: dict[tuple[int, int], tuple[Leaf, int]] = {}
+        wanted: list[Leaf] = []
+        single: list[int] = []
         for place in range(begin, stop):
-            moved, born, gone = self._plan(here, data[place])
-            found = [forest.find(each.leaf, each.token) for each in born]
-            lacking = [each for each, known in zip(born, found, strict=True) if known is None]
-            wanted |= {(id(each.leaf), each.token): (each.leaf, each.token) for each in lacking}
-            known = [*moved, *(fresh(*f, each.log) for each, f in zip(born, found, strict=True) if f is not None)]
-            if lacking and (sum(each.mass for each in known) < 0.5 * math.fsum(math.exp(b.log) for b in lacking)):
-                break
-            exact = exact and not lacking
-            here = _next_state(here, known, gone)
+            moved, born, rough = self._plan(forest if exact else None, here, data[place])
+            known = list(moved)
+            for each in born:
+                found = None if rough else forest.find(each.leaf.now, each.token)
+                if found:
+                    known.append(_sure(found, each))
+                    continue
+                told, sure = self.reader.guess(each.token, here.open[0].told)
+                known.append(_rough(each, told))
+                exact = exact and rough and sure
+                single += [] if sure else [each.token]
+                wanted += [] if rough else [known[-1].leaf]
+            here = _next_state(here, data[place], known)
             if exact:
                 reached, state = place + 1, here
                 nexts[place] = here.next
-            elif place - reached > SCOUT:
+            elif place - reached > SCOUT or len(wanted) > AHEAD:
                 break
-        return reached, state, list(wanted.values())
+        self.reader.alone(single if self.cover.drop > 0 else [])
+        return reached, state, wanted
 
-    def _plan(self, state: State, byte: int) -> tuple[list[Hypothesis], list[Born], float]:
-        """What is kept of a state one byte on, before the model is asked; the share of mass left out."""
+    def _plan(self, forest: Forest | None, state: State, byte: int) -> tuple[list[Hypothesis], list[Born], bool]:
+        """What is followed of a state one byte on, before the model is asked; whether what is born stays unread.
+
+        Where `forest` is given, what has become likely of what was not read is read now.
+        """
         moved, born = grown(state, byte)
-        moved, born, gone = pruned(moved, born, self.cover.drop, self.cover.most)
-        if self.cover.tokenisations == "all" or not born:
-            return moved, born, gone
-        kept = [each for each in born if self._canonical(each)]
-        if not (kept or moved):
-            return moved, born, gone
-        total = sum(each.mass for each in moved) + math.fsum(math.exp(each.log) for each in born)
-        away = math.fsum(math.exp(each.log) for each in born if each not in kept) / total
-        return moved, kept, gone + (1 - gone) * away
+        if self.cover.tokenisations == "canonical" and born:
+            kept = [each for each in born if self._canonical(each)]
+            born = kept if kept or moved else born
+        moved, born, rough = chosen(moved, born, self.cover.drop, self.cover.most)
+        if forest is not None and any(each.rough for each in moved):
+            likely = PROMOTED * (sum(each.mass for each in moved) + sum(each.mass for each in born))
+            moved = [self._promoted(forest, each) if each.rough and each.mass > likely else each for each in moved]
+        if forest is not None and not rough:
+            born = [self._grounded(forest, each) for each in born]
+        return moved, born, rough
+
+    def _promoted(self, forest: Forest, rough: Hypothesis) -> Hypothesis:
+        leaf, told = self._read(forest, rough.leaf)
+        return again(rough, leaf, told, leaf.true)
+
+    def _grounded(self, forest: Forest, born: Born) -> Born:
+        """The same, with the sequence before its last token read."""
+        if born.leaf.read:
+            return born
+        leaf, told = self._read(forest, born.leaf)
+        return born._replace(leaf=leaf, true=leaf.true + told.log(born.token))
+
+    def _read(self, forest: Forest, leaf: Leaf) -> tuple[Leaf, Told]:
+        """The leaf of a sequence that was not read, read now."""
+        if leaf.twin is None:
+            forest.catch_up([leaf])
+        if leaf.twin is None:  # no room: what stands behind it is read first
+            assert leaf.parent is not None
+            leaf.twin = forest.read([(leaf.parent.now, leaf.token)])[0]
+        return leaf.twin
 
     def _canonical(self, born: Born) -> bool:
         """Whether the tokenizer cuts the newest tokens as this sequence does; undecided inside a letter: yes."""
@@ -156,7 +197,11 @@ class ByteModel:
     def _read_ahead(self, forest: Forest, state: State, data: bytes) -> list[tuple[Leaf, Told]]:
         """Read the likeliest sequence on through the text: only a guess, which changes no result."""
         likely = max(state.open, key=lambda each: each.mass)
+        if not likely.leaf.read:
+            return []
         tokens = self._cut(likely.node.read + data[: 16 * AHEAD], likely.leaf.depth == 0)
+        if self.cover.drop > 0:
+            self.reader.alone([part for token in tokens[:AHEAD] for part in self.reader.parts(token)])
         return forest.chain(likely.leaf, tokens[:AHEAD])
 
     def _cut(self, text: bytes, first: bool) -> list[int]:
@@ -180,8 +225,22 @@ class ByteModel:
         return made
 
 
-def _next_state(before: State, open_: Sequence[Hypothesis], gone: float) -> State:
+def _rough(born: Born, told: Told) -> Hypothesis:
+    """The hypothesis of a sequence that is not read: it goes on as `told`, what comes behind its last token alone."""
+    leaf = Leaf(born.leaf, born.token, UNREAD)
+    leaf.true = born.true
+    return fresh(leaf, told, born.log, born.true, rough=True)
+
+
+def _sure(found: tuple[Leaf, Told], born: Born) -> Hypothesis:
+    """The hypothesis of a sequence that is read."""
+    leaf, told = found
+    leaf.true = max(leaf.true, born.true)
+    return fresh(leaf, told, born.log, leaf.true)
+
+
+def _next_state(before: State, byte: int, open_: Sequence[Hypothesis]) -> State:
     """The state of what is left; the one before where nothing is (no sequence writes this byte)."""
     if not open_ or not any(each.mass > 0 for each in open_):
         return before
-    return state_of(open_, before.lost - math.log1p(-gone))
+    return state_of(open_, before.log + math.log(before.next[byte]))

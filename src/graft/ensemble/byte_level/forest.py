@@ -23,20 +23,40 @@ from graft.evaluate.scorer import can_branch, least_window
 
 LOGITS = 2**24
 """Logits that are held at once."""
+KEPT = 2**25
+"""Log-probabilities of what comes behind single tokens that are kept."""
+
+
+UNREAD = np.zeros(0, np.int64)
+"""Columns of a token that was not read."""
 
 
 class Leaf:
     """A token behind its `parent`, `depth` tokens from the start; `slots`: columns of the cache that it sees, its own
-    the last. `told`: what the model gives behind it, as long as somebody holds that. `again`: the same, read with
-    fewer tokens before it, where the model can read no further."""
+    the last. `told`: what the model gives behind it, as long as somebody holds that; `true`: the log-probability of
+    the sequence, where it is known. `again`: the same, read with fewer tokens before it, where the model can read no
+    further. `twin`: of one that was not read, what it is when it has been.
+    """
 
-    __slots__ = ("__weakref__", "again", "depth", "parent", "slots", "token", "told")
+    __slots__ = ("__weakref__", "again", "depth", "parent", "slots", "token", "told", "true", "twin")
 
     def __init__(self, parent: Leaf | None, token: int, slots: np.ndarray):
         self.parent, self.token, self.slots = parent, token, slots
         self.depth: int = 0 if parent is None else parent.depth + 1
         self.told: weakref.ref[Told] | None = None
         self.again: Leaf | None = None
+        self.true = -np.inf if parent is not None else 0.0
+        self.twin: tuple[Leaf, Told] | None = None
+
+    @property
+    def read(self) -> bool:
+        """Whether the model has read it."""
+        return self.slots is not UNREAD
+
+    @property
+    def now(self) -> Leaf:
+        """The leaf, or its twin."""
+        return self if self.twin is None else self.twin[0]
 
     def path(self, most: int | None = None) -> list[int]:
         """The tokens from the start (which is left out) to this one, or the last so many."""
@@ -56,7 +76,7 @@ class Reader:
     """
 
     def __init__(self, model: Any, spelling: Spelling, *, limit: int | None = None, name: str = "the model"):
-        self.model, self.name, self.limit = model, name, limit
+        self.model, self.name, self.limit, self.spelling = model, name, limit, spelling
         size = int(model.config.vocab_size)
         later = [each if i < size else None for i, each in enumerate(spelling.later)]
         first = [each if i < size else None for i, each in enumerate(spelling.first)]
@@ -66,6 +86,8 @@ class Reader:
             raise CannotCombine(f"{name} has no token that writes text")
         self.start, self.ends = spelling.start, [i for i in spelling.ends if i < size]
         self._style: str | None = None
+        self._alone: dict[int, Told] = {}
+        self._parts: dict[int, list[int]] = {}
         self.forwards, self.tokens_read = 0, 0
 
     @property
@@ -117,6 +139,32 @@ class Reader:
     def whole(self, tokens: Sequence[int]) -> torch.Tensor:
         """Logits `[len(tokens), vocabulary]` of a sequence read from its start, without a cache."""
         return self.forward(torch.tensor([list(tokens)]))[0]
+
+    def parts(self, token: int) -> list[int]:
+        """Tokens that this one begins with, the longest left out."""
+        if token not in self._parts:
+            node, found = self.later.root, []
+            for byte in (self.spelling.later[token] or b"")[:-1]:
+                node = node.next(byte) or node
+                found += [int(self.later.ids[node.low])] if node.own else []
+            self._parts[token] = found
+        return self._parts[token]
+
+    def guess(self, token: int, instead: Told) -> tuple[Told, bool]:
+        """What comes behind a token alone if that is known, and whether it is."""
+        found = self._alone.get(token)
+        return (instead, False) if found is None else (found, True)
+
+    @torch.inference_mode()
+    def alone(self, tokens: Sequence[int]) -> list[Told]:
+        """What comes behind each token where nothing but the start stands before it; kept for the next time."""
+        if len(self._alone) * len(self.later.ids) > KEPT:
+            self._alone.clear()
+        new = [token for token in dict.fromkeys(tokens) if token not in self._alone]
+        if new:
+            ids = torch.tensor([[self.start, token] for token in new])
+            self._alone |= zip(new, self.told(self.forward(ids)[:, -1]), strict=True)
+        return [self._alone[token] for token in tokens]
 
     def forward(self, ids: torch.Tensor, **given: Any) -> torch.Tensor:
         """The model's logits on ids `[rows, length]`. Raises RunError, naming the model, where they are NaN."""
@@ -211,13 +259,54 @@ class Forest:
             self._known.update({(id(leaf.parent), leaf.token): leaf for leaf in new})
         return found
 
+    @torch.inference_mode()
+    def catch_up(self, unread: Sequence[Leaf]) -> list[tuple[Leaf, Told]]:
+        """Read sequences that were not read, and what they stand behind, in one go; their `twin` says what they are.
+
+        What the model has no room for is left as it is.
+        """
+        new: dict[int, tuple[Leaf, Leaf]] = {}
+        for leaf in unread:
+            self._place(leaf, new)
+        told = self._tell([made for _, made in new.values()]) if new else []
+        for (leaf, made), each in zip(new.values(), told, strict=True):
+            above = made.parent.told() if made.parent is not None and made.parent.told is not None else None
+            known = above is not None and made.parent is not None and leaf.true == -np.inf
+            made.true = made.parent.true + above.log(leaf.token) if known else leaf.true  # type: ignore[union-attr]
+            leaf.twin = made, each
+            self._known[id(made.parent), made.token] = made
+        return [leaf.twin for leaf, _ in new.values() if leaf.twin is not None]
+
+    def _place(self, leaf: Leaf, new: dict[int, tuple[Leaf, Leaf]]) -> Leaf | None:
+        """The leaf itself where it is read, else a new one that is read with those in `new`."""
+        if leaf.read or leaf.twin is not None:
+            return leaf if leaf.twin is None else leaf.twin[0]
+        if id(leaf) in new:
+            return new[id(leaf)][1]
+        assert leaf.parent is not None
+        parent = self._place(leaf.parent, new)
+        if parent is None:
+            return None
+        if parent.told is not None:
+            parent = self._with_room(parent)
+        if self.reader.limit is not None and parent.depth + 1 >= self.reader.limit:
+            return None
+        leaf.twin = self.find(parent, leaf.token)
+        if leaf.twin is None:
+            new[id(leaf)] = leaf, Leaf(parent, leaf.token, np.zeros(0, np.int64))
+        return leaf.twin[0] if leaf.twin is not None else new[id(leaf)][1]
+
     def _with_room(self, leaf: Leaf) -> Leaf:
         """The leaf, or where the model can read no further the same with only its newest tokens before it."""
         limit = self.reader.limit
         if limit is None or leaf.depth + 1 < limit:
             return leaf
         if leaf.again is None:
-            leaf.again = self.chain(self.root()[0], leaf.path(max(1, limit // 2)))[-1][0]
+            above, tokens = self.root()[0], leaf.path(max(1, limit // 2))
+            while tokens and (known := self._known.get((id(above), tokens[0]))) is not None:
+                above = known
+                tokens.pop(0)
+            leaf.again = self.chain(above, tokens)[-1][0] if tokens else above
         return leaf.again
 
     @torch.inference_mode()

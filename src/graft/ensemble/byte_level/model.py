@@ -26,7 +26,7 @@ from graft.ensemble.byte_level.cover import State
 from graft.ensemble.byte_level.forest import Forest
 from graft.ensemble.byte_level.tokenizer import BOS, EOS, PAD, SIZE, byte_tokenizer
 from graft.ensemble.configuration import EnsembleConfig, context_of, kind_of
-from graft.ensemble.gate import features
+from graft.ensemble.members import home_of
 from graft.errors import RequestError
 
 
@@ -74,7 +74,7 @@ class EnsembleOverBytes(Ensemble, GenerationMixin):
         found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
         folder = Path(pretrained_model_name_or_path)
-        model.read_with([models.load_tokenizer(folder / entry["path"]) for entry in model.config.members])
+        model.read_with([models.load_tokenizer(home_of(folder / entry["path"])) for entry in model.config.members])
         return found
 
     def save_pretrained(  # type: ignore[override]
@@ -205,8 +205,7 @@ class EnsembleOverBytes(Ensemble, GenerationMixin):
         cache = ByteCache() if use_cache and past_key_values is None else past_key_values
         found = self.byte_probabilities(input_ids, attention_mask, cache)
         log_probs = [_log_probs(each, logits_to_keep, self.device) for each in found]
-        weights = self.weights if self.gate is None else self.gate(features(log_probs))
-        mixed = self.combine(log_probs, weights, self.options)
+        mixed = self.combine(log_probs, self.weights, self.options)
         self._check_outputs(mixed, log_probs, attention_mask)
         loss = None
         if labels is not None:

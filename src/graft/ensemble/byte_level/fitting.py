@@ -1,0 +1,81 @@
+"""Weights of an ensemble over bytes, fitted to text: as for one vocabulary, with bytes in place of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from graft import models
+from graft.ensemble.byte_level.byte_model import ByteModel, Cover
+from graft.ensemble.byte_level.scorer import distributions, score
+from graft.ensemble.configuration import context_of
+from graft.ensemble.contributions import MOST, contributions
+from graft.ensemble.diversity import error_correlation
+from graft.ensemble.members import home_of
+from graft.ensemble.settings import CoverSettings, EnsembleSettings
+from graft.ensemble.sources import Source
+from graft.ensemble.weights import Fit, fit_linear, fit_log_linear
+
+BYTES = 2**28
+"""Distributions of one member that are kept at most; of longer texts, bytes at even distances are."""
+NOTHING = float(np.log(257))
+"""Nats a byte where all bytes and the end are equally likely."""
+
+
+def fit(
+    settings: EnsembleSettings,
+    sources: Sequence[Source],
+    texts: Sequence[str],
+    importance: Callable[[np.ndarray], np.ndarray],
+    device: str | None,
+) -> Fit:
+    """Each member reads the text once; EM for a mixture, Newton's method for a product.
+
+    `importance`: how much each byte counts, from the places of the texts that they are in.
+    """
+    data = [text.encode("utf-8", "surrogatepass") for text in texts]
+    places = np.repeat(np.arange(len(data)), [len(each) for each in data])
+    cover = Cover(**(settings.cover or CoverSettings()).plain())
+    if settings.rule == "log_linear":
+        return _product(sources, data, places, importance, cover, device)
+    told = np.stack([_gold(_reader(source, cover, device), data) for source in sources])
+    share = importance(places)
+    found = replace(fit_linear(told, share), correlation=error_correlation(told))
+    return found if len(sources) > MOST else replace(found, contributions=contributions(told, NOTHING, share))
+
+
+def _reader(source: Source, cover: Cover, device: str | None) -> ByteModel:
+    model = source.load(device)
+    limit = context_of(model.config.to_dict())
+    return ByteModel(model, models.load_tokenizer(home_of(source.folder)), cover, limit=limit, name=source.name)
+
+
+def _gold(reader: ByteModel, data: Sequence[bytes]) -> np.ndarray:
+    return np.concatenate([each.log_probs for each in score(reader, data)])
+
+
+def _product(
+    sources: Sequence[Source],
+    data: Sequence[bytes],
+    places: np.ndarray,
+    importance: Callable[[np.ndarray], np.ndarray],
+    cover: Cover,
+    device: str | None,
+) -> Fit:
+    stride = max(1, -(-len(places) * 257 * 4 // BYTES))
+    chosen = np.arange(0, len(places), stride)
+    log_probs = [_spread(_reader(source, cover, device), data, stride) for source in sources]
+    gold = np.frombuffer(b"".join(data), np.uint8)[chosen].astype(np.int64)
+    return fit_log_linear(log_probs, torch.from_numpy(gold), importance(places[chosen]))
+
+
+def _spread(reader: ByteModel, data: Sequence[bytes], stride: int) -> torch.Tensor:
+    """`[bytes kept, 257] float32` log-probabilities before every `stride`-th byte of all texts."""
+    kept, seen = [], 0
+    for text in data:
+        kept.append(torch.from_numpy(distributions(reader, text)[0][-seen % stride :: stride]).log().float())
+        seen += len(text)
+    return torch.cat(kept)
