@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import graft.merge.stream
 from graft.errors import SettingsError
 from graft.merge import VERB
+from graft.merge._whole import svd
 
 METHODS = ("tsv_merge", "iso_c", "iso_cts", "wudi", "knots")
 W = {"a": 0.5, "b": 1.0, "c": 1.2}
@@ -234,3 +235,16 @@ def test_inputs_and_outputs_of_a_layer_are_known_from_its_type(settings, twin, t
 def test_settings_that_mean_nothing_are_refused(settings, message):
     with pytest.raises(SettingsError, match=message):
         VERB.parse({"base": "x", "models": ["a", "b"]} | settings)
+
+
+@pytest.mark.parametrize("shape", [(20, 33), (33, 20)])
+def test_decompositions_are_exact_down_to_weak_components_and_leave_out_what_is_rounding(shape):
+    draw = np.random.default_rng(0)
+    left, right = (np.linalg.qr(draw.normal(size=(side, 20)))[0] for side in shape)
+    strengths = np.concatenate([np.geomspace(1, 1e-4, 15), np.full(5, 1e-8)])
+    matrix = torch.tensor((left * strengths) @ right.T).float()
+    u, s, v = svd(matrix)
+    np.testing.assert_allclose(s.numpy(), strengths[:15], rtol=1e-3)
+    for made in (u.T @ u, v @ v.T):
+        np.testing.assert_allclose(made.numpy(), np.eye(15), atol=1e-3)
+    np.testing.assert_allclose((u * s) @ v, matrix, atol=1e-6)

@@ -25,7 +25,7 @@ class SubspaceSettings(DeltaSettings):
         count = len(self.names)
         # about 20 operations a number and column for a decomposition, of n + 2 matrices; a layer has about four such
         work = 20 * 4 * layers * matrix * wide * (count + 2)
-        return 4 * matrix * (3 * count + 4), work / CPU_FLOPS, "one layer's matrices whole, decomposed at 60 GFLOP/s"
+        return 4 * matrix * (5 * count + 4), work / CPU_FLOPS, "one layer's matrices whole, decomposed at 60 GFLOP/s"
 
 
 class OnData(MergeSettings):

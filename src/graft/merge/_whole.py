@@ -16,6 +16,9 @@ from graft.merge._options import SubspaceSettings
 from graft.merge.settings import DeltaSettings
 from graft.merge.stream import Combine, Piece, Tensors
 
+NOTHING = 1e-5
+"""Singular values below this share of the largest stand for zero: differences of rounded weights have such."""
+
 
 def whole(tensors: Tensors) -> tuple[Tensor | None, list[Tensor]]:
     """(base or None, models): the tensor of every parent in its shape, float32. Raises CheckpointError for NaN, Inf."""
@@ -77,11 +80,20 @@ def subspace(tensors: Tensors, settings: SubspaceSettings, merge: Together) -> C
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`U [out, r], S [r], V [r, in]` with `matrix = U diag(S) V`, r its numerical rank (nothing stands for zero)."""
-    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    floor = float(s[0]) * max(matrix.shape) * torch.finfo(matrix.dtype).eps if len(s) else 0.0
-    rank = int((s > floor).sum())
-    return u[:, :rank], s[:rank], v[:rank]
+    """`U [out, r], S [r], V [r, in]` with `matrix = U diag(S) V`, float32, S falling; what stands for zero is left out.
+
+    By the eigenvectors of the smaller Gram matrix in float64: half the time of a decomposition in float32, and as good,
+    since only singular values above NOTHING of the largest are wanted.
+    """
+    exact = matrix.double()
+    wide = matrix.shape[0] <= matrix.shape[1]
+    squares, vectors = torch.linalg.eigh(exact @ exact.T if wide else exact.T @ exact)
+    s = squares.flip(0).clamp_(min=0).sqrt_()
+    rank = int((s > NOTHING * s[0]).sum()) if len(s) else 0
+    s, vectors = s[:rank], vectors.flip(1)[:, :rank]
+    other = (vectors.T @ exact) / s[:, None] if wide else (exact @ vectors) / s
+    u, v = (vectors, other) if wide else (other, vectors.T)
+    return u.float(), s.float(), v.float()
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
