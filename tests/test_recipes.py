@@ -28,7 +28,9 @@ def shrunk(recipe: Path, folder: Path) -> dict[str, Any]:
         if "budget" in settings:
             settings |= {"budget": "4 steps", "batch_size": 2, "evaluate_every": 1 if "keep" in settings else 4}
         if "pretrain" in node:
-            settings |= {"size": "60k", "length": 64, "tokenizer": {"size": 300}}
+            settings |= {"size": "60k", "length": 64}
+            if "of" not in settings.get("tokenizer", {}):
+                settings["tokenizer"] = {"size": 300}
         for part in (settings, settings.get("search", {})):
             part |= {key: 3 for key in ("limit", "evaluations", "rows") if key in part}
     for measure in raw["evaluate"]:
