@@ -207,6 +207,18 @@ def test_dropout_is_for_training_only():
     assert not torch.equal(logits(model), logits(model))
 
 
+def test_weights_in_full_precision_train_over_a_base_in_half():
+    for name in ("lora", "houlsby", "prefix", "prompt", "ia3"):
+        model = family("llama").to(torch.bfloat16)
+        adopt(model, points(name))
+        for parameter in adapters_of(model).parameters():
+            parameter.data = parameter.data.float()
+        found = model(**inputs(model)).logits
+        assert torch.equal(found, logits(family("llama").to(torch.bfloat16)))
+        found.float().square().mean().backward()
+        assert {p.grad.dtype for p in adapters_of(model).parameters() if p.grad is not None} == {torch.float32}
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 

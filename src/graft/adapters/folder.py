@@ -23,6 +23,7 @@ from graft.adapters.stack import Adapters, Sites, adapters_of, adopt, free_name
 from graft.checkpoint import ADAPTER, atomic_write, disk_errors, read_file_headers
 from graft.errors import CheckpointError, RequestError
 from graft.lineage import ADAPTED
+from graft.lora import is_lora
 from graft.settings import parse
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def entry_of(folder: Path) -> dict[str, Any]:
 
 def check_base(folder: Path, entry: Mapping[str, Any], place: Path) -> None:
     """Raises CheckpointError where the frozen model is missing or is not the one the adapters were made for."""
-    if not (place / "config.json").is_file():
+    if not (place / "config.json").is_file() and not is_lora(place):
         raise CheckpointError(
             f"{folder}: the adapters' base is missing: expected a model in {place}; bring it there, or give its folder"
         )

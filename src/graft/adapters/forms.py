@@ -53,12 +53,19 @@ class Site(nn.Module):
 
     def forward(self, h: torch.Tensor, x: torch.Tensor | None, weight: float = 1.0) -> torch.Tensor:
         """h with Δh, `weight` times. x may be None where the point is inserted after the module."""
-        delta = self.delta(h if self.after or x is None else x)
+        delta = self.matched(h if self.after or x is None else x, h)
         if self.point.composition == "gated":
             return h + weight * self.gate * (delta - h)
         if self.point.composition == "scaled":
             return h + weight * self.scale * delta
         return h + weight * delta if weight != 1.0 else h + delta
+
+    def matched(self, source: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """Δh in the dtype of h, worked out in that of the site's weights (full precision on a base in half)."""
+        own = next(self.parameters()).dtype
+        if source.dtype == own or torch.is_autocast_enabled(source.device.type):
+            return self.delta(source)
+        return self.delta(source.to(own)).to(h.dtype)
 
     @classmethod
     def count(cls, point: Point, inputs: int, outputs: int) -> int:
@@ -103,6 +110,11 @@ class LowRank(Site):
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
         self.up.rate = point.up_rate  # type: ignore[attr-defined]
         self.dropout = nn.Dropout(point.dropout) if point.dropout else None
+        whole = getattr(module, "weight", None)
+        if (point.start == "pissa" or point.directions) and (whole is None or not whole.is_floating_point()):
+            raise RequestError(
+                f"{place.path}: PiSSA and DoRA need the weight itself, found it quantised: use plain LoRA"
+            )
         if (point.start == "pissa" or point.directions) and not place.single:
             raise RequestError(f"{place.path}: expected a single linear layer for PiSSA and DoRA, found a sublayer")
         if point.start == "pissa":
@@ -149,7 +161,8 @@ class LowRank(Site):
         if self.point.directions:
             return self._turned(h, x, weight)
         source = h if self.after or x is None else x
-        if not self.plain or source.dtype != h.dtype or torch.is_autocast_enabled(h.device.type):
+        alike = source.dtype == h.dtype == self.down.dtype
+        if not self.plain or not alike or torch.is_autocast_enabled(h.device.type):
             return super().forward(h, x, weight)
         source = source if self.dropout is None else self.dropout(source)
         down, up = self.down, self.up
@@ -169,8 +182,8 @@ class LowRank(Site):
         bias = getattr(self.module, "bias", None)
         bare = h if bias is None else h - bias
         factor = self.magnitude / self._lengths()
-        change = (factor - 1) * bare + factor * self.scale * self.delta(x)
-        return h + weight * change
+        change = (factor - 1) * bare + factor * self.scale * self.matched(x, h)
+        return h + (weight * change).to(h.dtype)
 
 
 class Bottleneck(Site):
