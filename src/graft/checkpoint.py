@@ -87,7 +87,11 @@ def weight_files(folder: Path) -> list[Path]:
             "tune with `fold: true` (or `graft adapt --fold true`) to get a whole model"
         )
     pickles = [p.name for p in folder.glob("*.bin")]
-    hint = f"; {pickles[0]} is a pickle, which is not read: convert it to safetensors" if pickles else ""
+    hint = (
+        f"; {pickles[0]} is a pickle, which is not read: `graft merge OUT FOLDER --allow-pickle` converts it"
+        if pickles
+        else ""
+    )
     raise CheckpointError(f"{folder}: expected {SINGLE} or {INDEX}, found neither{hint}")
 
 

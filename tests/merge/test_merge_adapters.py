@@ -276,3 +276,16 @@ def test_one_command_merges_adapters(folders, tmp_path):
     out = graft.merge(tmp_path / "out", method="linear", models={str(folders["x"]): 1, str(folders["y"]): 1})
     x, y = (folded(folders["base"], folders[n]) for n in "xy")
     same(tensors(out), {n: (x[n] + y[n]) / 2 for n in x})
+
+
+def test_an_adapter_is_a_member_of_an_ensemble_and_is_measured_like_any_model(folders, tmp_path):
+    (tmp_path / "t.jsonl").write_text("".join(f'{{"text": "w3 w5 w{i}"}}\n' for i in range(4)))
+    more = (
+        "duo: {ensemble: {combine: linear, members: [base, x]}}\n"
+        "data: {t: {source: jsonl, train: t.jsonl}}\nevaluate: [{measure: bits_per_byte, on: [t.train]}]"
+    )
+    done = graft.run(written(folders, tmp_path, more), tmp_path / "run")
+    rows = map(json.loads, (done.folder / "results.jsonl").read_text().splitlines())
+    scores = {row["model"]: row["value"] for row in rows if row["kind"] == "score"}
+    assert {"base", "x", "y", "both", "duo"} <= set(scores)
+    assert scores["x"] != scores["base"]

@@ -83,6 +83,27 @@ def test_a_part_of_two_models_alike(folders, tmp_path):
         torch.testing.assert_close(value, expected)
 
 
+def test_a_part_may_have_more_tokens_than_the_model_it_is_merged_with(folders, tmp_path):
+    """`seeing` with two tokens more, one of them for images: rows that the text model lacks stay as they are."""
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION),
+        text_config=LlamaConfig(**CONFIG | {"vocab_size": 50}),
+        image_token_id=49,
+    )
+    large = save(LlavaForConditionalGeneration(config), tmp_path / "large", words=50)
+    body, head = inner(large)
+    settings = {"method": "linear", "models": ["large", "a"], "part": {body: "model.", head: "lm_head.weight"}}
+    here = folders | {"large": large}
+    with pytest.raises(CannotCombine, match="different vocabularies"):
+        merge(settings, here, tmp_path / "no")
+    out, _ = merge(settings | {"vocabulary": "base", "force": True}, here, tmp_path / "out")
+    before, a = tensors(large), tensors(folders["a"])
+    for name, there in ((f"{body}embed_tokens.weight", "model.embed_tokens.weight"), (head, "lm_head.weight")):
+        torch.testing.assert_close(out[name][:48], (before[name][:48] + a[there]) / 2)
+        torch.testing.assert_close(out[name][48:], before[name][48:])
+    assert load(tmp_path / "out").config.text_config.vocab_size == 50
+
+
 def test_what_cannot_be_found_is_named(folders, tmp_path):
     body, _ = inner(folders["seeing"])
     with pytest.raises(

@@ -1,13 +1,17 @@
 """Numbers by layer and by name: each tensor is merged as if its own number had been written for all."""
 
+import json
 import pickle
 import re
 
 import pytest
 import torch
-from small_family import family, merge
+from small_family import family, merge, tensors
 from streaming import relatives, streamed
+from typer.testing import CliRunner
 
+import graft
+from graft.cli import app
 from graft.errors import CannotCombine, SettingsError
 from graft.merge import VERB
 from graft.merge.slices import depths
@@ -98,6 +102,24 @@ def test_settings_are_written_as_they_were_and_travel():
     fixed = made.model_copy(update={"density": 0.2})
     assert fixed.plain()["density"] == 0.2
     assert fixed.plain()["models"] == raw["models"]
+
+
+def test_the_command_a_recipe_and_python_say_the_same(folders, tmp_path):
+    a, b = str(folders["a"]), str(folders["b"])
+    rules = {"*.mlp.*": [0.1, 0.9], "*": 0.5}
+    words = ["merge", str(tmp_path / "cli"), a, b, "--method", "slerp", "--t", json.dumps(rules)]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    python = graft.merge(tmp_path / "python", method="slerp", models=[a, b], t=rules)
+    (tmp_path / "r.yaml").write_text(
+        f"family: f\nmodels:\n  a: {{load: {a}}}\n  b: {{load: {b}}}\n"
+        f"  m: {{merge: {{method: slerp, models: [a, b], t: {json.dumps(rules)}}}}}\n"
+    )
+    recipe = graft.run(tmp_path / "r.yaml", tmp_path / "run").folder / "models" / "m"
+    expected, _ = merge({"method": "slerp", "models": ["a", "b"], "t": rules}, folders, tmp_path / "out")
+    for place in (tmp_path / "cli", python, recipe):
+        found = tensors(place)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert json.loads((place / "graft.json").read_text())["settings"]["t"] == rules
 
 
 TIES = {"method": "ties", "base": "x", "models": {"a": 1, "b": 1}}

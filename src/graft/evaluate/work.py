@@ -22,6 +22,7 @@ from graft.evaluate.items import Scored, Subject, score, subjects
 from graft.evaluate.results import Results, Row, key_of
 from graft.evaluate.scorer import Scorer
 from graft.evaluate.settings import Measure
+from graft.lora import base_folder, is_lora
 
 VERSION = 3
 """Counted up when the same model and items give other numbers."""
@@ -247,6 +248,9 @@ def _metric_of(subject: Subject, name: str, sums: np.ndarray) -> metrics.Metric:
 def disk_bytes(folder: Path) -> int:
     """Bytes of the model's files; an ensemble's are those of its members, an adapter's those of its base as well."""
     own = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file() and "checkpoints" not in p.parts)
+    if is_lora(folder):
+        base = base_folder(Path(folder))
+        return own + (disk_bytes(base) if base is not None else 0)
     config = lineage.read_config(folder)
     outside = [
         folder / m["path"]

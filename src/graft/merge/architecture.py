@@ -58,8 +58,8 @@ def empty_model(folder: Path) -> PreTrainedModel | None:
         return made.from_config(config) if hasattr(made, "from_config") else made(config)
 
 
-def token_tensors(folder: Path) -> list[str]:
-    """Tensors with a row (or an entry) for each token: those that change with the size of the vocabulary.
+def token_tensors(folder: Path) -> Shapes:
+    """Tensors with a row (or an entry) for each token, which are those that change with the size of the vocabulary.
 
     Raises CannotCombine where this `transformers` does not know the architecture.
     """
@@ -76,7 +76,7 @@ def token_tensors(folder: Path) -> list[str]:
     text = larger.get_text_config()
     text.vocab_size += 1
     before, after = (_shapes(one) for one in (config, larger))
-    return [name for name, shape in before.items() if after.get(name) != shape]
+    return {name: shape for name, shape in before.items() if after.get(name) != shape}
 
 
 def _shapes(config: PretrainedConfig) -> Shapes:

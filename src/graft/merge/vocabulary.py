@@ -75,7 +75,10 @@ def joined(
     reference = settings.parents[0]
     tokens = {name: _tokens(name, part.home) for name, part in parts.items()}
     found = token_tensors(parts[reference].home)
-    tensors = frozenset(tensor for tensor in places if _is_one(tensor, found))
+    shapes = {
+        tensor: headers[reference][place[reference]].shape for tensor, place in places.items() if reference in place
+    }
+    tensors = frozenset(tensor for tensor, shape in shapes.items() if _is_one(tensor, shape, found))
     if not tensors:
         raise CannotCombine(f"{reference}: expected tensors with a row for each token, found none that is known")
     held = {name: _held(name, tensors, headers, places) for name in parts}
@@ -105,9 +108,13 @@ def _tokens(name: str, home: Path) -> dict[str, int]:
     return found
 
 
-def _is_one(tensor: str, names: Sequence[str]) -> bool:
-    """Whether the model has a tensor of a checkpoint under one of these names; either may leave out the first part."""
-    return any(tensor == name or name.endswith(f".{tensor}") or tensor.endswith(f".{name}") for name in names)
+def _is_one(tensor: str, shape: tuple[int, ...], found: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a checkpoint's tensor is one of the model's that are given; its name may begin otherwise there."""
+    return any(_end(tensor) == _end(name) and shape == other for name, other in found.items())
+
+
+def _end(name: str) -> list[str]:
+    return name.split(".")[-2:]
 
 
 def _held(name: str, tensors: frozenset[str], headers: Mapping[str, Headers], places: Places) -> int:
