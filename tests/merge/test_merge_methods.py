@@ -137,7 +137,18 @@ ONE_EACH = {name: {"base": "base", "models": ["a", "b"]} | (WHOLE if name in SPA
 }
 
 READING = {"fisher", "regmean", "regmean_plus", "adamerging", "localize_and_stitch"}
-ELSEWHERE = {"tsv_merge", "iso_c", "iso_cts", "wudi", "knots", *READING, "greedy_soup", "learned_soup", "checkpoints"}
+ELSEWHERE = {
+    "tsv_merge",
+    "iso_c",
+    "iso_cts",
+    "wudi",
+    "knots",
+    *READING,
+    "greedy_soup",
+    "learned_soup",
+    "checkpoints",
+    "rebasin",
+}
 """Methods that do not give back equal models, or read data: held to their own properties in their own files."""
 
 

@@ -103,6 +103,11 @@ def test_one_command_reads_a_file(tuned, reading_root, texts, tmp_path):
     assert [use["split"] for use in manifest["data"]] == ["train"]
     assert manifest["settings"]["tokens"] == 170
     pair = [tuned["low"], tuned["high"]]
+    each = json.dumps({str(tuned[kind]): str(reading_root / f"{kind}.jsonl") for kind in ("low", "high")})
+    done = invoke("merge", tmp_path / "each", *pair, "--method", "regmean", "--on", each, "--length", "17", "--json")
+    assert done.exit_code == 0, done.output
+    uses = json.loads((tmp_path / "each" / "graft.json").read_text())["data"]
+    assert sorted(use["name"].rpartition("/")[2] for use in uses) == ["high.jsonl", "low.jsonl"]
     wrong = invoke("merge", tmp_path / "no", *pair, "--method", "fisher", "--on", "nowhere.txt")
     assert wrong.exit_code == 2
     assert "nowhere.txt" in wrong.stderr
