@@ -269,3 +269,23 @@ def test_hidden_states_tell_a_gate_what_entropy_does_not():
         return -mixed.mean().item()
 
     assert held_out(seeing, features(told, [state])) < held_out(plain, features(told)) - 0.3
+
+
+@pytest.mark.parametrize("help_", ["chunks", "returned cache", "assistant", "as assistant"])
+def test_members_that_are_left_out_catch_up_however_the_text_is_read(help_):
+    ensemble = gated(trio(), looking_at_one(0.3, states=True))
+    ids, _ = prompts(1, 9, ())
+    given = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": None}
+    expected = ensemble.generate(ids, use_cache=False, **given)
+    if help_ == "chunks":
+        found = ensemble.generate(ids, prefill_chunk_size=4, **given)
+    elif help_ == "assistant":
+        found = ensemble.generate(ids, assistant_model=llama(), **given)
+    elif help_ == "as assistant":
+        model = qwen(7)
+        found, expected = model.generate(ids, assistant_model=ensemble, **given), model.generate(ids, **given)
+    else:
+        first = ensemble.generate(ids, return_dict_in_generate=True, **{**given, "max_new_tokens": 4})
+        rest = {**given, "max_new_tokens": 5}
+        found = ensemble.generate(first.sequences, past_key_values=first.past_key_values, **rest)
+    assert torch.equal(found, expected)
