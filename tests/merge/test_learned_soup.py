@@ -3,7 +3,7 @@
 import pytest
 import torch
 from small_family import tensors
-from trained_family import job
+from trained_family import job, model, save, texts, train
 
 from graft.data.objectives import IGNORED
 from graft.errors import CannotCombine
@@ -140,6 +140,19 @@ def test_shares_by_layer_are_written_layer_by_layer(merge, asked, trained):
         expected = sum(share * one[name].double() for share, one in zip(own, every, strict=True))
         torch.testing.assert_close(value, expected.float(), rtol=1e-5, atol=1e-6)
     assert loss_of(out, asked()) == pytest.approx(min(notes["learned_soup"]["losses"]), rel=1e-4)
+
+
+def test_an_output_matrix_that_is_the_embeddings_is_mixed_with_them(merge, asked, tmp_path):
+    made = train(model(tie_word_embeddings=True), texts("up"), 5, 5e-3)
+    tied = {"first": save(made, tmp_path / "first")}
+    tied["second"] = save(train(made.train(), texts("down"), 8, 5e-3), tmp_path / "second")
+    assert "lm_head.weight" not in tensors(tied["first"])
+    out, notes = merge(SETTINGS | {"models": list(tied)}, more=tied)
+    losses = notes["learned_soup"]["losses"]
+    assert min(losses) < losses[0]
+    assert loss_of(out, asked()) == pytest.approx(min(losses), rel=1e-4)
+    _, notes = merge({"method": "greedy_soup", "models": list(tied), "on": "all.dev"}, "greedy", more=tied)
+    assert notes["greedy_soup"]["decisions"][0]["taken"]
 
 
 def test_a_temperature_is_learned_and_noted(merge):

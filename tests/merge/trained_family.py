@@ -52,11 +52,11 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
 
 
-def model():
+def model(**more):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=10, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+        num_key_value_heads=1, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, **more,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
