@@ -175,7 +175,7 @@ def _hash_lora(folder: Path) -> str:
     """Hash of an adapter: its factors, how they are scaled, and the base it names where that is to be found."""
     base = lora.base_folder(folder)
     said = {key: value for key, value in lora.read_config(folder).items() if key != "base_model_name_or_path"}
-    parts = [hash_weights(folder), said, hash_model(base) if base is not None else None]
+    parts = [hash_weights(folder), said, known_hash(base) if base is not None else None]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -126,15 +126,26 @@ def _found(
     from graft.merge._factors import factored
 
     place = plan.places[name]
-    before, after = (readers[model].read(place[model]).float() for model in (settings.base, settings.names[0]))
-    delta = after - before
-    squared = float(delta.double().square().sum())
+    before, after = ((readers[model], place[model]) for model in (settings.base, settings.names[0]))
+    squared = _squared_difference(before, after)
     if squared == 0:
         return Found(0.0)
     if name in linear and _wanted(name, settings.on):
+        delta = after[0].read(after[1]).float().sub_(before[0].read(before[1]))
         return Found(squared, factored(delta.T if linear[name].turned else delta, settings.rank, settings.energy))
     keep = any(fnmatchcase(name, pattern) for pattern in settings.whole)
-    return Found(squared, values=after if keep else None)
+    return Found(squared, values=after[0].read(after[1]).float() if keep else None)
+
+
+def _squared_difference(a: tuple[TensorReader, str], b: tuple[TensorReader, str]) -> float:
+    """Squared norm of the difference of two tensors, a piece at a time."""
+    from graft.merge.stream import PIECE
+
+    count, total = a[0].headers[a[1]].count, 0.0
+    for start in range(0, count, PIECE):
+        first, second = (reader.read(name, start, min(PIECE, count - start)).float() for reader, name in (a, b))
+        total += float(first.sub_(second).double().square().sum())
+    return total
 
 
 def _wanted(name: str, patterns: list[str] | None) -> bool:
