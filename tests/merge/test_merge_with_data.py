@@ -177,3 +177,27 @@ def test_what_was_found_is_told_to_people():
         "regions: a 5.00%",
         "7 tensors merged by regression, the others by their mean",
     ]
+
+
+ALONE = {
+    "fisher": {"on": "low"},
+    "regmean": {"on": "low"},
+    "regmean_plus": {"on": "low"},
+    "adamerging": {"base": "base", "on": "low", "start": 1.0, "steps": 0},
+    "localize_and_stitch": {"base": "base", "on": "low", "steps": 0, "density": 1.0},
+}
+
+
+@pytest.mark.parametrize("method", ALONE)
+def test_one_model_alone_is_that_model(method, merged, tuned):
+    made, _, _ = merged({"method": method, "models": ["low"]} | ALONE[method])
+    for name, value in tensors(tuned["low"]).items():
+        torch.testing.assert_close(made[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", READING)
+def test_the_order_of_the_models_changes_nothing(method, merged):
+    made = [merged({"method": method, "models": names} | READING[method], str(i))[0]
+            for i, names in enumerate((["low", "middle", "high"], ["high", "low", "middle"]))]  # fmt: skip
+    for name in made[0]:
+        torch.testing.assert_close(made[0][name], made[1][name], rtol=1e-3, atol=2e-4)

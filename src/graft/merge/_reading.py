@@ -18,7 +18,6 @@ from graft.merge._layers import Layers
 from graft.merge._options import OnData
 from graft.merge.inputs import inputs
 from graft.merge.settings import MergeSettings
-from graft.settings import Settings
 from graft.train.attention import Batch, keeps_apart
 from graft.verb import Job
 
@@ -95,8 +94,10 @@ def kept(folder: Path, made_of: Mapping[str, Any], make: Callable[[Path], None])
     return folder
 
 
-def made_of(job: Job, settings: Settings) -> dict[str, Any]:
+def made_of(job: Job, settings: MergeSettings) -> dict[str, Any]:
     """What decides all that is measured in a job: settings, seed and the weights of the parents."""
     from graft.merge.engine import stamps
 
-    return {"settings": settings.plain(), "seed": job.seed, "parents": stamps(job.models)}
+    # what an adapter stands on
+    homes = {name: parent.home for name, parent in inputs(settings, job.models).items()}
+    return {"settings": settings.plain(), "seed": job.seed, "parents": stamps(job.models), "homes": stamps(homes)}
