@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graft.errors import CannotCombine, RequestError
 from graft.pretrain.settings import NewTokenizer, PretrainSettings, TokenizerAt, TokenizerOf
 from graft.settings import Settings, parse
 from graft.verb import Estimate, Facts, Job, Verb
+
+if TYPE_CHECKING:
+    from graft.train.memory import Dimensions
 
 ROOMS = ("architectures", "settings", "work")
 
@@ -94,7 +97,8 @@ class Pretrain(Verb[PretrainSettings]):
     def estimate(self, settings: PretrainSettings, models: Mapping[str, Facts]) -> Estimate:
         from graft.train.estimate import training_estimate
 
-        return training_estimate(self._parameters(settings, models), settings, settings.length)
+        known = self._dimensions(settings, models)
+        return training_estimate(self._parameters(settings, models), settings, settings.length, known)
 
     def run(self, job: Job) -> dict[str, Any]:
         from graft.pretrain.work import run
@@ -119,6 +123,17 @@ class Pretrain(Verb[PretrainSettings]):
         vocabulary = self._vocabulary_size(settings, models)
         shape = shape_of(settings, vocabulary)
         return estimate_parameters(settings.architecture, positions, *shape, vocabulary, settings.length)
+
+    def _dimensions(self, settings: PretrainSettings, models: Mapping[str, Facts]) -> Dimensions:
+        from graft.pretrain.architectures import positions_for, shape_of, units_of
+        from graft.train.memory import Dimensions
+
+        vocabulary = self._vocabulary_size(settings, models)
+        positions = positions_for(settings.architecture, settings.positions)
+        width, layers, _ = shape_of(settings, vocabulary)
+        hidden, gated = units_of(positions, width)
+        stacks = 2 if settings.architecture == "encoder-decoder" else 1
+        return Dimensions(width, stacks * layers, hidden, 4 if gated else 5, width, gated, vocabulary)
 
 
 VERB = Pretrain()

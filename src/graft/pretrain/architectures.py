@@ -211,12 +211,18 @@ def shape_of(settings: PretrainSettings, vocabulary: int) -> tuple[int, int, int
     return settings.hidden, settings.layers, settings.heads or default_heads(settings.hidden)
 
 
+def units_of(positions: str, hidden: int) -> tuple[int, bool]:
+    """(units of a feed-forward block, whether it is gated) of the class that carries these positions."""
+    gated = positions in ("rotary", "relative")
+    return (_gated(hidden) if gated else 4 * hidden), gated
+
+
 def estimate_parameters(
     architecture: str, positions: str, hidden: int, layers: int, heads: int, vocabulary: int, length: int
 ) -> int:
     """Number of parameters by formula: embeddings, and for each layer 4 h² of attention and 8 h² of feed-forward."""
-    gated = positions in ("rotary", "relative")
-    feed_forward = 3 * hidden * _gated(hidden) if gated else 8 * hidden * hidden + 5 * hidden
+    units, gated = units_of(positions, hidden)
+    feed_forward = 3 * hidden * units if gated else 2 * hidden * units + 5 * hidden
     attention = 4 * hidden * hidden + (0 if gated or positions == "alibi" else 4 * hidden)
     blocks = layers * (attention + feed_forward + 4 * hidden)
     if architecture == "encoder-decoder":

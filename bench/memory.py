@@ -1,0 +1,111 @@
+"""What memory a training was said to need beside the peak of what torch held, counted at every operation of the loop.
+
+OMP_NUM_THREADS=4 python bench/memory.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from _side_by_side import machine, versions
+
+CASES: dict[str, dict[str, Any]] = {
+    "llama 25M, fp32": {"width": 512, "layers": 8},
+    "llama 25M, bf16": {"width": 512, "layers": 8, "precision": "bf16"},
+    "llama 25M, fp32, checkpointing": {"width": 512, "layers": 8, "gradient_checkpointing": True},
+    "llama 25M, fp32, accumulate 4": {"width": 512, "layers": 8, "accumulate": 4},
+    "llama 85M, fp32": {"width": 768, "layers": 12},
+    "gpt2 25M, fp32": {"kind": "gpt2", "width": 512, "layers": 8},
+}
+LENGTH, ROWS, VOCABULARY = 512, 8, 8000
+
+
+def config(case: dict[str, Any]) -> Any:
+    """The configuration of a case."""
+    from transformers import AutoConfig
+
+    width, layers = case["width"], case["layers"]
+    if case.get("kind") == "gpt2":
+        return AutoConfig.for_model(
+            "gpt2", n_embd=width, n_layer=layers, n_head=8, n_positions=LENGTH, vocab_size=VOCABULARY,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+    return AutoConfig.for_model(
+        "llama", hidden_size=width, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=8,
+        intermediate_size=int(width * 8 / 3) // 16 * 16, vocab_size=VOCABULARY,
+    )  # fmt: skip
+
+
+def one(case: dict[str, Any]) -> dict[str, float]:
+    """Train three steps; bytes said and bytes taken."""
+    import numpy as np
+    from torch.distributed._tools.mem_tracker import MemTracker
+    from transformers import AutoModelForCausalLM
+
+    from graft.data.rows import ListRows
+    from graft.settings import parse
+    from graft.train.estimate import training_estimate
+    from graft.train.loop import train
+    from graft.train.losses import TokenLoss
+    from graft.train.memory import PROCESS, Dimensions
+    from graft.train.settings import TrainSettings
+
+    options = {k: v for k, v in case.items() if k in ("precision", "gradient_checkpointing", "accumulate")}
+    settings = parse(
+        TrainSettings, {"budget": "3 steps", "batch_size": ROWS, "checkpoint_every": "100 steps", **options}
+    )
+    model = AutoModelForCausalLM.from_config(config(case))
+    draw = np.random.default_rng(0)
+    rows = []
+    for _ in range(ROWS * 3):
+        ids = draw.integers(3, VOCABULARY, LENGTH)
+        places = {"segments": np.zeros(LENGTH, np.int64), "positions": np.arange(LENGTH)}
+        rows.append({"input_ids": ids, "labels": ids, **places})
+    parameters = sum(p.numel() for p in model.parameters())
+    known = Dimensions.of(model.config.to_dict())
+    said = training_estimate(parameters, settings, LENGTH, known).memory_bytes - PROCESS
+    tracker = MemTracker()
+    tracker.track_external(model)
+
+    class Told(TokenLoss):
+        """The loss; the tracker wants to know where a pass begins."""
+
+        def __call__(self, model: Any, batch: Any) -> Any:
+            tracker.reset_mod_stats()
+            return super().__call__(model, batch)
+
+    with tempfile.TemporaryDirectory() as room, tracker:
+        place = Path(room)
+        train(model, ListRows(rows), Told(), settings, place / "out", scratch=place / "scratch", seed=0)
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    return {"said": said, "took": peak["Total"], "parameters": parameters}
+
+
+def main() -> None:
+    """A process a case, then the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one", help="one case, for the script itself")
+    given = parser.parse_args()
+    if given.one:
+        print(json.dumps(one(CASES[given.one])))
+        return
+    print("### memory of training, said and taken\n")
+    print("| case | parameters | said, MB | taken, MB | error |\n|---|---|---|---|---|")
+    for name in CASES:
+        done = subprocess.run([sys.executable, __file__, "--one", name], capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        error = found["said"] / found["took"] - 1
+        sizes = f"{found['said'] / 1e6:,.0f} | {found['took'] / 1e6:,.0f}"
+        print(f"| {name} | {found['parameters'] / 1e6:.1f}M | {sizes} | {error:+.0%} |", flush=True)
+    print(f"\n{machine()}. {versions(['graft', 'torch', 'transformers'])}; {datetime.date.today().isoformat()}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""What training holds in memory, in bytes, from sizes alone: said before it is spent. Light.
+
+Model states by the convention of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1): bytes a parameter for
+weights, gradients and optimizer. Activations by what backward needs of each layer of a transformer with fused
+attention, as `transformers` computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+PROCESS = 400 * 2**20
+"""Bytes that a process with torch and transformers holds before it holds a model."""
+
+
+@dataclass(frozen=True)
+class Convention:
+    """Bytes for each trained parameter."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+
+    @property
+    def whole(self) -> float:
+        """All three."""
+        return self.weights + self.gradients + self.optimizer
+
+
+CONVENTIONS = {
+    "fp32": Convention(4, 4, 8),
+    "mixed": Convention(2, 2, 12),
+    "mixed, fp32 gradients": Convention(2, 4, 12),
+    "bf16": Convention(2, 2, 4),
+    "8-bit optimizer": Convention(2, 2, 2),
+}
+"""fp32 is that of graft's own loop, autocast included; `mixed` is 2+2+K with K = 12: master weights, two moments."""
+NF4_BYTES = 4.127 / 8
+"""A weight in NF4 with double quantisation: 4 bits and 0.127 for its constants (Dettmers et al. 2023, section 3)."""
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes on one device."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """All three."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def model_states(
+    parameters: float,
+    convention: Convention = CONVENTIONS["mixed"],
+    *,
+    trained: float | None = None,
+    frozen_bytes: float = 2.0,
+    stage: Literal[0, 1, 2, 3] = 0,
+    devices: int = 1,
+) -> States:
+    """Weights, gradients and optimizer state of a model on each of `devices` under ZeRO `stage`.
+
+    `trained` parameters have gradients and optimizer state (None: all); the others lie in `frozen_bytes` each: 2 in
+    16 bits, NF4_BYTES in 4. Stage 1 spreads the optimizer's state, 2 the gradients too, 3 (FSDP's full sharding) all.
+    """
+    moving = parameters if trained is None else trained
+    own = moving * convention.weights + (parameters - moving if trained is not None else 0) * frozen_bytes
+    weights = own / (devices if stage >= 3 else 1)
+    gradients = moving * convention.gradients / (devices if stage >= 2 else 1)
+    return States(weights, gradients, moving * convention.optimizer / (devices if stage >= 1 else 1))
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """What of an architecture the size of its activations depends on."""
+
+    width: int
+    layers: int
+    hidden: int
+    """Units of a feed-forward block."""
+    values_kept: int
+    """Tensors of `hidden` that backward needs: of gate, up and their product, or of one projection and its function."""
+    keys: int
+    """Key heads × their size."""
+    root_mean_square: bool
+    """Whether norms are of the kind that transformers computes in steps, each of which backward needs."""
+    vocabulary: int = 0
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Dimensions | None:
+        """From a configuration of transformers; None where it does not say enough."""
+
+        width, layers = _first(config, WIDTHS), _first(config, LAYERS)
+        heads = _first(config, ("num_attention_heads", "n_head", "num_heads", "n_heads"))
+        if not (width and layers and heads):
+            return None
+        hidden = _first(config, ("intermediate_size", "n_inner", "d_ff", "ffn_dim", "hidden_dim")) or 4 * width
+        size = _first(config, ("head_dim",)) or width // heads
+        keys = (_first(config, ("num_key_value_heads",)) or heads) * size
+        norms = "rms_norm_eps" in config
+        return cls(width, layers, hidden, _kept(config), keys, norms, _first(config, ("vocab_size",)) or 0)
+
+
+WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+def _first(config: Mapping[str, Any], names: Sequence[str]) -> Any:
+    return next((config[name] for name in names if config.get(name)), None)
+
+
+def _kept(config: Mapping[str, Any]) -> int:
+    """Tensors of hidden units that backward needs: a gate, its function, what it gates and the product; or fewer."""
+    function = str(_first(config, ("hidden_act", "activation_function", "dense_act_fn", "activation")) or "silu")
+    if "rms_norm_eps" in config:
+        return 4
+    # written out in steps; one that needs its result alone; one kernel with its input
+    return {"gelu_new": 5, "gelu_fast": 5, "relu": 1}.get(function, 2)
+
+
+def activation_bytes(known: Dimensions, tokens: float, *, half: bool = False, checkpointing: bool = False) -> float:
+    """What backward needs of `tokens` (rows × length) read together, logits and their gradient included.
+
+    A layer keeps, a token: six vectors of the width (its inputs, its normalised inputs and those of its projections),
+    two more where norms are computed in steps, `values_kept` of the hidden units, keys and values. In half precision
+    (`half`) the residual stream and the norms stay in 32 bits, the rest is in 16. With gradient checkpointing each
+    layer keeps its input; one layer at a time is whole, once the logits are gone.
+    """
+    width, hidden = known.width, known.values_kept * known.hidden
+    steps = known.root_mean_square
+    if half:
+        layer = 4 * (4 if steps else 2) * width + 2 * ((8 if steps else 5) * width + hidden + 2 * known.keys)
+    else:
+        layer = 4 * ((8 if steps else 6) * width + hidden + 2 * known.keys)
+    inputs, logits = 4 * width, (2 if half else 4) * known.vocabulary * 2
+    if checkpointing:
+        return tokens * (inputs * (known.layers + 3) + max(layer, logits))
+    return tokens * (layer * known.layers + 3 * inputs + logits)

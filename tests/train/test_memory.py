@@ -1,0 +1,91 @@
+"""What memory is said to be needed: the published figures, and what autograd really keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from graft.train.losses import summed_cross_entropy
+from graft.train.memory import CONVENTIONS, NF4_BYTES, Dimensions, activation_bytes, model_states
+
+G = 1e9
+
+
+@pytest.mark.parametrize(("stage", "gigabytes"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
+def test_the_figures_of_zero_for_7_5_billion_parameters_on_64_devices(stage, gigabytes):
+    """Rajbhandari et al. 2020, figure 1."""
+    states = model_states(7.5e9, CONVENTIONS["mixed"], stage=stage, devices=64)
+    assert states.total / G == pytest.approx(gigabytes, abs=0.05)
+
+
+def test_65_billion_parameters_in_16_bits_take_over_a_terabyte():
+    least = model_states(65e9, CONVENTIONS["mixed"]).total
+    most = model_states(65e9, CONVENTIONS["mixed, fp32 gradients"]).total
+    assert 1000 < least / G < most / G < 1400
+
+
+def test_65_billion_parameters_in_nf4_with_adapters_fit_into_48_gigabytes():
+    """QLoRA's setting: rank 64 on all linear layers of LLaMA-65B, 16-bit adapters, batch 1, checkpointed layers."""
+    width, hidden, layers, rank = 8192, 22016, 80, 64
+    adapters = layers * rank * (4 * 2 * width + 3 * (width + hidden))
+    states = model_states(65.2e9 + adapters, CONVENTIONS["8-bit optimizer"], trained=adapters, frozen_bytes=NF4_BYTES)
+    known = Dimensions(width, layers, hidden, 4, width, True, 32000)
+    assert (states.total + activation_bytes(known, 512, half=True, checkpointing=True)) / G < 48
+    assert model_states(65.2e9, CONVENTIONS["mixed"]).total / G > 1000
+
+
+MODELS = {
+    "llama": {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "qwen2": {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4},
+    "mistral": {"hidden_size": 64, "intermediate_size": 224, "num_attention_heads": 4, "num_key_value_heads": 1},
+    "gpt2": {"n_embd": 64, "n_head": 4, "n_positions": 64, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
+    "opt": {"hidden_size": 64, "ffn_dim": 256, "num_attention_heads": 4, "dropout": 0.0, "word_embed_proj_dim": 64},
+}
+
+
+def kept_by_autograd(model, ids, half):
+    """Bytes of all storages that backward needs, weights and their casts apart."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    casts = {tuple(p.shape) for p in model.parameters()} | {tuple(p.shape)[::-1] for p in model.parameters()}
+    found, held = {}, []
+
+    def keep(tensor):
+        held.append(tensor)
+        storage = tensor.untyped_storage()
+        cast = half and tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in casts
+        if storage.data_ptr() not in weights and not cast:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            logits = model(input_ids=ids, use_cache=False).logits
+        summed_cross_entropy(logits, ids)
+    # the gradient of the logits is made while they are still there
+    return sum(found.values()) + logits.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_activations_are_within_15_percent_of_what_autograd_keeps(kind, half):
+    layers = {"n_layer": 4} if kind == "gpt2" else {"num_hidden_layers": 4}
+    config = AutoConfig.for_model(kind, vocab_size=300, **MODELS[kind], **layers)
+    model = AutoModelForCausalLM.from_config(config).train()
+    ids = torch.randint(3, 300, (3, 41))
+    said = activation_bytes(Dimensions.of(config.to_dict()), ids.numel(), half=half)
+    assert said == pytest.approx(kept_by_autograd(model, ids, half), rel=0.15)
+
+
+def test_checkpointing_keeps_an_input_a_layer_and_one_layer():
+    known = Dimensions(64, 10, 256, 4, 64, True)
+    plain, less = activation_bytes(known, 100), activation_bytes(known, 100, checkpointing=True)
+    layer = (plain - 100 * 4 * 3 * 64) / 10
+    assert less == pytest.approx(100 * 4 * 64 * (10 + 3) + layer)
+    many = Dimensions(64, 10, 256, 4, 64, True, 50_000)
+    logits = 100 * 4 * 50_000 * 2
+    assert activation_bytes(many, 100, checkpointing=True) == pytest.approx(100 * 4 * 64 * (10 + 3) + logits)
+
+
+def test_a_configuration_that_says_too_little_gives_no_dimensions():
+    assert Dimensions.of({"model_type": "mystery"}) is None
