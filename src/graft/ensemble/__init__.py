@@ -17,6 +17,7 @@ ROOMS = (
     "caches",
     "candidates",
     "causal",
+    "checks",
     "classification",
     "configuration",
     "contributions",
@@ -64,7 +65,7 @@ class Ensemble(Verb[EnsembleSettings]):
         return settings.model_copy(update={"combine": {settings.rule: options.plain()}})
 
     def check(self, settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[str]:
-        from graft.ensemble.work import problems
+        from graft.ensemble.checks import problems
 
         return problems(settings, models)
 

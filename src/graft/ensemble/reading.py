@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from graft import models
+from graft.data.encode import encode
 from graft.data.render import render
 from graft.ensemble.classification import labels_of
 from graft.ensemble.gate import last_state
@@ -32,7 +33,7 @@ class Item:
 
 def text_items(folders: Sequence[Path], texts: Sequence[str]) -> list[Item]:
     """Each text's tokens. Raises CannotCombine where the members' tokenizers cut the texts differently."""
-    cut = [models.load_tokenizer(folder)(list(texts), add_special_tokens=False)["input_ids"] for folder in folders]
+    cut = [encode(list(texts), models.load_tokenizer(folder)) for folder in folders]
     return _alike([[Item(list(ids)) for ids in each] for each in cut])
 
 

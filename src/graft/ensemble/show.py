@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from graft import models
+from graft.data.encode import encode_with_places
 from graft.ensemble.causal import EnsembleForCausalLM
 from graft.ensemble.gate import Gate, Told
 from graft.ensemble.reading import common_context, distributions, text_items
@@ -30,8 +31,8 @@ def speaks(folder: Path | str, text: str, *, device: str | None = None) -> Spoke
             f"{folder}: expected a mixture (linear) of decoders of one vocabulary: only there members share"
         )
     tokenizer = models.load_tokenizer(folder)
-    cut = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = cut["input_ids"]
+    ((found_ids, places),) = encode_with_places([text], tokenizer)
+    ids = list(found_ids)
     if not ids:
         raise RequestError("expected a text to show, found none")
     inputs = torch.tensor([[Scorer(model, tokenizer).prefix_token, *ids[:-1]]], device=model.device)
@@ -44,7 +45,7 @@ def speaks(folder: Path | str, text: str, *, device: str | None = None) -> Spoke
     shares = (log_probs + weights.to(log_probs.device).log()).softmax(-1)
     return Spoken(
         tuple(model.config.members[place]["name"] for place in model.active),
-        tuple(text[start:end] for start, end in cut["offset_mapping"]),
+        tuple(text[start:end] for start, end in places),
         shares.cpu().numpy(),
         weights.cpu().numpy(),
         log_probs.exp().cpu().numpy(),
@@ -95,10 +96,10 @@ def spoken_by(
     shares = torch.tensor([weights]).expand(len(log_probs), -1)
     if made is not None:
         shares = made.decide([Told(read[n].log_probs, read[n].states) for n in made.looks_at])
-    offsets = models.load_tokenizer(folders[0])(text, add_special_tokens=False, return_offsets_mapping=True)
+    ((_, places),) = encode_with_places([text], models.load_tokenizer(folders[0]))
     return Spoken(
         tuple(source.name for source in sources),
-        tuple(text[start:end] for start, end in offsets["offset_mapping"][: len(log_probs)]),
+        tuple(text[start:end] for start, end in places[: len(log_probs)]),
         (log_probs + shares.log()).softmax(-1).numpy(),
         shares.numpy(),
         log_probs.exp().numpy(),

@@ -1,0 +1,127 @@
+"""What is wrong with an ensemble, said before anything runs: from the settings and the facts of the members. Light."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from graft.ensemble.byte_level.work import problems as byte_problems
+from graft.ensemble.settings import MOVE, NOT_A_MIXTURE, EnsembleSettings, FittedWeights, GateSettings
+from graft.methods import method
+from graft.settings import parse
+from graft.verb import Facts
+
+SHARED = ("least_risk", "linear", "log_linear", "majority", "ranked")
+"""Rules under which a member's weight may be shared out among several."""
+
+
+def problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[str]:
+    """What is wrong with an ensemble of these members, a sentence each."""
+    found = []
+    first = settings.names[0]
+    for name in settings.names[1:]:
+        if models[name].vocabulary != models[first].vocabulary and settings.vocabulary == "same":
+            found.append(
+                f"{name} and {first} have different vocabularies: their predictions cannot be matched token by token; "
+                "use `vocabulary: bytes`, or for a mixture `vocabulary: union`"
+            )
+        if models[name].architecture != models[first].architecture and not _moved(settings, models):
+            found.append(f"{name} is {_kind_of(models[name])} and {first} is {_kind_of(models[first])}")
+    if models[first].architecture == "encoder":
+        found += _classifier_problems(settings, models)
+    if models[first].architecture == "encoder-decoder":
+        found += _other_than_decoders(settings, "encoder-decoders")
+    if settings.vocabulary == "union":
+        found += _union_problems(settings)
+    found += byte_problems(settings)
+    found += _several_problems(settings)
+    if settings.show is not None and (
+        settings.rule != "linear" or settings.vocabulary != "same" or models[first].architecture != "decoder"
+    ):
+        found.append("`show` is for mixtures (linear) of decoders of one vocabulary: only there members share a token")
+    if not isinstance(settings.weights, FittedWeights):
+        wrong = method("graft.ensemble", settings.rule).problem(constants(settings))
+        found += [wrong] if wrong else []
+    if isinstance(settings.weights, FittedWeights):
+        found += _fit_problems(settings)
+    return found
+
+
+def _kind_of(facts: Facts) -> str:
+    return {"decoder": "a decoder"}.get(facts.architecture, f"an {facts.architecture}")
+
+
+def _moved(settings: EnsembleSettings, models: Mapping[str, Facts]) -> bool:
+    """Whether decoders move an encoder-decoder (by their rule's arithmetic): the only kinds that may be mixed."""
+    first, *others = [models[name].architecture for name in settings.names]
+    return settings.rule in MOVE and first == "encoder-decoder" and set(others) == {"decoder"}
+
+
+def _classifier_problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[str]:
+    """What is wrong with an ensemble of encoders: only those that classify can be combined."""
+    for name in settings.names:
+        if not any("ForSequenceClassification" in each for each in models[name].config.get("architectures") or ()):
+            return [f"an ensemble needs decoders, which predict token by token, or classifiers; {name} is an encoder"]
+    found = _other_than_decoders(settings, "classifiers")
+    if settings.rule == "least_risk":
+        found.append("least_risk chooses among texts that members write, found classifiers: use majority or ranked")
+    if isinstance(settings.weights, FittedWeights) and settings.weights.gate and settings.weights.gate.hidden_states:
+        found.append("a gate sees hidden states of members that write, found classifiers: leave `hidden_states` out")
+    return found
+
+
+def _other_than_decoders(settings: EnsembleSettings, what: str) -> list[str]:
+    found = []
+    gate = settings.weights.gate if isinstance(settings.weights, FittedWeights) else None
+    if gate is not None and gate.looks_at is not None:
+        found.append(f"`looks_at` leaves members out while decoders write, found {what}: leave it out")
+    if settings.vocabulary != "same":
+        found.append(f"`vocabulary: {settings.vocabulary}` is for decoders, found {what}")
+    if settings.draft is not None:
+        found.append(f"speculation is for decoders, found {what}: leave the draft out")
+    return found
+
+
+def _union_problems(settings: EnsembleSettings) -> list[str]:
+    if settings.rule != "linear":
+        return [NOT_A_MIXTURE.format(settings.rule)]
+    if isinstance(settings.weights, FittedWeights):
+        return ["weights are fitted for members of one vocabulary: give those of a union beside the members"]
+    return []
+
+
+def _several_problems(settings: EnsembleSettings) -> list[str]:
+    """What is wrong with entries that stand for several members."""
+    several = [entry.model for entry in settings.entries if entry.several]
+    if several and settings.rule not in SHARED:
+        return [f"{several[0]} stands for several members, which share a weight: {settings.rule} takes single ones"]
+    if settings.draft in several:
+        return [f"expected one member as draft, found {settings.draft}, which stands for several"]
+    return []
+
+
+def _fit_problems(settings: EnsembleSettings) -> list[str]:
+    assert isinstance(settings.weights, FittedWeights)
+    if settings.rule != "linear" and settings.weights.gate is not None:
+        return [f"a gate gives the weights of a mixture (linear), found {settings.rule!r}: leave the gate out"]
+    found = _gate_problems(settings.names, settings.weights.gate)
+    if settings.rule in ("linear", "log_linear"):
+        return found
+    return [f"weights can be fitted for linear and log_linear, found {settings.rule!r}: give its options"]
+
+
+def _gate_problems(names: list[str], gate: GateSettings | None) -> list[str]:
+    if gate is None or not gate.skip:
+        return []
+    if len(gate.looks_at or names) == len(names):
+        return ["`skip` is for a gate that looks at some members and decides about the others: set `looks_at`"]
+    if gate.skip * len(names) >= 1:
+        return [f"expected `skip` below 1 / {len(names)}, so that a member is always left, found {gate.skip:g}"]
+    return []
+
+
+def constants(settings: EnsembleSettings) -> list[float]:
+    """The weights of the entries, where they need no fitting: those given, else the rule's own."""
+    if settings.given is not None:
+        return settings.given
+    rule = method("graft.ensemble", settings.rule)
+    return rule.default(len(settings.entries), parse(rule.Settings, settings.options))
