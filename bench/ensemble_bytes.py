@@ -1,6 +1,6 @@
 """Scoring and decoding byte by byte beside doing it token by token with the same model, fp32: seconds and their factor.
 
-OMP_NUM_THREADS=4 python bench/ensemble_bytes.py MODEL TEXT [--bytes 20000] [--repeats 5] [--drop 1e-3] [--most 16]
+OMP_NUM_THREADS=4 python bench/ensemble_bytes.py MODEL TEXT [--bytes 20000] [--repeats 5] [--drop 0.03] [--join 0.3]
 
 MODEL is the folder of a trained model (how many token sequences matter depends on what it has learned), TEXT a file of
 text that it was not trained on, of which pieces of 1500 bytes are scored and continued.
@@ -95,10 +95,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--drop", type=float, default=Cover().drop)
+    parser.add_argument("--join", type=float, default=Cover().join)
     parser.add_argument("--most", type=int, default=Cover().most)
     parser.add_argument("--tokenisations", choices=["all", "canonical"], default="all")
     args = parser.parse_args()
-    cover = Cover(args.tokenisations, args.drop, args.most)
+    cover = Cover(args.tokenisations, args.drop, args.join, args.most)
     scoring(args, cover)
     for batch in args.batch:
         decoding(args, cover, batch)

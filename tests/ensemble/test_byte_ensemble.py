@@ -199,12 +199,17 @@ def test_a_recipe_makes_a_folder_that_loads_scores_and_writes(tmp_path, inside):
     raw = {
         "members": {"left": 0.6, "right": 0.4},
         "vocabulary": "bytes",
-        "cover": {"drop": 0},
+        "cover": {"drop": 0, "join": 0},
         "self_contained": inside,
     }
     out = run(tmp_path, raw)
-    assert json.loads((out / "config.json").read_text())["cover"] == {"tokenisations": "all", "drop": 0.0, "most": 16}
-    wanted = pair(Cover(drop=0.0))(input_ids=ids_of(b"abc")[0]).logits
+    assert json.loads((out / "config.json").read_text())["cover"] == {
+        "tokenisations": "all",
+        "drop": 0.0,
+        "join": 0.0,
+        "most": 16,
+    }
+    wanted = pair(Cover(drop=0.0, join=0.0))(input_ids=ids_of(b"abc")[0]).logits
     for model in (graft_models.load(out), AutoModelForCausalLM.from_pretrained(out)):
         assert isinstance(model, EnsembleOverBytes)
         assert torch.equal(model(input_ids=ids_of(b"abc")[0]).logits, wanted)
@@ -231,7 +236,7 @@ def test_different_vocabularies_name_bytes_and_bytes_refuse_what_they_cannot_do(
     assert "`vocabulary: bytes`" in problem
     raw = {"members": ["left", "right"], "vocabulary": "bytes", "draft": "left"}
     assert "one vocabulary" in VERB.check(VERB.parse(raw), facts)[0]
-    raw = {"members": ["left", "right"], "cover": {"drop": 0}}
+    raw = {"members": ["left", "right"], "cover": {"drop": 0, "join": 0}}
     assert "`vocabulary: bytes`" in "".join(VERB.check(VERB.parse(raw), facts))
     raw = {"members": ["left", "right"], "vocabulary": "bytes", "combine": "least_risk"}
     assert "bytes are for rules that combine probabilities" in "".join(VERB.check(VERB.parse(raw), facts))
@@ -262,7 +267,12 @@ def test_weights_are_fitted_to_bytes_of_held_out_text(tmp_path, rule):
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in ["abcab", "cab", "bcabc", "a"] * 2))
     sets = {"some": graft.data.parse({"source": "jsonl", "path": "text.jsonl", "splits": {"dev": 0.5}})}
     folders = saved(tmp_path)
-    raw = {"members": ["left", "right"], "vocabulary": "bytes", "combine": rule, "cover": {"drop": 0, "most": None}}
+    raw = {
+        "members": ["left", "right"],
+        "vocabulary": "bytes",
+        "combine": rule,
+        "cover": {"drop": 0, "join": 0, "most": None},
+    }
     settings = VERB.parse({**raw, "weights": {"fit": "some.dev"}})
     out = tmp_path / "both"
     out.mkdir()

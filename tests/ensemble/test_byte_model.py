@@ -83,7 +83,7 @@ def test_every_architecture_gives_the_enumerated_probabilities(make):
     assert torch.allclose(told(model, LEFT, b"bcab")[0][-1], by_hand(model, LEFT, b"bcab"), atol=1e-5)
 
 
-@pytest.mark.parametrize("cover", [EXACT, Cover(drop=0.02), Cover("canonical", 0.0, None)])
+@pytest.mark.parametrize("cover", [EXACT, Cover(drop=0.02, join=0.1), Cover("canonical", 0.0, 0.0, None)])
 def test_a_known_text_gives_what_reading_it_byte_by_byte_gives(cover):
     model = member(6, LEFT)
     whole, last = told(model, LEFT, b"abcabcacb", cover)
@@ -114,10 +114,10 @@ def test_what_is_dropped_bounds_the_loss():
     model, text = member(1, LEFT), b"abcabca"
     exact = score(ByteModel(model, LEFT, EXACT), [text])[0]
     for drop in (1e-3, 1e-2, 0.1, 0.3):
-        found = score(ByteModel(model, LEFT, Cover(drop=drop, most=None)), [text])[0]
+        found = score(ByteModel(model, LEFT, Cover(drop=drop, join=drop, most=None)), [text])[0]
         assert found.lost < 3
         assert exact.log_probs.sum() >= found.log_probs.sum() - found.lost - 1e-6
-    fewest = score(ByteModel(model, LEFT, Cover(drop=0, most=1)), [text])[0]
+    fewest = score(ByteModel(model, LEFT, Cover(drop=0, join=0, most=1)), [text])[0]
     assert exact.log_probs.sum() >= fewest.log_probs.sum() - fewest.lost - 1e-6 > -math.inf
 
 
@@ -125,7 +125,7 @@ def test_total_variation_is_within_its_bound():
     """Of the distributions of the first four bytes, over all texts there are."""
     model, drop, length = member(1, LEFT), 0.05, 4
     begins, _ = brute(model, LEFT)
-    reader = ByteModel(model, LEFT, Cover(drop=drop, most=None))
+    reader = ByteModel(model, LEFT, Cover(drop=drop, join=drop, most=None))
     distance, texts = 0.0, [b""]
     for _ in range(length):
         texts = [text + letter for text in texts for letter in (b"a", b"b", b"c")]
@@ -137,7 +137,7 @@ def test_total_variation_is_within_its_bound():
 def test_canonical_sequences_are_those_that_the_tokenizer_makes():
     """Σ over the sequences the tokenizer makes; a token that is not yet complete counts whatever it will be."""
     model = member(7, LEFT)
-    reader = ByteModel(model, LEFT, Cover("canonical", 0.0, None))
+    reader = ByteModel(model, LEFT, Cover("canonical", 0.0, 0.0, None))
     states = {text: stepwise(reader, text) for text in (b"ab", b"abc", b"cabc")}
     for text, state in states.items():
         for each in state.open:
@@ -163,7 +163,7 @@ def test_ids_permuted_change_nothing():
 
 def test_a_model_that_is_full_goes_on_from_its_newest_half():
     model = member(1, LEFT)
-    reader = ByteModel(model, LEFT, Cover(drop=0, most=1), limit=8)
+    reader = ByteModel(model, LEFT, Cover(drop=0, join=0, most=1), limit=8)
     text = b"abc" * 12
     state = stepwise(reader, text)
     (best,) = (each for each in state.open if not each.node.depth)
@@ -172,7 +172,7 @@ def test_a_model_that_is_full_goes_on_from_its_newest_half():
         logits = model(input_ids=torch.tensor([[1, *best.leaf.path()]])).logits[0, -1]
     wanted = logits[[*reader.reader.later.ids, 2]].log_softmax(-1)
     assert np.allclose(best.told.logs, wanted[:-1], atol=1e-5)
-    whole, _ = told(model, LEFT, text, Cover(drop=0, most=1), limit=8)
+    whole, _ = told(model, LEFT, text, Cover(drop=0, join=0, most=1), limit=8)
     assert np.allclose(whole[-1], state.next, atol=1e-5)
 
 
@@ -195,14 +195,14 @@ def test_the_least_likely_give_their_mass_to_the_likeliest_up_to_their_share():
     behind = Told(Trie([b"a"]), np.zeros(1, np.float32), np.eye(257)[97])
     moved = [fresh(None, behind, math.log(mass), 0.0) for mass in (0.5, 0.02)]
     born = [Born(None, 0, math.log(mass), 0.0) for mass in (0.4, 0.05, 0.03)]
-    kept, new, rough = chosen(moved, born, 0.04, None)
+    kept, new, rough = chosen(moved, born, 0.04, 0.04, None)
     assert ([each.mass for each in kept], rough) == ([pytest.approx(0.5), pytest.approx(0.02)], False)
     assert [each.mass for each in new] == [pytest.approx(0.43), pytest.approx(0.05)]
-    assert [each.mass for each in chosen(moved, born, 0.0, 2)[1]] == [pytest.approx(0.43), pytest.approx(0.05)]
-    assert len(chosen(moved, born, 0.0, None)[1]) == 3
-    _, new, rough = chosen(moved, born[1:], 0.2, None)
+    assert [each.mass for each in chosen(moved, born, 0.0, 0.0, 2)[1]] == [pytest.approx(0.43), pytest.approx(0.05)]
+    assert len(chosen(moved, born, 0.0, 0.0, None)[1]) == 3
+    _, new, rough = chosen(moved, born[1:], 0.2, 0.2, None)
     assert ([each.mass for each in new], rough) == ([pytest.approx(0.08)], True)
-    assert chosen([], [], 0.0, None) == ([], [], False)
+    assert chosen([], [], 0.0, 0.0, None) == ([], [], False)
 
 
 def test_a_trie_finds_ranges():

@@ -102,8 +102,16 @@ class CoverSettings(Settings):
     ] = "all"
     drop: Annotated[
         float,
-        Field(ge=0, lt=1, description="Share of the probability that may be approximated at each byte; 0: exact."),
+        Field(ge=0, lt=1, description="Sequences that hold this share of a byte's probability are not read; 0: exact."),
     ] = 0.03
+    join: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="Sequences that hold this share are taken to go on as the likeliest that ends there; 0: exact.",
+        ),
+    ] = 0.3
     most: Annotated[
         int | None, Field(gt=0, description="Complete sequences that are read at most at each byte; null: all (exact).")
     ] = 16

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 AHEAD = 128
 """Tokens that are read ahead at once where the text is known."""
-SCOUT = 256
-"""Bytes behind the first sequence that must be read, in which others are looked for."""
+SCOUT, NEAR = 256, 16
+"""Bytes behind the first sequence that must be read, in which others are looked for: the first time, and again."""
 PROMOTED = 0.1
 """Share of the mass from which on a sequence that was not read is."""
 WINDOW = 16
@@ -30,25 +30,28 @@ WINDOW = 16
 @dataclass(frozen=True)
 class Cover:
     """Which token sequences count. `tokenisations`: `all` that spell the text, or `canonical` ones, those that the
-    tokenizer makes. `drop`: the share of the probability that may be approximated at each byte; 0: exact. `most`:
-    complete sequences followed at most at each byte; None: all."""
+    tokenizer makes. Exact where the others are 0, 0 and None. `drop`: the share of the probability at each byte whose
+    sequences are not read; `join`: the share that may go on as the likeliest sequence that ends at the same byte does;
+    `most`: complete sequences followed at most at each byte."""
 
     tokenisations: Literal["all", "canonical"] = "all"
     drop: float = 0.03
+    join: float = 0.3
     most: int | None = 16
 
 
-EXACT = Cover(drop=0.0, most=None)
+EXACT = Cover(drop=0.0, join=0.0, most=None)
 
 
 class ByteModel:
     """A causal language model and its tokenizer as a distribution over byte strings.
 
     It is p(bytes) = Σ p(tokens) over all token sequences that spell the bytes (Vieira et al. 2025; Phan et al. 2024),
-    p over the tokens that write text and the end, renormalised. With `drop` ε, sequences that together have at most the
-    share ε at a byte are not read: they are taken to go on as the likeliest that ends there does, or else as their last
-    token alone would, until they become likely. The distribution of texts of n bytes then differs from the exact one by
-    at most n ε in total variation (while `most` leaves out no more); it always sums to one. Raises CannotCombine for a
+    p over the tokens that write text and the end, renormalised. Of the sequences that end at a byte, the least likely,
+    which hold at most the share `join`, are taken to go on as the likeliest of them does, and where all of them hold at
+    most the share `drop`, as their last token alone would, until they become likely. The distribution of texts of n
+    bytes then differs from the exact one by at most n max(`drop`, `join`) in total variation (while `most` leaves out
+    no more), in practice by far less; it always sums to one. Raises CannotCombine for a
     tokenizer whose tokens have no bytes of their own.
     """
 
@@ -101,8 +104,11 @@ class ByteModel:
         while done < len(data):
             held = self._read_ahead(forest, state, data[done:])
             stop = min(len(data), done + max(1, sum(len(self._spelt(leaf)) for leaf, _ in held)))
+            seen = done
             while done < stop:
-                done, state, wanted = self._pass(forest, state, data, done, stop, nexts)
+                horizon = SCOUT if done >= seen else NEAR
+                seen = max(seen, min(done + horizon, stop))
+                done, state, wanted = self._pass(forest, state, data[:stop], done, horizon, nexts)
                 held += forest.catch_up(wanted)
         return nexts, state
 
@@ -111,7 +117,7 @@ class ByteModel:
         return spelt[leaf.token] or b""
 
     def _pass(
-        self, forest: Forest, state: State, data: bytes, begin: int, stop: int, nexts: np.ndarray
+        self, forest: Forest, state: State, data: bytes, begin: int, horizon: int, nexts: np.ndarray
     ) -> tuple[int, State, list[Leaf]]:
         """Go on from byte `begin` as long as all is known; returns how far, the state there, what is to be read.
 
@@ -120,8 +126,8 @@ class ByteModel:
         here, reached, exact = state, begin, True
         wanted: list[Leaf] = []
         single: list[int] = []
-        for place in range(begin, stop):
-            moved, born, rough = self._plan(forest if exact else None, here, data[place])
+        for place in range(begin, len(data)):
+            moved, born, rough = self._plan(forest if exact else None, here, data[place], wanted)
             known = list(moved)
             for each in born:
                 found = None if rough else forest.find(each.leaf.now, each.token)
@@ -137,24 +143,30 @@ class ByteModel:
             if exact:
                 reached, state = place + 1, here
                 nexts[place] = here.next
-            elif place - reached > SCOUT or len(wanted) > AHEAD:
+            elif place - reached > horizon or len(wanted) > AHEAD:
                 break
         self.reader.alone(single if self.cover.drop > 0 else [])
         return reached, state, wanted
 
-    def _plan(self, forest: Forest | None, state: State, byte: int) -> tuple[list[Hypothesis], list[Born], bool]:
+    def _plan(
+        self, forest: Forest | None, state: State, byte: int, wanted: list[Leaf] | None = None
+    ) -> tuple[list[Hypothesis], list[Born], bool]:
         """What is followed of a state one byte on, before the model is asked; whether what is born stays unread.
 
-        Where `forest` is given, what has become likely of what was not read is read now.
+        Where `forest` is given, what has become likely of what was not read is read now, else it goes to `wanted`.
         """
         moved, born = grown(state, byte)
         if self.cover.tokenisations == "canonical" and born:
             kept = [each for each in born if self._canonical(each)]
             born = kept if kept or moved else born
-        moved, born, rough = chosen(moved, born, self.cover.drop, self.cover.most)
-        if forest is not None and any(each.rough for each in moved):
+        moved, born, rough = chosen(moved, born, self.cover.drop, self.cover.join, self.cover.most)
+        if any(each.rough for each in moved):
             likely = PROMOTED * (sum(each.mass for each in moved) + sum(each.mass for each in born))
-            moved = [self._promoted(forest, each) if each.rough and each.mass > likely else each for each in moved]
+            due = [each.rough and each.mass > likely for each in moved]
+            if forest is not None:
+                moved = [self._promoted(forest, each) if now else each for each, now in zip(moved, due, strict=True)]
+            elif wanted is not None:
+                wanted += [each.leaf for each, now in zip(moved, due, strict=True) if now and each.leaf.twin is None]
         if forest is not None and not rough:
             born = [self._grounded(forest, each) for each in born]
         return moved, born, rough
@@ -172,11 +184,16 @@ class ByteModel:
 
     def _read(self, forest: Forest, leaf: Leaf) -> tuple[Leaf, Told]:
         """The leaf of a sequence that was not read, read now."""
+        assert leaf.parent is not None
         if leaf.twin is None:
             forest.catch_up([leaf])
         if leaf.twin is None:  # no room: what stands behind it is read first
-            assert leaf.parent is not None
             leaf.twin = forest.read([(leaf.parent.now, leaf.token)])[0]
+        found = leaf.twin[0]
+        if leaf.true == -math.inf and not leaf.parent.read:
+            above, told = self._read(forest, leaf.parent)
+            leaf.true = above.true + told.log(leaf.token)
+        found.true = max(found.true, leaf.true)
         return leaf.twin
 
     def _canonical(self, born: Born) -> bool:

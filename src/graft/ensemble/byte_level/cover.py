@@ -129,31 +129,31 @@ FAINT = 1e-9
 
 
 def chosen(
-    moved: Sequence[Hypothesis], born: Sequence[Born], drop: float, most: int | None
+    moved: Sequence[Hypothesis], born: Sequence[Born], drop: float, join: float, most: int | None
 ) -> tuple[list[Hypothesis], list[Born], bool]:
     """What is followed: hypotheses that go on, complete sequences, and whether the only one of these is rough.
 
-    Complete sequences spell the same bytes. The least likely ones, which hold at most the share `drop` of all mass
+    Complete sequences spell the same bytes. The least likely ones, which hold at most the share `join` of all mass
     together, and all behind the `most` likeliest, give their mass to the likeliest: it is assumed that they go on as it
-    does. Where that one has no more than its share either, the model is not asked what comes behind it.
+    does. Where all of them hold at most the share `drop`, the model is not asked what comes behind any.
     """
     total = sum(each.mass for each in moved) + sum(each.mass for each in born)
     if not total > 0:
         return [], [], False
-    if drop > 0:
+    if drop > 0 or join > 0:
         moved = [each for each in moved if each.mass > FAINT * total or each.node.depth < 2]
     ordered = sorted((each for each in born if each.mass > 0), key=lambda each: each.log, reverse=True)
     given = 0.0
     while len(ordered) > 1:
         mass = ordered[-1].mass
-        if given + mass > drop * total and (most is None or len(ordered) <= most):
+        if given + mass > join * total and (most is None or len(ordered) <= most):
             break
         given += mass
         ordered.pop()
     if not ordered:
         return list(moved), [], False
     first = ordered[0]
-    rough = given + first.mass <= drop * total
+    rough = len(ordered) == 1 and given + first.mass <= drop * total
     if given:
         ordered[0] = first._replace(log=math.log(first.mass + given))
     return list(moved), ordered, rough
