@@ -1,10 +1,15 @@
 """Stacks of slices: a slice is merged as its layers would be alone."""
 
+import json
+
 import pytest
 import torch
 from small_family import family, merge, model, save, tensors
+from typer.testing import CliRunner
 
+import graft
 import graft.merge
+from graft.cli import app
 from graft.errors import CannotCombine, SettingsError
 from graft.lineage import facts_of
 from graft.models import load
@@ -109,3 +114,20 @@ def test_a_slice_that_the_method_cannot_merge_is_refused_before_anything_is_writ
         settings = {"method": "slerp", "models": ["a", "b"], "slices": [{"a": [0, 1], "b": [0, 1]}, {"a": [1, 2]}]}
         merge(settings, folders, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_python_a_command_and_a_recipe_stack_alike(folders, tmp_path):
+    a, b = str(folders["a"]), str(folders["b"])
+    slices = [{a: [0, 2]}, {b: [1, 4]}]
+    python = graft.merge(tmp_path / "python", method="passthrough", slices=slices)
+    words = ["merge", str(tmp_path / "cli"), "--method", "passthrough", "--slices", json.dumps(slices)]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    (tmp_path / "r.yaml").write_text(
+        f"family: f\nmodels:\n  a: {{load: {a}}}\n  b: {{load: {b}}}\n"
+        "  m: {merge: {method: passthrough, slices: [{a: [0, 2]}, {b: [1, 4]}]}}\n"
+    )
+    recipe = graft.run(tmp_path / "r.yaml", tmp_path / "run").folder / "models" / "m"
+    one, *others = (tensors(place) for place in (python, tmp_path / "cli", recipe))
+    assert torch.equal(one[layer(4)], tensors(folders["b"])[layer(3)])
+    for other in others:
+        assert all(torch.equal(one[name], other[name]) for name in one)
