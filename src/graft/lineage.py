@@ -301,10 +301,13 @@ def _lora_facts(folder: Path) -> Facts:
     base = lora.base_folder(folder)
     manifest = read_manifest(folder)
     trained_on = frozenset(manifest.trained_on) if manifest is not None else frozenset()
+    own = (folder / "tokenizer.json").is_file()
     if base is None:
-        return Facts("unknown", "unknown:", "none:", 0, 0, {}, True, trained_on, "adapter")
+        spoken = vocabulary_hash(folder) if own else "none:"
+        return Facts("unknown", "unknown:", spoken, 0, 0, {}, True, trained_on, "adapter")
     found = facts_of(base)
-    return replace(found, stored="adapter", trained_on=found.trained_on | trained_on)
+    spoken = vocabulary_hash(folder) if own else found.vocabulary
+    return replace(found, vocabulary=spoken, stored="adapter", trained_on=found.trained_on | trained_on)
 
 
 def find_models(folder: Path) -> dict[str, tuple[Path, Manifest]]:

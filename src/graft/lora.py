@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graft.checkpoint import INDEX, LORA, SINGLE, Headers, atomic_write, read_file_headers
+from graft.checkpoint import INDEX, LORA, SINGLE, Headers, TensorHeader, atomic_write, read_file_headers
 from graft.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
@@ -157,6 +157,16 @@ def _of_module(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
     return next((v for pattern, v in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), otherwise)
 
 
+def new_rows(lora: Lora, base: Headers, tokens: int | None) -> int | None:
+    """Rows of the embeddings that an adapter holds whole, where they are not those of its base's `tokens`."""
+    for name, own in lora.whole.items():
+        there = stands_for(name, base)
+        before, after = base[there].shape if there else (), lora.headers[own].shape
+        if before[:1] == (tokens,) and before[1:] == after[1:] and before != after:
+            return after[0]
+    return None
+
+
 def add_to(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """`model` with the adapter added to its weights, in place: worked out in float32, cast once.
 
@@ -166,6 +176,12 @@ def add_to(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     from safetensors.torch import load_file
 
     found, own = read_lora(folder), load_file(Path(folder) / LORA)
+    now = {
+        name: TensorHeader(name, "F32", tuple(t.shape), found.folder, 0, 0) for name, t in model.state_dict().items()
+    }
+    rows = new_rows(found, now, getattr(model.config.get_text_config(), "vocab_size", None))
+    if rows is not None:
+        model.resize_token_embeddings(rows, mean_resizing=False)
     with torch.no_grad():
         for name, stored in found.whole.items():
             _untied(model, name).copy_(own[stored])

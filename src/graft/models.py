@@ -50,7 +50,7 @@ def load_tokenizer(path: str | Path, *, hub: bool = False) -> PreTrainedTokenize
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # for some model types the Auto class takes the type's own tokenizer, whatever the folder says it was saved from
-    path = _home(path)
+    path = path if (Path(path) / "tokenizer.json").is_file() else _home(path)
     chosen = PreTrainedTokenizerFast if _saved_class(path) in GENERAL_TOKENIZERS else AutoTokenizer
     try:
         tokenizer = chosen.from_pretrained(_place(path, hub), local_files_only=not hub, trust_remote_code=False)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_adapters import adapter, folded
-from small_family import family, merge, model, save, tensors
+from small_family import family, merge, model, save, tensors, tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import graft
@@ -289,3 +289,28 @@ def test_an_adapter_is_a_member_of_an_ensemble_and_is_measured_like_any_model(fo
     scores = {row["model"]: row["value"] for row in rows if row["kind"] == "score"}
     assert {"base", "x", "y", "both", "duo"} <= set(scores)
     assert scores["x"] != scores["base"]
+
+
+def test_an_adapter_may_bring_tokens_of_its_own(folders, tmp_path):
+    """As chat adapters do: the embeddings grew, are held whole, and the tokenizer lies beside the factors."""
+    grown = load(folders["base"])
+    grown.resize_token_embeddings(50, mean_resizing=False)
+    wide = save(grown, tmp_path / "wide", words=50)
+    added = adapter(wide, tmp_path / "added", 3, modules_to_save=["embed_tokens", "lm_head"])
+    tokenizer(50).save_pretrained(added)
+    wanted = folded(wide, added)
+    own = renamed(added, tmp_path / "own", base_model_name_or_path=str(folders["base"]))
+    out, found = merge({"method": "linear", "models": ["own"]}, {"own": own}, tmp_path / "out")
+    same(out, wanted)
+    assert load(tmp_path / "out").config.vocab_size == 50
+    assert len(load_tokenizer(tmp_path / "out")) == 50
+    same({name: t.detach() for name, t in load(own).state_dict().items()}, wanted)
+    assert len(load_tokenizer(own)) == 50
+    with pytest.raises(CannotCombine, match="different vocabularies"):
+        merge({"method": "linear", "models": ["a", "own"]}, folders | {"own": own}, tmp_path / "no")
+    settings = {"method": "linear", "models": ["a", "own"], "vocabulary": "union"}
+    both, _ = merge(settings, folders | {"own": own}, tmp_path / "both")
+    embed, a = "model.embed_tokens.weight", tensors(folders["a"])
+    torch.testing.assert_close(both[embed][:48], (a[embed] + wanted[embed][:48]) / 2, **CLOSE)
+    torch.testing.assert_close(both[embed][48:], wanted[embed][48:], **CLOSE)
+    assert found["notes"]["config_from"] == "own"

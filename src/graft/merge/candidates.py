@@ -107,11 +107,11 @@ class Seat:
         plan = layout(settings, folders)
         parts = inputs(settings, folders)
         readers = {name: self._reader(part) for name, part in parts.items()}
-        home = parts[settings.parents[0]].home
-        beside = [hash_file(home / name) for name in COMPANIONS if (home / name).is_file()]
+        first = parts[settings.parents[0]]
+        beside = [hash_file(path) for path in first.beside(COMPANIONS).values()]
         made = (dict(plan.tensors), plan.config, beside)
         if self._made != made or self._targets is None:
-            self._load(settings, job.seed, plan, readers, home, prepared.survey)
+            self._load(settings, job.seed, plan, readers, first, prepared.survey)
             self._made = made
             return
         writer = InMemory(self._targets, plan.tensors)
@@ -128,7 +128,7 @@ class Seat:
         seed: int,
         plan: Layout,
         readers: Mapping[str, TensorReader],
-        home: Path,
+        first: Input,
         survey: Any,
     ) -> None:
         self.model = self._targets = None
@@ -136,7 +136,7 @@ class Seat:
         # a new file each time: the memory of a loaded model may be the file that it came from
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-        files_beside(plan, home, place)
+        files_beside(plan, first, place)
         _stream(settings, seed, plan, readers, TensorWriter(place, plan.tensors, settings.shard), survey)
         device = self.job.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.tokenizer = models.load(place, device=device), models.load_tokenizer(place)

@@ -22,7 +22,7 @@ from graft.checkpoint import FLOATS, TensorReader, TensorWriter, atomic_write
 from graft.errors import CannotCombine
 from graft.lineage import read_manifest
 from graft.merge.architecture import Check, verify
-from graft.merge.inputs import inputs, unpickled
+from graft.merge.inputs import Input, inputs, unpickled
 from graft.merge.journal import Journal
 from graft.merge.preflight import INSTEAD, Layout, layout
 from graft.merge.prepared import Prepared
@@ -60,7 +60,7 @@ def run(job: Job) -> dict[str, Any]:
     plan = layout(settings, folders)
     plan.notes.update(prepared.notes)
     parts = inputs(settings, folders)
-    files_beside(plan, parts[settings.parents[0]].home, job.out)
+    files_beside(plan, parts[settings.parents[0]], job.out)
     with ExitStack() as opened:
         if hasattr(prepared.survey, "close"):
             opened.callback(prepared.survey.close)
@@ -211,12 +211,13 @@ def unrelated(
     return wrong
 
 
-def files_beside(plan: Layout, parent: Path, out: Path) -> None:
+def files_beside(plan: Layout, parent: Input, out: Path) -> None:
     """Configuration, generation configuration, tokenizer and chat template, all of the first parent."""
     atomic_write(out / "config.json", json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
-    found = [name for name in COMPANIONS if (parent / name).is_file()]
-    for name in found:
-        shutil.copyfile(parent / name, out / name)
+    taken = parent.beside(COMPANIONS)
+    for name, path in taken.items():
+        shutil.copyfile(path, out / name)
+    found = list(taken)
     if plan.vocabulary is not None and plan.vocabulary.tokenizer is not None:
         for name in STALE:
             (out / name).unlink(missing_ok=True)

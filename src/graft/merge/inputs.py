@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from graft.checkpoint import Headers, TensorReader, read_headers
 from graft.errors import CannotCombine
 from graft.lineage import read_config
-from graft.lora import base_folder, is_lora, read_lora, stands_for
+from graft.lora import base_folder, is_lora, new_rows, read_lora, stands_for
 from graft.pickles import converted, is_pickled
 from graft.verb import Facts
 
@@ -40,10 +40,28 @@ class Input:
         """Tensors that the base has under another name and the adapter under their own."""
         return frozenset(self.headers) & frozenset(self.tied_apart) if self.folder != self.home else frozenset()
 
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizer: an adapter's own, where it has one."""
+        return self.folder if (self.folder / "tokenizer.json").is_file() else self.home
+
+    def beside(self, names: Sequence[str]) -> dict[str, Path]:
+        """Files beside the weights, of those that are named: an adapter's own tokenizer, else what its base has."""
+        found = {
+            name: next((p / name for p in (self.tokenizer, self.home) if (p / name).is_file()), None) for name in names
+        }
+        return {name: path for name, path in found.items() if path is not None}
+
     @cached_property
     def config(self) -> dict[str, Any]:
-        """`config.json` of the model."""
-        return read_config(self.home)
+        """`config.json` of the model; with as many tokens as an adapter that holds the embeddings whole has rows."""
+        config = read_config(self.home)
+        if self.folder == self.home:
+            return config
+        from graft.merge.vocabulary import with_size
+
+        rows = new_rows(read_lora(self.folder), read_headers(self.home), config.get("vocab_size"))
+        return config if rows is None else with_size(config, rows)
 
     @cached_property
     def tied_apart(self) -> dict[str, str]:
@@ -116,4 +134,5 @@ def _settled(settings: MergeSettings, models: Mapping[str, Facts], facts: Facts)
     under = models[settings.adapters_of] if settings.adapters_of is not None else facts
     if under.architecture == "unknown" and settings.base_name is not None:
         under = models[settings.base_name]
-    return replace(under, stored="adapter", trained_on=under.trained_on | facts.trained_on)
+    spoken = under.vocabulary if facts.vocabulary.startswith("none:") else facts.vocabulary
+    return replace(under, vocabulary=spoken, stored="adapter", trained_on=under.trained_on | facts.trained_on)

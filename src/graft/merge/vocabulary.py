@@ -73,7 +73,7 @@ def joined(
     from graft.merge.architecture import token_tensors
 
     reference = settings.parents[0]
-    tokens = {name: _tokens(name, part.home) for name, part in parts.items()}
+    tokens = {name: _tokens(name, part.tokenizer) for name, part in parts.items()}
     found = token_tensors(parts[reference].home)
     shapes = {
         tensor: headers[reference][place[reference]].shape for tensor, place in places.items() if reference in place
@@ -90,7 +90,7 @@ def joined(
     new = [token for token in order if token is not None and token not in tokens[reference]]
     made = None
     if settings.vocabulary == "union" and new:
-        raw = {name: json.loads((part.home / "tokenizer.json").read_text()) for name, part in parts.items()}
+        raw = {name: json.loads((part.tokenizer / "tokenizer.json").read_text()) for name, part in parts.items()}
         made = union_tokenizer(raw, reference, [t or "" for t in order], new)
     notes = {
         "how": settings.vocabulary,
