@@ -7,7 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
+from graft.errors import SettingsError
 from graft.plan import Places, make_plan, plain, render
+from graft.plan.fit import fits, memory_limit, told
 from graft.plan.keys import keys_of
 from graft.plan.table import clock, count, size
 from graft.recipe import read_recipe
@@ -102,3 +104,36 @@ def test_figures_are_written_short():
     assert [size(n) for n in (999, 12_400_000, 3.2e9)] == ["999 B", "12.4 MB", "3.2 GB"]
     assert [count(n) for n in (40, 3_100_000, 1.1e9)] == ["40", "3.1M", "1.1B"]
     assert [clock(s) for s in (None, 0.3, 42, 210, 7560)] == ["?", "under 1 s", "42 s", "3.5 min", "2.1 h"]
+
+
+TRAINED = """
+family: f
+data:
+  d: {source: text, path: d.txt}
+models:
+  base: {pretrain: {data: d, size: 5M, length: 512, batch_size: 16, budget: 10 steps}}
+"""
+
+
+def test_what_does_not_fit_is_told_the_kindest_change_first_and_each_change_fits(tmp_path):
+    (tmp_path / "d.txt").write_text("text\n")
+    path = tmp_path / "f.yaml"
+    path.write_text(TRAINED)
+    plan = make_plan(read_recipe(path), Places(tmp_path / "run"))
+    whole = plan.steps["base"].estimate.memory_bytes
+    (found,) = fits(plan, whole)
+    assert (found.fits, found.changes) == (True, [])
+    (found,) = fits(plan, int(whole * 0.7))
+    assert not found.fits
+    assert found.changes[0][0] == {"accumulate": 2}
+    assert all(needed <= whole * 0.7 for _, needed in found.changes)
+    written = TRAINED.replace("batch_size: 16", "batch_size: 16, accumulate: 2")
+    path.write_text(written)
+    again = make_plan(read_recipe(path), Places(tmp_path / "run"))
+    assert again.steps["base"].estimate.memory_bytes == found.changes[0][1]
+    (found,) = fits(plan, 1000)
+    assert found.changes == []
+    assert "no setting of its training makes it small enough" in told(found)
+    assert memory_limit("24GB") == 24 * 10**9
+    with pytest.raises(SettingsError, match="expected a size such as 24GB"):
+        memory_limit("much")

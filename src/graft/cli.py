@@ -139,17 +139,27 @@ def plan(
     only: Only = None,
     force: Force = None,
     verify: Verify = False,
+    fit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Say what fits into this memory, such as 24GB, and what would help."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Show what a run would do: what is there already; size, memory and time of the rest.
 
-    Example: [bold]graft plan family.yaml[/bold]
+    Example: [bold]graft plan family.yaml --fit 24GB[/bold]
     """
     from graft.api import plan as make
+    from graft.plan import fit as room
     from graft.plan import plain, render
 
     found = make(recipe, out, only=only or [], force=force or [], verify=verify)
-    typer.echo(json.dumps(plain(found))) if json_ else _print(render(found))
+    told = room.fits(found, room.memory_limit(fit)) if fit is not None else []
+    if json_:
+        typer.echo(json.dumps(plain(found) | ({"fit": [each.plain() for each in told]} if fit is not None else {})))
+    else:
+        _print(render(found))
+        typer.echo("\n".join(room.told(each) for each in told)) if told else None
     if found.damaged:
         typer.echo("\n".join(found.damaged), err=True)
 

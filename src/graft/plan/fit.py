@@ -1,0 +1,107 @@
+"""Which nodes fit into a given memory, and what to change in those that do not: the least change first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from graft.plan.steps import Plan, Step
+from graft.settings import Bytes, Settings, parse
+from graft.train.settings import TrainSettings
+
+CHANGES: dict[str, tuple[Any, ...]] = {
+    "accumulate": (2, 4, 8, 16, 32, 64),
+    "gradient_checkpointing": (True,),
+    "precision": ("bf16",),
+}
+"""What may be tried, the kindest first: pieces of a step change nothing but time, checkpointing costs a third more of
+it, bf16 changes the numbers a little."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a node fits; if not, the changes with which it would, each with the bytes it then needs."""
+
+    node: str
+    memory_bytes: int
+    fits: bool
+    changes: list[tuple[Mapping[str, Any], int]]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON-ready values."""
+        return asdict(self)
+
+
+def memory_limit(words: str) -> int:
+    """Bytes in `24GB`. Raises SettingsError for what is no size."""
+    return parse(_Limit, {"fit": words}, ()).fit
+
+
+class _Limit(Settings):
+    fit: Annotated[Bytes, Field(gt=0, description="Memory of the machine or device.")]
+
+
+def fits(plan: Plan, limit: int) -> list[Fit]:
+    """Every node that is still to be made."""
+    facts = plan.recipe.facts(lambda name: name)
+    found = []
+    for name, step in plan.steps.items():
+        if step.state == "cached":
+            continue
+        needed = step.estimate.memory_bytes
+        changes = [] if needed <= limit else _changes(step, {m: facts[m] for m in step.node.models}, limit)
+        found.append(Fit(name, needed, needed <= limit, changes))
+    return found
+
+
+def _changes(step: Step, models: Mapping[str, Any], limit: int) -> list[tuple[Mapping[str, Any], int]]:
+    """The first change of each kind of combination that fits."""
+    node = step.node
+    if not isinstance(node.settings, TrainSettings):
+        return []
+    found: dict[tuple[str, ...], tuple[Mapping[str, Any], int]] = {}
+    for change in _combinations(node.settings):
+        kind = tuple(change)
+        if any(set(known) <= set(kind) for known in found):
+            continue
+        needed = node.verb.estimate(node.settings.model_copy(update=dict(change)), models).memory_bytes
+        if needed <= limit:
+            found[kind] = change, needed
+    return list(found.values())
+
+
+def _combinations(settings: TrainSettings) -> Iterator[Mapping[str, Any]]:
+    """Changes of one setting, then of two, then of three."""
+    choices = {name: [None, *(v for v in values if _possible(settings, name, v))] for name, values in CHANGES.items()}
+    every = [
+        {name: value for name, value in zip(choices, values, strict=True) if value is not None}
+        for values in product(*choices.values())
+    ]
+    kindest = list(CHANGES)
+    yield from sorted(
+        (c for c in every if c), key=lambda change: (len(change), [kindest.index(name) for name in change])
+    )
+
+
+def _possible(settings: TrainSettings, name: str, value: Any) -> bool:
+    if name == "accumulate":
+        return value > settings.accumulate and settings.batch_size % value == 0
+    return bool(getattr(settings, name) != value)
+
+
+def told(found: Fit) -> str:
+    """In a line for people."""
+    needed = f"{found.memory_bytes / 1e9:.2f} GB"
+    if found.fits:
+        return f"{found.node}: fits, with {needed}"
+    if not found.changes:
+        return f"{found.node}: does not fit ({needed}); no setting of its training makes it small enough"
+    ways = "; or ".join(
+        ", ".join(f"{name}: {str(value).lower()}" for name, value in change.items()) + f" ({size / 1e9:.2f} GB)"
+        for change, size in found.changes
+    )
+    return f"{found.node}: does not fit ({needed}); it would with {ways}"
