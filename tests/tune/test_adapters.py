@@ -213,7 +213,7 @@ models:
   soup: {merge: {models: [base, whole]}}
   duo: {ensemble: {members: [low, wide]}}
 evaluate:
-  - {measure: bits_per_byte, on: [code.test]}
+  - {measure: bits_per_byte, on: [code.test], limit: 4}
 """
 
 
