@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from graft.adapters.facts import adapted_base, place_base
 from graft.errors import RequestError
 from graft.lora import base_folder, is_lora, name_base
 from graft.settings import Settings, parse
@@ -69,7 +70,8 @@ class Load(Verb[LoadSettings]):
 
         assert isinstance(job.settings, LoadSettings)
         folder = fetched(job.settings)
-        if list(folder.glob("*.safetensors")):
+        base = adapted_base(folder)
+        if list(folder.glob("*.safetensors")) and base is None:
             check_weights(folder)
         with disk_errors(job.out):
             shutil.copytree(
@@ -77,6 +79,8 @@ class Load(Verb[LoadSettings]):
             )
         if is_lora(job.out):
             name_base(job.out, base_folder(folder))
+        if base is not None:
+            place_base(job.out, base, job.target or job.out)
         return {"notes": {"loaded_from": str(folder)}}
 
 

@@ -341,6 +341,23 @@ def test_peft_folders_come_in_and_go_out_by_the_verb(tmp_path, base, monkeypatch
     assert "expected a peft folder" in missing.output
 
 
+def test_an_adapter_is_brought_into_a_family(tmp_path, base, monkeypatch):  # noqa: F811
+    run(tmp_path / "made", base, method=LORA, learning_rate=0.03)
+    monkeypatch.chdir(tmp_path)
+    recipe = {
+        "family": "f",
+        "models": {"low": {"load": "made/out"}, "whole": {"adapt": {"adapters": ["low"], "fold": True}}},
+    }
+    (tmp_path / "f.yaml").write_text(json.dumps(recipe))
+    done = CliRunner().invoke(app, ["run", "f.yaml", "--json"])
+    assert done.exit_code == 0, done.output
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        expected = models.load(tmp_path / "made" / "out")(ids).logits
+        assert torch.equal(models.load("runs/f/models/low")(ids).logits, expected)
+        assert torch.allclose(models.load("runs/f/models/whole")(ids).logits, expected, atol=1e-5)
+
+
 def test_a_fusion_of_adapters_is_trained_over_them(tmp_path, base):  # noqa: F811
     from graft.adapters.folder import add_from, save
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from graft.lineage import ADAPTED
+from graft.checkpoint import atomic_write
+from graft.lineage import ADAPTED, read_config
 from graft.verb import Facts
 
 
@@ -34,3 +38,18 @@ def frozen_config(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != ADAPTED} | {
         "model_type": config[ADAPTED]["model_type"]
     }
+
+
+def adapted_base(folder: Path) -> Path | None:
+    """The folder of the frozen model that the adapters in `folder` name; None where it holds a model of its own."""
+    if not (folder / "config.json").is_file():
+        return None
+    said = read_config(folder).get(ADAPTED)
+    return None if said is None else folder / said["base"]["path"]
+
+
+def place_base(folder: Path, base: Path, seen_from: Path) -> None:
+    """Let the adapters in `folder`, which will stand at `seen_from`, name the frozen model in `base`."""
+    config = read_config(folder)
+    config[ADAPTED]["base"]["path"] = os.path.relpath(base.resolve(), seen_from.resolve())
+    atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")

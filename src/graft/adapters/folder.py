@@ -121,7 +121,8 @@ def add_from(model: PreTrainedModel, folder: str | Path) -> list[tuple[str, floa
 def _put(model: PreTrainedModel, folder: Path, entry: Mapping[str, Any], base: Path) -> list[tuple[str, float]]:
     there = adapters_of(model)
     names: dict[str, str] = {}
-    for old, raw in entry["adapters"].items():
+    # a fusion comes after those that it is of, whatever order the file has them in
+    for old, raw in sorted(entry["adapters"].items(), key=lambda item: any(point.get("of") for point in item[1])):
         names[old] = free_name(old, there.points if there else ())
         points = [parse(Point, one, (old,)) for one in raw]
         adopt(model, [p.model_copy(update={"of": [names[o] for o in p.of]}) for p in points], names[old], base=base)
