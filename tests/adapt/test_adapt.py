@@ -162,3 +162,11 @@ def test_what_was_trained_on_is_passed_on():
     one, two = (Facts("decoder", "i", "v", 10, 0, config, False, frozenset({name})) for name in "ab")
     made = VERB.facts(VERB.parse({"adapters": ["x", "y"], "fold": True}), {"x": one, "y": two}, "key")
     assert (made.trained_on, made.mergeable, made.config) == (frozenset("ab"), True, {"model_type": "llama"})
+
+
+def test_how_an_adapter_is_related_says_what_to_do(tmp_path, base):
+    from graft.relate import relate
+
+    found = relate(base, adapter(base, tmp_path / "low", "lora", rank=2))
+    assert (found.kind, found.weights, found.predictions) == ("adapter", "after alignment", "yes")
+    assert "fold it" in found.weights_why

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from graft.checkpoint import TensorReader
-from graft.lineage import Manifest, architecture_of, read_config, read_manifest
+from graft.lineage import ADAPTED, Manifest, architecture_of, read_config, read_manifest
 from graft.merge.related import RELATED
 from graft.relate.vocabulary import Overlap, overlap, tokens
 
@@ -26,6 +26,7 @@ Kind = Literal[
     "different size",
     "different architecture",
     "ensemble",
+    "adapter",
     "not comparable",
 ]
 
@@ -83,6 +84,8 @@ def _kinship(a: Path, b: Path, words: Overlap | None, seed: int) -> Kinship:
     manifests = [read_manifest(folder) for folder in (a, b)]
     if a.resolve() == b.resolve():
         return "same folder", "both paths lead to it", None, None
+    if ADAPTED in ours or ADAPTED in theirs:
+        return "adapter", "what one of them holds lies beside the weights of a frozen model", None, None
     if any(m is not None and not m.mergeable for m in manifests):
         return "ensemble", "a manifest says that the model has no weights of its own", None, None
     if different := different_keys(ours, theirs, ("model_type",)):
@@ -155,6 +158,11 @@ def _weights(
             )
         case "ensemble":
             return "no", "an ensemble has no weights of its own: merge its members"
+        case "adapter":
+            return "after alignment", (
+                "an adapter's weights are changes of its model's: fold it ({adapt: {adapters: [...], fold: true}}) and "
+                "merge what that gives; adapters on one model are put together without (adapt)"
+            )
         case "not comparable":
             return "no", "their tensors have different names or shapes, or are stored packed: convert one of the two"
     return "no", f"{kind}: their tensors do not correspond"
