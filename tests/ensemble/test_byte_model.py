@@ -7,10 +7,12 @@ import pytest
 import torch
 from tiny_bytes import LEFT, RIGHT, brute, by_hand, member, spelt, stepwise, tokenizer, told
 from tiny_members import bloom, gpt2, llama, mistral
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from graft.ensemble.byte_level.byte_model import EXACT, ByteModel, Cover
 from graft.ensemble.byte_level.cover import Born, Told, chosen, fresh
-from graft.ensemble.byte_level.forest import Forest, Reader
+from graft.ensemble.byte_level.forest import Forest, Leaf, Reader
 from graft.ensemble.byte_level.scorer import score
 from graft.ensemble.byte_level.spelling import spelling_of
 from graft.ensemble.byte_level.trie import Trie
@@ -149,6 +151,27 @@ def test_canonical_sequences_are_those_that_the_tokenizer_makes():
     assert len(states[b"cabc"].open) < len(stepwise(ByteModel(model, LEFT, EXACT), b"cabc").open)
 
 
+def test_what_a_tokenizer_makes_of_a_text_is_canonical_all_the_way():
+    """Also where it cuts spaces at the end of a text otherwise than before a word."""
+    text = "She said so.\n\n\nThen   she   didn't 12345 say\n\tit again; naïve 你好.\n\nSo  be it. " * 3
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>"], initial_alphabet=letters, show_progress=False)
+    inner.train_from_iterator([text.replace("again;", "\n\n  \n")], trainer)
+    words = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>")
+    reader = ByteModel(llama(1, tokens=len(words.get_vocab())), words, Cover("canonical"))
+    leaf, tokens = Forest(reader.reader).root()[0], words(text)["input_ids"]
+    assert len(tokens) < 0.6 * len(text.encode())
+    for token in tokens:
+        assert reader._canonical(Born(leaf, token, 0.0, 0.0))
+        leaf = Leaf(leaf, token, leaf.slots)
+    root, ids = Forest(reader.reader).root()[0], words.get_vocab()
+    pair = next(name for name in ids if len(name) == 2 and name.isascii() and name.isalpha())
+    assert not reader._canonical(Born(Leaf(root, ids[pair[0]], root.slots), ids[pair[1]], 0.0, 0.0))
+    assert math.isfinite(score(reader, [text[:60]])[0].log_probs.sum())
+
+
 def test_ids_permuted_change_nothing():
     model = member(1, LEFT)
     order = [4, 0, 6, 2, 5, 1, 3]
@@ -181,6 +204,14 @@ def test_a_byte_that_no_token_writes_has_probability_zero_and_is_left_out():
     (document,) = score(reader, [b"abxc"])
     assert document.log_probs[2] == -math.inf
     assert document.log_probs[3] == pytest.approx(score(reader, [b"abc"])[0].log_probs[2], abs=1e-6)
+
+
+def test_a_text_is_read_on_behind_what_cannot_be_written():
+    """Behind one such byte as if it were not there, behind two from the last whole token."""
+    words = tokenizer("ab", [("a", "b")])
+    (document,) = score(ByteModel(member(3, words), words, EXACT), [b"abxyabab"])
+    assert (document.log_probs[2:4] == -math.inf).all()
+    assert np.isfinite(document.log_probs[[0, 1, 4, 5, 6, 7]]).all()
 
 
 def test_nan_is_named():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -159,7 +159,9 @@ class ByteModel:
         if self.cover.tokenisations == "canonical" and born:
             kept = [each for each in born if self._canonical(each)]
             born = kept if kept or moved else born
-        moved, born, rough = chosen(moved, born, self.cover.drop, self.cover.join, self.cover.most)
+        # what goes on as another one does must not be refused where that one is
+        join = self.cover.join if self.cover.tokenisations == "all" else 0.0
+        moved, born, rough = chosen(moved, born, self.cover.drop, join, self.cover.most)
         if any(each.rough for each in moved):
             likely = PROMOTED * (sum(each.mass for each in moved) + sum(each.mass for each in born))
             due = [each.rough and each.mass > likely for each in moved]
@@ -197,16 +199,23 @@ class ByteModel:
         return leaf.twin
 
     def _canonical(self, born: Born) -> bool:
-        """Whether the tokenizer cuts the newest tokens as this sequence does; undecided inside a letter: yes."""
-        depth = born.leaf.depth + 1
+        """Whether the tokenizer cuts the newest tokens as this sequence does; undecided inside a letter: yes.
+
+        Spaces at the end are left out: many tokenizers cut them one way at the end of a text and another before a word.
+        """
         tokens = [*born.leaf.path(WINDOW - 1), born.token]
-        whole = len(tokens) == depth
+        whole = len(tokens) == born.leaf.depth + 1
         spelt = [self.spelling.later[token] or b"" for token in tokens]
         if whole:
             spelt[0] = self.spelling.first[tokens[0]] or b""
+        while spelt and not spelt[-1].strip():
+            spelt.pop()
+        tokens = tokens[: len(spelt)]
         try:
             text = b"".join(spelt).decode()
         except UnicodeDecodeError:
+            return True
+        if not tokens or text != text.rstrip():
             return True
         cut = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return cut == tokens if whole else cut[-WINDOW // 2 :] == tokens[-WINDOW // 2 :]
@@ -257,7 +266,13 @@ def _sure(found: tuple[Leaf, Told], born: Born) -> Hypothesis:
 
 
 def _next_state(before: State, byte: int, open_: Sequence[Hypothesis]) -> State:
-    """The state of what is left; the one before where nothing is (no sequence writes this byte)."""
-    if not open_ or not any(each.mass > 0 for each in open_):
-        return before
-    return state_of(open_, before.log + math.log(before.next[byte]))
+    """The state of what is left. Where nothing is, no sequence writes this byte: it is left out of what is read.
+
+    Where the next one cannot be written either, the bytes of tokens that are not complete are left out as well.
+    """
+    if open_ and any(each.mass > 0 for each in open_):
+        return state_of(open_, before.log + math.log(before.next[byte]))
+    if not before.stuck:
+        return replace(before, stuck=True)
+    again_ = [fresh(each.leaf, each.told, math.log(each.mass), -math.inf, each.rough) for each in before.open]
+    return state_of(again_, before.log)

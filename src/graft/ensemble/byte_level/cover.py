@@ -68,11 +68,12 @@ class Born(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class State:
     """All hypotheses for a text. `next [257] float64`: probability of each next byte and of the end. `log`: the sum of
-    the logs of what the states before gave the bytes of the text."""
+    the logs of what the states before gave the bytes of the text. `stuck`: no sequence wrote the byte before."""
 
     open: tuple[Hypothesis, ...]
     next: np.ndarray
     log: float = 0.0
+    stuck: bool = False
 
     @property
     def lost(self) -> float:
