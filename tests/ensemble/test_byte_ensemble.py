@@ -291,3 +291,22 @@ def test_weights_are_fitted_to_bytes_of_held_out_text(tmp_path, rule):
 
     assert made["loss"] == pytest.approx(loss(weights[0]), abs=1e-4)
     assert loss(weights[0]) <= min(loss(max(weights[0] - 0.1, 0)), loss(min(weights[0] + 0.1, 1))) + 1e-6
+
+
+def test_scoring_reads_nothing_behind_a_text():
+    """Texts of different length stand in one batch: what fills the shorter ones costs nothing."""
+    words = tokenizer("ab\0", [("a", "b")])
+    model = ensemble_of({"it": member(1, words)}, tokenizers=[words], cover=SOME)
+    (reader,) = model.readers
+
+    def scored(texts):
+        before = reader.reader.tokens_read
+        found = Scorer(model, byte_tokenizer()).documents(texts)
+        return [each.log_probs for each in found], reader.reader.tokens_read - before
+
+    texts = ["abbaab" * 6, "a", "b"]
+    scored(texts)  # what follows single tokens is read once and kept
+    alone = [scored([text]) for text in texts]
+    together, read = scored(texts)
+    assert read <= sum(size for _, size in alone)
+    assert all(own == pytest.approx(found[0], abs=1e-4) for own, (found, _) in zip(together, alone, strict=True))

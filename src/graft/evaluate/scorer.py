@@ -117,7 +117,8 @@ class Scorer:
     def _target_log_probs(self, rows: list[list[int]], targets: list[list[int]]) -> np.ndarray:
         """[rows, length] log-probability of each target given the row up to it; padding behind is never looked at."""
         longest = max(map(len, rows))
-        inputs = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
+        fill = getattr(self.model, "padding", 0)  # an id that the model reads at no cost
+        inputs = torch.tensor([row + [fill] * (longest - len(row)) for row in rows], device=self.device)
         wanted = torch.tensor([row + [0] * (longest - len(row)) for row in targets], device=self.device)
         logits = self._forward(inputs)
         return _log_probs(logits, wanted).cpu().numpy()

@@ -39,6 +39,7 @@ class EnsembleOverBytes(Ensemble, GenerationMixin):
 
     config_class = ByteEnsembleConfig
     _is_stateful = True
+    padding = PAD
 
     def __init__(
         self,
