@@ -80,6 +80,26 @@ def test_a_device_that_is_not_there_is_said_before_anything_runs(family):
     assert not folder.exists()
 
 
+def test_several_processes_are_refused_instead_of_waiting_for_each_other(family, monkeypatch):
+    recipe, folder = family
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = invoke("run", recipe, "--out", folder)
+    assert result.exit_code == 2
+    assert "expected one process, found several (torchrun)" in result.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_a_wrong_request(family):
+    recipe, _ = family
+    result = invoke("run", recipe, "--out", "/proc/none/there")
+    assert result.exit_code == 2
+    assert "a folder cannot be made there" in result.stderr
+
+
+def test_the_package_is_the_command():
+    made = subprocess.run([sys.executable, "-m", "graft", "--version"], capture_output=True, text=True, check=True)
+    assert made.stdout == f"graft {graft.__version__}\n"
+
+
 def test_run_plan_tree_and_report_print_one_json_value_and_nothing_else(family):
     recipe, folder = family
     assert {m["state"] for m in json.loads(invoke("plan", recipe, "--out", folder, "--json").stdout)["models"]} == {

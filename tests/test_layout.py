@@ -28,6 +28,7 @@ LAYERS = [
     {"deltas"},
     {"api", "_verb_command"},
     {"cli"},
+    {"__main__"},
 ]
 """Lower rooms first. A room may import from its own layer and from those above it in this list."""
 

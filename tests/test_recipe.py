@@ -65,8 +65,8 @@ def test_all_problems_are_reported_at_once_each_with_its_line(recipe):
     ) == [
         f"line 4: data.notes: {recipe('').parent}/nowhere.jsonl: expected a file, folder or glob, found none; "
         "paths are relative to the recipe's folder",
-        "line 6: models.a.grwo: unknown verb 'grwo' (did you mean 'grow'?); there are: ensemble, grow, load, merge, "
-        "pretrain, tune",
+        "line 6: models.a.grwo: unknown verb 'grwo' (did you mean 'grow'?); there are: adapt, ensemble, grow, load, "
+        "merge, pretrain, tune",
         "line 7: models.b.grow.stesp: unknown key (did you mean 'steps'?); there are: parents, data, steps, pause_s, "
         "fails, kind, journal",
         "line 8: models.c.grow.parents.0: unknown model 'bb' (did you mean 'b'?); there are: a, b, c, d",
@@ -200,6 +200,38 @@ def test_a_measure_must_fit_the_architecture_of_the_models_it_is_taken_of(recipe
         "name those to measure with `models: […]`",
         "line 11: evaluate.2.models.0: unknown model 'rigth'; there are: both, left",
     ]
+
+
+def test_what_is_learned_from_is_not_measured_on(recipe, tmp_path):
+    (tmp_path / "d.txt").write_text("a\n\nb\n")
+    path = recipe("""
+        family: f
+        data:
+          d: {source: text, path: d.txt}
+          m: {mix: {d: 1}}
+        models:
+          a: {pretrain: {data: d, size: 1M}}
+          b: {tune: {from: a, data: m.test}}
+        evaluate:
+          - {measure: bits_per_byte, on: [d.test, d.dev]}
+        """)
+    (problem,) = problems(path)
+    assert problem.startswith("line 10: evaluate.0.on: b learns from d.test, so that nothing measured on it counts")
+    path.write_text(path.read_text().replace("m.test", "m"))
+    read_recipe(path)
+
+
+def test_weights_that_are_no_numbers_are_problems_with_lines(recipe, tmp_path):
+    path = recipe("""
+        family: f
+        models:
+          a: {grow: }
+          b: {merge: {models: {a: .inf}}}
+          c: {ensemble: {members: {a: .nan}}}
+        """)
+    found = problems(path)
+    assert any(p.startswith("line 5: models.b.merge.models") and "a finite number, found inf" in p for p in found)
+    assert any(p.startswith("line 6: models.c.ensemble.members") and "a finite number, found nan" in p for p in found)
 
 
 def test_raw_records_cannot_be_trained_on(recipe, tmp_path):

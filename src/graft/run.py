@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
@@ -72,8 +73,14 @@ def run(
     with locked(places, wait=wait):
         plan = make_plan(family, places, only=only, force=force, verify=verify)
         atomic_write(places.folder / "recipe.yaml", family.text)
-        made, cached = execute(plan, executor or executor_for(jobs), device=device)
-        rows = _measured(plan, device)
+        try:
+            made, cached = execute(plan, executor or executor_for(jobs), device=device)
+        except NodesFailed:
+            # what was made is measured all the same: the failure is told when that is done
+            _measured(plan, device, _standing(plan))
+            importlib.import_module("graft.report").write_report(places.folder)
+            raise
+        rows = _measured(plan, device, plan.steps)
         report = importlib.import_module("graft.report").write_report(places.folder)
     return RunResult(places.folder, plan, made, cached, rows, report)
 
@@ -90,9 +97,16 @@ def locked(places: Places, *, wait: bool) -> Iterator[None]:
     """Hold the run's folder. Raises Locked where another run holds it and this one is not to wait."""
     from filelock import FileLock, Timeout
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RequestError(
+            "expected one process, found several (torchrun): a run is one process, which may start others with --jobs; "
+            "the training loop, graft.train.loop.train, works under torchrun in a script of your own"
+        )
     with disk_errors(places.folder):
         try:
             places.folder.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:
+            raise RequestError(f"{places.folder}: a folder cannot be made there ({error.strerror})") from None
         except (FileExistsError, NotADirectoryError):
             raise RequestError(f"{places.folder}: expected a folder or room for one, found a file there") from None
         lock = FileLock(places.lock)
@@ -191,12 +205,17 @@ def _work(plan: Plan, step: Step, device: str | None) -> Work:
     )
 
 
-def _measured(plan: Plan, device: str | None) -> list[Mapping[str, Any]]:
+def _standing(plan: Plan) -> list[str]:
+    """The models that are there after some could not be made."""
+    return [name for name, step in plan.steps.items() if standing(step, plan)]
+
+
+def _measured(plan: Plan, device: str | None, names: Collection[str]) -> list[Mapping[str, Any]]:
     recipe: Recipe = plan.recipe
-    if not recipe.evaluate:
+    if not recipe.evaluate or not names:
         return []
     return importlib.import_module("graft.evaluate").evaluate(
-        {name: plan.folder(name) for name in plan.steps},
+        {name: plan.folder(name) for name in names},
         recipe.evaluate,
         data=recipe.data,
         root=recipe.root,

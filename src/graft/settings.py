@@ -22,7 +22,9 @@ from graft.errors import Problem, SettingsError, nearest
 class Settings(BaseModel):
     """Base of all settings: frozen, every key known, every value of its type."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     def plain(self) -> dict[str, Any]:
         """As JSON-ready values under the names people write (`from`, not `from_`), defaults included."""

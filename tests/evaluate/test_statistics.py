@@ -69,7 +69,7 @@ def test_scores_are_redrawn_alike():
     one, two, again = redrawn([first, second, first], 30, seed=0, draws=100)
     np.testing.assert_array_equal(one, again)
     np.testing.assert_array_equal(two, redrawn([second], 30, seed=0, draws=100)[0])
-    assert paired(one, two) == paired_bootstrap(first, second, 30, seed=0, draws=100)
+    assert paired(one, two, 30) == paired_bootstrap(first, second, 30, seed=0, draws=100)
 
 
 def test_equal_models_do_not_differ():
@@ -82,3 +82,10 @@ def test_mcnemar_is_the_binomial_test_on_what_only_one_got_right():
     second = np.array([0, 0, 0, 0, 1, 0, 1, 1], bool)
     assert mcnemar(first, second) == pytest.approx(binomtest(4, 5).pvalue)
     assert mcnemar(first, first) == 1.0
+
+
+@pytest.mark.parametrize("items", [2, 3, 6])
+def test_few_items_prove_little_however_far_apart_two_models_are(items):
+    """One model ahead on every item: no test of signs can give less than 2^(1 - items)."""
+    first, second = mean_of(np.ones(items)), mean_of(np.arange(items) + 5.0)
+    assert paired_bootstrap(first, second, items, seed=0)[2] == 2.0 ** (1 - items)

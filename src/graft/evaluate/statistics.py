@@ -28,7 +28,8 @@ def paired_bootstrap(
     """(low, high, p) of first - second, both on the same resampled items; of one item nothing is known."""
     if items < 2:
         return float("nan"), float("nan"), float("nan")
-    return paired(*redrawn([first, second], items, seed, draws=draws), confidence=confidence)
+    one, two = redrawn([first, second], items, seed, draws=draws)
+    return paired(one, two, items, confidence=confidence)
 
 
 def redrawn(scores: Sequence[Score], items: int, seed: int, *, draws: int = DRAWS) -> np.ndarray:
@@ -37,15 +38,19 @@ def redrawn(scores: Sequence[Score], items: int, seed: int, *, draws: int = DRAW
     return np.concatenate(blocks, axis=1)
 
 
-def paired(first: np.ndarray, second: np.ndarray, *, confidence: float = CONFIDENCE) -> tuple[float, float, float]:
+def paired(
+    first: np.ndarray, second: np.ndarray, items: int, *, confidence: float = CONFIDENCE
+) -> tuple[float, float, float]:
     """(low, high, p) of first - second, two scores `[draws]` on the same resampled items (Koehn 2004).
 
     p is two-sided: twice the share of draws in which the difference does not have the sign that it mostly has, with one
-    added to both counts so that it is never zero.
+    added to both counts so that it is never zero. It is never below 2^(1 - items), the least that a test which only
+    knows which of two models is ahead on each item could give: a bootstrap of a few items does not know what it lacks.
     """
     differences = first - second
     below, above = (differences <= 0).sum(), (differences >= 0).sum()
-    return *_ends(differences, confidence), float(min(1.0, 2 * (min(below, above) + 1) / (len(differences) + 1)))
+    p = max(2 * (min(below, above) + 1) / (len(differences) + 1), 2.0 ** (1 - items))
+    return *_ends(differences, confidence), float(min(1.0, p))
 
 
 def _ends(values: np.ndarray, confidence: float) -> tuple[float, float]:

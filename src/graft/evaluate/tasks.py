@@ -187,7 +187,12 @@ def _python(path: Path) -> tuple[Any, dict[str, Callable[[Record], Any]]]:
     if not isinstance(getattr(module, "task", None), dict):
         raise RequestError(f"{path}: expected a mapping `task` in the file, found none")
     names = ("prompt", "choices", "target")
-    return module.task, {name: getattr(module, name) for name in names if callable(getattr(module, name, None))}
+    # beside the mapping or in it
+    given = {name: getattr(module, name, None) for name in names} | {
+        k: v for k, v in module.task.items() if callable(v)
+    }
+    plain = {key: value for key, value in module.task.items() if not callable(value)}
+    return plain, {name: given[name] for name in names if callable(given[name])}
 
 
 def shots(task: Task, examples: Sequence[Record]) -> str:

@@ -26,6 +26,8 @@ from graft.lora import base_folder, is_lora
 
 VERSION = 3
 """Counted up when the same model and items give other numbers."""
+COMPARED = 2
+"""Counted up when the same scores are compared otherwise."""
 
 
 def evaluate(
@@ -181,7 +183,7 @@ def _pairs(results: Results, subject: Subject, of_metric: Sequence[Row], seed: i
     redrawn: dict[str, _Redrawn] | None = None
     rows = []
     for a, b in itertools.combinations(of_metric, 2):
-        key = key_of(first=a["key"], second=b["key"], kind="comparison")
+        key = key_of(first=a["key"], second=b["key"], kind="comparison", version=COMPARED)
         row = results.get(key)
         if row is None:
             redrawn = _redrawn(results, subject, of_metric, seed) if redrawn is None else redrawn
@@ -208,7 +210,7 @@ def _redrawn(results: Results, subject: Subject, rows: Sequence[Row], seed: int)
 def _compare(results: Results, a: Row, b: Row, first: _Redrawn, second: _Redrawn, key: str) -> Row:
     low = high = p = float("nan")
     if first.scores is not None and second.scores is not None:
-        low, high, p = statistics.paired(first.scores, second.scores)
+        low, high, p = statistics.paired(first.scores, second.scores, len(first.sums))
     test = "paired bootstrap"
     if first.metric.proportion:
         test, p = "McNemar, exact", statistics.mcnemar(first.sums[:, 0] > 0.5, second.sums[:, 0] > 0.5)

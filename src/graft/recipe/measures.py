@@ -60,6 +60,31 @@ def _check_fit(
         problems.note(path, wrong)
 
 
+def check_unseen(
+    sets: Mapping[str, DataSettings], nodes: Mapping[str, Node], measures: Measures, problems: Problems
+) -> None:
+    """No measure on a test or dev split that a node names to learn from: it would praise what was learned by heart."""
+    learned: dict[str, str] = {}
+    for name, node in nodes.items():
+        for reference in node.data:
+            learned |= dict.fromkeys(_split_parts(reference, sets), name)
+    for place, measure in measures.items():
+        for reference in measure.on if isinstance(measure, evaluate.OnData) else ():
+            if split_ref(reference)[1] == "test" and (seen := _split_parts(reference, sets) & learned.keys()):
+                part = min(seen)
+                problems.note(
+                    ("evaluate", place, "on"),
+                    f"{learned[part]} learns from {part}, so that nothing measured on it counts: let it learn from "
+                    "another split, or measure on another",
+                )
+
+
+def _split_parts(reference: str, sets: Mapping[str, DataSettings]) -> set[str]:
+    """`mixed.test` → the same split of all that it is mixed from, itself included."""
+    name, split = split_ref(reference)
+    return {f"{part}.{split}" for part in _all_parts(name, sets) or {name}}
+
+
 def check_architectures(measures: Measures, architectures: Mapping[str, str], problems: Problems) -> None:
     """A measure must fit the models that it is taken of (architectures by name)."""
     for place, measure in measures.items():

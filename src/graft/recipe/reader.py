@@ -11,7 +11,7 @@ from graft import data as data_room
 from graft import verbs
 from graft.data import DataSettings, split_ref
 from graft.errors import RecipeError, RequestError, nearest
-from graft.recipe.measures import Measures, check_architectures, check_formats, parts_of, read_measures
+from graft.recipe.measures import Measures, check_architectures, check_formats, check_unseen, parts_of, read_measures
 from graft.recipe.order import ordered
 from graft.recipe.problems import Problems, Where
 from graft.recipe.sections import Node, Outline, Recipe, readable
@@ -62,6 +62,7 @@ class _Reader:
         measures = read_measures(outline.evaluate, self.root, self.problems)
         self._names(outline, sets, nodes, measures)
         check_formats(sets, nodes, measures, self.root, self.problems)
+        check_unseen(sets, nodes, measures, self.problems)
         data_order = ordered("data", {name: parts_of(settings) for name, settings in sets.items()}, self.problems)
         order = ordered("models", {name: node.models for name, node in nodes.items()}, self.problems)
         recipe = Recipe(

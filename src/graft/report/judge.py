@@ -69,9 +69,11 @@ def places_for(halves: Sequence[float]) -> int:
 
 
 def half(row: Row) -> float | None:
-    """Half of the width of a score's interval, or None where there is none."""
-    low, high = row.get("low"), row.get("high")
-    return (high - low) / 2 if is_number(low) and is_number(high) else None
+    """How far a score's interval reaches to its longer side, or None where there is none."""
+    low, high, value = row.get("low"), row.get("high"), row.get("value")
+    if not (is_number(low) and is_number(high) and is_number(value)):
+        return None
+    return max(high - value, value - low)
 
 
 def best(run: Run, column: Column) -> str | None:
