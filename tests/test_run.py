@@ -137,6 +137,22 @@ def test_a_failed_node_leaves_the_others_made_and_says_what_hangs_on_it(family, 
     assert healed.made == ["left", "both"]
 
 
+def test_what_was_made_is_measured_and_reported_although_a_node_failed(family, tmp_path, monkeypatch):
+    _, folder, _ = family
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n')
+    recipe = write(tmp_path, "left: {grow: {", "left: {grow: {fails: true, ")
+    recipe.write_text(
+        recipe.read_text().rstrip()
+        + "\ndata:\n  d: {source: jsonl, path: d.jsonl}\nevaluate:\n  - {measure: bits_per_byte, on: [d.test]}\n"
+    )
+    asked = []
+    monkeypatch.setattr("graft.evaluate.evaluate", lambda models, *_, **__: asked.append(list(models)) or [])
+    with pytest.raises(NodesFailed):
+        run(recipe, folder)
+    assert asked == [["base", "right"]]
+    assert (folder / "report.html").is_file()
+
+
 def test_weights_that_were_changed_are_found_by_their_hash(family):
     recipe, folder, _ = family
     run(recipe, folder)
