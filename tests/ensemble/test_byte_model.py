@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from graft.ensemble.byte_level.byte_model import EXACT, ByteModel, Cover
 from graft.ensemble.byte_level.cover import Born, Told, chosen, fresh
-from graft.ensemble.byte_level.forest import Forest, Leaf, Reader
+from graft.ensemble.byte_level.forest import Forest, Reader
+from graft.ensemble.byte_level.leaf import Leaf
 from graft.ensemble.byte_level.scorer import score
 from graft.ensemble.byte_level.spelling import spelling_of
 from graft.ensemble.byte_level.trie import Trie

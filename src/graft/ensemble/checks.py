@@ -14,16 +14,26 @@ SHARED = ("least_risk", "linear", "log_linear", "majority", "ranked")
 """Rules under which a member's weight may be shared out among several."""
 
 
+def _unlike(name: str, first: str, models: Mapping[str, Facts]) -> str:
+    """Why the predictions of two members cannot be matched token by token."""
+    if lost := [model for model in (name, first) if models[model].vocabulary.startswith("none:")]:
+        return (
+            f"{' and '.join(lost)}: expected a tokenizer beside the weights, found none: whether tokens are the same "
+            "cannot be known; put its tokenizer.json into the folder"
+        )
+    return (
+        f"{name} and {first} have different vocabularies: their predictions cannot be matched token by token; "
+        "use `vocabulary: bytes`, or for a mixture `vocabulary: union`"
+    )
+
+
 def problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[str]:
     """What is wrong with an ensemble of these members, a sentence each."""
     found = []
     first = settings.names[0]
     for name in settings.names[1:]:
         if models[name].vocabulary != models[first].vocabulary and settings.vocabulary == "same":
-            found.append(
-                f"{name} and {first} have different vocabularies: their predictions cannot be matched token by token; "
-                "use `vocabulary: bytes`, or for a mixture `vocabulary: union`"
-            )
+            found.append(_unlike(name, first, models))
         if models[name].architecture != models[first].architecture and not _moved(settings, models):
             found.append(f"{name} is {_kind_of(models[name])} and {first} is {_kind_of(models[first])}")
     if models[first].architecture == "encoder":

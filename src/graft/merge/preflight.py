@@ -69,7 +69,7 @@ def problems(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[list
         # adapters are added up without a base; whether they stand on one is told by their shapes
         return ([] if settings.makes == "adapter" else [homeless(name) for name in lost]), []
     never = [
-        f"{name} has no weights of its own to average: {_whole(models[name])}, or make an {INSTEAD.removeprefix('an ')}"
+        f"{name} has no weights of its own to average: {_whole(models[name])}; {INSTEAD}"
         for name in settings.parents
         if not models[name].mergeable
     ]

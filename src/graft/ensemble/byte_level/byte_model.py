@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from graft.ensemble.byte_level.cover import Born, Hypothesis, State, Told, again, chosen, fresh, grown, state_of
-from graft.ensemble.byte_level.forest import UNREAD, Forest, Leaf, Reader
+from graft.ensemble.byte_level.forest import Forest, Reader
+from graft.ensemble.byte_level.leaf import UNREAD, Leaf
 from graft.ensemble.byte_level.spelling import spelling_of
 from graft.ensemble.configuration import context_of
 
