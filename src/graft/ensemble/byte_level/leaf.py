@@ -1,0 +1,49 @@
+"""Tokens in a tree of sequences: each stands behind the one before it."""
+
+from __future__ import annotations
+
+import weakref
+
+import numpy as np
+
+from graft.ensemble.byte_level.cover import Told
+
+UNREAD = np.zeros(0, np.int64)
+"""Columns of a token that was not read."""
+
+
+class Leaf:
+    """A token behind its `parent`, `depth` tokens from the start; `slots`: columns of the cache that it sees, its own
+    the last. `told`: what the model gives behind it, as long as somebody holds that; `true`: the log-probability of
+    the sequence, where it is known. `again`: the same, read with fewer tokens before it, where the model can read no
+    further. `twin`: of one that was not read, what it is when it has been.
+    """
+
+    __slots__ = ("__weakref__", "again", "depth", "parent", "slots", "token", "told", "true", "twin")
+
+    def __init__(self, parent: Leaf | None, token: int, slots: np.ndarray):
+        self.parent, self.token, self.slots = parent, token, slots
+        self.depth: int = 0 if parent is None else parent.depth + 1
+        self.told: weakref.ref[Told] | None = None
+        self.again: Leaf | None = None
+        self.true = -np.inf if parent is not None else 0.0
+        self.twin: tuple[Leaf, Told] | None = None
+
+    @property
+    def read(self) -> bool:
+        """Whether the model has read it."""
+        return self.slots is not UNREAD
+
+    @property
+    def now(self) -> Leaf:
+        """The leaf, or its twin."""
+        return self if self.twin is None else self.twin[0]
+
+    def path(self, most: int | None = None) -> list[int]:
+        """The tokens from the start (which is left out) to this one, or the last so many."""
+        tokens: list[int] = []
+        leaf = self
+        while leaf.parent is not None and (most is None or len(tokens) < most):
+            tokens.append(leaf.token)
+            leaf = leaf.parent
+        return tokens[::-1]
