@@ -7,7 +7,7 @@ estimates, and the runner runs them; nobody else needs to know which verbs there
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -128,6 +128,10 @@ class Verb(Generic[S]):
     def measured(self, settings: S) -> Mapping[str, Any]:
         """Data sets (with split) that models are only measured on, with the measure."""
         return {}
+
+    def shown(self, settings: S) -> Collection[str]:
+        """Data sets (with split) that are only looked at by people: nothing is learned from them or chosen by them."""
+        return ()
 
     def told(self, notes: Mapping[str, Any]) -> list[str]:
         """What people should read of a manifest's notes, a line each."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from graft.ensemble.settings import EnsembleSettings, FittedWeights
@@ -88,6 +88,10 @@ class Ensemble(Verb[EnsembleSettings]):
         size = sum(models[name].bytes * count for name, count in times.items())
         note = "all members in memory at once"
         return Estimate(parameters, size if settings.self_contained else 0, size, None, note)
+
+    def shown(self, settings: EnsembleSettings) -> Collection[str]:
+        fitted = getattr(settings.weights, "fit", None)
+        return [settings.show] if settings.show is not None and settings.show != fitted else []
 
     def run(self, job: Job) -> dict[str, Any]:
         from graft.ensemble.work import run

@@ -66,7 +66,7 @@ def check_unseen(
     """No measure on a test or dev split that a node names to learn from: it would praise what was learned by heart."""
     learned: dict[str, str] = {}
     for name, node in nodes.items():
-        for reference in node.data:
+        for reference in set(node.data) - set(node.verb.shown(node.settings)):
             learned |= dict.fromkeys(_split_parts(reference, sets), name)
     for place, measure in measures.items():
         for reference in measure.on if isinstance(measure, evaluate.OnData) else ():
