@@ -179,7 +179,7 @@ def _predictions(
     if words is None:
         return "with vocabulary handling", "one has no tokenizer.json: nothing says that their tokens are the same"
     if not words.same:
-        return "with vocabulary handling", f"an ensemble with `vocabulary: union`: {words}"
+        return "with vocabulary handling", f"an ensemble with `vocabulary: union` or `bytes`: {words}"
     return "yes", "an ensemble: their tokens are the same"
 
 
