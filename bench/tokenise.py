@@ -4,8 +4,8 @@
     python bench/tokenise.py --memory [--megabytes 1000] [--document file|paragraph|line]
 
 Theirs: reading the file, `encode_batch_fast` over all documents at once, lists of ids. Ours: reading the file, removing
-duplicates, splitting by hash, tokenising, and writing the memory-mapped stream to the disk. Every run is a process of its
-own; start-up is not counted.
+duplicates, splitting by hash, tokenising, and writing the memory-mapped stream to the disk. Every run is a process of
+its own; start-up is not counted.
 """
 
 from __future__ import annotations
