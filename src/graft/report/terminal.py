@@ -17,7 +17,7 @@ from graft.report.words import bytes_text, fixed, rate_text
 
 STYLES = {"▼": "bold red", "▽": "yellow", "▲": "green", "△": "dim green"}
 LEGEND = (
-    "± half of the 95 % interval · bold: best of its column · against the best parent: "
+    "± longer side of the 95 % interval · bold: best of its column · against the best parent: "
     "▲ better, ▼ worse (paired test, p < 0.05); △ ▽ within chance or not tested"
 )
 
