@@ -28,6 +28,8 @@ class LoadSettings(Settings):
 
 
 class Load(Verb[LoadSettings]):
+    """Copies a finished model into the family."""
+
     name = "load"
     summary = "Bring in a model that is there already: a folder in Hugging Face form, or a model on the hub."
 

@@ -152,7 +152,6 @@ def evaluate(
         data=sets,
         root=Path(root),
         out=where,
-        cache=where / "cache",
         seed=seed,
         device=device,
     )

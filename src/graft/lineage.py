@@ -218,12 +218,11 @@ def token_ids(folder: Path) -> dict[str, int] | None:
         return None
     try:
         raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: the tokenizer is damaged ({error})") from None
-    tokens = raw.get("model", {}).get("vocab", {})
-    pairs = tokens if isinstance(tokens, dict) else {entry[0]: place for place, entry in enumerate(tokens)}
-    added = {entry["content"]: entry["id"] for entry in raw.get("added_tokens", [])}
-    return {**pairs, **added}
+        tokens = raw.get("model", {}).get("vocab", {})
+        pairs = tokens if isinstance(tokens, dict) else {entry[0]: place for place, entry in enumerate(tokens)}
+        return {**pairs, **{entry["content"]: entry["id"] for entry in raw.get("added_tokens", [])}}
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"{path}: expected a tokenizer, found a damaged file ({error!r})") from None
 
 
 def hash_vocabulary(tokens: Mapping[str, int]) -> str:

@@ -146,15 +146,17 @@ def _factors(config: Mapping[str, Any], module: str, a: str, b: str, headers: He
         raise RequestError(
             f"{headers[a].file}: expected factors of a matrix, found {a} {list(shape_a)} and {b} {list(shape_b)}"
         )
-    alpha = _of_module(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
     rank = shape_a[0]
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return Factors(a, b, rank, float(scale), embedding or bool(config.get("fan_in_fan_out")))
+    return Factors(a, b, rank, scale_of(config, module, rank), embedding or bool(config.get("fan_in_fan_out")))
 
 
-def _of_module(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
-    """The value of the first pattern that the end of a module's path matches, as peft reads them."""
-    return next((v for pattern, v in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), otherwise)
+def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """What peft multiplies B·A by in this module: α / rank, or α / √rank (rsLoRA); α by the first pattern that the end
+    of the module's path matches."""
+    patterns = (config.get("alpha_pattern") or {}).items()
+    matching = (alpha for pattern, alpha in patterns if re.fullmatch(rf"(.*\.)?({pattern})", module))
+    alpha = next(matching, config.get("lora_alpha", 8))
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def new_rows(lora: Lora, base: Headers, tokens: int | None) -> int | None:

@@ -220,7 +220,6 @@ def _measured(plan: Plan, device: str | None, names: Collection[str]) -> list[Ma
         data=recipe.data,
         root=recipe.root,
         out=plan.places.folder,
-        cache=plan.places.cache,
         seed=recipe.seed,
         device=device,
     )

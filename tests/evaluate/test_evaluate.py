@@ -49,7 +49,7 @@ def sets(tmp_path):
 
 def run(folders, raw, sets, tmp_path, **more):
     out = tmp_path / "out"
-    return evaluate(folders, parse(raw), data=sets, root=tmp_path, out=out, cache=out / "cache", **more)
+    return evaluate(folders, parse(raw), data=sets, root=tmp_path, out=out, **more)
 
 
 def test_bits_per_byte_is_the_bits_of_all_documents_over_their_bytes(family, sets, tmp_path):

@@ -7,7 +7,6 @@ what the other wrote and gives the same logits.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from graft.adapters.point import Point
 from graft.adapters.stack import Adapters, adapters_of, adopt
 from graft.checkpoint import atomic_write, disk_errors, read_file_headers
 from graft.errors import CheckpointError, RequestError
+from graft.lora import scale_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,12 +120,6 @@ def _known(weights: Weights, endings: tuple[str, ...], folder: Path) -> None:
         )
 
 
-def _patterned(path: str, patterns: Mapping[str, Any] | None, otherwise: Any) -> Any:
-    """What peft takes for a module: the first pattern that the end of its path matches."""
-    matching = (value for key, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({key})", path))
-    return next(matching, otherwise)
-
-
 def _read_lora(model: Any, config: Mapping[str, Any], raw: Weights, folder: Path) -> Any:
     start = config.get("init_lora_weights")
     changed = isinstance(start, str) and start.split("_")[0] in ("pissa", "olora", "corda", "loftq")
@@ -138,9 +132,7 @@ def _read_lora(model: Any, config: Mapping[str, Any], raw: Weights, folder: Path
     groups: dict[tuple[int, float], list[str]] = {}
     for path, tensor in _modules(raw, ".lora_A.weight", folder).items():
         rank = tensor.shape[0]
-        alpha = _patterned(path, config.get("alpha_pattern"), config.get("lora_alpha", 8))
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        groups.setdefault((rank, scale), []).append(path)
+        groups.setdefault((rank, scale_of(config, path, rank)), []).append(path)
     points = [
         Point(form="linear", on=paths, composition="scaled", scale=scale, size=rank,
               directions=bool(config.get("use_dora")), dropout=float(config.get("lora_dropout") or 0.0))

@@ -43,3 +43,16 @@ def problems(config: Mapping[str, Any], points: Sequence[Point], *, fold: bool =
         return []
     wrong = unfoldable(model, stack) if fold else []
     return [f"the adapter does not fold: {wrong[0]}; say `fold: false`"] if wrong else []
+
+
+def trained(config: Mapping[str, Any], points: Sequence[Point]) -> int | None:
+    """How many numbers these points train in the model of this configuration; None where that cannot be tried."""
+    from graft.adapters.stack import adopt
+
+    model = skeleton(config)
+    if model is None:
+        return None
+    try:
+        return adopt(model, points).count("adapter")
+    except (RequestError, RuntimeError, NotImplementedError):
+        return None

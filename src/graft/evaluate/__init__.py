@@ -18,7 +18,6 @@ def evaluate(
     data: Mapping[str, Any],
     root: Path,
     out: Path,
-    cache: Path,
     seed: int = 0,
     device: str | None = None,
 ) -> list[dict[str, Any]]:
@@ -29,4 +28,4 @@ def evaluate(
     """
     from graft.evaluate.work import evaluate as work
 
-    return work(models, measures, data=data, root=root, out=out, cache=cache, seed=seed, device=device)
+    return work(models, measures, data=data, root=root, out=out, seed=seed, device=device)

@@ -37,7 +37,6 @@ def evaluate(
     data: Mapping[str, Any],
     root: Path,
     out: Path,
-    cache: Path,
     seed: int,
     device: str | None,
 ) -> list[Row]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from graft.checkpoint import TensorReader
-from graft.lineage import ADAPTED, Manifest, architecture_of, read_config, read_manifest
+from graft.lineage import ADAPTED, Manifest, architecture_of, read_config, read_manifest, token_ids
 from graft.merge.related import RELATED
-from graft.relate.vocabulary import Overlap, overlap, tokens
+from graft.relate.vocabulary import Overlap, overlap
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,7 +64,7 @@ def relate(a: Path | str, b: Path | str, *, seed: int = 0) -> Relation:
     Raises RequestError for a folder that holds no model and CheckpointError for a damaged one.
     """
     one, two = Path(a), Path(b)
-    first, second = tokens(one), tokens(two)
+    first, second = token_ids(one), token_ids(two)
     words = overlap(first, second) if first is not None and second is not None else None
     kind, evidence, correlation, p = _kinship(one, two, words, seed)
     weights = _weights(kind, correlation, _rows_differ(one, two, words))

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-
-from graft.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -30,17 +26,3 @@ class Overlap:
 def overlap(a: Mapping[str, int], b: Mapping[str, int]) -> Overlap:
     """Compare two mappings of token string to id."""
     return Overlap(len(a), len(b), len(a.keys() & b.keys()), a == b)
-
-
-def tokens(folder: Path) -> dict[str, int] | None:
-    """Token string → id, from `tokenizer.json`; None where there is none. Raises CheckpointError for a damaged one."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    try:
-        raw = json.loads(path.read_text())
-        listed = raw["model"].get("vocab", {})
-        own = listed if isinstance(listed, dict) else {entry[0]: place for place, entry in enumerate(listed)}
-        return {**own, **{entry["content"]: entry["id"] for entry in raw.get("added_tokens", [])}}
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{path}: expected a tokenizer, found a damaged file ({error!r})") from None

@@ -85,6 +85,24 @@ class Tune(Verb[TuneSettings]):
 
         return problems(start.config, chosen.points(chosen.Settings(**options)), fold=settings.fold)
 
+    def _trained(self, settings: TuneSettings, start: Facts) -> int | None:
+        """Numbers that an adapter trains; None where all weights are, or where it cannot be told yet."""
+        points = self._points(settings, start)
+        if not points:
+            return None
+        from graft.adapters.trial import trained
+
+        return trained(start.config, points)
+
+    @staticmethod
+    def _points(settings: TuneSettings, start: Facts) -> list[Point]:
+        """The adapter's points; none for other methods and for models whose configuration is not known yet."""
+        ((name, options),) = settings.method.items()
+        chosen = method("graft.tune", name)
+        if not hasattr(chosen, "points") or not start.config.get("architectures"):
+            return []
+        return list(chosen.points(chosen.Settings(**options)))
+
     def facts(self, settings: TuneSettings, models: Mapping[str, Facts], key: str) -> Facts:
         start = models[settings.from_]
         if "full" in settings.method:
@@ -97,7 +115,8 @@ class Tune(Verb[TuneSettings]):
 
         start = models[settings.from_]
         length = settings.length or min(int(start.config.get("max_position_embeddings", 512)), 1024)
-        return training_estimate(start.parameters, settings, length, Dimensions.of(start.config))
+        known = Dimensions.of(start.config)
+        return training_estimate(start.parameters, settings, length, known, self._trained(settings, start))
 
     def run(self, job: Job) -> dict[str, Any]:
         from graft.tune.work import run

@@ -7,30 +7,17 @@ from typing import Annotated
 
 from pydantic import Field
 
-from graft.adapters.point import Layers, Nonlinearity, Point
-from graft.settings import Settings as Base
+from graft.adapters.point import Point
+from graft.tune._points import Bottleneck, bottleneck
 
 
-class Settings(Base):
+class Settings(Bottleneck):
     """A bottleneck behind the feed-forward and an invertible adapter; a task's adapter is stacked on top of it."""
 
-    width: Annotated[int, Field(ge=1, description="Channels of the bottleneck.")] = 64
     coupling: Annotated[int, Field(ge=1, description="Channels of the invertible adapter's bottlenecks.")] = 32
-    nonlinearity: Annotated[Nonlinearity, Field(description="Between down and up.")] = "relu"
-    layers: Layers = None
 
 
 def points(settings: Settings) -> list[Point]:
     """The two points of the design space that these settings name."""
-    return [
-        Point(form="invertible", on=["embeddings"], size=settings.coupling, nonlinearity=settings.nonlinearity),
-        Point(
-            form="bottleneck",
-            insertion="after",
-            on=["feed_forward"],
-            layers=settings.layers,
-            size=settings.width,
-            nonlinearity=settings.nonlinearity,
-            biases=True,
-        ),
-    ]
+    undone = Point(form="invertible", on=["embeddings"], size=settings.coupling, nonlinearity=settings.nonlinearity)
+    return [undone, bottleneck(settings, "after", ["feed_forward"])]

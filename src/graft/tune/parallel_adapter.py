@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
-
-from graft.adapters.point import Layers, Nonlinearity, Point
-from graft.settings import Settings as Base
+from graft.adapters.point import Point
+from graft.tune._points import Bottleneck, Sublayers, bottleneck
 
 
-class Settings(Base):
+class Settings(Bottleneck):
     """h + up(f(down(x))), x being what the sublayer reads."""
 
-    width: Annotated[int, Field(ge=1, description="Channels of the bottleneck.")] = 64
-    on: Annotated[
-        list[str], Field(min_length=1, description="Sublayers: `attention`, `cross_attention`, `feed_forward`.")
-    ] = ["feed_forward"]
-    nonlinearity: Annotated[Nonlinearity, Field(description="Between down and up.")] = "relu"
-    dropout: Annotated[float, Field(ge=0, lt=1, description="Share of the bottleneck that is dropped in training.")] = (
-        0.0
-    )
-    layers: Layers = None
+    on: Sublayers = ["feed_forward"]
 
 
 def points(settings: Settings) -> list[Point]:
     """The point of the design space that these settings name."""
-    return [
-        Point(
-            form="bottleneck",
-            insertion="parallel",
-            on=settings.on,
-            layers=settings.layers,
-            size=settings.width,
-            nonlinearity=settings.nonlinearity,
-            biases=True,
-            dropout=settings.dropout,
-        )
-    ]
+    return [bottleneck(settings, "parallel", settings.on)]

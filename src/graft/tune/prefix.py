@@ -6,35 +6,16 @@ from typing import Annotated
 
 from pydantic import Field
 
-from graft.adapters.point import Layers, Point
-from graft.settings import Settings as Base
+from graft.adapters.point import Point
+from graft.tune._points import Keys, keys
 
 
-class Settings(Base):
+class Settings(Keys):
     """Attention sees so many learned keys, with learned values, before the text, in every block."""
 
-    length: Annotated[int, Field(ge=1, description="Learned keys in each attention.")] = 16
     cross: Annotated[bool, Field(description="In front of cross-attention as well.")] = False
-    gate: Annotated[
-        bool,
-        Field(
-            description="A gate for each head, zero at first: training starts from the model as it is. Without it as "
-            "published, from random keys."
-        ),
-    ] = True
-    layers: Layers = None
 
 
 def points(settings: Settings) -> list[Point]:
     """The point of the design space that these settings name."""
-    return [
-        Point(
-            form="softmax",
-            insertion="parallel",
-            on=["attention", "cross_attention"] if settings.cross else ["attention"],
-            layers=settings.layers,
-            size=settings.length,
-            gate=settings.gate,
-            shift=not settings.gate,
-        )
-    ]
+    return [keys(settings, ["attention", "cross_attention"] if settings.cross else ["attention"])]

@@ -2,44 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-from pydantic import Field
-
-from graft.adapters.point import Layers, Nonlinearity, Point
-from graft.settings import Settings as Base
+from graft.adapters.point import Point
+from graft.tune._points import Bottleneck, Scale, Sublayers, bottleneck
 
 
-class Settings(Base):
-    """h + s · up(f(down(x))), x being what the sublayer reads."""
+class Settings(Bottleneck):
+    """h + s · up(f(down(x))), x being what the sublayer reads; the paper's best s is 4."""
 
-    width: Annotated[int, Field(ge=1, description="Channels of the bottleneck.")] = 64
-    scale: Annotated[
-        float | Literal["learned"], Field(description="What the change is multiplied by; the paper's best is 4.")
-    ] = 4.0
-    on: Annotated[
-        list[str], Field(min_length=1, description="Sublayers: `attention`, `cross_attention`, `feed_forward`.")
-    ] = ["feed_forward"]
-    nonlinearity: Annotated[Nonlinearity, Field(description="Between down and up.")] = "relu"
-    dropout: Annotated[float, Field(ge=0, lt=1, description="Share of the bottleneck that is dropped in training.")] = (
-        0.0
-    )
-    layers: Layers = None
+    scale: Scale = 4.0
+    on: Sublayers = ["feed_forward"]
 
 
 def points(settings: Settings) -> list[Point]:
     """The point of the design space that these settings name."""
-    return [
-        Point(
-            form="bottleneck",
-            insertion="parallel",
-            on=settings.on,
-            layers=settings.layers,
-            composition="scaled",
-            scale=settings.scale,
-            size=settings.width,
-            nonlinearity=settings.nonlinearity,
-            biases=True,
-            dropout=settings.dropout,
-        )
-    ]
+    return [bottleneck(settings, "parallel", settings.on, composition="scaled", scale=settings.scale)]
