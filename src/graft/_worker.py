@@ -8,9 +8,11 @@ import sys
 import threading
 
 from graft.executors import attempt
+from graft.making import make
 
 
-def _stop_with_parent() -> None:
+def stop_with_parent() -> None:
+    """End this process when the one that started it is gone."""
     # nothing more is ever written to stdin: its end says that the process at the other side is gone
     sys.stdin.buffer.read()
     os._exit(1)
@@ -21,9 +23,9 @@ def main() -> None:
     answer = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     work = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    threading.Thread(target=stop_with_parent, daemon=True).start()
     try:
-        outcome = attempt(work)
+        outcome = attempt(lambda: make(work))
     except KeyboardInterrupt:
         os._exit(130)
     pickle.dump(outcome, answer)

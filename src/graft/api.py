@@ -99,11 +99,11 @@ def ensemble(out: Path | str, **settings: Any) -> Path:
     return _make("ensemble", out, settings)
 
 
-_CONDUCT = ("data_sets", "seed", "root", "force", "wait", "device", "hub")
+_CONDUCT = ("data_sets", "seed", "root", "force", "wait", "launch", "device", "hub")
 
 
 def _make(verb: str, out: Path | str, settings: dict[str, Any]) -> Path:
-    """`data_sets`, `seed`, `root`, `force`, `wait`, `device`, `hub` say how; all else are settings of the verb."""
+    """The names in `_CONDUCT` say how; all else are settings of the verb."""
     conduct = {name: settings.pop(name) for name in _CONDUCT if name in settings}
     conduct["data"] = conduct.pop("data_sets", {})
     return make_one(verb, out, {name.removesuffix("_"): _plain(v) for name, v in settings.items()}, **conduct)

@@ -26,6 +26,9 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout, and no progress.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; the accelerator where there is one.")]
+Launch = Annotated[
+    str | None, typer.Option(help="Train each model by several processes, such as 'torchrun --nproc-per-node 2'.")
+]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; runs/FAMILY if not given.")]
 Only = Annotated[list[str] | None, typer.Option(help="Only this model and what it needs; may be repeated.")]
 Force = Annotated[list[str] | None, typer.Option(help="Make this model anew; may be repeated.")]
@@ -103,6 +106,7 @@ def run(
     force: Force = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and do nothing.")] = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Models made side by side, if independent.")] = 1,
+    launch: Launch = None,
     wait: Wait = True,
     verify: Verify = False,
     device: Device = None,
@@ -117,8 +121,8 @@ def run(
     from graft.run import run as run_recipe
 
     done = run_recipe(
-        recipe, out, only=only or [], force=force or [], dry_run=dry_run, jobs=jobs, wait=wait, verify=verify,
-        device=device,
+        recipe, out, only=only or [], force=force or [], dry_run=dry_run, jobs=jobs, launch=launch, wait=wait,
+        verify=verify, device=device,
     )  # fmt: skip
     if dry_run:
         typer.echo(json.dumps(plain(done.plan))) if json_ else _print(render(done.plan))
@@ -279,6 +283,7 @@ def _add_verb(name: str, words: str) -> None:
             bool, typer.Option("--methods", help="Print the methods as a table and stop; with --from on that model.")
         ] = False,
         wait: Wait = True,
+        launch: Launch = None,
         device: Device = None,
         json_: Json = False,
     ) -> None:
@@ -295,7 +300,7 @@ def _add_verb(name: str, words: str) -> None:
         family = yaml_file(recipe) if recipe else {}
         made = make_one(
             name, out, written, data=family.get("data"), root=recipe.parent if recipe else ".", seed=seed, force=force,
-            wait=wait, device=device, hub=hub,
+            wait=wait, launch=launch, device=device, hub=hub,
         )  # fmt: skip
         if json_:
             typer.echo((made / "graft.json").read_text().strip())

@@ -1,18 +1,27 @@
-"""Where nodes are made: in this process, or in several beside each other. Another executor need only have `submit`."""
+"""Where nodes are made: in this process, in several beside each other, or each by several processes together.
+
+Another executor need only have what `Executor` has.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import pickle
+import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 import traceback
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, TypeVar
 
-from graft.errors import GraftError, RunError
+from graft import verbs
+from graft.errors import GraftError, RequestError, RunError
 from graft.lineage import Manifest
 from graft.making import Work, make
 
@@ -27,6 +36,7 @@ class Failure:
 
 
 Outcome = Manifest | Failure
+T = TypeVar("T")
 
 
 class Executor(Protocol):
@@ -49,7 +59,7 @@ class Here:
     def submit(self, work: Work) -> Future[Outcome]:
         """Make the node now."""
         done: Future[Outcome] = Future()
-        done.set_result(attempt(work))
+        done.set_result(attempt(lambda: make(work)))
         return done
 
     def close(self) -> None:
@@ -100,6 +110,52 @@ class Processes:
         self._pool.shutdown(wait=True)
 
 
+class Launched(Here):
+    """Makes one node at a time; what trains, in the processes that a launcher such as `torchrun` starts together."""
+
+    def __init__(self, command: str):
+        words = shlex.split(command) or [""]
+        found = shutil.which(words[0]) or shutil.which(words[0], path=str(Path(sys.executable).parent))
+        if found is None:
+            raise RequestError(
+                f"expected a launcher such as 'torchrun --nproc-per-node 2', found no program {words[0]!r}"
+            )
+        self._command = [found, *words[1:]]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def submit(self, work: Work) -> Future[Outcome]:
+        """Make the node now."""
+        if not verbs.verb(work.verb).together:
+            return super().submit(work)
+        done: Future[Outcome] = Future()
+        done.set_result(self._make(work))
+        return done
+
+    def _make(self, work: Work) -> Outcome:
+        with tempfile.TemporaryDirectory(prefix="graft-") as folder:
+            request, answer = Path(folder) / "work", Path(folder) / "outcome"
+            request.write_bytes(pickle.dumps(work))
+            # stdin stays open as long as this process lives: its end tells the others to stop
+            self._process = subprocess.Popen(
+                [*self._command, "-m", "graft._launched", str(request), str(answer)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+            code = self._process.wait()
+            left = [pickle.loads(path.read_bytes()) for path in sorted(Path(folder).glob("outcome.[0-9]*"))]
+        failures = [outcome for outcome in left if isinstance(outcome, Failure)]
+        made = [outcome for outcome in left if isinstance(outcome, Manifest)]
+        nothing = Failure(f"its processes ended early (exit status {code}); run again to go on", 1, "")
+        return (made or failures or [nothing])[0]
+
+    def close(self) -> None:
+        """Stop the processes and wait for their end."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait()
+
+
 def _threads(slots: int) -> dict[str, str]:
     """Each process's share of the cores, unless the user has set it."""
     if "OMP_NUM_THREADS" in os.environ:
@@ -108,10 +164,10 @@ def _threads(slots: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, cores // slots))}
 
 
-def attempt(work: Work) -> Outcome:
-    """The manifest of the node, or why there is none."""
+def attempt(make: Callable[[], T]) -> T | Failure:
+    """What `make` gives, or why it gives nothing."""
     try:
-        return make(work)
+        return make()
     except GraftError as error:
         return Failure(str(error), error.exit_code, traceback.format_exc())
     except Exception as error:  # noqa: BLE001  (whatever goes wrong in one node, the others go on and all is reported)

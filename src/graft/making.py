@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,7 +59,18 @@ class Work:
     """Start over, whatever an earlier run left."""
 
 
-def make(work: Work) -> Manifest:
+def run_verb(work: Work) -> Manifest:
+    """Do the verb's work and write the manifest beside what it made."""
+    job = job_of(work)
+    started = time.monotonic()
+    with disk_errors(work.work):
+        found = verbs.verb(work.verb).run(job)
+    manifest = _manifest(work, found, time.monotonic() - started)
+    write_manifest(job.out, manifest)
+    return manifest
+
+
+def make(work: Work, run: Callable[[Work], Manifest] = run_verb) -> Manifest:
     """Make the node and return its manifest. A second process that makes the same node waits for the first."""
     from filelock import FileLock
 
@@ -70,7 +81,7 @@ def make(work: Work) -> Manifest:
         _prepare(work)
         manifest = read_manifest(work.work / "out")
         if manifest is None:
-            manifest = _run(work)
+            manifest = run(work)
         with disk_errors(work.target):
             work.target.parent.mkdir(parents=True, exist_ok=True)
             replace_folder(work.work / "out", work.target)
@@ -91,18 +102,12 @@ def _prepare(work: Work) -> None:
         atomic_write(mark, work.key)
 
 
-def _run(work: Work) -> Manifest:
-    verb = verbs.verb(work.verb)
-    job = Job(
+def job_of(work: Work) -> Job:
+    """What the verb is given."""
+    return Job(
         work.name, work.settings, work.seed, work.work / "out", work.work / "scratch", work.cache, work.models,
         work.data, work.root, work.target, work.device,
     )  # fmt: skip
-    started = time.monotonic()
-    with disk_errors(work.work):
-        found = verb.run(job)
-    manifest = _manifest(work, found, time.monotonic() - started)
-    write_manifest(job.out, manifest)
-    return manifest
 
 
 def _manifest(work: Work, found: Mapping[str, Any], seconds: float) -> Manifest:

@@ -10,13 +10,12 @@ from graft import verbs
 from graft._load import LoadSettings, fetched
 from graft.data import split_ref
 from graft.errors import DataError, RequestError
-from graft.executors import Here
 from graft.lineage import read_manifest
 from graft.models import check_device
 from graft.plan import make_plan
 from graft.plan.places import beside
 from graft.recipe import Recipe, build_recipe
-from graft.run import execute, locked
+from graft.run import execute, executor_for, locked
 from graft.settings import references
 from graft.yaml_lines import Document, read_yaml
 
@@ -45,6 +44,7 @@ def make_one(
     root: Path | str = ".",
     force: bool = False,
     wait: bool = True,
+    launch: str | None = None,
     device: str | None = None,
     hub: bool = False,
 ) -> Path:
@@ -55,6 +55,7 @@ def make_one(
     RequestError for what is wrong with the request and RunError for what goes wrong while it runs.
     """
     check_device(device)
+    executor = executor_for(launch=launch)
     target = Path(out)
     recipe = one_node(
         verb, target.name, settings, data=data or {}, seed=seed, root=Path(root), hub=hub, begin=not target.exists()
@@ -69,7 +70,7 @@ def make_one(
                 f"{target} holds a model that was made otherwise (other settings, data or parents): choose another "
                 "folder, or say --force to replace it"
             )
-        execute(plan, Here(), device=device)
+        execute(plan, executor, device=device)
     return target
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from graft.checkpoint import atomic_write, disk_errors
 from graft.errors import CheckpointError, Locked, RequestError, RunError
-from graft.executors import Executor, Failure, Here, Outcome, Processes
+from graft.executors import Executor, Failure, Here, Launched, Outcome, Processes
 from graft.making import Work
 from graft.models import check_device
 from graft.plan import Places, Plan, Step, make_plan, standing
@@ -54,6 +54,7 @@ def run(
     force: Collection[str] = (),
     dry_run: bool = False,
     jobs: int = 1,
+    launch: str | None = None,
     wait: bool = True,
     verify: bool = False,
     device: str | None = None,
@@ -61,11 +62,13 @@ def run(
 ) -> RunResult:
     """Run a recipe into `out` (`runs/<family>` if not given) and return what was done.
 
-    `only`: these nodes and what they need. `force`: these are made anew. `jobs`: nodes side by side. `wait`: wait for
-    another run on the same folder rather than refuse. `verify`: hash the weights of everything that is there already.
+    `only`: these nodes and what they need. `force`: these are made anew. `jobs`: nodes side by side. `launch`: the
+    command that starts several processes to train one model together, such as `torchrun --nproc-per-node 2`. `wait`:
+    wait for another run on the same folder rather than refuse. `verify`: hash the weights of everything that is there.
     Raises RequestError for what is wrong with the request, NodesFailed where a node could not be made.
     """
     check_device(device)
+    executor = executor or executor_for(jobs, launch)
     family = read_recipe(recipe)
     places = Places(Path(out) if out is not None else Path("runs") / family.family)
     if dry_run:
@@ -74,7 +77,7 @@ def run(
         plan = make_plan(family, places, only=only, force=force, verify=verify)
         atomic_write(places.folder / "recipe.yaml", family.text)
         try:
-            made, cached = execute(plan, executor or executor_for(jobs), device=device)
+            made, cached = execute(plan, executor, device=device)
         except NodesFailed:
             # what was made is measured all the same: the failure is told when that is done
             _measured(plan, device, _standing(plan))
@@ -85,10 +88,16 @@ def run(
     return RunResult(places.folder, plan, made, cached, rows, report)
 
 
-def executor_for(jobs: int) -> Executor:
-    """The executor for `jobs` nodes side by side. Raises RequestError for fewer than one."""
+def executor_for(jobs: int = 1, launch: str | None = None) -> Executor:
+    """The executor for `jobs` nodes side by side, or each by what `launch` starts. Raises RequestError for misfits."""
     if jobs < 1:
         raise RequestError(f"expected at least one job at a time, found {jobs}")
+    if launch is not None and jobs > 1:
+        raise RequestError(
+            "expected several models side by side (jobs) or several processes a model (launch), found both"
+        )
+    if launch is not None:
+        return Launched(launch)
     return Here() if jobs == 1 else Processes(jobs)
 
 
@@ -99,8 +108,8 @@ def locked(places: Places, *, wait: bool) -> Iterator[None]:
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RequestError(
-            "expected one process, found several (torchrun): a run is one process, which may start others with --jobs; "
-            "the training loop, graft.train.loop.train, works under torchrun in a script of your own"
+            "expected one process, found several (torchrun): a run is one process, which starts the others itself; say "
+            "--launch 'torchrun --nproc-per-node 2'"
         )
     with disk_errors(places.folder):
         try:

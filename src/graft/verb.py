@@ -87,6 +87,8 @@ class Verb(Generic[S]):
     """One line for help texts and the recipe reference."""
     version: ClassVar[int] = 1
     """Counted up when the same settings give other weights: cached nodes are then made anew."""
+    together: ClassVar[bool] = False
+    """Whether `run` may be called in several processes at once, started together by a launcher, to share the work."""
     stands_for: ClassVar[str] = "model"
     reads: ClassVar[frozenset[str]] = frozenset({"safetensors", "adapter"})
     """How the weights of the models it is made from may be stored."""

@@ -22,6 +22,7 @@ class Pretrain(Verb[PretrainSettings]):
 
     name = "pretrain"
     summary = "Train a model from scratch on a data set."
+    together = True
 
     def types(self) -> Mapping[str, type[Settings]]:
         return {"pretrain": PretrainSettings}
@@ -88,10 +89,7 @@ class Pretrain(Verb[PretrainSettings]):
         else:
             vocabulary = f"of:{key}"
         parameters = self._parameters(settings, models)
-        config = {
-            "vocab_size": self._vocabulary_size(settings, models),
-            "max_position_embeddings": settings.length,
-        }
+        config = self._config(settings, models)
         return Facts(settings.architecture, f"of:{key}", vocabulary, parameters, 4 * parameters, config)
 
     def estimate(self, settings: PretrainSettings, models: Mapping[str, Facts]) -> Estimate:
@@ -123,6 +121,19 @@ class Pretrain(Verb[PretrainSettings]):
         vocabulary = self._vocabulary_size(settings, models)
         shape = shape_of(settings, vocabulary)
         return estimate_parameters(settings.architecture, positions, *shape, vocabulary, settings.length)
+
+    def _config(self, settings: PretrainSettings, models: Mapping[str, Facts]) -> dict[str, Any]:
+        """The configuration; of the ids of special tokens, those of a new tokenizer or of the other model's."""
+        from graft.pretrain.architectures import Shape, planned_config, positions_for, shape_of
+
+        vocabulary = self._vocabulary_size(settings, models)
+        positions = positions_for(settings.architecture, settings.positions)
+        ids = {"pad": 0, "bos": 1, "eos": 2}
+        if isinstance(settings.tokenizer, TokenizerOf):
+            said = models[settings.tokenizer.of].config
+            ids = {word: said.get(f"{word}_token_id") or place for word, place in ids.items()}
+        shape = Shape(*shape_of(settings, vocabulary), vocabulary, settings.length, settings.dropout, ids)
+        return planned_config(settings.architecture, positions, shape)
 
     def _dimensions(self, settings: PretrainSettings, models: Mapping[str, Facts]) -> Dimensions:
         from graft.pretrain.architectures import positions_for, shape_of, units_of

@@ -51,7 +51,7 @@ def _llama(s: Shape) -> dict[str, Any]:
 def _gpt2(s: Shape) -> dict[str, Any]:
     return {
         "n_embd": s.hidden, "n_layer": s.layers, "n_head": s.heads, "n_positions": s.length, "n_inner": 4 * s.hidden,
-        "resid_pdrop": s.dropout, "embd_pdrop": s.dropout, "attn_pdrop": s.dropout,
+        "resid_pdrop": s.dropout, "embd_pdrop": s.dropout, "attn_pdrop": s.dropout, "activation_function": "gelu_new",
     }  # fmt: skip
 
 
@@ -90,6 +90,7 @@ def _t5(s: Shape) -> dict[str, Any]:
     return {
         "d_model": s.hidden, "d_kv": s.hidden // s.heads, "d_ff": _gated(s.hidden), "num_layers": s.layers,
         "num_heads": s.heads, "dropout_rate": s.dropout, "feed_forward_proj": "gated-gelu", "n_positions": s.length,
+        "dense_act_fn": "gelu_new",
     }  # fmt: skip
 
 
@@ -106,17 +107,18 @@ def _gated(hidden: int) -> int:
     return -(-8 * hidden // 3 // 16) * 16
 
 
-TABLE: dict[tuple[str, str], tuple[str, Callable[[Shape], dict[str, Any]]]] = {
-    ("decoder", "rotary"): ("LlamaForCausalLM", _llama),
-    ("decoder", "learned"): ("GPT2LMHeadModel", _gpt2),
-    ("decoder", "sinusoidal"): ("XGLMForCausalLM", _xglm),
-    ("decoder", "alibi"): ("MptForCausalLM", _mpt),
-    ("encoder", "rotary"): ("ModernBertForMaskedLM", _modernbert),
-    ("encoder", "learned"): ("BertForMaskedLM", _bert),
-    ("encoder-decoder", "relative"): ("T5ForConditionalGeneration", _t5),
-    ("encoder-decoder", "learned"): ("BartForConditionalGeneration", _bart),
-    ("encoder-decoder", "sinusoidal"): ("MarianMTModel", _bart),
+TABLE: dict[tuple[str, str], tuple[str, str, Callable[[Shape], dict[str, Any]]]] = {
+    ("decoder", "rotary"): ("LlamaForCausalLM", "llama", _llama),
+    ("decoder", "learned"): ("GPT2LMHeadModel", "gpt2", _gpt2),
+    ("decoder", "sinusoidal"): ("XGLMForCausalLM", "xglm", _xglm),
+    ("decoder", "alibi"): ("MptForCausalLM", "mpt", _mpt),
+    ("encoder", "rotary"): ("ModernBertForMaskedLM", "modernbert", _modernbert),
+    ("encoder", "learned"): ("BertForMaskedLM", "bert", _bert),
+    ("encoder-decoder", "relative"): ("T5ForConditionalGeneration", "t5", _t5),
+    ("encoder-decoder", "learned"): ("BartForConditionalGeneration", "bart", _bart),
+    ("encoder-decoder", "sinusoidal"): ("MarianMTModel", "marian", _bart),
 }
+"""(architecture, positions) → class, `model_type`, and what makes the rest of the configuration of a shape."""
 DEFAULT_POSITIONS = {"decoder": "rotary", "encoder": "rotary", "encoder-decoder": "relative"}
 
 
@@ -133,17 +135,24 @@ def config_for(architecture: str, positions: str, shape: Shape) -> PretrainedCon
     """The configuration, complete with vocabulary, special tokens and the name of its class."""
     import transformers
 
-    name, build = TABLE[architecture, positions]
-    cls = getattr(transformers, name)
-    ids = {f"{kind}_token_id": shape.ids.get(kind) for kind in ("bos", "eos", "pad")}
-    if architecture == "encoder-decoder":
-        ids["decoder_start_token_id"] = shape.ids["pad"]
-        ids["forced_eos_token_id"] = None
-    if name == "ModernBertForMaskedLM":
-        ids |= {"cls_token_id": shape.ids.get("bos"), "sep_token_id": shape.ids.get("eos")}
-    config = cls.config_class(vocab_size=shape.vocabulary, **build(shape), **ids)
+    name = TABLE[architecture, positions][0]
+    said = planned_config(architecture, positions, shape)
+    config = getattr(transformers, name).config_class(
+        **{key: value for key, value in said.items() if key not in ("architectures", "model_type")}
+    )
     config.architectures = [name]
     return config
+
+
+def planned_config(architecture: str, positions: str, shape: Shape) -> dict[str, Any]:
+    """What `config.json` will say of the model's class and sizes, with the ids of special tokens in `shape`. Light."""
+    name, kind, build = TABLE[architecture, positions]
+    ids = {f"{word}_token_id": shape.ids.get(word) for word in ("bos", "eos", "pad")}
+    if architecture == "encoder-decoder":
+        ids |= {"decoder_start_token_id": shape.ids["pad"], "forced_eos_token_id": None}
+    if name == "ModernBertForMaskedLM":
+        ids |= {"cls_token_id": shape.ids.get("bos"), "sep_token_id": shape.ids.get("eos")}
+    return {"architectures": [name], "model_type": kind, "vocab_size": shape.vocabulary, **build(shape), **ids}
 
 
 def build(config: PretrainedConfig) -> PreTrainedModel:

@@ -23,13 +23,15 @@ def run(job: Job) -> dict[str, Any]:
     import torch
 
     from graft.train.on_text import train_on_text
+    from graft.train.place import main_first
 
     settings = job.settings
     assert isinstance(settings, PretrainSettings)
     name, split = data.split_ref(settings.data)
     corpus = data.open_corpus(job.data, name, job.root)
     objective = objective_for(settings.architecture, settings.objective)
-    tokenizer = find_tokenizer(settings, job, corpus, sentinels=isinstance(objective, Span))
+    with main_first():
+        tokenizer = find_tokenizer(settings, job, corpus, sentinels=isinstance(objective, Span))
     torch.manual_seed(job.seed)
     model = build(model_config(settings, tokenizer))
     return train_on_text(job, model, tokenizer, corpus, split, objective, settings.length)

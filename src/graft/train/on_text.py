@@ -13,6 +13,7 @@ from graft.settings import Settings
 from graft.train.attention import keeps_apart
 from graft.train.loop import Save, train
 from graft.train.losses import TokenLoss
+from graft.train.place import main_first
 from graft.train.settings import TrainSettings
 from graft.verb import Job
 
@@ -51,10 +52,11 @@ def train_on_text(
         )  # fmt: skip
 
     write = save or (lambda trained, folder: models.save(trained, tokenizer, folder))
+    with main_first():
+        learned, dev = rows(split, bootstrap), rows("dev") if _has_dev(corpus) else None
     result = train(
-        model, rows(split, bootstrap), TokenLoss(), job.settings, job.out, scratch=job.scratch, seed=job.seed,
-        dev=rows("dev") if _has_dev(corpus) else None, device=job.device,
-        save=write,
+        model, learned, TokenLoss(), job.settings, job.out, scratch=job.scratch, seed=job.seed, dev=dev,
+        device=job.device, save=write,
     )  # fmt: skip
     write(model, job.out)
     notes = {}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +62,18 @@ class Place:
     def wait(self) -> None:
         """Until every process is here."""
         self.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Where there are several processes, the others go in when the first is through: they find what it left in caches.
+
+    An error in the first one ends it, and the launcher ends the others.
+    """
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if several else 0
+    if several and rank:
+        torch.distributed.barrier()
+    yield
+    if several and not rank:
+        torch.distributed.barrier()

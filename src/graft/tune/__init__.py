@@ -22,6 +22,7 @@ class Tune(Verb[TuneSettings]):
 
     name = "tune"
     summary = "Train a model further on a data set."
+    together = True
 
     def types(self) -> Mapping[str, type[Settings]]:
         return {

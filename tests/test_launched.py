@@ -1,0 +1,75 @@
+"""Models that several processes train together (`--launch`), on loopback, beside the same models made by one."""
+
+import shlex
+import socket
+
+import pytest
+import torch
+
+import graft
+from graft.errors import RequestError
+from graft.lineage import read_manifest
+from graft.run import NodesFailed
+
+RECIPE = """
+family: f
+data: {code: {source: python-library, packages: [json, email], keep: code, pieces: 500, splits: {dev: 0.1}}}
+models:
+  base:
+    pretrain: {data: code, size: 80k, length: 64, tokenizer: {size: 384}, budget: 6k tokens, batch_size: 8,
+               keep: {last: 1}}
+  adapted: {tune: {from: base, data: code, method: {lora: {rank: 2}}, length: 64, budget: 2k tokens, batch_size: 8}}
+  duo: {ensemble: {members: [base, adapted]}}
+"""
+
+
+def launcher(count=2):
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        port = opened.getsockname()[1]
+    return f"torchrun --nproc-per-node {count} --master-addr 127.0.0.1 --master-port {port}"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "family.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_two_processes_make_what_one_makes(recipe, tmp_path):
+    one = graft.run(recipe, tmp_path / "one", device="cpu")
+    two = graft.run(recipe, tmp_path / "two", device="cpu", launch=launcher())
+    assert one.made == two.made == ["base", "adapted", "duo"]
+    ids = torch.arange(3, 40)[None]
+    for name in one.made:
+        a, b = (read_manifest(done.folder / "models" / name) for done in (one, two))
+        assert abs(a.metrics.get("dev_loss", 0) - b.metrics.get("dev_loss", 0)) < 1e-4
+        assert a.parameters == b.parameters
+        x, y = (graft.load(done.folder / "models" / name)(ids).logits for done in (one, two))
+        torch.testing.assert_close(x, y, atol=1e-3, rtol=1e-3)
+    assert [p.name for p in (two.folder / "models/base/checkpoints").iterdir()] == [
+        p.name for p in (one.folder / "models/base/checkpoints").iterdir()
+    ]
+    assert not list((two.folder / "work").glob("*/"))
+    again = graft.run(recipe, tmp_path / "two", device="cpu", launch=launcher())
+    assert again.made == []
+
+
+def test_what_goes_wrong_in_the_processes_is_said(recipe, tmp_path):
+    recipe.write_text(RECIPE.replace("batch_size: 8,", "batch_size: 3,"))
+    with pytest.raises(NodesFailed, match="expected batch_size to be a multiple of accumulate times processes"):
+        graft.run(recipe, tmp_path / "run", device="cpu", launch=launcher())
+
+
+def test_a_launcher_that_dies_is_said(recipe, tmp_path):
+    with pytest.raises(NodesFailed, match="base: its processes ended early"):
+        graft.run(recipe, tmp_path / "run", only=["base"], launch=shlex.join(["false"]))
+
+
+def test_a_launcher_that_is_not_there_is_found_before_work(recipe, tmp_path):
+    with pytest.raises(RequestError, match="found no program 'torchrum'"):
+        graft.run(recipe, tmp_path / "run", launch="torchrum --nproc-per-node 2")
+    with pytest.raises(RequestError, match="found both"):
+        graft.run(recipe, tmp_path / "run", launch="torchrun", jobs=2)
+    assert not (tmp_path / "run").exists()
