@@ -57,14 +57,15 @@ def family(root: Path, count=3, **config):
     return {name: save(made, root / name) for name, made in named.items()}
 
 
-def merge(settings, folders, out, seed=0):
+def merge(settings, folders, out, seed=0, device=None):
     """Run the verb; (tensors of the output, what it returned)."""
     parsed = graft.merge.VERB.parse(settings)
     scratch = out.parent / f"{out.name}.scratch"
     for folder in (out, scratch):
         folder.mkdir(parents=True, exist_ok=True)
     named = [name for kind, name, _ in references(parsed) if kind == "model"]
-    found = graft.merge.VERB.run(Job(out.name, parsed, seed, out, scratch, scratch, {n: folders[n] for n in named}, {}))
+    models = {n: folders[n] for n in named}
+    found = graft.merge.VERB.run(Job(out.name, parsed, seed, out, scratch, scratch, models, {}, device=device))
     return tensors(out), found
 
 

@@ -13,7 +13,13 @@ from graft.merge.preflight import Layout
 from graft.merge.stream import Workers
 
 
-def streamed(settings, parents, root: Path, seed=0, threads=2, dtype="F32"):
+class Far(Workers):
+    """Treats the processor as an accelerator: what is read is brought there, combined there and brought back."""
+
+    near = False
+
+
+def streamed(settings, parents, root: Path, seed=0, threads=2, dtype="F32", pool=Workers, device="cpu"):
     """`parents`: model → {name: tensor}. Returns the merged tensors by name."""
     parsed = graft.merge.VERB.parse(settings)
     readers = {}
@@ -32,7 +38,7 @@ def streamed(settings, parents, root: Path, seed=0, threads=2, dtype="F32"):
     out.mkdir(exist_ok=True)
     (root / "journal").unlink(missing_ok=True)
     writer = TensorWriter(out, plan.tensors)
-    with Workers(threads) as workers, Journal(root / "journal", {}, out) as journal:
+    with pool(threads, device) as workers, Journal(root / "journal", {}, out) as journal:
         stream(parsed, seed, plan, readers, writer, journal, workers)
     writer.close()
     for reader in readers.values():

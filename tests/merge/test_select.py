@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from streaming import Far
 
 from graft.merge import _select
 from graft.merge._select import largest
@@ -49,9 +50,9 @@ def by_sorting(values, count):
     return made
 
 
-@pytest.fixture(scope="module")
-def workers():
-    with Workers(2) as pool:
+@pytest.fixture(scope="module", params=[Workers, Far])
+def workers(request):
+    with request.param(2) as pool:
         yield pool
 
 
@@ -95,7 +96,9 @@ def test_over_several_tensors_the_first_ties_win(workers, difficulty):
 @settings(max_examples=60, deadline=None)
 def test_any_values_and_any_count(values, data):
     count = data.draw(st.integers(0, len(values)))
-    serial = SimpleNamespace(map=lambda function, items: [function(item) for item in items])
+    serial = SimpleNamespace(
+        map=lambda function, items: [function(item) for item in items], near=data.draw(st.booleans())
+    )
     (mask,) = chosen([Held(values, serial)], [count])
     np.testing.assert_array_equal(mask, by_sorting(values, count))
 

@@ -28,7 +28,7 @@ def dropped(tensors: Tensors, densities: Sequence[float], rescale: str) -> Spars
         if share >= 1:
             return torch.ones_like(delta)
         drawn = uniform(tensors.seed, tensors.name, tensors.models[model].model, start, len(delta))
-        mask = torch.from_numpy((drawn < np.uint32(round(share * 2**32))).astype(np.float32))
+        mask = torch.from_numpy(drawn < np.uint32(round(share * 2**32))).to(delta)
         return mask.div_(share) if rescale == "probability" else mask
 
     return _masked(tensors, factors, rescale)
@@ -48,10 +48,10 @@ def dropped_by_rank(tensors: Tensors, densities: Sequence[float], epsilons: Sequ
             return torch.ones_like(delta)
         rows = delta.view(-1, tensors.row)
         drawn = uniform(tensors.seed, tensors.name, tensors.models[model].model, start, len(delta))
-        mask = torch.from_numpy((drawn.reshape(rows.shape) < ranks[model].limits).astype(np.float32))
+        mask = torch.from_numpy(drawn.reshape(rows.shape) < ranks[model].limits).to(delta)
         if rescale == "probability":
-            mask.mul_(ranks[model].inverses)
-        return torch.empty_like(rows).scatter_(1, _order(rows), mask).view(-1)
+            mask.mul_(ranks[model].inverses.to(delta.device))
+        return torch.empty_like(rows).scatter_(1, _order(rows, tensors.workers.near), mask).view(-1)
 
     return _masked(tensors, factors, rescale)
 
@@ -73,8 +73,10 @@ class _Ranks:
         return cls(limits, torch.from_numpy((1 / shares).astype(np.float32)))
 
 
-def _order(rows: Tensor) -> Tensor:
+def _order(rows: Tensor, near: bool) -> Tensor:
     """[rows, columns] int64: the columns of every row by growing magnitude, equal ones by place."""
+    if not near:
+        return rows.abs().sort(dim=1, stable=True).indices
     # the bits of a positive float order like the float: with the column below them one sort of whole numbers does it
     packed = (rows.abs().view(torch.int32).to(torch.int64) << 32).add_(torch.arange(rows.shape[1]))
     return torch.from_numpy(np.sort(packed.numpy(), axis=1) & 0xFFFFFFFF)

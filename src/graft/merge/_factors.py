@@ -10,7 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pair:
-    """`b` [out, r] times `a` [r, in], float32, and the error of the product relative to what it stands for."""
+    """`b` [out, r] times `a` [r, in], float32, and the error of the product relative to what it stands for.
+
+    Both lie in this machine's memory, wherever they were worked out.
+    """
 
     a: Tensor
     b: Tensor
@@ -57,7 +60,7 @@ def _cut(u: Tensor, s: Tensor, vh: Tensor, whole: float, rank: int | None, energ
     kept = count(s, rank, energy)
     root = s[:kept].sqrt()
     error = max(1 - float(s[:kept].square().sum()) / whole, 0.0) ** 0.5 if whole > 0 else 0.0
-    return Pair((root[:, None] * vh[:kept]).float(), (u[:, :kept] * root).float(), error)
+    return Pair((root[:, None] * vh[:kept]).float().cpu(), (u[:, :kept] * root).float().cpu(), error)
 
 
 def count(singular: Tensor, rank: int | None, energy: float | None) -> int:

@@ -84,7 +84,7 @@ def localized(
     scores = {}
     for parameter, cut in start.items():
         delta = composed.delta(parameter, name)
-        inside = torch.from_numpy(cut.keep(delta.abs().flatten().cpu(), 0)).view(delta.shape).to(delta.device)
+        inside = cut.keep(delta.abs().flatten(), 0).view(delta.shape)
         scores[parameter] = (inside.float() * 2 - 1).mul_(settings.bias)
 
     def descend(parameter: str, gradient: Tensor) -> None:

@@ -17,6 +17,11 @@ class SubspaceSettings(DeltaSettings):
 
     scale: Annotated[Number, Field(description="Factor of the combined task vector, λ in the papers.")] = 1.0
 
+    @property
+    def in_float64(self) -> bool:
+        """Decompositions."""
+        return True
+
     def cost(self, model: Facts) -> tuple[int, float, str]:
         """(bytes held beside the stream, seconds beside it, what that rests on) for models like this one."""
         wide = int(model.config.get("hidden_size", model.config.get("n_embd", 0)))
@@ -54,6 +59,11 @@ class OnData(MergeSettings):
         if self.length is not None and self.tokens < self.length:
             raise ValueError(f"expected at least {self.length} tokens, one row, found {self.tokens}")
         return self
+
+    @property
+    def in_float64(self) -> bool:
+        """Sums over a model's statistics, and regressions."""
+        return self.on is not None
 
     def passes(self, model: Facts) -> float:
         """Tokens that are read forward and backward, over all models; a forward pass counts a third."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,15 +34,14 @@ class Cut:
     value: float
     last: float = math.inf
 
-    def keep(self, values: Tensor, start: int) -> np.ndarray:
-        """Bool array: which of these values, the first of them element `start`, belong to the largest."""
-        found = values.numpy()
-        if self.last >= start + len(found) - 1:
-            return found >= self.value
+    def keep(self, values: Tensor, start: int) -> Tensor:
+        """Bool: which of these values, the first of them element `start`, belong to the largest."""
+        if self.last >= start + len(values) - 1:
+            return values >= self.value
         if self.last < start:
-            return found > self.value
+            return values > self.value
         split = int(self.last) - start + 1
-        return np.concatenate([found[:split] >= self.value, found[split:] > self.value])
+        return torch.cat([values[:split] >= self.value, values[split:] > self.value])
 
     def shrink(self, values: Tensor, start: int) -> Tensor:
         """`values` with zeros where the magnitude is not among the largest."""
@@ -108,7 +108,7 @@ def _guess(tensors: Sequence[Tensors], values: Values, counts: Sequence[int], wh
         return {stream: _Bracket(0.0, math.inf) for stream in range(len(counts))}
 
     def some(item: tuple[Tensors, tuple[int, int]]) -> list[np.ndarray]:
-        return [found.numpy()[::EVERY].copy() for found in values(item[0].read(*item[1]))]
+        return [_array(found[::EVERY]).copy() for found in values(item[0].read(*item[1]))]
 
     parts = tensors[0].workers.map(some, items[SAMPLES // 2 :: len(items) // SAMPLES])
     brackets = {}
@@ -132,21 +132,29 @@ def _pass(items: Sequence, values: Values, brackets: dict[int, _Bracket]) -> lis
     def count(item: tuple[Tensors, tuple[int, int]]) -> dict[int, _Counted]:
         tensor, span = item
         streams = values(tensor.read(*span))
-        return {stream: _seen(streams[stream].numpy(), bracket, keep) for stream, bracket in brackets.items()}
+        return {stream: _seen(streams[stream], bracket, keep, workers.near) for stream, bracket in brackets.items()}
 
     return workers.map(count, items)
 
 
-def _seen(found: np.ndarray, bracket: _Bracket, keep: int) -> _Counted:
+def _seen(values: Tensor, bracket: _Bracket, keep: int, near: bool) -> _Counted:
+    # numpy is the faster of the two on a processor; the operators are the same
+    found: Any = values.numpy() if near else values
+    count: Callable[[Any], Any] = np.count_nonzero if near else torch.count_nonzero
     not_above = found <= bracket.high
-    above = len(found) - int(np.count_nonzero(not_above))
+    above = len(found) - int(count(not_above))
     if bracket.low == bracket.high:
         # one value, so many times: nothing needs to be held
-        equal = len(found) - above - int(np.count_nonzero(found < bracket.low))
+        equal = len(found) - above - int(count(found < bracket.low))
         return _Counted(above, np.broadcast_to(np.float32(bracket.low), equal), equal)
     inside = found[not_above & (found >= bracket.low)]
-    every = -(-len(inside) // keep)
-    return _Counted(above, inside[::every].copy() if every > 1 else inside, len(inside))
+    every = max(-(-len(inside) // keep), 1)
+    return _Counted(above, np.ascontiguousarray(_array(inside[::every])), len(inside))
+
+
+def _array(values: Tensor | np.ndarray) -> np.ndarray:
+    """In this machine's memory."""
+    return values.cpu().numpy() if isinstance(values, Tensor) else values
 
 
 def _threshold(pieces: Sequence[_Counted], bracket: _Bracket, count: int) -> float | None:
@@ -194,8 +202,8 @@ def _last(
     """(item, element) of the last value equal to the threshold that is kept; the item is `len(items)` if all are."""
 
     def tally(item: tuple[Tensors, tuple[int, int]]) -> tuple[int, int]:
-        found = values(item[0].read(*item[1]))[stream].numpy()
-        return int(np.count_nonzero(found > threshold)), int(np.count_nonzero(found == threshold))
+        found = values(item[0].read(*item[1]))[stream]
+        return int(torch.count_nonzero(found > threshold)), int(torch.count_nonzero(found == threshold))
 
     if all(len(piece.inside) == piece.all_inside for piece in pieces):
         larger = sum(piece.above + int(np.count_nonzero(piece.inside > threshold)) for piece in pieces)
@@ -208,7 +216,7 @@ def _last(
         return len(items), math.inf
     item = int(np.searchsorted(np.cumsum(equal), wanted))
     tensor, span = items[item]
-    places = np.flatnonzero(values(tensor.read(*span))[stream].numpy() == threshold)
+    places = np.flatnonzero(_array(values(tensor.read(*span))[stream]) == threshold)
     return item, span[0] + int(places[wanted - sum(equal[:item]) - 1])
 
 

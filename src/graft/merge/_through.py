@@ -72,8 +72,9 @@ class Growing:
             if any(gram is None for gram in found):
                 continue
             turned = self.layers.linear[layer]
-            matrices = [weight.T if turned else weight for weight in self.weights(layer)]
-            read = [gram.read() for gram in found if gram is not None]
+            there = self.model.device
+            matrices = [(weight.T if turned else weight).to(there) for weight in self.weights(layer)]
+            read = [gram.read().to(there) for gram in found if gram is not None]
             made = regression_mean(matrices, read, self.settings.weights, self.settings.alpha)
             self.set(layer, made.T if turned else made)
         grams.close()

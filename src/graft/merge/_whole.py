@@ -22,8 +22,9 @@ NOTHING = 1e-5
 
 def whole(tensors: Tensors) -> tuple[Tensor | None, list[Tensor]]:
     """(base or None, models): the tensor of every parent in its shape, float32. Raises CheckpointError for NaN, Inf."""
-    held = [torch.empty(tensors.shape) for _ in tensors.models]
-    base = torch.empty(tensors.shape) if tensors.base is not None else None
+    there = tensors.workers.device
+    held = [torch.empty(tensors.shape, device=there) for _ in tensors.models]
+    base = torch.empty(tensors.shape, device=there) if tensors.base is not None else None
 
     def take(piece: Piece) -> None:
         here = slice(piece.start, piece.start + len(piece))

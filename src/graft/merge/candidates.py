@@ -111,11 +111,11 @@ class Seat:
         beside = [hash_file(path) for path in first.beside(COMPANIONS).values()]
         made = (dict(plan.tensors), plan.config, beside)
         if self._made != made or self._targets is None:
-            self._load(settings, job.seed, plan, readers, first, prepared.survey)
+            self._load(settings, job, plan, readers, first, prepared.survey)
             self._made = made
             return
         writer = InMemory(self._targets, plan.tensors)
-        _stream(settings, job.seed, plan, readers, writer, prepared.survey)
+        _stream(settings, job, plan, readers, writer, prepared.survey)
 
     def _reader(self, part: Input) -> TensorReader:
         if part not in self._readers:
@@ -125,7 +125,7 @@ class Seat:
     def _load(
         self,
         settings: MergeSettings,
-        seed: int,
+        job: Job,
         plan: Layout,
         readers: Mapping[str, TensorReader],
         first: Input,
@@ -137,7 +137,7 @@ class Seat:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         files_beside(plan, first, place)
-        _stream(settings, seed, plan, readers, TensorWriter(place, plan.tensors, settings.shard), survey)
+        _stream(settings, job, plan, readers, TensorWriter(place, plan.tensors, settings.shard), survey)
         device = self.job.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.tokenizer = models.load(place, device=device), models.load_tokenizer(place)
         names, state = stored_names(self.model, place), self.model.state_dict()
@@ -168,15 +168,15 @@ def stored_names(model: Any, folder: Path) -> dict[str, str] | None:
 
 def _stream(
     settings: MergeSettings,
-    seed: int,
+    job: Job,
     plan: Layout,
     readers: Mapping[str, TensorReader],
     writer: TensorWriter,
     survey: Any,
 ) -> None:
     try:
-        with Workers() as workers:
-            stream(settings, seed, plan, readers, writer, None, workers, survey)
+        with Workers(device=job.device or "cpu") as workers:
+            stream(settings, job.seed, plan, readers, writer, None, workers, survey)
     finally:
         writer.close()
 

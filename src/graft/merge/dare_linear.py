@@ -21,6 +21,11 @@ class DareSettings(SparseSettings):
         Field(description="Divide what is kept by the density (the paper), or restore the L1 norm (as mergekit)."),
     ] = "probability"
 
+    @property
+    def in_float64(self) -> bool:
+        """The sums that norms are made of."""
+        return self.rescale == "l1"
+
 
 class Settings(DareSettings):
     """`θ₀ + λ sum_m w_m (mask_m ∘ δ_m / p)`, each element of a mask 1 with probability p, the density."""

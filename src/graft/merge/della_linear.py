@@ -36,6 +36,11 @@ class DellaSettings(SparseSettings):
                 raise ValueError(f"expected density ± epsilon inside (0, 1), found {density} ± {epsilon}")
         return self
 
+    @property
+    def in_float64(self) -> bool:
+        """The sums that norms are made of."""
+        return self.rescale == "l1"
+
 
 class Settings(DellaSettings):
     """`θ₀ + λ sum_m w_m δ̂_m`: in every row the share that is kept grows with the rank of |δ|."""

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from graft.checkpoint import FLOATS, TensorReader, TensorWriter, atomic_write
-from graft.errors import CannotCombine
+from graft.errors import CannotCombine, RequestError
 from graft.lineage import read_manifest
 from graft.merge.architecture import Check, verify
 from graft.merge.inputs import Input, inputs, unpickled
@@ -51,6 +51,7 @@ def run(job: Job) -> dict[str, Any]:
     """Write the merged model's folder into `job.out`; returns the notes for the manifest."""
     settings = job.settings
     assert isinstance(settings, MergeSettings)
+    check_precision(settings, job.device)
     chosen = method("graft.merge", settings.method)
     job = replace(job, models=unpickled(settings, job.models, job.cache))
     if hasattr(chosen, "make"):
@@ -75,7 +76,7 @@ def run(job: Job) -> dict[str, Any]:
         what = {"settings": settings.plain(), "seed": job.seed, "parents": stamps(folders)}
         journal = opened.enter_context(Journal(job.scratch / "finished", what, job.out))
         # opened last and so closed first: no thread works on files that are closed
-        workers = opened.enter_context(Workers())
+        workers = opened.enter_context(Workers(device=job.device or "cpu"))
         stream(settings, job.seed, plan, readers, writer, journal, workers, prepared.survey)
         if asked is not None:
             from graft.merge.seeds import spread
@@ -87,6 +88,14 @@ def run(job: Job) -> dict[str, Any]:
 
         plan.notes["seeds"] |= scores(job, asked, settings, folders)
     return {"notes": plan.notes, "forced": forced}
+
+
+def check_precision(settings: MergeSettings, device: str | None) -> None:
+    """Raises RequestError for a device that cannot work in float64 where the method does."""
+    if settings.in_float64 and (device or "").startswith("mps"):
+        raise RequestError(
+            f"expected a device with float64 for {settings.method} as it is asked for, found {device}: use --device cpu"
+        )
 
 
 def prepare(job: Job, settings: MergeSettings) -> Prepared:

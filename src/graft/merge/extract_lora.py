@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    import torch
     from torch import Tensor
 
     from graft.checkpoint import TensorReader
@@ -44,6 +45,11 @@ class Settings(DeltaSettings):
         list[str],
         Field(description="Patterns of other tensors (embeddings, norms) that are stored whole if they differ."),
     ] = []
+
+    @property
+    def in_float64(self) -> bool:
+        """The decomposition."""
+        return True
 
     @model_validator(mode="after")
     def _how_much(self) -> Settings:
@@ -79,10 +85,11 @@ def make(job: Job, settings: Settings) -> dict[str, Any]:
     linear = linear_layers(home)
     with ExitStack() as opened:
         readers = {name: opened.enter_context(part.open()) for name, part in parts.items()}
-        workers = opened.enter_context(Workers())
+        workers = opened.enter_context(Workers(device=job.device or "cpu"))
         forced = [*plan.forced, *unrelated(settings, plan, readers, job.models)]
         names = list(plan.tensors)
-        found = dict(zip(names, workers.map(lambda n: _found(n, plan, settings, readers, linear), names), strict=True))
+        each = workers.map(lambda n: _found(n, plan, settings, readers, linear, workers.device), names)
+        found = dict(zip(names, each, strict=True))
     pairs = {linear[name].module: one.pair for name, one in found.items() if one.pair is not None}
     if not pairs:
         raise CannotCombine(f"{settings.names[0]} and {settings.base} do not differ in any layer that `on` names")
@@ -121,7 +128,12 @@ def linear_layers(folder: Path) -> dict[str, Linear]:
 
 
 def _found(
-    name: str, plan: Layout, settings: Settings, readers: Mapping[str, TensorReader], linear: Mapping[str, Linear]
+    name: str,
+    plan: Layout,
+    settings: Settings,
+    readers: Mapping[str, TensorReader],
+    linear: Mapping[str, Linear],
+    there: torch.device,
 ) -> Found:
     from graft.merge._factors import factored
 
@@ -131,7 +143,7 @@ def _found(
     if squared == 0:
         return Found(0.0)
     if name in linear and _wanted(name, settings.on):
-        delta = after[0].read(after[1]).float().sub_(before[0].read(before[1]))
+        delta = after[0].read(after[1]).float().sub_(before[0].read(before[1])).to(there)
         return Found(squared, factored(delta.T if linear[name].turned else delta, settings.rank, settings.energy))
     keep = any(fnmatchcase(name, pattern) for pattern in settings.whole)
     return Found(squared, values=after[0].read(after[1]).float() if keep else None)

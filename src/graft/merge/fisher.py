@@ -77,7 +77,8 @@ def rule(tensors: Tensors, settings: Settings) -> Combine:
     assert isinstance(fishers, Fishers)
 
     def make(piece: Piece) -> Tensor:
-        found = [fishers.read(source, piece.start, len(piece)) for source in tensors.models]
+        read = [fishers.read(source, piece.start, len(piece)) for source in tensors.models]
+        found = [fisher.to(tensors.workers.device) for fisher in read]
         return fisher_mean(piece.models, found, settings.weights, settings.floor)
 
     return make

@@ -101,10 +101,11 @@ def rule(tensors: Tensors, settings: Settings) -> Combine:
 
     def regions(piece: Piece) -> list[Tensor]:
         if not isinstance(found, dict):
-            return [found.read(source, piece.start, len(piece)) for source in tensors.models]
+            read = [found.read(source, piece.start, len(piece)) for source in tensors.models]
+            return [region.to(tensors.workers.device) for region in read]
         cuts = found[tensors.name]
         sizes = [delta.abs() for delta in piece.models]
-        return [torch.from_numpy(c.keep(s, piece.start)).float() for c, s in zip(cuts, sizes, strict=True)]
+        return [c.keep(s, piece.start).float() for c, s in zip(cuts, sizes, strict=True)]
 
     def make(piece: Piece) -> Tensor:
         assert piece.base is not None

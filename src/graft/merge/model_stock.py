@@ -22,6 +22,11 @@ class Settings(DeltaSettings):
     models: Annotated[list[ModelRef], Field(min_length=2, description="Two or more models; none weighs more.")]
     by: Annotated[Literal["tensor", "row"], Field(description="What has an angle of its own.")] = "tensor"
 
+    @property
+    def in_float64(self) -> bool:
+        """The angles of rows."""
+        return self.by == "row"
+
 
 def by_rows(settings: Any) -> bool:
     """Only where rows have angles of their own."""

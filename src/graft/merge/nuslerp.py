@@ -36,6 +36,11 @@ class Settings(MergeSettings):
             raise ValueError("expected weights whose sum is not 0")
         return self
 
+    @property
+    def in_float64(self) -> bool:
+        """The angles of rows."""
+        return self.by == "row"
+
 
 def by_rows(settings: Any) -> bool:
     """Only where rows are the vectors."""

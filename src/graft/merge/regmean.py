@@ -100,6 +100,6 @@ def rule(tensors: Tensors, settings: RegressionSettings) -> Combine:
         _, models = whole(tensors)
         turned = [gram.transposed for gram in found if gram is not None]
         matrices = [model.T if t else model for model, t in zip(models, turned, strict=True)]
-        read = [gram.read() for gram in found if gram is not None]
+        read = [gram.read().to(tensors.workers.device) for gram in found if gram is not None]
         merged = regression_mean(matrices, read, settings.weights, settings.alpha)
         return made(merged.T if turned[0] else merged)

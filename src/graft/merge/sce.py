@@ -55,7 +55,7 @@ def rule(tensors: Tensors, settings: Settings) -> Combine:
         deltas = piece.deltas()
         if cut is EVERYTHING:
             return deltas
-        mask = torch.from_numpy(cut.keep(variance(deltas), piece.start).astype(np.float32))
+        mask = cut.keep(variance(deltas), piece.start).float()
         return [delta.mul_(mask) for delta in deltas]
 
     def squares(piece: Piece) -> list[float]:

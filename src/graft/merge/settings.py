@@ -94,6 +94,11 @@ class MergeSettings(Settings):
         return frozenset()
 
     @property
+    def in_float64(self) -> bool:
+        """Whether something is worked out in float64 where the tensors lie, which not every accelerator has."""
+        return False
+
+    @property
     def varied(self) -> Mapping[tuple[str, ...], Varied]:
         """The numbers that follow layers or names, by their place; the fields hold one of them."""
         return self._varied

@@ -3,6 +3,9 @@
 A method sees a `Tensors`: the tensor of one name in every parent. It may stream over the pieces as often as it needs to
 (`map`) before it gives a `Combine`, which makes each piece of the output from the same piece of the inputs. Neither the
 size of the model nor that of the tensor decides what is held in memory.
+
+On an accelerator the same functions run on larger pieces: each thread reads one into pinned memory, works on it in a
+stream of its own, and writes what comes back, so that reading and writing overlap with the others' arithmetic.
 """
 
 from __future__ import annotations
@@ -24,6 +27,10 @@ from graft.errors import CheckpointError
 
 PIECE = 1 << 17
 """Elements of a piece: those of a few models, in float32, lie in a core's cache."""
+FAR_PIECE = 1 << 21
+"""Elements of a piece on an accelerator: enough work to be worth a start of its kernels."""
+FAR_THREADS = 6
+"""Pieces on an accelerator at the same time, at most; with their number and size its memory is bounded."""
 
 R = TypeVar("R")
 
@@ -68,18 +75,32 @@ class Source:
 
 
 class Workers:
-    """A thread a core, each with its own buffers, which are used again for every piece."""
+    """A thread a core, each with its own buffers, which are used again for every piece; pieces lie on `device`."""
 
-    def __init__(self, threads: int | None = None):
-        self.threads = threads or len(os.sched_getaffinity(0))
+    def __init__(self, threads: int | None = None, device: str = "cpu"):
+        self.device = torch.device(device)
+        cores = len(os.sched_getaffinity(0))
+        self.threads = threads or (cores if self.near else min(cores, FAR_THREADS))
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="merge")
         self._own = threading.local()
         self._whole = threading.Lock()
         self._before = torch.get_num_threads()
 
+    @property
+    def near(self) -> bool:
+        """Whether pieces stay in the processor's own memory."""
+        return self.device.type == "cpu"
+
+    @property
+    def _streams(self) -> bool:
+        return self.device.type == "cuda"
+
     def map(self, function: Callable[[R], object], items: Sequence[R]) -> list:
         """The results in the order of the items; the first exception is raised after the others have stopped."""
-        futures = [self._pool.submit(function, item) for item in items]
+        if self._streams:
+            # what this thread has begun on the device is there before another stream reads it
+            torch.cuda.current_stream(self.device).synchronize()
+        futures = [self._pool.submit(self._in_stream, function, item) for item in items]
         try:
             return [future.result() for future in futures]
         except BaseException:
@@ -87,14 +108,44 @@ class Workers:
                 future.cancel()
             raise
 
+    def _in_stream(self, function: Callable[[R], object], item: R) -> object:
+        if not self._streams:
+            return function(item)
+        own = self._own.__dict__
+        if "stream" not in own:
+            own["stream"] = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(own["stream"]):
+            found = function(item)
+            # buffers are filled anew, and others read what was made, only when the device is done with them
+            own["stream"].synchronize()
+            return found
+
     def buffer(self, slot: object, dtype: torch.dtype, count: int) -> tuple[memoryview, Tensor]:
         """`count` elements of this thread's buffer for `slot`, as bytes and as a tensor over the same memory."""
-        held: dict[object, bytearray] = self._own.__dict__.setdefault("held", {})
+        held: dict[object, Tensor] = self._own.__dict__.setdefault("held", {})
         size = count * dtype.itemsize
-        if len(held.get(slot, b"")) < size:
-            held[slot] = bytearray(max(size, PIECE * dtype.itemsize))
-        bytes_ = held[slot]
-        return memoryview(bytes_)[:size], torch.frombuffer(bytes_, dtype=dtype, count=count)
+        if slot not in held or len(held[slot]) < size:
+            room = max(size, PIECE * dtype.itemsize)
+            held[slot] = torch.empty(room, dtype=torch.uint8, pin_memory=self._streams)
+        found = held[slot][:size]
+        return memoryview(found.numpy()), found.view(dtype)  # type: ignore[arg-type]
+
+    def floats(self, raw: Tensor, slot: object) -> Tensor:
+        """What was read, as float32 on the device; the memory is that of a buffer of this thread where that will do."""
+        if not self.near:
+            narrow = raw.float() if raw.dtype == torch.float64 else raw
+            return narrow.to(self.device, non_blocking=self._streams).float()
+        if raw.dtype == torch.float32:
+            return raw
+        _, values = self.buffer((slot, "float32"), torch.float32, len(raw))
+        return values.copy_(raw)
+
+    def store(self, made: Tensor, into: Tensor) -> bool:
+        """Cast what was made and bring it into a buffer; whether it is finite in that type."""
+        # on an accelerator it is cast before it comes back, and looked at there
+        there = made if self.near else made.to(into.dtype)
+        into.copy_(there)
+        return finite(into if self.near else there)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -146,7 +197,8 @@ class Tensors:
 
     def spans(self) -> list[tuple[int, int]]:
         """(first element, number of elements) of every piece, in order."""
-        length = max(PIECE // self.row, 1) * self.row if self.by_rows and self.row else PIECE
+        piece = PIECE if self.workers.near else FAR_PIECE
+        length = max(piece // self.row, 1) * self.row if self.by_rows and self.row else piece
         return [(start, min(length, self.count - start)) for start in range(0, self.count, length)]
 
     def map(self, function: Callable[[Piece], R]) -> list[R]:
@@ -171,10 +223,12 @@ class Tensors:
         change = source.reader.change(source.name, start, count)  # type: ignore[attr-defined]
         if change is not None and not finite(change):
             raise self._not_finite(source)
-        return change
+        return change if change is None else change.to(self.workers.device)
 
     def _on_base(self, slot: object, base: Tensor | None, change: Tensor) -> Tensor:
         assert base is not None
+        if not self.workers.near:
+            return base + change
         _, values = self.workers.buffer((slot, "float32"), torch.float32, len(base))
         return torch.add(base, change, out=values)
 
@@ -183,10 +237,7 @@ class Tensors:
         dtype = getattr(torch, TORCH_NAMES[stored])
         into, raw = self.workers.buffer((slot, "stored"), dtype, count)
         source.reader.read_into(source.name, start * WIDTH[stored], into)
-        values = raw
-        if dtype != torch.float32:
-            _, values = self.workers.buffer((slot, "float32"), torch.float32, count)
-            values.copy_(raw)
+        values = self.workers.floats(raw, slot)
         if not finite(values):
             raise self._not_finite(source)
         return values
@@ -205,7 +256,7 @@ class Tensors:
         def make(span: tuple[int, int]) -> None:
             made = combine(self.read(*span))
             bytes_, cast = self.workers.buffer("out", dtype, span[1])
-            if not finite(cast.copy_(made)):
+            if not self.workers.store(made, cast):
                 raise CheckpointError(f"{self.name}: the merge gives values that {stored} cannot hold")
             writer.write(self.name, span[0] * WIDTH[stored], bytes_)
 

@@ -41,7 +41,7 @@ def normal_equations(deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     import torch
 
     out, wide = deltas[0].shape
-    a, b = torch.zeros(wide, wide), torch.zeros(out, wide)
+    a, b = deltas[0].new_zeros(wide, wide), deltas[0].new_zeros(out, wide)
     for delta in deltas:
         square = float(delta.square().sum(dtype=torch.float64))
         if square > 0:
