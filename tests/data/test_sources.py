@@ -10,7 +10,8 @@ import pytest
 
 from graft import data
 from graft.data.corpus import text_of
-from graft.data.sources import docstrings, library_files
+from graft.data.library import docstrings
+from graft.data.sources import library_files
 from graft.errors import DataError, SettingsError, UnknownName
 
 ROWS = [{"text": f"document {n}, ünïcode"} for n in range(40)]

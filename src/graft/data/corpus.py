@@ -28,7 +28,7 @@ class Corpus:
 
     @cached_property
     def format(self) -> str:
-        """`text`, `completion`, `chat`, `labelled` or `pairs`. Raises DataError where the first record has none."""
+        """The name of the records' fields (see `FIELDS`). Raises DataError where the first record has none."""
         given = getattr(self.settings, "format", None)
         if given is not None:
             return given
@@ -180,7 +180,7 @@ def text_of(record: Record) -> str:
     """All the text of a record, its fields joined by newlines: what is hashed, counted and trained tokenizers on."""
     if "messages" in record:
         return "\n".join(message["content"] for message in record["messages"])
-    return "\n".join(str(value) for value in record.values())
+    return "\n".join(" ".join(value) if isinstance(value, list) else str(value) for value in record.values())
 
 
 def identity_of(record: Record) -> int:

@@ -1,8 +1,8 @@
 """From records to token ids and a loss mask: which tokens a model is trained to produce.
 
 Plain text is trained on whole. Of a prompt with a completion only the completion is, of a chat only what the assistant
-says, of labelled text the label, of a pair the target. A document's first token has nothing before it and is never
-trained on.
+says, of labelled text the label, of a pair the target, of tagged tokens the tags, of a question on a context the
+answer. A document's first token has nothing before it and is never trained on.
 """
 
 from __future__ import annotations
@@ -34,11 +34,15 @@ class Rendered:
 
 
 def prompt_and_answer(record: dict[str, Any]) -> tuple[str, str]:
-    """What is read and what is to be produced, of completion, labelled and paired records."""
+    """What is read and what is to be produced, of every format but plain text and chats."""
     if "completion" in record:
         return record["prompt"], record["completion"]
     if "target" in record:
         return record["source"] + "\n", record["target"]
+    if "tags" in record:
+        return " ".join(record["tokens"]) + "\n", " ".join(record["tags"])
+    if "answer" in record:
+        return f"{record['context']}\n{record['question']}\n", record["answer"][0]
     return record["text"] + "\n", record["label"]
 
 

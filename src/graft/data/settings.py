@@ -10,7 +10,7 @@ from graft.errors import Problem, SettingsError, UnknownName
 from graft.settings import DataRef, Settings
 from graft.settings import parse as parse_settings
 
-Format = Literal["text", "completion", "chat", "labelled", "pairs", "raw"]
+Format = Literal["text", "completion", "chat", "labelled", "pairs", "tagged", "spans", "raw"]
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 
@@ -19,6 +19,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "completion": ("prompt", "completion"),
     "pairs": ("source", "target"),
     "labelled": ("text", "label"),
+    "tagged": ("tokens", "tags"),
+    "spans": ("question", "context", "answer"),
     "text": ("text",),
 }
 """The fields of a record of each format, in the order in which formats are inferred. `raw` keeps all, for tasks."""
@@ -58,8 +60,11 @@ class PythonLibrary(Source):
 
     source: Literal["python-library"]
     keep: Annotated[
-        Literal["code", "docstrings"],
-        Field(description="`code`: whole files; `docstrings`: their prose, one a document."),
+        Literal["code", "docstrings", "tokens", "packages"],
+        Field(
+            description="`code`: whole files; `docstrings`: their prose, one a document; `tokens`: statements as lists "
+            "of tokens, each tagged with its kind; `packages`: docstrings labelled with the package they stand in."
+        ),
     ] = "code"
     packages: Annotated[
         list[str], Field(description="Only these packages or modules, such as `json` or `email`; empty: all of them.")

@@ -6,9 +6,7 @@ the next part of a text too long to be held.
 
 from __future__ import annotations
 
-import ast
 import csv
-import inspect
 import itertools
 import json
 import os
@@ -17,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from graft.data import files
+from graft.data import files, library
 from graft.data import settings as kinds
 from graft.errors import DataError
 
@@ -96,7 +94,7 @@ def library_files(packages: list[str]) -> list[tuple[str, Path]]:
 
 
 def _python_library(settings: kinds.PythonLibrary, root: Path) -> Iterator[Tagged]:
-    for _, path in library_files(settings.packages):
+    for name, path in library_files(settings.packages):
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:  # a few library files state another encoding on purpose
@@ -105,20 +103,12 @@ def _python_library(settings: kinds.PythonLibrary, root: Path) -> Iterator[Tagge
             if text.strip():
                 yield None, {"text": text}
         else:
-            yield from ((None, {"text": prose}) for prose in docstrings(text))
-
-
-def docstrings(code: str) -> Iterator[str]:
-    """The docstrings of a module's text, in order, cleaned of their indentation; those under 80 characters left out."""
-    try:
-        tree = ast.parse(code)
-    except SyntaxError:
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
-            if len(text) >= 80:
-                yield text
+        elif settings.keep == "tokens":
+            yield from ((None, record) for record in library.statements(text))
+        elif settings.keep == "packages":
+            package = name.partition("/")[0].removesuffix(".py")
+            yield from ((None, {"text": prose, "label": package}) for prose in library.docstrings(text))
+            yield from ((None, {"text": prose}) for prose in library.docstrings(text))
 
 
 def _text(settings: kinds.TextFiles, root: Path) -> Iterator[Tagged]:
@@ -281,6 +271,7 @@ class Shape:
         return record
 
     def _infer(self, row: Record, place: str) -> str:
+        _check_tags(record, place)
         for format, names in kinds.FIELDS.items():
             if all(self.fields.get(name, name) in row for name in names):
                 return format
@@ -294,6 +285,10 @@ def _checked(name: str, value: Any, place: str) -> Any:
     if name == "messages":
         good = (
             isinstance(value, list)
+    if name in ("tokens", "tags"):
+        return _words(name, value, place)
+    if name == "answer":
+        return _answers(value, place)
             and value
             and all(
                 isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
@@ -313,6 +308,29 @@ def _checked(name: str, value: Any, place: str) -> Any:
 def _transcript(turns: list[Any], place: str) -> str:
     """A list of lines, or of [speaker, line] pairs, as text: a line each, the speaker before a colon."""
     lines = []
+def _words(name: str, value: Any, place: str) -> list[str]:
+    if not isinstance(value, list) or not value or not all(isinstance(word, str) and word for word in value):
+        raise DataError(f"{place}: expected a list of words in {name!r}, found {str(value)[:60]!r}")
+    return list(value)
+
+
+def _check_tags(record: Record, place: str) -> None:
+    if "tags" in record and len(record["tags"]) != len(record["tokens"]):
+        found = f"{len(record['tokens'])} tokens and {len(record['tags'])} tags"
+        raise DataError(f"{place}: expected a tag for each token, found {found}")
+
+
+def _answers(value: Any, place: str) -> list[str]:
+    """The acceptable answers: a text, a list of them, or a mapping with `text` as SQuAD has it."""
+    texts = value.get("text") if isinstance(value, dict) else value
+    texts = [texts] if isinstance(texts, str) else texts
+    if isinstance(texts, list):
+        texts = [entry.get("text") if isinstance(entry, dict) else entry for entry in texts]
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+        raise DataError(f"{place}: expected an answer, or a list of acceptable ones, found {str(value)[:60]!r}")
+    return texts
+
+
     for turn in turns:
         parts = turn if isinstance(turn, list) else [turn]
         if len(parts) not in (1, 2) or not all(isinstance(part, str) for part in parts):
