@@ -44,7 +44,7 @@ def _fewer_documents(source: dict[str, Any], root: Path, folder: Path) -> None:
             source[key] = str(excerpt(root / source[key], folder.with_name(f"{folder.name}-{key}.jsonl")))
             source["splits"] = {"dev": 0.2}
     if source.get("source") == "python-library":
-        source |= {"packages": ["json", "email", "http"]}
+        source |= {"packages": ["json", "email", "http"], "splits": {"dev": 0.2, "test": 0.2}}
 
 
 def excerpt(file: Path, target: Path, records: int = 40, characters: int = 600) -> Path:
