@@ -6,6 +6,7 @@ import codecs
 import glob
 import gzip
 import lzma
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -19,6 +20,10 @@ SUFFIXES = {
     "parquet": (".parquet",),
 }
 """What is taken from a folder, by source; `.gz` and `.xz` behind it are welcome too."""
+DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
+"""What decompressing raises where a file is damaged."""
+BLOCK = 1 << 18
+"""Bytes of text that are read together, so that work on them is done in few calls."""
 
 
 def find(path: str, source: str, root: Path) -> list[Path]:
@@ -55,20 +60,57 @@ def open_bytes(path: Path) -> IO[bytes]:
         raise DataError(f"{path}: may not be read; change its permissions") from None
 
 
-def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line without its end). Raises DataError for what is not UTF-8 text, naming the line."""
-    number = 0
+def texts(path: Path) -> Iterator[tuple[int, str]]:
+    """(number of the first line, from 1; whole lines, `\n` between them, without their last end), block by block.
+
+    `\r` before a line's end is taken away. Raises DataError for what is not UTF-8 text, naming the line, once the lines
+    before it are given.
+    """
+    number = 1
     try:
         with open_bytes(path) as file:
-            for number, raw in enumerate(file, 1):
-                if b"\0" in raw:
-                    raise DataError(f"{path}, line {number}: expected text, found binary data")
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                yield number, text.rstrip("\r\n")
+            for raw in _whole_lines(file):
+                yield from _decoded(path, number, raw)
+                number += raw.count(b"\n") + 1
+    except DAMAGED as error:
+        raise _cut_short(path, number - 1, error) from None
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line without its end). Raises DataError as `texts` does."""
+    for number, text in texts(path):
+        yield from enumerate(text.split("\n"), number)
+
+
+def _whole_lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The content cut at line ends, which are left out there, into blocks of about BLOCK bytes or one longer line."""
+    held: list[bytes] = []
+    while raw := file.read1(BLOCK):  # type: ignore[attr-defined]
+        end = raw.rfind(b"\n")
+        if end >= 0:
+            yield b"".join([*held, raw[:end]])
+            held = []
+        held.append(raw[end + 1 :])
+    if rest := b"".join(held):
+        yield rest
+
+
+def _decoded(path: Path, number: int, raw: bytes) -> Iterator[tuple[int, str]]:
+    """The lines from `number` on as text: together, or one by one up to the one that is none."""
+    try:
+        yield number, _text(path, number, raw)
+    except DataError:
+        yield from ((at, _text(path, at, line)) for at, line in enumerate(raw.split(b"\n"), number))
+
+
+def _text(path: Path, number: int, raw: bytes) -> str:
+    if b"\0" in raw:
+        raise DataError(f"{path}, line {number}: expected text, found binary data")
+    try:
+        text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise _not_utf8(path, number, error) from None
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
-        raise _cut_short(path, number, error) from None
+    return "\n".join(line.rstrip("\r") for line in text.split("\n")) if "\r" in text else text
 
 
 def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> DataError:
@@ -103,7 +145,7 @@ def blocks(path: Path, size: int) -> Iterator[str]:
     except UnicodeDecodeError as error:
         number += error.object[: error.start].count(b"\n")
         raise _not_utf8(path, number, error) from None
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+    except DAMAGED as error:
         raise _cut_short(path, number - 1, error) from None
     if held:
         yield held.replace("\r\n", "\n").removesuffix("\n")

@@ -10,6 +10,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -102,12 +103,12 @@ def _python_library(settings: kinds.PythonLibrary, root: Path) -> Iterator[Tagge
         if settings.keep == "code":
             if text.strip():
                 yield None, {"text": text}
-        else:
         elif settings.keep == "tokens":
             yield from ((None, record) for record in library.statements(text))
         elif settings.keep == "packages":
             package = name.partition("/")[0].removesuffix(".py")
             yield from ((None, {"text": prose, "label": package}) for prose in library.docstrings(text))
+        else:
             yield from ((None, {"text": prose}) for prose in library.docstrings(text))
 
 
@@ -128,23 +129,25 @@ def _documents(path: Path, settings: kinds.TextFiles) -> Iterator[tuple[bool, st
     elif settings.separator is None and settings.document == "file":
         found = ((number > 0, block) for number, block in enumerate(files.blocks(path, MOST)))
     else:
-        found = _between(files.lines(path), settings.separator)
+        found = _between(files.texts(path), settings.separator)
     yield from ((goes_on, text) for goes_on, text in found if text.strip())
 
 
-def _between(lines: Iterator[tuple[int, str]], separator: str | None) -> Iterator[tuple[bool, str]]:
-    """What stands between lines that read `separator`, or between empty ones."""
-    held: list[str] = []
-    size, goes_on = 0, False
-    for _, line in lines:
-        ends = line == separator if separator is not None else not line.strip()
-        if ends or size > MOST:
-            yield goes_on, "\n".join(held)
-            held, size, goes_on = [], 0, not ends
-        if not ends:
-            held.append(line)
-            size += len(line) + 1
-    yield goes_on, "\n".join(held)
+def _between(blocks: Iterator[tuple[int, str]], separator: str | None) -> Iterator[tuple[bool, str]]:
+    """What stands between lines that read `separator`, or between empty ones; `blocks` are whole lines."""
+    line = r"[^\S\n]*+" if separator is None else re.escape(separator)
+    separators = re.compile(rf"\n{line}(?=\n|\Z)")
+    held, goes_on = "", False  # of the document that is being read, "\n" before every line
+    for _, block in blocks:
+        for number, part in enumerate(separators.split(f"\n{block}")):
+            if number > 0:  # behind a separator
+                yield goes_on, held[1:]
+                held, goes_on = "", False
+            held += part
+            while (end := held.find("\n", MOST + 1)) > 0:
+                yield goes_on, held[1:end]
+                held, goes_on = held[end:], True
+    yield goes_on, held[1:]
 
 
 def _placed(settings: kinds.Files, root: Path) -> Iterator[tuple[str | None, Path]]:
@@ -268,10 +271,10 @@ class Shape:
                     f"say where it stands with `fields: {{{name}: …}}`"
                 )
             record[name] = _checked(name, row[key], place)
+        _check_tags(record, place)
         return record
 
     def _infer(self, row: Record, place: str) -> str:
-        _check_tags(record, place)
         for format, names in kinds.FIELDS.items():
             if all(self.fields.get(name, name) in row for name in names):
                 return format
@@ -282,13 +285,13 @@ class Shape:
 def _checked(name: str, value: Any, place: str) -> Any:
     if name == "label":
         return value if isinstance(value, str) else str(value)
-    if name == "messages":
-        good = (
-            isinstance(value, list)
     if name in ("tokens", "tags"):
         return _words(name, value, place)
     if name == "answer":
         return _answers(value, place)
+    if name == "messages":
+        good = (
+            isinstance(value, list)
             and value
             and all(
                 isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
@@ -305,9 +308,6 @@ def _checked(name: str, value: Any, place: str) -> Any:
     return value
 
 
-def _transcript(turns: list[Any], place: str) -> str:
-    """A list of lines, or of [speaker, line] pairs, as text: a line each, the speaker before a colon."""
-    lines = []
 def _words(name: str, value: Any, place: str) -> list[str]:
     if not isinstance(value, list) or not value or not all(isinstance(word, str) and word for word in value):
         raise DataError(f"{place}: expected a list of words in {name!r}, found {str(value)[:60]!r}")
@@ -331,6 +331,9 @@ def _answers(value: Any, place: str) -> list[str]:
     return texts
 
 
+def _transcript(turns: list[Any], place: str) -> str:
+    """A list of lines, or of [speaker, line] pairs, as text: a line each, the speaker before a colon."""
+    lines = []
     for turn in turns:
         parts = turn if isinstance(turn, list) else [turn]
         if len(parts) not in (1, 2) or not all(isinstance(part, str) for part in parts):
