@@ -129,6 +129,40 @@ def test_agreement_never_falls(tmp_path):
     assert reached[-1] > reached[0] + 0.05
 
 
+def test_what_no_order_changes_is_not_read_again(tmp_path, monkeypatch):
+    """Squares are read once, the agreement with itself once; the round that finds nothing new reads nothing at all."""
+    made("llama").save_pretrained(tmp_path / "a")
+    known, read = symmetries(tmp_path / "a"), []
+    values = graft.merge.matching._values
+    monkeypatch.setattr(graft.merge.matching, "_values", lambda reader, name: read.append(name) or values(reader, name))
+    with TensorReader(tmp_path / "a") as a:
+        matching = Matching(known, a, a)
+        assert matching.agreement() == pytest.approx(1)
+        assert len(read) == 4 * len(matching.names)
+        matching.search(1)
+        read.clear()
+        assert matching.search(3)[-1] == pytest.approx(1)
+        assert read == []
+        matching.orders["model.layers.0:mlp"] = matching.orders["model.layers.0:mlp"][::-1].copy()
+        assert matching.agreement() < 0.99
+        assert sorted(read) == sorted(2 * [f"model.layers.0.mlp.{part}_proj.weight" for part in ("down", "gate", "up")])
+
+
+def test_what_is_remembered_is_what_is_found_anew(tmp_path):
+    for seed, name in enumerate("ab"):
+        made("qwen3", seed).save_pretrained(tmp_path / name)
+    known = symmetries(tmp_path / "a")
+    with TensorReader(tmp_path / "a") as a, TensorReader(tmp_path / "b") as b:
+        matching = Matching(known, a, b)
+        reached = matching.search(10)
+        fresh = Matching(known, a, b)
+        fresh.orders = matching.orders
+        assert fresh.agreement() == pytest.approx(reached[-1], abs=1e-12)
+        before = dict(fresh.orders)
+        fresh.search(1)
+        assert all(np.array_equal(before[unit], order) for unit, order in fresh.orders.items())
+
+
 def test_a_model_and_its_shuffle_merge_into_the_model(tmp_path):
     first = model(0)
     folders = {"a": save(first, tmp_path / "a"), "b": save(model(0), tmp_path / "b")}

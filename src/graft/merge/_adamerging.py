@@ -14,7 +14,8 @@ from graft.checkpoint import atomic_write
 from graft.data.objectives import IGNORED
 from graft.data.rows import Rows
 from graft.merge._composed import Composed
-from graft.merge._reading import made_of, rows_for, rows_of_step
+from graft.merge._kept import made_of, rooms
+from graft.merge._reading import rows_for, rows_of_step, what_is_read
 from graft.merge.adamerging import Settings, entropy
 from graft.merge.prepared import Prepared
 from graft.merge.slices import LAYER
@@ -82,20 +83,28 @@ def learned(job: Job, settings: Settings) -> Prepared:
         groups = list(dict.fromkeys(places.values()))
         index = {parameter: groups.index(group) for parameter, group in places.items()}
         state = State(torch.full((len(groups), len(settings.names)), settings.start, dtype=torch.float64))
-        file, work = job.scratch / "lambdas.json", made_of(job, settings)
-        state.read(file, work)
+        work, file = work_of(job, settings), "lambdas.json"
+        for room in rooms(job):
+            state.read(room / file, work)
         sets = {settings.data_of(name): name for name in settings.names}
         texts = [rows_for(job, settings, composed.model, name) for name in sets.values()]
         with Progress("learning λ", settings.steps, "steps") as progress:
             progress.begin_at(state.step)
             while state.step < settings.steps:
                 _learn(composed, settings, texts, index, state)
-                state.write(file, work)
+                state.write(job.scratch / file, work)
                 progress.advance(1, f"entropy {state.entropies[-1]:.4f}")
     named = [dict(zip(settings.names, found, strict=True)) for found in state.lambdas.tolist()]
     survey = {name: state.lambdas[index[parameter]].tolist() for name, parameter in composed.outputs.items()}
     notes = {"lambdas": dict(zip(groups, named, strict=True)), "entropy_by_step": state.entropies}
     return Prepared(settings, notes, survey)
+
+
+def work_of(job: Job, settings: Settings) -> dict[str, Any]:
+    """What decides every λ."""
+    how = {key: getattr(settings, key) for key in ("by", "start", "steps", "learning_rate", "batch_size", "clamp")}
+    read = what_is_read(settings, settings.names)
+    return made_of(job, settings, settings.parents, weights=settings.weights, **how, **read)
 
 
 def _learn(composed: Composed, settings: Settings, texts: list[Rows], index: dict[str, int], state: State) -> None:

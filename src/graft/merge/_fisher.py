@@ -13,9 +13,10 @@ from torch import Tensor
 from graft.checkpoint import FLOATS, TensorReader, TensorWriter
 from graft.data.objectives import IGNORED
 from graft.errors import CannotCombine
+from graft.merge._kept import kept, made_of
 from graft.merge._layers import Layers
 from graft.merge._parameters import as_stored, parameters_of
-from graft.merge._reading import batches, device_of, kept, load, made_of, rows_for
+from graft.merge._reading import batches, device_of, load, rows_for, what_is_read
 from graft.merge.candidates import check_parents
 from graft.merge.fisher import Settings
 from graft.merge.inputs import inputs
@@ -54,8 +55,9 @@ def measured(job: Job, settings: Settings) -> Prepared:
     check_parents(job)
     folders = {
         name: kept(
-            job.scratch / "fisher" / f"{place}",
-            {**made_of(job, settings), "model": name},
+            job,
+            f"fisher/{place}",
+            made_of(job, settings, [name], labels=settings.labels, **what_is_read(settings, [name])),
             lambda folder: _write(job, settings, name, folder),  # noqa: B023
         )
         for place, name in enumerate(settings.names)

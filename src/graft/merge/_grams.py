@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from graft.checkpoint import Headers, TensorReader, TensorWriter
 from graft.errors import CannotCombine
+from graft.merge._kept import kept, made_of
 from graft.merge._layers import Layers, layers_of
-from graft.merge._reading import batches, device_of, kept, load, made_of, real, rows_for
+from graft.merge._reading import batches, device_of, load, real, rows_for, what_is_read
 from graft.merge.candidates import check_parents
 from graft.merge.inputs import inputs
 from graft.merge.prepared import Prepared
@@ -156,8 +157,8 @@ def _of_model(job: Job, settings: RegressionSettings, name: str) -> list[Path]:
             gathered = gather(job, settings, loaded[0], name, part)  # noqa: B023
             write(folder, gathered, Layers.of(loaded[0]), inputs(settings, job.models)[name].headers)
 
-        made = {**made_of(job, settings), "model": name, "layers": part}
-        folders.append(kept(job.scratch / "grams" / f"{settings.names.index(name)}-{number}", made, make))
+        made = made_of(job, settings, [name], layers=part, **what_is_read(settings, [name]))
+        folders.append(kept(job, f"grams/{settings.names.index(name)}-{number}", made, make))
     return folders
 
 

@@ -13,8 +13,9 @@ from graft.checkpoint import FLOATS, Headers, TensorReader, TensorWriter
 from graft.data.objectives import IGNORED
 from graft.data.rows import Rows
 from graft.merge._composed import Composed
+from graft.merge._kept import kept, made_of
 from graft.merge._parameters import as_stored
-from graft.merge._reading import kept, made_of, rows_for, rows_of_step
+from graft.merge._reading import rows_for, rows_of_step, what_is_read
 from graft.merge._select import Cut
 from graft.merge.inputs import inputs
 from graft.merge.localize_and_stitch import Settings, survey
@@ -57,8 +58,9 @@ def learned(job: Job, settings: Settings) -> Prepared:
                 scores = localized(composed, job, settings, name, start)  # noqa: B023
                 _write(composed, folder, scores, inputs(settings, job.models)[name].headers, name)  # noqa: B023
 
-            made = {**made_of(job, settings), "model": name}
-            folders[name] = kept(job.scratch / "regions" / str(place), made, make)
+            how = {key: getattr(settings, key) for key in ("steps", "learning_rate", "l1", "bias", "batch_size")}
+            how |= {"density": settings.densities[place], **what_is_read(settings, [name])}
+            folders[name] = kept(job, f"regions/{place}", made_of(job, settings, [settings.base, name], **how), make)
     shares = {name: json.loads((folder / SHARE).read_text()) for name, folder in folders.items()}
     return Prepared(settings, {"share_in_region": shares}, Regions(folders))
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from graft.checkpoint import FLOATS, TensorReader, TensorWriter
 from graft.errors import CannotCombine
+from graft.merge._kept import kept, made_of
 from graft.merge._layers import Layers
-from graft.merge._reading import kept, load, made_of
+from graft.merge._reading import load
 from graft.merge.candidates import check_parents
 from graft.merge.inputs import inputs
 from graft.merge.preflight import layout
@@ -69,8 +70,7 @@ def _copied(job: Job, settings: MergeSettings, name: str) -> Path:
             writer.write(parameter, 0, value.detach().cpu().numpy().reshape(-1).data)
         writer.close()
 
-    place = job.scratch / "parameters" / str(settings.parents.index(name))
-    return kept(place, {**made_of(job, settings), "model": name}, make)
+    return kept(job, f"parameters/{settings.parents.index(name)}", made_of(job, settings, [name]), make)
 
 
 def parameters_of(layers: Layers, stored: Mapping[str, str], model: str) -> dict[str, str]:

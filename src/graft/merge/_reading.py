@@ -1,16 +1,13 @@
-"""Text for methods that look at what models do with it: rows of tokens for each model, and what was measured, kept."""
+"""Text for methods that look at what models do with it: rows of tokens for each model."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from graft import data, models
-from graft.checkpoint import atomic_folder
 from graft.data.objectives import Causal, objective_rows
 from graft.data.rows import Row, Rows
 from graft.evaluate.scorer import longest_context
@@ -26,7 +23,6 @@ if TYPE_CHECKING:
 
 LONGEST = 512
 """Tokens of context where nothing is said, if the model can take as many."""
-MARK = "made_of.json"
 
 
 def device_of(job: Job) -> str:
@@ -83,21 +79,6 @@ def real(batch: Batch) -> torch.Tensor:
     return torch.ones_like(batch["input_ids"], dtype=torch.bool)
 
 
-def kept(folder: Path, made_of: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
-    """`folder`, filled by `make`, unless a run that was killed has filled it from the same things already."""
-    plain = json.dumps(made_of, sort_keys=True)
-    mark = folder / MARK
-    if not (mark.is_file() and mark.read_text() == plain):
-        with atomic_folder(folder) as part:
-            make(part)
-            (part / MARK).write_text(plain)
-    return folder
-
-
-def made_of(job: Job, settings: MergeSettings) -> dict[str, Any]:
-    """What decides all that is measured in a job: settings, seed and the weights of the parents."""
-    from graft.merge.engine import stamps
-
-    # what an adapter stands on
-    homes = {name: parent.home for name, parent in inputs(settings, job.models).items()}
-    return {"settings": settings.plain(), "seed": job.seed, "parents": stamps(job.models), "homes": stamps(homes)}
+def what_is_read(settings: OnData, names: Sequence[str]) -> dict[str, Any]:
+    """What of the settings decides the rows of some models, for `made_of`."""
+    return {"data": [settings.data_of(name) for name in names], "tokens": settings.tokens, "length": settings.length}

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from graft.errors import CannotCombine
 from graft.merge._grams import ROWS, Gatherer, Grams, gather, noted, widths_of, write
+from graft.merge._kept import kept, made_of
 from graft.merge._parameters import Parameters
-from graft.merge._reading import batches, device_of, kept, made_of, real, rows_for
+from graft.merge._reading import batches, device_of, real, rows_for, what_is_read
 from graft.merge.inputs import inputs
 from graft.merge.prepared import Prepared
 from graft.merge.regmean import RegressionSettings, regression_mean
@@ -101,7 +102,7 @@ def _step(
     growing: Growing, layers: Sequence[str], folders: dict[str, list[Path]], part: str, find: Callable[[str], Gatherer]
 ) -> None:
     """Measure some layers for every model, and merge them."""
-    job, found = growing.job, {}
+    job, settings, found = growing.job, growing.settings, {}
     if not layers:
         return
     for place, name in enumerate(folders):
@@ -109,8 +110,10 @@ def _step(
         def make(folder: Path) -> None:
             write(folder, find(name), growing.layers, growing.parents[name].headers)  # noqa: B023
 
-        made: dict[str, Any] = {**made_of(job, growing.settings), "model": name, "part": part}
-        found[name] = kept(job.scratch / "through" / f"{part}-{place}", made, make)
+        # layers before it are merged already, by these weights and this α
+        merged = {"weights": settings.weights, "alpha": settings.alpha, **what_is_read(settings, settings.names)}
+        made = made_of(job, settings, settings.names, model=name, part=part, **merged)
+        found[name] = kept(job, f"through/{part}-{place}", made, make)
         folders[name].append(found[name])
     growing.merge(layers, found)
 

@@ -94,7 +94,10 @@ class Seat:
         self._readers: dict[Input, TensorReader] = {}
 
     def take(self, settings: MergeSettings, seed: int | None = None) -> None:
-        """Make `model` and `tokenizer` those of this merge. Raises what the merge itself would raise."""
+        """Make `model` and `tokenizer` those of this merge. Raises what the merge itself would raise.
+
+        What was measured for the whole search is found in the scratch that `folder` lies in.
+        """
         job = replace(self.job, settings=settings, seed=self.job.seed if seed is None else seed, scratch=self.folder)
         with ExitStack() as opened:
             prepared = prepare(job, settings)

@@ -8,7 +8,7 @@ share a key, their query heads) put into the best order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,15 @@ from graft.merge.symmetry import RESIDUAL, Axis, Symmetries
 Order = np.ndarray
 """`order [units] int64`: unit i of the aligned model is unit `order[i]` of the one it was."""
 Array = np.ndarray
+Stamp = tuple[int, ...]
 
 
 class Matching:
-    """Orders of the units of model `b` that make it agree with model `a`; both are read a tensor at a time."""
+    """Orders of the units of model `b` that make it agree with model `a`; both are read a tensor at a time.
+
+    What an order follows from, and a tensor's part in the agreement, are read again only where another order in it has
+    changed since: the last rounds of a search read little.
+    """
 
     def __init__(self, known: Symmetries, a: TensorReader, b: TensorReader):
         self.known, self.a, self.b = known, a, b
@@ -33,6 +38,11 @@ class Matching:
         self.orders: dict[str, Order] = {unit: np.arange(size) for unit, size in known.sizes.items()}
         for layer in known.layers:
             self.orders |= {f"{layer}:{kind}": np.arange(count * heads.size) for kind, count in kinds.items()}
+        self._matched: dict[str, Stamp] = {}
+        """Units → what their order followed from."""
+        self._products: dict[str, tuple[Stamp, float]] = {}
+        """Tensor → its inner product in both models, and in which orders."""
+        self._squares: tuple[float, float] | None = None
 
     def search(self, rounds: int) -> list[float]:
         """Improve until nothing changes, `rounds` times at most; the agreement at the start and after each round."""
@@ -51,13 +61,31 @@ class Matching:
 
     def agreement(self) -> float:
         """Cosine between all weights of `a` and of `b` in the orders found."""
-        both = first = second = 0.0
-        for name in self.names:
-            x, y = _values(self.a, name), self._ordered(name)
-            both += float(np.vdot(x, y))
-            first += float(np.vdot(x, x))
-            second += float(np.vdot(y, y))
-        return both / max(np.sqrt(first * second), 1e-30)
+        if self._squares is None:
+            # no order changes them
+            self._squares = (_square(self.a, self.names), _square(self.b, self.names))
+        both = sum(self._product(name) for name in self.names)
+        return both / max(np.sqrt(self._squares[0] * self._squares[1]), 1e-30)
+
+    def _product(self, name: str) -> float:
+        """The inner product of a tensor of `a` and that of `b` in the orders found."""
+        stamp = self._stamp([name])
+        if self._products.get(name, (None, 0.0))[0] != stamp:
+            self._products[name] = (stamp, float(np.vdot(_values(self.a, name), self._ordered(name))))
+        return self._products[name][1]
+
+    def _stamp(self, names: list[str], without: Collection[str] = ()) -> Stamp:
+        """Stands for the orders along the axes of some tensors, all but those of `without`."""
+        units = {unit for name in names for axis in self.known.axes[name] for unit in axis} - set(without)
+        return tuple(hash(self.orders[unit].tobytes()) for unit in sorted(units))
+
+    def _follows_anew(self, units: Sequence[str], names: list[str]) -> bool:
+        """Whether anything that the order of `units` follows from, in tensors that have them, is new; notes it."""
+        having = [name for name in names if any(unit in axis for axis in self.known.axes[name] for unit in units)]
+        stamp = self._stamp(having, units)
+        new = self._matched.get(units[0]) != stamp
+        self._matched[units[0]] = stamp
+        return new
 
     def _ordered(self, name: str, without: str | None = None) -> Array:
         """The tensor of `b` with every axis in its order, those along which `without` stands left as they are."""
@@ -65,6 +93,8 @@ class Matching:
 
     def _match_units(self, unit: str, names: list[str]) -> None:
         """The best order of one kind of units, by all tensors that have them."""
+        if not self._follows_anew([unit], names):
+            return
         size = len(self.orders[unit])
         gain = np.zeros((size, size), np.float64)
         for name in names:
@@ -90,6 +120,8 @@ class Matching:
 
     def _match_heads(self, layer: str, names: list[str]) -> None:
         """The best order of the layer's heads, with what is inside of them."""
+        if not self._follows_anew([f"{layer}:{kind}" for kind in "qkvo"], names):
+            return
         q, k, v, o = (self._heads(f"{layer}:{kind}", names) for kind in "qkvo")
         if q is None or k is None or v is None or o is None:
             return
@@ -162,6 +194,10 @@ def _assigned(gain: Array) -> Order:
 
 def _values(reader: TensorReader, name: str) -> Array:
     return reader.read(name).float().numpy()
+
+
+def _square(reader: TensorReader, names: list[str]) -> float:
+    return sum(float(np.vdot(values, values)) for values in (_values(reader, name) for name in names))
 
 
 def write_aligned(reader: TensorReader, known: Symmetries, orders: Mapping[str, Order], out: Path) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from graft.merge.symmetry import Symmetries
     from graft.verb import Job
 
+AGREEMENT, LINES = "agreement.json", "lines.json"
+
 
 class Settings(linear.Settings, Judged):
     """The weighted mean after the units of every other model were put into the order in which its weights agree best
@@ -35,7 +37,6 @@ def prepare(job: Job, settings: Settings) -> Prepared:
     Weight matching, Ainsworth et al. 2023, arXiv:2209.04836, algorithm 1. Raises CannotCombine for architectures whose
     order cannot be read.
     """
-    from graft.merge.engine import stamps
     from graft.merge.prepared import Prepared
     from graft.merge.symmetry import symmetries
 
@@ -43,52 +44,59 @@ def prepare(job: Job, settings: Settings) -> Prepared:
     known = symmetries(job.models[first])
     folders, notes = {first: job.models[first]}, {}
     for name in others:
-        out = job.scratch / "aligned" / name
-        made = json.dumps({"rounds": settings.rounds, "of": stamps({n: job.models[n] for n in (first, name)})})
-        folders[name], notes[name] = out, _aligned(known, job.models[first], job.models[name], out, settings, made)
+        folders[name] = _aligned(known, job, settings, name)
+        notes[name] = json.loads((folders[name] / AGREEMENT).read_text())
         if settings.judges:
-            notes[name] |= _lines(job, settings, job.models[first], job.models[name], out)
+            notes[name] |= _lines(job, settings, name, folders[name])
     return Prepared(settings, {"alignment": {"to": first, "models": notes}}, models=folders)
 
 
-def _aligned(known: Symmetries, first: Path, second: Path, out: Path, settings: Settings, made: str) -> dict[str, Any]:
-    """Writes `second` in the order that agrees with `first` into `out`, unless it is there; how well they agree."""
-    from graft.checkpoint import TensorReader, atomic_write
+def _aligned(known: Symmetries, job: Job, settings: Settings, name: str) -> Path:
+    """The folder of a model in the order that agrees with the first, and how well they agree."""
+    from graft.checkpoint import TensorReader
+    from graft.merge._kept import kept, made_of
     from graft.merge.engine import COMPANIONS
     from graft.merge.matching import Matching, write_aligned
     from graft.merge.symmetry import check_read
 
-    mark = out / "aligned.json"
-    if mark.is_file() and (found := json.loads(mark.read_text()))["made"] == made:
-        return found["agreement"]
-    with TensorReader(first) as a, TensorReader(second) as b:
-        check_read(known, a.headers, first)
-        check_read(known, b.headers, second)
-        matching = Matching(known, a, b)
-        reached = matching.search(settings.rounds)
-        write_aligned(b, known, matching.orders, out)
-    for path in second.iterdir():
-        if path.name in ("config.json", *COMPANIONS):
-            (out / path.name).write_bytes(path.read_bytes())
-    agreement = {
-        "cosine_before": round(reached[0], 6),
-        "cosine_after": round(reached[-1], 6),
-        "rounds": len(reached) - 1,
-    }
-    atomic_write(mark, json.dumps({"made": made, "agreement": agreement}))
-    return agreement
+    first, second = job.models[settings.names[0]], job.models[name]
+
+    def make(out: Path) -> None:
+        with TensorReader(first) as a, TensorReader(second) as b:
+            check_read(known, a.headers, first)
+            check_read(known, b.headers, second)
+            matching = Matching(known, a, b)
+            reached = matching.search(settings.rounds)
+            write_aligned(b, known, matching.orders, out)
+        for path in second.iterdir():
+            if path.name in ("config.json", *COMPANIONS):
+                (out / path.name).write_bytes(path.read_bytes())
+        cosines = {"cosine_before": round(reached[0], 6), "cosine_after": round(reached[-1], 6)}
+        (out / AGREEMENT).write_text(json.dumps({**cosines, "rounds": len(reached) - 1}))
+
+    made = made_of(job, settings, [settings.names[0], name], rounds=settings.rounds)
+    return kept(job, f"aligned/{settings.names.index(name)}", made, make)
 
 
-def _lines(job: Job, settings: Settings, first: Path, second: Path, aligned: Path) -> dict[str, Any]:
+def _lines(job: Job, settings: Settings, name: str, aligned: Path) -> dict[str, Any]:
+    """The measure along the straight line from the first model to another, before and after it was aligned."""
     from graft.evaluate.judge import Judge
+    from graft.merge._kept import kept, made_of
     from graft.merge.barrier import line_between
 
-    judge = Judge.of(settings.entry(), job.data, job.root, settings.metric)
-    found: dict[str, Any] = {"metric": judge.metric}
-    for when, folder in (("before", second), ("after", aligned)):
-        line = line_between(first, folder, judge, settings.points, job.device)
-        found[f"line_{when}"], found[f"barrier_{when}"] = list(line.values), line.barrier
-    return found
+    first = settings.names[0]
+
+    def make(folder: Path) -> None:
+        judge = Judge.of(settings.entry(), job.data, job.root, settings.metric)
+        found: dict[str, Any] = {"metric": judge.metric}
+        for when, other in (("before", job.models[name]), ("after", aligned)):
+            line = line_between(job.models[first], other, judge, settings.points, job.device)
+            found[f"line_{when}"], found[f"barrier_{when}"] = list(line.values), line.barrier
+        (folder / LINES).write_text(json.dumps(found))
+
+    measured = {key: settings.plain()[key] for key in ("on", "measure", "task", "metric", "limit")}
+    made = made_of(job, settings, [first, name], rounds=settings.rounds, points=settings.points, **measured)
+    return json.loads((kept(job, f"lines/{settings.names.index(name)}", made, make) / LINES).read_text())
 
 
 def rule(tensors: Tensors, settings: Settings) -> Combine:

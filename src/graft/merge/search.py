@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from graft.errors import RunError, SettingsError
 from graft.merge.candidates import Candidates
+from graft.merge.engine import prepare
 from graft.merge.settings import MergeSettings
 from graft.merge.space import Space, altered
 from graft.verb import Job
@@ -31,6 +33,7 @@ def search(job: Job, settings: MergeSettings) -> tuple[MergeSettings, dict[str, 
     assert asked is not None
     space = Space(settings, asked)
     with Candidates(job, asked, asked.jobs) as candidates:
+        look_beforehand(job, altered(settings, {}))
         trail = Trail(candidates, space, asked.evaluations)
         if asked.way == "grid":
             trail.look_at(grid(space))
@@ -39,6 +42,13 @@ def search(job: Job, settings: MergeSettings) -> tuple[MergeSettings, dict[str, 
         else:
             evolve(lambda points: trail.look_at([space.values(point) for point in points]), space.start(), job.seed)
         return trail.best(), trail.notes()
+
+
+def look_beforehand(job: Job, settings: MergeSettings) -> None:
+    """What the method measures before it merges, measured once: every candidate that it holds for finds it there."""
+    prepared = prepare(replace(job, settings=settings), settings)
+    if hasattr(prepared.survey, "close"):
+        prepared.survey.close()
 
 
 class Trail:
