@@ -6,8 +6,11 @@ import gzip
 import textwrap
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from graft.errors import RecipeError, RequestError
+from graft.pretrain.architectures import Shape, build, config_for
 from graft.recipe import read_recipe
 from graft.yaml_lines import read_yaml
 
@@ -342,3 +345,107 @@ def test_values_can_be_shared_by_anchor_and_keep_the_line_where_they_are_written
 )
 def test_yaml_that_would_do_harm_is_a_problem(text):
     assert read_yaml(text).problems
+
+
+FAMILY = """
+family: f
+data:
+  d: {{source: text, path: d.txt}}
+  pairs: {{source: jsonl, path: p.jsonl, format: pairs}}
+models:
+  base: {{pretrain: {{data: d, hidden: 32, layers: 2, tokenizer: {{size: 300}}, {base}}}}}
+  child: {child}
+"""
+
+
+@pytest.mark.parametrize(
+    ("child", "expected"),
+    [
+        ("{tune: {from: base, data: d, method: {lora: {layers: [0, 5]}}}}", "expected layers of its blocks 0 to 1"),
+        ("{tune: {from: base, data: d, method: {lora: {layers: '1:6'}}}}", "blocks 0 to 1, found 1:6"),
+        ("{tune: {from: base, data: d, method: {houlsby: {layers: '2:'}}}}", "blocks 0 to 1, found 2:"),
+        (
+            "{tune: {from: base, data: d, method: {lora: {on: ['*.q_porj']}}}}",
+            "expected a place '*.q_porj', found none",
+        ),
+        ("{tune: {from: base, data: d, method: {lora: {rank: 33}}}}", "expected a rank of at most 32"),
+        ("{tune: {from: base, data: d, method: {lora: {rank: 33, pissa: true}}}}", "expected a rank of at most 32"),
+        ("{tune: {from: base, data: d, method: bitfit}}", "expected layers with biases, found none"),
+        ("{tune: {from: base, data: d, method: {full: {only: ['*.c_attn.*']}}}}", "'*.c_attn.*', which matches none"),
+        ("{tune: {from: base, data: d, method: {full: {freeze: ['*']}}}}", "the patterns freeze all of them"),
+        (
+            "{pretrain: {data: d, size: 1M, architecture: encoder-decoder, tokenizer: {of: base}}}",
+            "span corruption needs a tokenizer with sentinels (<extra_id_0>, …); that of base has none",
+        ),
+        ("{tune: {from: base, data: d, method: {lora: {layers: '-2:'}}}}", None),
+        ("{pretrain: {data: d, size: 1M, architecture: encoder, tokenizer: {of: base}}}", None),
+        ("{pretrain: {data: pairs, size: 1M, architecture: encoder-decoder, tokenizer: {of: base}}}", None),
+    ],
+)
+def test_what_a_model_that_is_not_made_yet_cannot_take_is_found_before_it_is_made(recipe, tmp_path, child, expected):
+    (tmp_path / "d.txt").write_text("a\n\nb\n")
+    (tmp_path / "p.jsonl").write_text('{"source": "a", "target": "b"}\n')
+    path = recipe(FAMILY.format(base="length: 32", child=child))
+    if expected is None:
+        assert list(read_recipe(path).models) == ["base", "child"]
+        return
+    (problem,) = problems(path)
+    assert problem.startswith("line 8: models.child.")
+    assert expected in problem
+
+
+def test_an_adapter_on_a_model_that_is_merged_from_models_not_made_yet_is_tried_as_well(recipe, tmp_path):
+    (tmp_path / "d.txt").write_text("a\n\nb\n")
+    text = FAMILY.format(base="architecture: decoder, positions: learned", child="{tune: {from: base, data: d}}")
+    text += "  soup: {merge: {models: [base, child]}}\n"
+    text += "  top: {tune: {from: soup, data: d, method: {lora: {on: [up]}}}}\n"
+    text += "  over: {tune: {from: top, data: d, method: {lora: {on: [gate_proj]}}}}\n"
+    text += "  folded: {tune: {from: top, data: d, method: {lora: {rank: 99}}, fold: true}}\n"
+    (tmp_path / "p.jsonl").write_text('{"source": "a", "target": "b"}\n')
+    first, second = problems(recipe(text))
+    assert first.startswith("line 11: models.over.tune: GPT2LMHeadModel: expected a place 'gate_proj', found none")
+    assert second.startswith("line 12: models.folded.tune: ")
+    assert "expected a rank of at most 32" in second
+
+
+def test_a_model_without_a_tokenizer_is_not_trained_and_not_measured(recipe, tmp_path):
+    (tmp_path / "d.txt").write_text("a\n\nb\n")
+    folder = tmp_path / "mute"
+    build(
+        config_for("decoder", "rotary", Shape(32, 2, 4, 300, 32, 0.0, {"bos": 1, "eos": 2, "pad": 0}))
+    ).save_pretrained(folder)
+    found = problems(
+        recipe("""
+        family: f
+        data:
+          d: {source: text, path: d.txt}
+        models:
+          mute: {load: mute}
+          further: {tune: {from: mute, data: d}}
+          fresh: {pretrain: {data: d, size: 1M, tokenizer: {of: mute}}}
+        evaluate:
+          - {measure: bits_per_byte, on: [d.test]}
+        """)
+    )
+    assert [problem.partition(" has no tokenizer")[0] for problem in found] == [
+        "line 7: models.further.tune: mute",
+        "line 8: models.fresh.pretrain: mute",
+        "line 10: evaluate.0: mute",
+    ]
+
+
+def test_a_tokenizer_in_a_folder_says_what_objectives_it_serves(recipe, tmp_path):
+    (tmp_path / "d.txt").write_text("a\n\nb\n")
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(tmp_path / "words")
+    (problem,) = problems(
+        recipe("""
+        family: f
+        data:
+          d: {source: text, path: d.txt}
+        models:
+          left: {pretrain: {data: d, hidden: 32, layers: 1, tokenizer: {path: words}}}
+          both: {pretrain: {data: d, hidden: 32, layers: 1, tokenizer: {path: words}, architecture: encoder}}
+        """)
+    )
+    assert problem.startswith("line 7: models.both.pretrain: masked LM needs a tokenizer with a mask token; that of")

@@ -28,6 +28,10 @@ MANIFEST = "graft.json"
 SETTLED_NS = 2 * 10**9
 ADAPTED = "graft_adapted"
 """The `model_type` of a folder of adapters, and the key of what `config.json` says of them."""
+GENERAL_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
+"""Names under which a tokenizer is saved that is all in its `tokenizer.json`."""
+TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "tekken.json")
+"""Files that a tokenizer may be in that is not in `tokenizer.json`."""
 
 
 class Parent(Settings):
@@ -225,6 +229,30 @@ def token_ids(folder: Path) -> dict[str, int] | None:
         raise CheckpointError(f"{path}: expected a tokenizer, found a damaged file ({error!r})") from None
 
 
+def tokenizer_of(folder: Path) -> frozenset[str] | None:
+    """What the tokenizer in a folder has of `text`, `end`, `mask`, `sentinels`; nothing where there is none.
+
+    None where only loading it can tell.
+    """
+    folder = Path(folder)
+    tokens = token_ids(folder)
+    if tokens is None:
+        return None if any(any(folder.glob(name)) for name in TOKENIZER_FILES) else frozenset()
+    said: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        said |= _json(folder / name, "tokenizer's settings") if (folder / name).is_file() else {}
+    general = said.get("tokenizer_class") in GENERAL_TOKENIZERS
+    # classes of a model type have special tokens that their files need not name
+    mask = said.get("mask_token") or (not general and {"<mask>", "[MASK]"} & tokens.keys())
+    there = {
+        "text": True,
+        "end": said.get("eos_token") or said.get("sep_token") or not general,
+        "mask": mask,
+        "sentinels": "<extra_id_0>" in tokens,
+    }
+    return frozenset(name for name, found in there.items() if found)
+
+
 def hash_vocabulary(tokens: Mapping[str, int]) -> str:
     """sha256 of token strings with their ids, in the order of the ids."""
     plain = json.dumps(sorted(tokens.items(), key=lambda pair: (pair[1], pair[0])), ensure_ascii=False)
@@ -236,10 +264,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.exists():
         raise RequestError(f"{folder}: expected a model's folder with config.json, found none")
+    return _json(path, "configuration")
+
+
+def _json(path: Path, what: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise CheckpointError(f"{path}: the configuration is damaged ({error})") from None
+        raise CheckpointError(f"{path}: the {what} is damaged ({error})") from None
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
@@ -253,6 +285,13 @@ def architecture_of(config: Mapping[str, Any]) -> str:
 def facts_of(folder: Path) -> Facts:
     """The facts of a model's folder: from its manifest, or from configuration, headers and tokenizer without one."""
     folder = Path(folder)
+    home = folder
+    if is_lora(folder) and not (folder / "tokenizer.json").is_file():
+        home = lora.base_folder(folder) or folder
+    return replace(_facts_of(folder), tokenizer=tokenizer_of(home))
+
+
+def _facts_of(folder: Path) -> Facts:
     if is_lora(folder):
         return _lora_facts(folder)
     config = read_config(folder)

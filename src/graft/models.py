@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from graft.checkpoint import ADAPTER, disk_errors, read_headers
 from graft.errors import CheckpointError, RequestError
-from graft.lineage import ADAPTED
+from graft.lineage import ADAPTED, GENERAL_TOKENIZERS
 from graft.lora import add_to, base_folder, is_lora
 
 if TYPE_CHECKING:
@@ -59,10 +59,6 @@ def load_tokenizer(path: str | Path, *, hub: bool = False) -> PreTrainedTokenize
     if not getattr(tokenizer, "is_fast", False):
         raise RequestError(f"{path}: expected a fast tokenizer (tokenizer.json), found {type(tokenizer).__name__}")
     return tokenizer  # type: ignore[return-value]
-
-
-GENERAL_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
-"""Names under which a tokenizer is saved that is all in its `tokenizer.json`."""
 
 
 def _saved_class(folder: str | Path) -> str | None:

@@ -38,6 +38,8 @@ class Facts:
     """Fingerprints of the data (with split) that went into the weights, ancestors' included."""
     stored: Literal["safetensors", "adapter", "pickle"] = "safetensors"
     """How the weights lie on disk; `adapter`: factors in the form of peft, to be added to a base."""
+    tokenizer: frozenset[str] | None = None
+    """What its tokenizer has of `text`, `end`, `mask` and `sentinels`: nothing where there is none; None: not known."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,10 @@ class Verb(Generic[S]):
 
     def check(self, settings: S, models: Mapping[str, Facts]) -> list[str]:
         """What is wrong with this node given the facts of the models it names: one sentence each, empty if nothing."""
+        return []
+
+    def check_data(self, settings: S, models: Mapping[str, Facts], formats: Mapping[str, str]) -> list[str]:
+        """What is wrong with the data it names for the models it names; `formats` of data sets by name, if known."""
         return []
 
     def measured(self, settings: S) -> Mapping[str, Any]:

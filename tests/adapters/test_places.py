@@ -52,7 +52,7 @@ def test_layers_choose_blocks():
     assert [place.path for place in places(model, "query", "1:")] == ["model.layers.1.self_attn.q_proj"]
     assert places(model, "query", "-1:") == places(model, "query", [1]) == places(model, "query", [-1])
     assert len(places(family("t5"), "attention", "0:1")) == 2  # of each stack
-    with pytest.raises(RequestError, match=r"blocks 0 to 1, found \[7\]"):
+    with pytest.raises(RequestError, match=r"blocks 0 to 1, found \[0, 7\]"):
         places(model, "query", [0, 7])
 
 

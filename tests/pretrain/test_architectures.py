@@ -2,6 +2,7 @@
 
 import pytest
 
+from graft.adapters.trial import skeleton
 from graft.errors import CannotCombine
 from graft.pretrain import VERB
 from graft.pretrain.architectures import (
@@ -35,6 +36,17 @@ def test_a_model_of_a_size_has_about_that_many_parameters(architecture, position
 def test_a_model_has_as_many_parameters_as_its_configuration_says():
     config = config_for("decoder", "rotary", Shape(64, 2, 2, 300, 32, 0.0, IDS))
     assert count_parameters(config) == sum(p.numel() for p in build(config).parameters())
+
+
+@pytest.mark.parametrize(("architecture", "positions"), list(TABLE))
+def test_what_is_planned_of_a_configuration_is_what_it_says_when_it_is_made(architecture, positions):
+    raw = {"data": "d", "architecture": architecture, "positions": positions, "hidden": 64, "layers": 2, "length": 32}
+    settings = VERB.parse({**raw, "tokenizer": {"size": 300}})
+    planned = VERB.facts(settings, {}, "key").config
+    heads = default_heads(64)
+    made = config_for(architecture, positions, Shape(64, 2, heads, 300, 32, 0.0, IDS))
+    assert {key: getattr(made, key, None) for key in planned} == planned
+    assert [name for name, _ in skeleton(planned).named_parameters()] == [n for n, _ in build(made).named_parameters()]
 
 
 def test_positions_that_no_class_carries_are_refused_with_those_there_are():

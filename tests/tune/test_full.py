@@ -13,7 +13,7 @@ from graft.errors import CannotCombine, RequestError, SettingsError, UnknownName
 from graft.pretrain.architectures import Shape, build, config_for
 from graft.tune import VERB
 from graft.tune.full import trained_names
-from graft.tune.work import context
+from graft.tune.settings import longest
 from graft.verb import Facts, Job
 
 ROWS = {
@@ -107,10 +107,10 @@ def test_a_model_with_a_recurrent_state_is_tuned_on_one_document_a_row(tmp_path)
 def test_the_context_is_the_shortest_of_what_model_and_tokenizer_name(base):
     tokenizer = models.load_tokenizer(base)
     config = models.load_config(base)
-    assert context(config, tokenizer) == 64
+    assert longest(config.to_dict(), tokenizer.model_max_length) == 64
     tokenizer.model_max_length = 50
-    assert context(config, tokenizer) == 50
-    assert context(MambaConfig(), models.load_tokenizer(base)) == 1024
+    assert longest(config.to_dict(), tokenizer.model_max_length) == 50
+    assert longest(MambaConfig().to_dict(), models.load_tokenizer(base).model_max_length) == 1024
 
 
 def test_frozen_weights_stay_as_they_are_to_the_bit(tmp_path, base):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from graft.adapters.point import LINEARS, ROLES, SUBLAYERS, Point, chosen
+from graft.adapters.point import LINEARS, ROLES, SUBLAYERS, Point, beyond, chosen
 from graft.errors import RequestError, nearest
 
 if TYPE_CHECKING:
@@ -121,11 +121,10 @@ class Layout:
         Raises RequestError for a word or pattern that nothing answers to, naming the candidates.
         """
         found: dict[str, Place] = {}
-        last = max(self.stacks.values(), default=0) - 1
-        absent = [n for n in point.layers if not -last - 1 <= n <= last] if isinstance(point.layers, list) else []
-        if absent:
+        deepest = max(self.stacks.values(), default=0)
+        if self.stacks and beyond(point.layers, deepest):
             raise RequestError(
-                f"{type(self.model).__name__}: expected layers of its blocks 0 to {last}, found {absent}"
+                f"{type(self.model).__name__}: expected layers of its blocks 0 to {deepest - 1}, found {point.layers}"
             )
         for word in point.on:
             here = next((some for one in word.split("|") if (some := list(self._named(one, point)))), None)

@@ -39,6 +39,16 @@ def chosen(layers: str | list[int] | None, count: int) -> list[int]:
     return [layer % count for layer in layers if -count <= layer < count]
 
 
+def beyond(layers: str | list[int] | None, count: int) -> bool:
+    """Whether `layers` names blocks that a model of `count` blocks does not have, or none at all."""
+    if isinstance(layers, list):
+        return any(not -count <= layer < count for layer in layers)
+    if layers is None:
+        return False
+    start, end = (int(word) if word else 0 for word in layers.strip().split(":"))
+    return not (-count <= start < count and -count <= end <= count) or not chosen(layers, count)
+
+
 def _readable(layers: Any) -> Any:
     chosen(layers, 1)
     return layers

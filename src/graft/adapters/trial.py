@@ -56,3 +56,9 @@ def trained(config: Mapping[str, Any], points: Sequence[Point]) -> int | None:
         return adopt(model, points).count("adapter")
     except (RequestError, RuntimeError, NotImplementedError):
         return None
+
+
+def parameter_names(config: Mapping[str, Any]) -> list[str]:
+    """Names of the parameters of the model of this configuration, tied ones once; empty where it is not known here."""
+    model = skeleton(config)
+    return [] if model is None else [name for name, _ in model.named_parameters()]

@@ -13,7 +13,7 @@ place of segments and positions. All of it follows from the seed and the row's n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -119,12 +119,18 @@ class Tokens:
         vocabulary = tokenizer.get_vocab()
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if end is None:
-            raise DataError("training needs a tokenizer with an end token; this one has none")
+            raise DataError(f"{lacking(Causal(), (), None)}; this one has none")
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
         plain = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
         sentinels = np.array([vocabulary[name] for name in SENTINELS if name in vocabulary], np.int64)
         return cls(int(pad), start, int(end), tokenizer.mask_token_id, plain, sentinels)
+
+    @property
+    def has(self) -> set[str]:
+        """Which of `end`, `mask` and `sentinels` there are."""
+        there = {"end": True, "mask": self.mask is not None, "sentinels": len(self.sentinels) > 0}
+        return {name for name, found in there.items() if found}
 
 
 def objective_rows(
@@ -153,7 +159,8 @@ def objective_rows(
 
     streams = [(stream(place, part), share) for place, (part, share) in enumerate(corpus.parts)]
     tokens, name = Tokens.of(tokenizer), f"{corpus.name}.{split}"
-    _check_tokens(settings, tokens, corpus.format)
+    if lost := lacking(settings, tokens.has, corpus.format):
+        raise DataError(f"{lost}; this one has none")
     whole = corpus.format != "text"
     if isinstance(settings, Span) and whole:
         keep_end = corpus.format == "chat"
@@ -167,11 +174,29 @@ def objective_rows(
     return Mapped(some(rows, name, length), change, stacked if together else PaddedCollate(tokens.pad))
 
 
-def _check_tokens(settings: Settings, tokens: Tokens, format: str) -> None:
-    if isinstance(settings, Masked) and tokens.mask is None:
-        raise DataError("masked LM needs a tokenizer with a mask token; this one has none")
-    if isinstance(settings, Span) and format == "text" and not len(tokens.sentinels):
-        raise DataError("span corruption needs a tokenizer with sentinels (<extra_id_0>, …); this one has none")
+def lacking(settings: Settings, has: Collection[str], format: str | None) -> str | None:
+    """What a tokenizer that has these (of `end`, `mask`, `sentinels`) lacks to train by an objective; None: nothing.
+
+    Of data whose `format` is not known (None) nothing is said that depends on it.
+    """
+    if "end" not in has:
+        return "training needs a tokenizer with an end token"
+    if isinstance(settings, Masked) and "mask" not in has:
+        return "masked LM needs a tokenizer with a mask token"
+    if isinstance(settings, Span) and format == "text" and "sentinels" not in has:
+        return "span corruption needs a tokenizer with sentinels (<extra_id_0>, …)"
+    return None
+
+
+def unspeakable(objective: Settings, name: str, has: Collection[str] | None, format: str | None) -> list[str]:
+    """Why the tokenizer of the model (or in the folder) `name` does not do for an objective; a sentence, or nothing."""
+    if has is None:
+        return []
+    if "text" not in has:
+        return [f"{name} has no tokenizer: put its tokenizer.json into the folder, or name a model that has one"]
+    if lost := lacking(objective, has, format):
+        return [f"{lost}; that of {name} has none: take a new one (`tokenizer: {{size: …}}`), or another model's"]
+    return []
 
 
 def _change(settings: Settings, tokens: Tokens, whole: bool, seed: int) -> Callable[[Row, int], Row]:

@@ -118,6 +118,7 @@ class Merge(Verb[MergeSettings]):
             config,
             trained_on=frozenset().union(*(models[name].trained_on for name in settings.parents)),
             stored="adapter" if settings.makes == "adapter" else "safetensors",
+            tokenizer=first.tokenizer,
         )
 
     def estimate(self, settings: MergeSettings, models: Mapping[str, Facts]) -> Estimate:

@@ -90,7 +90,32 @@ class Pretrain(Verb[PretrainSettings]):
             vocabulary = f"of:{key}"
         parameters = self._parameters(settings, models)
         config = self._config(settings, models)
-        return Facts(settings.architecture, f"of:{key}", vocabulary, parameters, 4 * parameters, config)
+        has = self._tokenizer(settings, models)
+        return Facts(settings.architecture, f"of:{key}", vocabulary, parameters, 4 * parameters, config, tokenizer=has)
+
+    def check_data(
+        self, settings: PretrainSettings, models: Mapping[str, Facts], formats: Mapping[str, str]
+    ) -> list[str]:
+        from graft.data import split_ref
+        from graft.data.objectives import objective_for, unspeakable
+
+        named = settings.tokenizer
+        name = named.of if isinstance(named, TokenizerOf) else getattr(named, "path", "the new tokenizer")
+        objective = objective_for(settings.architecture, settings.objective)
+        return unspeakable(objective, name, self._tokenizer(settings, models), formats.get(split_ref(settings.data)[0]))
+
+    @staticmethod
+    def _tokenizer(settings: PretrainSettings, models: Mapping[str, Facts]) -> frozenset[str] | None:
+        """What of special tokens the tokenizer will have (see `Facts.tokenizer`)."""
+        from graft.data.objectives import Span, objective_for
+        from graft.lineage import tokenizer_of
+
+        if isinstance(settings.tokenizer, TokenizerOf):
+            return models[settings.tokenizer.of].tokenizer
+        if isinstance(settings.tokenizer, TokenizerAt):
+            return tokenizer_of(Path(settings.tokenizer.path))
+        spans = isinstance(objective_for(settings.architecture, settings.objective), Span)
+        return frozenset({"text", "end", "mask", *(["sentinels"] if spans else [])})
 
     def estimate(self, settings: PretrainSettings, models: Mapping[str, Facts]) -> Estimate:
         from graft.train.estimate import training_estimate
@@ -131,7 +156,8 @@ class Pretrain(Verb[PretrainSettings]):
         ids = {"pad": 0, "bos": 1, "eos": 2}
         if isinstance(settings.tokenizer, TokenizerOf):
             said = models[settings.tokenizer.of].config
-            ids = {word: said.get(f"{word}_token_id") or place for word, place in ids.items()}
+            named = {word: said.get(f"{word}_token_id") for word in ids}
+            ids |= {word: place for word, place in named.items() if isinstance(place, int)}
         shape = Shape(*shape_of(settings, vocabulary), vocabulary, settings.length, settings.dropout, ids)
         return planned_config(settings.architecture, positions, shape)
 

@@ -12,6 +12,7 @@ from graft.data.settings import HuggingFace
 from graft.recipe.problems import Problems, Where
 from graft.recipe.sections import Node
 from graft.settings import references
+from graft.verb import Facts
 
 Measures = Mapping[int, evaluate.Measure]
 """Measures by their place in the list: some may not have parsed."""
@@ -32,8 +33,11 @@ def read_measures(raw: Sequence[Any], root: Path, problems: Problems) -> Measure
 
 def check_formats(
     sets: Mapping[str, DataSettings], nodes: Mapping[str, Node], measures: Measures, root: Path, problems: Problems
-) -> None:
-    """What is trained on must say what is to be produced, and a measure must fit the data it is taken on."""
+) -> Mapping[str, str]:
+    """What is trained on must say what is to be produced, and a measure must fit the data it is taken on.
+
+    The formats found, by name.
+    """
     formats = _formats(sets, root, problems)
     for name, node in nodes.items():
         measured = node.verb.measured(node.settings)
@@ -47,6 +51,7 @@ def check_formats(
     for place, measure in measures.items():
         for reference in measure.on if isinstance(measure, evaluate.OnData) else ():
             _check_fit(measure, reference, formats, ("evaluate", place, "on"), problems)
+    return formats
 
 
 def _check_fit(
@@ -85,11 +90,19 @@ def _split_parts(reference: str, sets: Mapping[str, DataSettings]) -> set[str]:
     return {f"{part}.{split}" for part in _all_parts(name, sets) or {name}}
 
 
-def check_architectures(measures: Measures, architectures: Mapping[str, str], problems: Problems) -> None:
-    """A measure must fit the models that it is taken of (architectures by name)."""
+def check_models(measures: Measures, models: Mapping[str, Facts], problems: Problems) -> None:
+    """A measure must fit the models that it is taken of, and these must have a tokenizer."""
+    architectures = {name: facts.architecture for name, facts in models.items()}
+    silent = {name for name, facts in models.items() if facts.tokenizer == frozenset()}
     for place, measure in measures.items():
         if wrong := evaluate.untakable(measure, architectures):
             problems.note(("evaluate", place), wrong)
+        for name in sorted(silent.intersection(measure.models or models)):
+            problems.note(
+                ("evaluate", place),
+                f"{name} has no tokenizer, so that it reads no text: put its tokenizer.json into its folder, or name "
+                "those to measure with `models: […]`",
+            )
 
 
 def _formats(sets: Mapping[str, DataSettings], root: Path, problems: Problems) -> dict[str, str]:

@@ -11,7 +11,7 @@ from graft import data as data_room
 from graft import verbs
 from graft.data import DataSettings, split_ref
 from graft.errors import RecipeError, RequestError, nearest
-from graft.recipe.measures import Measures, check_architectures, check_formats, check_unseen, parts_of, read_measures
+from graft.recipe.measures import Measures, check_formats, check_models, check_unseen, parts_of, read_measures
 from graft.recipe.order import ordered
 from graft.recipe.problems import Problems, Where
 from graft.recipe.sections import Node, Outline, Recipe, readable
@@ -61,7 +61,7 @@ class _Reader:
         nodes = {name: n for name, raw in outline.models.items() if (n := self._node(name, raw, outline.seed))}
         measures = read_measures(outline.evaluate, self.root, self.problems)
         self._names(outline, sets, nodes, measures)
-        check_formats(sets, nodes, measures, self.root, self.problems)
+        formats = check_formats(sets, nodes, measures, self.root, self.problems)
         check_unseen(sets, nodes, measures, self.problems)
         data_order = ordered("data", {name: parts_of(settings) for name, settings in sets.items()}, self.problems)
         order = ordered("models", {name: node.models for name, node in nodes.items()}, self.problems)
@@ -75,9 +75,8 @@ class _Reader:
             text,
             self.outside,
         )
-        facts = self._combinations(recipe)
-        kinds = {name: facts[name].architecture for name in nodes if name in facts}
-        check_architectures(measures, kinds, self.problems)
+        facts = self._combinations(recipe, formats)
+        check_models(measures, {name: facts[name] for name in nodes if name in facts}, self.problems)
         return recipe
 
     def _outline(self) -> Outline | None:
@@ -143,7 +142,7 @@ class _Reader:
                     there = ", ".join(sorted(valid)) or "none"
                     self.problems.note(path, f"unknown {kind_words} {name!r}{nearest(name, valid)}; there are: {there}")
 
-    def _combinations(self, recipe: Recipe) -> Mapping[str, Facts]:
+    def _combinations(self, recipe: Recipe, formats: Mapping[str, str]) -> Mapping[str, Facts]:
         """Ask every verb whether its node can work, given the facts of what it is made from; the facts found."""
         from graft.lineage import facts_of
 
@@ -157,7 +156,10 @@ class _Reader:
                 continue
             path = ("models", name, node.verb.name)
             models = {model: found[model] for model in node.models}
-            wrong = node.verb.unreadable(models) or node.verb.check(node.settings, models)
+            wrong = node.verb.unreadable(models) or [
+                *(faults := node.verb.check(node.settings, models)),
+                *([] if faults else node.verb.check_data(node.settings, models, formats)),
+            ]
             for message in wrong:
                 self.problems.note(path, message)
             facts = None if wrong else self.problems.attempt(path, lambda: node.verb.facts(node.settings, models, name))  # noqa: B023

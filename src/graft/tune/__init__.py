@@ -11,7 +11,7 @@ from graft.adapters.point import Point
 from graft.errors import CannotCombine, Problem, RequestError, SettingsError
 from graft.methods import method, method_names
 from graft.settings import Settings, parse
-from graft.tune.settings import TuneSettings
+from graft.tune.settings import TuneSettings, longest
 from graft.verb import Estimate, Facts, Job, Verb
 
 ROOMS = ("settings", "work")
@@ -80,10 +80,14 @@ class Tune(Verb[TuneSettings]):
         """What is wrong with the adapter for this model, tried on its skeleton where its configuration is known."""
         ((name, options),) = settings.method.items()
         chosen = method("graft.tune", name)
-        if name == "fusion" or not hasattr(chosen, "points") or not start.config.get("architectures"):
+        if not start.config.get("architectures"):
             return []
-        from graft.adapters.trial import problems
+        from graft.adapters.trial import parameter_names, problems
 
+        if name == "full" and (options["freeze"] or options["only"]):
+            return chosen.problems(parameter_names(start.config), options["freeze"], options["only"])
+        if name == "fusion" or not hasattr(chosen, "points"):
+            return []
         return problems(start.config, chosen.points(chosen.Settings(**options)), fold=settings.fold)
 
     def _trained(self, settings: TuneSettings, start: Facts) -> int | None:
@@ -104,6 +108,14 @@ class Tune(Verb[TuneSettings]):
             return []
         return list(chosen.points(chosen.Settings(**options)))
 
+    def check_data(self, settings: TuneSettings, models: Mapping[str, Facts], formats: Mapping[str, str]) -> list[str]:
+        from graft.data import split_ref
+        from graft.data.objectives import objective_for, unspeakable
+
+        start = models[settings.from_]
+        objective = objective_for(start.architecture, settings.objective)
+        return unspeakable(objective, settings.from_, start.tokenizer, formats.get(split_ref(settings.data)[0]))
+
     def facts(self, settings: TuneSettings, models: Mapping[str, Facts], key: str) -> Facts:
         start = models[settings.from_]
         if "full" in settings.method:
@@ -115,7 +127,7 @@ class Tune(Verb[TuneSettings]):
         from graft.train.memory import Dimensions
 
         start = models[settings.from_]
-        length = settings.length or min(int(start.config.get("max_position_embeddings", 512)), 1024)
+        length = settings.length or longest(start.config)
         known = Dimensions.of(start.config)
         return training_estimate(start.parameters, settings, length, known, self._trained(settings, start))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -45,3 +46,13 @@ class TuneSettings(TrainSettings):
         if isinstance(raw, dict) and isinstance(raw.get("method"), str):
             return {**raw, "method": {raw["method"]: {}}}
         return raw
+
+
+LONGEST = 1024
+"""Tokens of context that tuning uses where nothing is said, if the model can take as many."""
+
+
+def longest(config: Mapping[str, Any], *others: Any) -> int:
+    """The longest context that a configuration (and `others`, if whole numbers) names, 1024 at most."""
+    named = [config.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    return min([LONGEST, *(count for count in (*named, *others) if isinstance(count, int) and count > 0)])

@@ -9,16 +9,13 @@ from graft import data, lineage, models
 from graft.data.objectives import objective_for
 from graft.errors import RequestError
 from graft.methods import method
-from graft.tune.settings import TuneSettings
+from graft.tune.settings import TuneSettings, longest
 from graft.verb import Job
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from graft.train.loop import Save
-
-LONGEST = 1024
-"""Tokens of context that tuning uses where nothing is said, if the model can take as many."""
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -38,7 +35,8 @@ def run(job: Job) -> dict[str, Any]:
     objective = objective_for(lineage.architecture_of(model.config.to_dict()), settings.objective)
     tokenizer = models.load_tokenizer(start)
     stack = adapters_of(model)
-    length = settings.length or context(model.config, tokenizer) - (stack.taken(model) if stack else 0)
+    taken = stack.taken(model) if stack else 0
+    length = settings.length or longest(model.config.to_dict(), tokenizer.model_max_length) - taken
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     save = _save(job, tokenizer, settings.fold) if isinstance(model, Adapted) else None
     metrics = train_on_text(job, model, tokenizer, corpus, split, objective, length, save)
@@ -81,10 +79,3 @@ def _save(job: Job, tokenizer: PreTrainedTokenizerFast, folded: bool) -> Save:
         tokenizer.save_pretrained(folder)
 
     return write
-
-
-def context(config: Any, tokenizer: Any) -> int:
-    """The longest context that the configuration and the tokenizer name, 1024 at most."""
-    named = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    named.append(tokenizer.model_max_length)
-    return min([LONGEST, *(longest for longest in named if isinstance(longest, int) and longest > 0)])
