@@ -47,14 +47,11 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
         return super().generate(inputs, **kwargs)  # type: ignore[misc]
 
     def speculate(self, input_ids: torch.Tensor, draft: str | None = None, **options: Any) -> Speculated:
-        """What `generate` gives, faster where a member's drafts are often kept; options as of `speculative.speculate`.
+        """What `generate` gives, faster where members' drafts are often kept; options as of `speculative.speculate`.
 
-        Raises RequestError where neither `draft` nor the ensemble's recipe names the member that drafts.
+        `draft` None: the member that the ensemble's recipe names, or any that it pays to begin with.
         """
-        name = draft or self.config.draft
-        if name is None:
-            raise RequestError("expected the member that drafts (draft=NAME, or `draft:` in the recipe), found none")
-        return speculate(self, input_ids, name, **options)
+        return speculate(self, input_ids, draft or self.config.draft, **options)
 
     def forward(
         self,

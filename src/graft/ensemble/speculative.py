@@ -1,157 +1,187 @@
-"""Speculative ensembles: one member drafts a block, the others verify it; the distribution stays the ensemble's.
+"""Speculative ensembles: members draft tokens for each other and verify them; the distribution stays the ensemble's.
 
-A drafted token is kept with probability min(1, p/q) of the ensemble's p and the draft's q, else one is drawn from what
-p has above q (Leviathan et al. 2023; for ensembles Fu et al. 2025). The draft is a member itself: what it gave while
-drafting is its part of p, so no member computes anything twice.
+A drafted token is kept with probability min(1, p/q) of the ensemble's p and the drafting member's q, else one is drawn
+from what p has above q (Leviathan et al. 2023). Members take turns (alternate proposals, Fu et al. 2025): one run of a
+member judges the drafts before it and adds one. What a member gave while drafting is its part of p, so no member
+computes a column of the kept text twice. In a batch each row goes on as far as its own drafts are kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache
 
-from graft.ensemble.gate import Told, joined
-from graft.errors import RequestError
+from graft.ensemble.members import nan_words
+from graft.ensemble.pending import Pending, Verdict
+from graft.ensemble.turns import Turns
+from graft.errors import RequestError, RunError
 
 if TYPE_CHECKING:
     from graft.ensemble.causal import EnsembleForCausalLM
 
-MOST = 16
-"""Tokens that are drafted at once at most."""
-
 
 @dataclass(frozen=True)
 class Speculated:
-    """`sequences [1, length]`, prompt included; for every block how many tokens were drafted and kept."""
+    """`sequences [batch, longest]`, prompts included, padded behind; how many drafts were judged, and kept."""
 
     sequences: torch.Tensor
-    drafted: list[int]
-    kept: list[int]
-
-
-@dataclass
-class BlockLength:
-    """How many tokens to draft: what gives most tokens for the cost, from how often drafts were kept so far.
-
-    A block of k costs k · `draft` + `verify` and gives 1 + a + … + a^(k-1) tokens where each draft is kept with
-    probability a. With a = 0 that is a block of one: the plain ensemble.
-    """
-
-    draft: float
-    verify: float
-    kept: float = field(default=2.0, init=False)
-    tried: float = field(default=3.0, init=False)
-
-    def best(self) -> int:
-        """The block length to use now."""
-        share = self.kept / self.tried
-        gains = [sum(share**place for place in range(length)) for length in range(1, MOST + 1)]
-        rates = [gain / (length * self.draft + self.verify) for length, gain in enumerate(gains, start=1)]
-        return 1 + rates.index(max(rates))
-
-    def saw(self, kept: int, drafted: int) -> None:
-        """Of so many drafted tokens so many were kept; older blocks count less and less."""
-        self.kept = 0.9 * self.kept + kept
-        self.tried = 0.9 * self.tried + min(kept + 1, drafted)
+    drafted: int
+    kept: int
 
 
 @torch.no_grad()
 def speculate(
     model: EnsembleForCausalLM,
     input_ids: torch.Tensor,
-    draft: str,
+    draft: str | None = None,
     *,
+    attention_mask: torch.Tensor | None = None,
     max_new_tokens: int,
     do_sample: bool = False,
     temperature: float = 1.0,
     block: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Speculated:
-    """Decode `input_ids [1, length]` greedily (the same tokens as `generate`) or by sampling (the same distribution).
+    """Decode `input_ids [batch, length]` greedily (the same tokens as `generate`) or by sampling (the same
+    distribution).
 
-    `draft` names a member of non-zero weight. `block` None: its length follows what is kept. Raises RequestError for
-    other batches, other members, and a union of vocabularies.
+    A batch is padded on the left (`attention_mask`). `draft` names the member of non-zero weight that begins each
+    round, and `block` how many tokens it drafts; None: what gives most tokens for the cost, from how many drafts were
+    kept so far. Raises RequestError for other members, an empty prompt, a context longer than a member's, a union of
+    vocabularies, and rules that choose among whole outputs; RunError naming a member whose logits are NaN.
     """
-    place = _place(model, input_ids, draft)
-    sizes = [sum(weight.numel() for weight in model.members[each].parameters()) for each in model.active]
-    own = sizes[model.active.index(place)]
-    length = BlockLength(own, sum(sizes) - own)
-    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
-    drawing = _Drawing(temperature if do_sample else None, generator)
-    cache, text = DynamicCache(config=model.config), input_ids
-    drafted, kept = [], []
-    while text.shape[1] < input_ids.shape[1] + max_new_tokens:
-        left = input_ids.shape[1] + max_new_tokens - text.shape[1]
-        tried = min(block or length.best(), left)
-        model._check_inputs(text.new_empty(1, text.shape[1] + tried - 1), None)
-        block_ids, told = _draft(model, place, text, tried, cache, drawing)
-        mixed = _verify(model, place, text, block_ids, told, cache)
-        new, count = drawing.keep(block_ids[0], mixed[0], told.log_probs[0])
-        text = torch.cat([text, new[None]], 1)
-        length.saw(count, tried)
-        drafted.append(tried)
-        kept.append(count)
-        stop = next((at for at, token in enumerate(new.tolist()) if token in ends), None)
-        if stop is not None:
-            return Speculated(text[:, : text.shape[1] - len(new) + stop + 1], drafted, kept)
-        _forget(cache, text.shape[1] - 1)
-    return Speculated(text, drafted, kept)
+    drafts = _drafts(model, draft)
+    ids, starts = _begin(model, input_ids, attention_mask, max_new_tokens)
+    sizes = [float(sum(weight.numel() for weight in model.members[place].parameters())) for place in model.active]
+    turns, pending = Turns(sizes, drafts, block), Pending(model, ids, starts)
+    ends = frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or ())
+    answers = _Answers([ids.shape[1] - start + max_new_tokens for start in starts], ends, {})
+    drawing, longest = _Drawing(temperature if do_sample else None, generator), ids.shape[1] + max_new_tokens
+    while pending.rows and max_new_tokens > 0:
+        plan = turns.plan(len(pending.rows))
+        for number, drafting in plan.turns(len(sizes)):
+            _run(model, pending, number, drafting and pending.length < longest, drawing)
+            turns.saw(_judge(model, pending, drawing, answers))
+            if not any(pending.by):
+                break
+    new = [answers.rows[row][ids.shape[1] - start :] if max_new_tokens > 0 else [] for row, start in enumerate(starts)]
+    return Speculated(_behind(input_ids, new, _pad(model, pad_token_id, ends)), turns.drafted, turns.held)
 
 
-def _place(model: EnsembleForCausalLM, input_ids: torch.Tensor, draft: str) -> int:
-    names = [model.config.members[place]["name"] for place in model.active]
-    if draft not in names:
-        raise RequestError(f"expected a member with a weight as draft ({', '.join(names)}), found {draft!r}")
-    if input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
-        raise RequestError(f"speculation decodes one prompt at a time, found a batch of shape {tuple(input_ids.shape)}")
+def _drafts(model: EnsembleForCausalLM, draft: str | None) -> list[int]:
+    """Numbers of the members that may begin a round, among the active ones."""
     if model.union is not None:
         raise RequestError("speculation needs members of one vocabulary, found a union: use generate")
-    return model.active[names.index(draft)]
+    if model.choose is not None:
+        raise RequestError(f"speculation decodes token by token, found {model.config.combine}: use generate")
+    names = [model.config.members[place]["name"] for place in model.active]
+    if draft is None:
+        return list(range(len(names)))
+    if draft not in names:
+        raise RequestError(f"expected a member with a weight as draft ({', '.join(names)}), found {draft!r}")
+    return [names.index(draft)]
 
 
-def _forget(cache: Cache, length: int) -> None:
-    """Every layer keeps `length` tokens at most; members need not have read equally far."""
-    for place, layer in enumerate(cache.layers):
-        seen = cache.get_seq_length(place)
-        if seen > length:
-            layer.crop(length - seen)  # type: ignore[union-attr]
+def _begin(
+    model: EnsembleForCausalLM, input_ids: torch.Tensor, mask: torch.Tensor | None, count: int
+) -> tuple[torch.Tensor, list[int]]:
+    """The prompts without what is padding in all rows, and where each begins."""
+    model._check_prompts(mask)
+    length = input_ids.shape[1]
+    model._check_inputs(input_ids.new_empty(1, length + max(count - 1, 0) if length else 0), None)
+    if mask is None:
+        return input_ids.to(model.device), [0] * len(input_ids)
+    starts = mask.long().argmax(-1)
+    if not torch.equal(mask.bool(), torch.arange(length, device=mask.device) >= starts[:, None]):
+        raise RequestError("expected prompts that are padded on the left, found padding behind or within them")
+    first = int(starts.min())
+    return input_ids[:, first:].to(model.device), (starts - first).tolist()
 
 
-def _told(model: EnsembleForCausalLM, place: int, text: torch.Tensor, keep: int, cache: Cache) -> Told:
-    """What a member says `[1, keep, …]` at the end of `text`; it reads what is new to it."""
-    seen = cache.get_seq_length(model.spans[place][0])
-    given = {"attention_mask": None, "position_ids": None, "logits_to_keep": keep}
-    states = model.gate is not None and model.gate.states
-    return model._asked(place, text[:, seen:], given, cache, states)
+def _run(model: EnsembleForCausalLM, pending: Pending, number: int, drafting: bool, drawing: _Drawing) -> None:
+    """A member reads what is new to it and, where it drafts, adds a token to every row."""
+    pending.read(number, pending.length if drafting else pending.length - 1)
+    if not drafting:
+        return
+    told = pending.said(number, pending.length, pending.length + 1).log_probs[:, 0]
+    if bool(told[:, 0].isnan().any()):
+        raise RunError(nan_words(model.config.members[model.active[number]]))
+    pending.draft(number, *drawing.draw(told))
 
 
-def _draft(
-    model: EnsembleForCausalLM, place: int, text: torch.Tensor, count: int, cache: Cache, drawing: _Drawing
-) -> tuple[torch.Tensor, Told]:
-    """Drafted ids `[1, count]` and what the draft says `[1, count, …]`."""
-    start, told = text.shape[1], []
-    for _ in range(count):
-        told.append(_told(model, place, text, 1, cache))
-        text = torch.cat([text, drawing.draw(told[-1].log_probs[0, -1])[None]], 1)
-    return text[:, start:], joined(told)
+def _judge(
+    model: EnsembleForCausalLM, pending: Pending, drawing: _Drawing, answers: _Answers
+) -> list[tuple[int, bool]]:
+    """What all members have spoken of is kept or replaced; whose drafts were judged, and whether they were kept."""
+    first, stop = pending.first, pending.stop
+    if first >= stop:
+        return []
+    mixed = _mixed(model, pending, first, stop)
+    counts = [max(0, len(by) - (pending.length - stop)) for by in pending.by]
+    drawn = None if pending.drawn is None else pending.drawn[:, first - pending.length :][:, : stop - first]
+    verdicts = drawing.judge(pending.text[:, first:stop], mixed, drawn, counts)
+    seen = [
+        (number, place < verdict.kept)
+        for by, verdict in zip(pending.by, verdicts, strict=True)
+        for place, number in enumerate(by[: verdict.kept + (verdict.instead is not None)])
+    ]
+    done = answers.take(pending, verdicts)
+    pending.settle(verdicts, done)
+    return seen
 
 
-def _verify(
-    model: EnsembleForCausalLM, place: int, text: torch.Tensor, block: torch.Tensor, told: Told, cache: Cache
-) -> torch.Tensor:
-    """The ensemble's log-probabilities `[1, block, vocabulary]` where the block's tokens stand."""
-    whole = torch.cat([text, block[:, :-1]], 1)
-    every = [told if each == place else _told(model, each, whole, block.shape[1], cache) for each in model.active]
-    weights = model.weights if model.gate is None else model.gate.decide([every[n] for n in model.gate.looks_at])
-    log_probs = [each.log_probs for each in every]
-    mixed = model.combine(log_probs, weights, model.options)
-    model._check_outputs(mixed, log_probs, None)
+def _mixed(model: EnsembleForCausalLM, pending: Pending, first: int, stop: int) -> torch.Tensor:
+    """The ensemble's log-probabilities `[rows, columns, vocabulary]` of the columns from `first` to before `stop`."""
+    told = [pending.said(number, first, stop) for number in range(len(model.active))]
+    weights = model.weights if model.gate is None else model.gate.decide([told[n] for n in model.gate.looks_at])
+    log_probs = [each.log_probs for each in told]
+    mixed = model.combine(log_probs, weights.to(log_probs[0].device), model.options)
+    columns = torch.arange(first, stop, device=mixed.device)
+    within = columns > torch.tensor(pending.starts, device=mixed.device)[:, None]
+    model._check_outputs(mixed, log_probs, within)
     return mixed
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """`lengths`: how long each row's text may become, prompt included; `ends`: tokens that end it; `rows`: the texts
+    that are finished, by row."""
+
+    lengths: Sequence[int]
+    ends: frozenset[int]
+    rows: dict[int, list[int]]
+
+    def take(self, pending: Pending, verdicts: Sequence[Verdict]) -> list[bool]:
+        """Takes the texts that are finished by these verdicts; for each row whether it is."""
+        return [self._finished(pending, place, verdict) for place, verdict in enumerate(verdicts)]
+
+    def _finished(self, pending: Pending, place: int, verdict: Verdict) -> bool:
+        row, firm = pending.rows[place], pending.length - len(pending.by[place])
+        new = pending.text[place, firm : firm + verdict.kept].tolist()
+        new += [] if verdict.instead is None else [verdict.instead]
+        left = self.lengths[row] - (firm - pending.starts[place])
+        end = min(left, next((at + 1 for at, token in enumerate(new) if token in self.ends), left))
+        if len(new) < end:
+            return False
+        self.rows[row] = pending.text[place, pending.starts[place] : firm].tolist() + new[:end]
+        return True
+
+
+def _pad(model: EnsembleForCausalLM, given: int | None, ends: frozenset[int]) -> int:
+    """What stands behind an answer that ends before others."""
+    return next((each for each in (given, model.config.pad_token_id, *sorted(ends)) if isinstance(each, int)), 0)
+
+
+def _behind(prompts: torch.Tensor, new: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
+    """The prompts as they came and behind them the new tokens, padded to the longest."""
+    longest = max(map(len, new))
+    rows = [[*each, *[pad] * (longest - len(each))] for each in new]
+    return torch.cat([prompts, torch.tensor(rows, dtype=prompts.dtype, device=prompts.device)], 1)
 
 
 @dataclass(frozen=True)
@@ -161,28 +191,34 @@ class _Drawing:
     temperature: float | None
     generator: torch.Generator | None
 
-    def _probs(self, log_probs: torch.Tensor) -> torch.Tensor:
-        assert self.temperature is not None
-        return (log_probs / self.temperature).softmax(-1)
-
-    def draw(self, log_probs: torch.Tensor) -> torch.Tensor:
-        """A token `[1]` of a distribution `[vocabulary]`."""
+    def draw(self, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A token for each row of `[rows, vocabulary]`, and the probabilities it was drawn from."""
         if self.temperature is None:
-            return log_probs.argmax(-1, keepdim=True)
-        return torch.multinomial(self._probs(log_probs), 1, generator=self.generator)
+            return log_probs.argmax(-1), None
+        probs = (log_probs / self.temperature).softmax(-1)
+        return torch.multinomial(probs, 1, generator=self.generator)[:, 0], probs
 
-    def keep(self, block: torch.Tensor, mixed: torch.Tensor, told: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """The tokens that follow: the drafts that are kept and, after the first that is not, one in its place."""
-        if self.temperature is None:
+    def judge(
+        self, tokens: torch.Tensor, mixed: torch.Tensor, drawn: torch.Tensor | None, counts: Sequence[int]
+    ) -> list[Verdict]:
+        """On each row's last `counts[row]` of `tokens [rows, columns]`, given what the ensemble says of them (`mixed
+        [rows, columns, vocabulary]`) and the probabilities they were drawn from (`drawn`, alike)."""
+        if self.temperature is None or drawn is None:
             best = mixed.argmax(-1)
-            same = int((best == block).long().cumprod(0).sum())
-            return best[: same + 1], same
-        ours, theirs = self._probs(mixed), self._probs(told)
-        for at, token in enumerate(block.tolist()):
-            chance = torch.rand((), generator=self.generator, device=ours.device)
-            if chance * theirs[at, token] >= ours[at, token]:
-                rest = (ours[at] - theirs[at]).clamp(min=0)
-                rest = rest if float(rest.sum()) > 0 else ours[at]
-                other = torch.multinomial(rest, 1, generator=self.generator)
-                return torch.cat([block[:at], other]), at
-        return block, len(block)
+            right, instead = best == tokens, lambda row, column: int(best[row, column])
+        else:
+            probs, places = (mixed / self.temperature).softmax(-1), tokens[..., None]
+            chance = torch.rand(tokens.shape, generator=self.generator, device=mixed.device)
+            right = chance * drawn.gather(-1, places)[..., 0] < probs.gather(-1, places)[..., 0]
+            instead = lambda row, column: self._rest(probs[row, column], drawn[row, column])  # noqa: E731
+        verdicts = []
+        for row, (own, count) in enumerate(zip(right.tolist(), counts, strict=True)):
+            first = len(own) - count
+            kept = [*own[first:], False].index(False)
+            verdicts.append(Verdict(count, kept, instead(row, first + kept) if kept < count else None))
+        return verdicts
+
+    def _rest(self, ours: torch.Tensor, theirs: torch.Tensor) -> int:
+        """A token of what the ensemble's probabilities `[vocabulary]` have above the draft's."""
+        rest = (ours - theirs).clamp(min=0)
+        return int(torch.multinomial(rest if float(rest.sum()) > 0 else ours, 1, generator=self.generator))
