@@ -9,8 +9,9 @@ import tiny
 import torch
 
 from graft.errors import DiskError
+from graft.train import loop
 from graft.train import state as state_module
-from graft.train.state import read_state, write_state
+from graft.train.state import WRITTEN_A_SECOND, pause, read_state, write_state
 
 GIVEN = {
     "budget": "60 steps",
@@ -164,3 +165,24 @@ def test_the_state_of_another_training_is_put_away_with_a_word(tmp_path, capsys,
     assert "is of another training (other settings, seed or data): starting anew" in capsys.readouterr().err
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), fresh.parameters(), strict=True))
     assert not [path for path in (tmp_path / "scratch").glob("state-*") if "500" in path.name]
+
+
+@pytest.mark.parametrize(
+    ("cost", "seconds", "share"), [(0, 20, 0), (0.1, 20, 0.005), (1, 200, 0.005), (10, 600, 0.02), (60, 3000, 0.02)]
+)
+def test_states_cost_half_a_percent_or_are_ten_minutes_apart(cost, seconds, share):
+    assert pause(cost) == seconds
+    assert cost <= share * seconds
+
+
+def test_what_writing_a_state_costs_is_guessed_from_its_size_and_then_measured(tmp_path, monkeypatch):
+    """A training shorter than that writes none; where the pause is over a state is written."""
+    tiny.run(tmp_path / "short")
+    assert not (tmp_path / "short" / "scratch").exists()
+    costs = []
+    monkeypatch.setattr(loop, "pause", lambda cost: costs.append(cost) or 0.0)
+    tiny.run(tmp_path / "written", {"ema": 0.9})
+    state = read_state(tmp_path / "written" / "scratch")
+    size = sum(t.nbytes for name, t in state.tensors.items() if not name.startswith("buffer.") and t.ndim)
+    assert costs[0] == size / WRITTEN_A_SECOND
+    assert len(set(costs)) == len(costs) == 6

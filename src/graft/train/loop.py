@@ -36,7 +36,7 @@ from graft.train.place import Place
 from graft.train.random_state import random_state, seed_all, set_random_state
 from graft.train.schedule import rate
 from graft.train.settings import TrainSettings
-from graft.train.state import forget_states, read_state, write_state
+from graft.train.state import WRITTEN_A_SECOND, forget_states, pause, read_state, write_state
 
 Save = Callable[[Any, Path], None]
 """Writes a model as a complete Hugging Face folder into a folder that exists and is empty."""
@@ -167,7 +167,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=settings.precision == "fp16")
         self.average = MovingAverage(model, settings.ema) if settings.ema else None
         self.wrapped = place.wrap(model)
-        self.steps = settings.budget.steps(len(rows), settings.batch_size, _row_tokens(rows))
+        self.steps = settings.budget.steps(len(rows), settings.batch_size, row_tokens(rows))
         self.every = settings.evaluate_every or max(1, self.steps // 10)
         self.dev_rows = max(DEV_ROWS, int(DEV_SHARE * self.every * settings.batch_size))
         self.at = Position()
@@ -258,6 +258,11 @@ class Training:
             "look at the format of the data (is the target empty?) and at the length (is the target cut off?)"
         )
 
+    def _state_bytes(self) -> int:
+        """Of weights, two moments and the average."""
+        trained = sum(p.nbytes for p in self.parameters)
+        return trained * (3 if self.average is None else 4)
+
     def _write_state(self) -> None:
         started = time.monotonic()
         random = self.place.gather(random_state(self.place.device))
@@ -280,7 +285,7 @@ class Training:
     def run(self, interrupt: Interrupt) -> None:
         """Do the steps that are left."""
         self.started = self.written = self.looked = time.monotonic()
-        self.write_cost, self.logged_tokens = 0.0, self.at.tokens
+        self.write_cost, self.logged_tokens = self._state_bytes() / WRITTEN_A_SECOND, self.at.tokens
         keep = self.settings.keep
         self.kept = Kept(self.out / "checkpoints", keep, self.kept_before, self.at.step) if self.place.main else None
         rows, pin = self.rows, self.place.device.type == "cuda"
@@ -364,11 +369,11 @@ class Training:
     # -- what is due ------------------------------------------------------------------------------------------------
 
     def _state_is_due(self) -> bool:
-        """After the step that comes now. Automatic: under 2 % of the time, every 20 seconds at most."""
+        """After the step that comes now."""
         every = self.settings.checkpoint_every
         if every is not None and every.seconds is None:
             return (self.at.step + 1) % max(1, round(every.amount)) == 0
-        wanted = max(20.0, 50 * self.write_cost) if every is None else every.seconds or 0.0
+        wanted = pause(self.write_cost) if every is None else every.seconds or 0.0
         return time.monotonic() - self.written >= wanted
 
     def _look_is_due(self) -> bool:
@@ -480,7 +485,7 @@ class Training:
         return TrainResult(metrics, self.at.step, self.at.tokens)
 
 
-def _row_tokens(rows: Rows) -> float:
+def row_tokens(rows: Rows) -> float:
     """Mean number of tokens in the first rows; exact where all rows have one length."""
     count = min(64, len(rows))
     return tokens_in(rows.collate([rows[index] for index in range(count)])) / count

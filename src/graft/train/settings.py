@@ -174,7 +174,8 @@ class TrainSettings(Settings):
     checkpoint_every: Interval | None = Field(
         default=None,
         description="how often the state to resume from is written: `100 steps`, `5 minutes`; "
-        "null for as often as it costs under 2 % of the time, every 20 seconds at most",
+        "null for as often as it costs under half a percent of the time (under 2 % where that would be less often than "
+        "every ten minutes), every 20 seconds at most",
     )
     bootstrap: int | None = Field(
         default=None,
