@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from graft.errors import RecipeError, RequestError
+from graft.evaluate import MEASURES
 from graft.pretrain.architectures import Shape, build, config_for
 from graft.recipe import read_recipe
 from graft.yaml_lines import read_yaml
@@ -301,18 +302,12 @@ def test_measures_are_checked_with_everything_else(recipe):
           - {measure: perplexity, on: [note.test]}
           - {task: trivia.yaml}
         """)
-    found = problems(path)
-    assert found[0].startswith(
-        "line 5: evaluate.0.measure: unknown measure 'bits_per_bite' (did you mean 'bits_per_byte'?)"
-    )
-    assert found[1].startswith("line 6: evaluate.1.limti: unknown key (did you mean 'limit'?)")
-    assert found[2:] == [
-        "line 7: evaluate.2.on.0: unknown data set 'note.test'; there are: none",
-        f"line 8: evaluate.3.task: expected a task's file at {path.parent / 'trivia.yaml'}",
-    ]
-    path.write_text(path.read_text().replace("bits_per_bite", "bits_per_byte").replace("limti", "limit"))
+    names = ", ".join(sorted(name for name in MEASURES if name != "task"))
     assert problems(path) == [
+        f"line 5: evaluate.0.measure: unknown measure 'bits_per_bite' (did you mean 'bits_per_byte'?); "
+        f"there are: {names}",
         "line 5: evaluate.0.on.0: unknown data set 'x.test'; there are: none",
+        "line 6: evaluate.1.limti: unknown key (did you mean 'limit'?); there are: models, limit, on, measure",
         "line 6: evaluate.1.on.0: unknown data set 'note.test'; there are: none",
         "line 7: evaluate.2.on.0: unknown data set 'note.test'; there are: none",
         f"line 8: evaluate.3.task: expected a task's file at {path.parent / 'trivia.yaml'}",
@@ -449,3 +444,78 @@ def test_a_tokenizer_in_a_folder_says_what_objectives_it_serves(recipe, tmp_path
         """)
     )
     assert problem.startswith("line 7: models.both.pretrain: masked LM needs a tokenizer with a mask token; that of")
+
+
+def test_what_does_not_parse_hides_nothing_else_of_its_node_or_of_others(recipe, tmp_path):
+    (tmp_path / "d.txt").write_text("a\n\nb\n")
+    found = problems(
+        recipe("""
+        family: f
+        data:
+          d: {source: text, path: d.txt, splits: {dve: 0.1}}
+          m: {mix: {d: 1, nothing: 1}, temprature: 2}
+        models:
+          base: {pretrian: {data: d, hidden: 32, layers: 2, lenght: 64, tokenizer: {size: 300}}}
+          low: {tune: {from: base, data: dd, lenght: 8, method: {lora: {rnak: 4, layers: [5]}}}}
+          high: {tune: {from: base, data: d, method: {lora: {rank: 64}}}}
+          way: {tune: {from: bass, data: d, method: lroa}}
+          small: {pretrain: {data: e, size: tiny, tokenizer: {of: bass}}}
+          top: {tune: {from: high, data: d, method: {lora: {on: [nowhere]}}}}
+          soup: {merge: {method: liner, models: [low, hihg]}}
+          duo: {ensemble: {members: [low, hihg], combine: lniear}}
+          ring: {tune: {from: gnir, data: d, budgte: 3}}
+          gnir: {tune: {from: ring, data: d, method: {full: {freeez: []}}}}
+          copy: {load: nowhere}
+        """)
+    )
+    told = [(int(line.removeprefix("line ")), place, rest) for line, place, rest in (p.split(": ", 2) for p in found)]
+    assert [(line, place) for line, place, _ in told] == [
+        (4, "data.d.splits.dve"),
+        (5, "data.m.temprature"),
+        (5, "data.m.mix.nothing"),
+        (7, "models.base.pretrian"),
+        (7, "models.base.pretrian.lenght"),
+        (8, "models.low.tune.lenght"),
+        (8, "models.low.tune.method.lora.rnak"),
+        (8, "models.low.tune.data"),
+        (8, "models.low.tune"),
+        (9, "models.high.tune"),
+        (10, "models.way.tune"),
+        (10, "models.way.tune.from"),
+        (11, "models.small.pretrain.size"),
+        (11, "models.small.pretrain.data"),
+        (11, "models.small.pretrain.tokenizer.of"),
+        (12, "models.top.tune"),
+        (13, "models.soup.merge"),
+        (13, "models.soup.merge.models.1"),
+        (14, "models.duo.ensemble"),
+        (14, "models.duo.ensemble.members.1"),
+        (15, "models.ring.tune.budgte"),
+        (15, "models.ring"),
+        (16, "models.gnir.tune.method.full.freeez"),
+        (17, "models.copy.load"),
+    ]
+    by_place = {place: rest for _, place, rest in told}
+    assert "blocks 0 to 1, found [5]" in by_place["models.low.tune"]
+    assert "a rank of at most 32" in by_place["models.high.tune"]
+
+
+def test_a_value_that_was_left_out_is_not_asked_for(recipe, tmp_path):
+    (tmp_path / "d.txt").write_text("a\n\nb\n")
+    found = problems(
+        recipe("""
+        family: f
+        data:
+          d: {source: text, path: d.txt}
+        models:
+          a: {pretrain: {data: d, size: none, length: short}}
+          b: {tune: {from: 3, data: d, learning_rate: -1}}
+          c: {tune: {from: a, data: d, method: {lora: {layers: [99]}}}}
+        """)
+    )
+    assert [problem.split(": ")[1] for problem in found] == [
+        "models.a.pretrain.size",
+        "models.a.pretrain.length",
+        "models.b.tune.learning_rate",
+        "models.b.tune.from",
+    ]

@@ -105,7 +105,12 @@ class Problem:
         return f"{line}{place}: {self.message}" if place else f"{line}{self.message}"
 
 
+def closest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name that is close to `name`; None where there is none."""
+    return next(iter(difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)), None)
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """`" (did you mean 'density'?)"` where a valid name is close to `name`, else an empty string."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    close = closest(name, valid)
+    return f" (did you mean {close!r}?)" if close else ""

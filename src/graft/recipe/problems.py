@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from graft.errors import CheckpointError, Problem, RequestError, SettingsError
+from graft.recipe.salvage import Where, salvaged
 
-Where = tuple[str | int, ...]
 T = TypeVar("T")
 
 
@@ -30,6 +30,16 @@ class Problems:
         except (RequestError, CheckpointError) as error:
             self.note(path, str(error))
         return None
+
+    def salvage(self, path: Where, parse: Callable[[Any], T], raw: Any) -> tuple[T | None, bool]:
+        """What can be read of `raw`, and whether that is all that was meant; what is wrong is noted."""
+        try:
+            found = salvaged(parse, raw, path)
+        except (RequestError, CheckpointError) as error:
+            self.note(path, str(error))
+            return None, False
+        self.found += found.problems
+        return found.settings, found.sure
 
     def of(self, section: str) -> set[str | int]:
         """What in this section has a problem."""

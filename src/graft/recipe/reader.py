@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ class _Reader:
         self.alone = outside is not None
         """Whether this is one node of a command, whose data sets go by the names of files."""
         self.problems = Problems(document.problems)
+        self.unsure: set[str] = set()
+        """Nodes of which only a part can be read: what they name is looked for, but they are judged no further."""
 
     def read(self, text: str) -> Recipe | None:
         outline = self._outline()
@@ -59,8 +62,9 @@ class _Reader:
             return None
         sets = {name: s for name, raw in outline.data.items() if (s := self._data(name, raw)) is not None}
         nodes = {name: n for name, raw in outline.models.items() if (n := self._node(name, raw, outline.seed))}
-        measures = read_measures(outline.evaluate, self.root, self.problems)
+        measures, unsure = read_measures(outline.evaluate, self.root, self.problems)
         self._names(outline, sets, nodes, measures)
+        measures = {place: measure for place, measure in measures.items() if place not in unsure}
         formats = check_formats(sets, nodes, measures, self.root, self.problems)
         check_unseen(sets, nodes, measures, self.problems)
         data_order = ordered("data", {name: parts_of(settings) for name, settings in sets.items()}, self.problems)
@@ -76,7 +80,8 @@ class _Reader:
             self.outside,
         )
         facts = self._combinations(recipe, formats)
-        check_models(measures, {name: facts[name] for name in nodes if name in facts}, self.problems)
+        sound = facts.keys() & nodes.keys() - self.problems.of("models")
+        check_models(measures, {name: facts[name] for name in nodes if name in sound}, self.problems)
         return recipe
 
     def _outline(self) -> Outline | None:
@@ -98,7 +103,7 @@ class _Reader:
         return outline
 
     def _data(self, name: str, raw: Any) -> DataSettings | None:
-        settings = self.problems.attempt(("data", name), lambda: data_room.parse(raw, ("data", name)))
+        settings, _ = self.problems.salvage(("data", name), lambda raw: data_room.parse(raw, ("data", name)), raw)
         if settings is not None:
             for message in data_room.problems(settings, self.root):
                 self.problems.note(("data", name), message)
@@ -117,13 +122,17 @@ class _Reader:
             self.problems.note((*path, "seed"), f"expected a whole number from 0, found {own_seed!r}")
             own_seed = seed
         (named,) = verbs_named
-        verb = self.problems.attempt((*path, named), lambda: verbs.verb(str(named)))
+        path = (*path, named)
+        verb, _ = self.problems.salvage(path, lambda named: verbs.verb(named[0]), [str(named)])
         if verb is None:
             return None
-        settings = self.problems.attempt(
-            (*path, named), lambda: verb.located(verb.parse(raw[named], (*path, named)), self.root)
-        )
-        return None if settings is None else Node(name, verb, settings, own_seed, self.document.line(path[:2]))
+        settings, sure = self.problems.salvage(path, lambda raw: verb.parse(raw, path), raw[named])
+        if settings is None:
+            return None
+        located = self.problems.attempt(path, lambda: verb.located(settings, self.root))
+        if not sure or located is None:
+            self.unsure.add(name)
+        return Node(name, verb, located or settings, own_seed, self.document.line(path[:2]))
 
     def _names(
         self, outline: Outline, sets: Mapping[str, DataSettings], nodes: Mapping[str, Node], measures: Measures
@@ -152,7 +161,7 @@ class _Reader:
             if facts is not None:
                 found[name] = facts
         for name, node in recipe.models.items():
-            if not all(model in found for model in node.models):
+            if name in self.unsure or not all(model in found for model in node.models):
                 continue
             path = ("models", name, node.verb.name)
             models = {model: found[model] for model in node.models}
@@ -162,7 +171,9 @@ class _Reader:
             ]
             for message in wrong:
                 self.problems.note(path, message)
-            facts = None if wrong else self.problems.attempt(path, lambda: node.verb.facts(node.settings, models, name))  # noqa: B023
+            # a model that cannot be made has the facts it would have: what is made from it is judged all the same
+            heard = Problems() if wrong else self.problems
+            facts = heard.attempt(path, lambda: node.verb.facts(node.settings, models, name))  # noqa: B023
             if facts is not None:
-                found[name] = facts
+                found[name] = replace(facts, tokenizer=None) if wrong else facts
         return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from graft.data import DataSettings
-from graft.errors import SettingsError
+from graft.errors import SettingsError, closest
 from graft.settings import Settings, keys_of, parse, references
 from graft.verb import Facts, Verb
 
@@ -88,7 +87,7 @@ class Recipe:
 
 def readable(given: Mapping[str, Any]) -> Outline:
     """What can be read of sections that are not all right: so that the problems further down are told as well."""
-    names = {key: key if key in keys_of(Outline) else _closest(key) for key in given}
+    names = {key: key if key in keys_of(Outline) else closest(key, keys_of(Outline)) or key for key in given}
     filler: dict[str, Any] = {"family": "unnamed", "models": {"": None}}
     readable: dict[str, Any] = {"family": "unnamed", "models": {}}
     for key, name in names.items():
@@ -97,7 +96,3 @@ def readable(given: Mapping[str, Any]) -> Outline:
         except SettingsError:
             continue
     return Outline.model_construct(**readable)
-
-
-def _closest(key: str) -> str:
-    return next(iter(difflib.get_close_matches(key, keys_of(Outline), n=1, cutoff=0.6)), key)
