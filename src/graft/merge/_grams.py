@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graft.checkpoint import Headers, TensorReader, TensorWriter
+from graft.checkpoint import Headers, TensorHeader, TensorReader, TensorWriter
 from graft.errors import CannotCombine
+from graft.merge._experts import Experts, are_experts, inputs_of, number_of
 from graft.merge._kept import kept, made_of
 from graft.merge._layers import Layers, layers_of
 from graft.merge._reading import batches, device_of, load, real, rows_for, what_is_read
@@ -42,14 +43,25 @@ PLACES = "grams.json"
 
 @dataclass(frozen=True)
 class Gram:
-    """Where a Gram matrix [in, in] float32 lies, and whether its layer's weight is kept as [in, out]."""
+    """Where a Gram matrix [in, in] float32 lies, and whether its layer's weight is kept as [in, out].
+
+    Of experts in one parameter there is one each, [experts, in, in]; `expert` says whose a tensor is that holds one's.
+    """
 
     reader: TensorReader
     name: str
     transposed: bool
+    expert: int | None = None
 
     def read(self) -> Tensor:
-        """The matrix."""
+        """The matrix for the tensor; of a tensor that holds all experts, all of them."""
+        if self.expert is None:
+            return self.all()
+        wide = self.reader.headers[self.name].shape[-1]
+        return self.reader.read(self.name, self.expert * wide**2, wide**2).view(wide, wide)
+
+    def all(self) -> Tensor:
+        """The matrix for the parameter; all experts' where it holds several."""
         return self.reader.read(self.name)
 
 
@@ -66,8 +78,8 @@ class Grams:
     def _add(self, model: str, folder: Path) -> None:
         reader = TensorReader(folder)
         self._readers.append(reader)
-        for stored, (name, transposed) in json.loads((folder / PLACES).read_text()).items():
-            self._found[model, stored] = Gram(reader, name, transposed)
+        for stored, place in json.loads((folder / PLACES).read_text()).items():
+            self._found[model, stored] = Gram(reader, *place)
 
     def of(self, source: Source) -> Gram | None:
         """The Gram matrix for a tensor of a model; None where it is not the weight of a linear layer."""
@@ -104,13 +116,31 @@ class Gatherer:
         if self.shared[layer] != layer:
             return
         self._last = (inputs, layer)
-        if self.mask is not None and x.shape[:-1] == self.mask.shape:
-            x = x[self.mask]
-        x = x.reshape(-1, x.shape[-1]).float()
+        x = x.reshape(-1, x.shape[-1])[self._counting(inputs)].float()
         if layer not in self.sums:
             self.sums[layer] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
         self.sums[layer].addmm_(x.T, x)
         self.counts[layer] = self.counts.get(layer, 0) + len(x)
+
+    def add_experts(self, layer: str, experts: nn.Module, hidden: Tensor, chosen: Tensor) -> None:
+        """What the experts in the parameter `layer` were given: the mean is over all tokens, so that one that few are
+        sent to counts little beside that of a model that sends it many."""
+        counting = self._counting(hidden.detach())
+        x, to = hidden.detach().reshape(-1, hidden.shape[-1])[counting], chosen.reshape(-1, chosen.shape[-1])[counting]
+        self.shared[layer] = layer
+        self.counts[layer] = self.counts.get(layer, 0) + len(x)
+        weight = experts.get_parameter(layer.rpartition(".")[2])
+        if layer not in self.sums:
+            wide = weight.shape[1 if experts.is_transposed else 2]
+            self.sums[layer] = torch.zeros(len(weight), wide, wide, device=x.device)
+        for expert, given in inputs_of(experts, layer.rpartition(".")[2], x, to):
+            self.sums[layer][expert].addmm_(given.float().T, given.float())
+
+    def _counting(self, x: Tensor) -> Tensor:
+        """[n] bool: which of the inputs [..., in], end to end, are tokens and not padding."""
+        if self.mask is not None and x.shape[:-1] in (self.mask.shape, (self.mask.numel(),)):
+            return self.mask.flatten()
+        return torch.ones(x.numel() // x.shape[-1], dtype=torch.bool, device=x.device)
 
     def means(self) -> dict[str, Tensor]:
         """The mean outer product of the inputs, by layer; one that nothing reached is left out."""
@@ -120,10 +150,17 @@ class Gatherer:
     def watching(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
         """Inside, what the layers are given is added up."""
 
-        def hook(layer: str) -> Callable[[nn.Module, Any], None]:
-            return lambda _, inputs: self.add(layer, inputs[0])
+        def hook(layer: str) -> Callable[[nn.Module, Any, Any], None]:
+            def see(module: nn.Module, inputs: Any, named: Any) -> None:
+                if are_experts(module):
+                    hidden, chosen = (*inputs, *named.values())[:2]
+                    self.add_experts(layer, module, hidden, chosen)
+                else:
+                    self.add(layer, inputs[0])
 
-        hooks = [module.register_forward_pre_hook(hook(layer)) for layer, module in layers.items()]
+            return see
+
+        hooks = [module.register_forward_pre_hook(hook(layer), with_kwargs=True) for layer, module in layers.items()]
         try:
             yield
         finally:
@@ -149,7 +186,7 @@ def _of_model(job: Job, settings: RegressionSettings, name: str) -> list[Path]:
     """Folders with the Gram matrices of one model, a pass over its data each."""
     loaded: list[PreTrainedModel] = []
     folders = []
-    for number, part in enumerate(parts(widths_of(job, settings, name))):
+    for number, part in enumerate(parts(sizes_of(job, settings, name))):
 
         def make(folder: Path) -> None:
             if not loaded:
@@ -162,33 +199,41 @@ def _of_model(job: Job, settings: RegressionSettings, name: str) -> list[Path]:
     return folders
 
 
-def widths_of(job: Job, settings: RegressionSettings, name: str) -> dict[str, int]:
-    """The number of inputs of every linear layer of a model, by the parameter that is its weight."""
+def sizes_of(job: Job, settings: RegressionSettings, name: str) -> dict[str, int]:
+    """How many numbers the Gram matrix of every linear layer of a model has (those of all experts in one parameter),
+    by the parameter that is the weight; in the order of the model."""
     parent = inputs(settings, job.models)[name]
     layers = layers_of(parent.home)
     if layers is None:
         raise CannotCombine(f"expected a model that transformers can run, found that it does not know that of {name}")
     found = {}
     for header in parent.headers.values():
-        transposed = layers.transposed(header.name)
+        parameter, transposed = layers.parameter(header.name) or "", layers.transposed(header.name)
         if transposed is not None:
-            found[layers.parameter(header.name) or ""] = header.shape[0 if transposed else 1]
+            found[parameter] = header.shape[0 if transposed else 1] ** 2
+        elif settings.experts and parameter in layers.experts:
+            found[parameter] = layers.experts[parameter].numbers
     if not found:
         raise CannotCombine(f"expected linear layers in {name}, found none: use `linear`")
-    return {layer: found[layer] for layer in layers.linear if layer in found}
+    return {layer: found[layer] for layer in (*layers.linear, *layers.experts) if layer in found}
 
 
-def parts(widths: Mapping[str, int]) -> list[list[str]]:
+def parts(sizes: Mapping[str, int]) -> list[list[str]]:
     """The layers, in order, in parts whose Gram matrices take BUDGET bytes at most (or are one alone)."""
     made: list[list[str]] = []
-    size = BUDGET
-    for layer, wide in widths.items():
-        if size + 4 * wide * wide > BUDGET:
+    held = BUDGET
+    for layer, numbers in sizes.items():
+        if held + 4 * numbers > BUDGET:
             made.append([])
-            size = 0
+            held = 0
         made[-1].append(layer)
-        size += 4 * wide * wide
+        held += 4 * numbers
     return made
+
+
+def module_of(model: nn.Module, layer: str) -> nn.Module:
+    """The module that has the parameter `layer`."""
+    return model.get_submodule(layer.rpartition(".")[0])
 
 
 def gather(
@@ -196,7 +241,7 @@ def gather(
 ) -> Gatherer:
     """What the layers of `model` are given while it reads the data of the model `name`."""
     gatherer = Gatherer()
-    modules = {layer: model.get_submodule(layer.removesuffix(".weight")) for layer in layers}
+    modules = {layer: module_of(model, layer) for layer in layers}
     rows = rows_for(job, settings, model, name)
     with torch.no_grad(), gatherer.watching(modules), Progress("reading", settings.tokens, "tokens") as progress:
         for batch in batches(settings, rows, ROWS, device_of(job)):
@@ -206,6 +251,16 @@ def gather(
     return gatherer
 
 
+def _of_expert(experts: Experts, header: TensorHeader) -> tuple[bool, int | None] | None:
+    """(kept as [in, out], which expert) of a stored tensor that is a parameter of experts, or one's part of it."""
+    if len(header.shape) == 3:
+        return experts.transposed, None
+    number = number_of(header.name)
+    if len(header.shape) != 2 or number is None or number >= experts.count:
+        return None
+    return header.shape[1] != experts.inputs, number
+
+
 def write(folder: Path, gathered: Gatherer, layers: Layers, headers: Headers) -> None:
     """Write Gram matrices, and which of a model's stored tensors each belongs to."""
     means = gathered.means()
@@ -213,9 +268,12 @@ def write(folder: Path, gathered: Gatherer, layers: Layers, headers: Headers) ->
     for layer, mean in means.items():
         writer.write(layer, 0, mean.cpu().numpy().reshape(-1).data)
     writer.close()
-    places = {}
-    for stored in headers:
+    places: dict[str, tuple[Any, ...]] = {}
+    for stored, header in headers.items():
         leader = gathered.shared.get(layers.parameter(stored) or "")
-        if leader in means:
+        if leader in means and leader in layers.experts:
+            if (place := _of_expert(layers.experts[leader], header)) is not None:
+                places[stored] = (leader, *place)
+        elif leader in means:
             places[stored] = (leader, layers.transposed(stored))
     (folder / PLACES).write_text(json.dumps(places))

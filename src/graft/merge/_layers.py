@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from graft.merge._experts import Experts, experts_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,6 +34,8 @@ class Layers:
     """What checkpoints of the model without its head leave out before names."""
     converted: Mapping[str, str]
     """Stored tensor → the parameter that it is, or is a part of, where transformers converts it on loading."""
+    experts: Mapping[str, Experts] = field(default_factory=dict)
+    """Parameter → the experts whose weights it holds, a matrix each."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Layers:
@@ -50,7 +54,7 @@ class Layers:
         }
         names = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        return cls(linear, names, tied, prefix, _converted(model, names))
+        return cls(linear, names, tied, prefix, _converted(model, names), experts_of(model))
 
     def parameter(self, stored: str) -> str | None:
         """The parameter that a stored tensor is, or is a part of, whatever its prefix; None: it is none."""

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from graft.errors import CannotCombine
-from graft.merge._grams import ROWS, Gatherer, Grams, gather, noted, widths_of, write
+from graft.merge._grams import ROWS, Gatherer, Grams, gather, module_of, noted, sizes_of, write
 from graft.merge._kept import kept, made_of
 from graft.merge._parameters import Parameters
 from graft.merge._reading import batches, device_of, real, rows_for, what_is_read
 from graft.merge.inputs import inputs
 from graft.merge.prepared import Prepared
-from graft.merge.regmean import RegressionSettings, regression_mean
+from graft.merge.regmean import RegressionSettings, regressed
 from graft.progress import Progress
 from graft.train.attention import model_inputs
 from graft.verb import Job
@@ -72,12 +72,11 @@ class Growing:
             found = [grams.at(n, self.stored[layer][n]) for n in self.settings.names]
             if any(gram is None for gram in found):
                 continue
-            turned = self.layers.linear[layer]
+            experts = self.layers.experts.get(layer)
+            turned = self.layers.linear[layer] if experts is None else experts.transposed
             there = self.model.device
-            matrices = [(weight.T if turned else weight).to(there) for weight in self.weights(layer)]
-            read = [gram.read().to(there) for gram in found if gram is not None]
-            made = regression_mean(matrices, read, self.settings.weights, self.settings.alpha)
-            self.set(layer, made.T if turned else made)
+            read = [gram.all().to(there) for gram in found if gram is not None]
+            self.set(layer, regressed([w.to(there) for w in self.weights(layer)], read, turned, self.settings))
         grams.close()
 
 
@@ -86,7 +85,7 @@ def measured(job: Job, settings: RegressionSettings) -> Prepared:
     with ExitStack() as opened:
         growing = Growing(job, settings, opened)
         stack, blocks = blocks_of(growing.model)
-        linear = [layer for layer in widths_of(job, settings, settings.names[0]) if layer in growing.stored]
+        linear = [layer for layer in sizes_of(job, settings, settings.names[0]) if layer in growing.stored]
         folders: dict[str, list[Path]] = {name: [] for name in settings.names}
         with Progress("merging layers", len(blocks) + 1, "layers") as progress:
             for number in range(len(blocks)):
@@ -128,7 +127,7 @@ def _behind(growing: Growing, stack: str, number: int, layers: Sequence[str], na
             if prefix + parameter in growing.stored:
                 value.copy_(growing.read(prefix + parameter, name))
     gatherer = Gatherer()
-    modules = {layer: own.get_submodule(layer.removeprefix(prefix).removesuffix(".weight")) for layer in layers}
+    modules = {layer: module_of(own, layer.removeprefix(prefix)) for layer in layers}
 
     def instead(_: nn.Module, args: Any, kwargs: Any) -> None:
         own(*args, **kwargs)

@@ -18,7 +18,7 @@ from graft.merge.settings import MergeSettings
 from graft.merge.slices import COUNTS, LAYER, restacked, stack
 from graft.merge.varying import by_tensor
 from graft.merge.vocabulary import Vocabulary, joined, with_size
-from graft.verb import Facts
+from graft.verb import QUANTISED, Facts
 
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SHAPE_KEYS = (
@@ -79,6 +79,7 @@ def problems(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[list
         for name, facts in models.items()
         if facts.stored == "pickle" and not settings.allow_pickle
     ]
+    never += [f"{name} {QUANTISED % name}" for name, facts in models.items() if facts.stored == "quantised"]
     if isinstance(settings, OnData) and settings.on is not None:
         never += [
             f"{name} is of architecture {models[name].architecture}: {settings.method} reads text with causal language "
@@ -137,6 +138,8 @@ def agree(settings: MergeSettings, parts: Mapping[str, Input]) -> None:
     Raises CannotCombine for dimensions and shapes that differ. Slices and parts are compared later, as they are placed.
     """
     reference, *others = settings.parents
+    if packed := [name for name, part in parts.items() if part.config.get("quantization_config")]:
+        raise CannotCombine("; ".join(f"{name} {QUANTISED % name}" for name in packed))
     if settings.slices or settings.part:
         return
     for name in others:

@@ -26,6 +26,10 @@ class RegressionSettings(OnData):
         float, Field(ge=0, le=1, description="Factor of the off-diagonal of the Gram matrices; 0 ignores it.")
     ] = 0.9
 
+    experts: Annotated[
+        bool, Field(description="Experts that lie in one parameter, too, each by its own inputs; false: their mean.")
+    ] = True
+
     @model_validator(mode="after")
     def _above_zero(self) -> RegressionSettings:
         if min(self.weights) <= 0:
@@ -77,6 +81,19 @@ def regression_mean(
     raise CheckpointError("expected Gram matrices without NaN or Inf, found some: a model gives such activations")
 
 
+def regressed(models: Sequence[Tensor], grams: Sequence[Tensor], turned: bool, settings: RegressionSettings) -> Tensor:
+    """`regression_mean` of weights [out, in], [in, out] where `turned`; of [experts, …] with grams [experts, in, in]
+    for each expert. An expert that no model sends a token to keeps the weighted mean."""
+    import torch
+
+    if grams[0].dim() == 3:
+        each = [[of[expert] for of in (*models, *grams)] for expert in range(len(grams[0]))]
+        return torch.stack([regressed(e[: len(models)], e[len(models) :], turned, settings) for e in each])
+    matrices = [model.T if turned else model for model in models]
+    merged = regression_mean(matrices, grams, settings.weights, settings.alpha)
+    return merged.T if turned else merged
+
+
 def prepare(job: Job, settings: Settings) -> Prepared:
     """The Gram matrices of the inputs of every linear layer of every model, in files in the scratch."""
     from graft.merge._grams import measured
@@ -98,8 +115,6 @@ def rule(tensors: Tensors, settings: RegressionSettings) -> Combine:
         return lambda piece: weighted_sum(piece.models, [weight / total for weight in settings.weights])
     with tensors.workers.alone():
         _, models = whole(tensors)
-        turned = [gram.transposed for gram in found if gram is not None]
-        matrices = [model.T if t else model for model, t in zip(models, turned, strict=True)]
         read = [gram.read().to(tensors.workers.device) for gram in found if gram is not None]
-        merged = regression_mean(matrices, read, settings.weights, settings.alpha)
-        return made(merged.T if turned[0] else merged)
+        turned = any(gram.transposed for gram in found if gram is not None)
+        return made(regressed(models, read, turned, settings))
