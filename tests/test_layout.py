@@ -15,7 +15,7 @@ VERBS = {"pretrain", "tune", "adapt", "merge", "ensemble", "_load"}
 LAYERS = [
     {"errors", "settings", "progress", "_callable", "_register", "yaml_lines"},
     {"methods", "verb", "checkpoint", "lora", "pickles", "lineage", "data"},
-    {"models", "adapters"},
+    {"models", "adapters", "multitask"},
     {"train", "evaluate"},
     VERBS,
     {"verbs"},

@@ -96,13 +96,17 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Which file holds each tensor, from the index. Raises CheckpointError for an index that is damaged."""
+    """Which file holds each tensor, from the index. Raises CheckpointError for an index that is damaged.
+
+    Files stand beside it; those of a head (`MODEL/heads/TASK`) may stand in the model's folder.
+    """
     path = Path(folder) / INDEX
+    above = "../../" if path.absolute().parent.parent.name == "heads" else ""
     try:
         weight_map = json.loads(path.read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: expected an index with a weight_map, found a damaged file ({error})") from None
-    for name in weight_map.values():
+    for name in (name.removeprefix(above) for name in weight_map.values()):
         if "/" in name or "\\" in name or name.startswith("."):
             raise CheckpointError(f"{path}: expected file names beside it, found {name!r}")
     return weight_map

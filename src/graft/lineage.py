@@ -141,8 +141,8 @@ def _hash_tensor(reader: TensorReader, name: str, piece: int = 1 << 22) -> bytes
 
 
 def hash_model(folder: Path) -> str:
-    """Hash of what a model computes: its weights; for an ensemble its configuration (with members' hashes), for
-    adapters theirs and their base's hash.
+    """Hash of what a model computes: its weights (those of heads for tasks as well); for an ensemble its configuration
+    (with members' hashes), for adapters theirs and their base's hash.
 
     Raises RequestError where the folder holds no model.
     """
@@ -156,7 +156,11 @@ def hash_model(folder: Path) -> str:
         said = json.dumps([*parts, {k: v for k, v in config.get(ADAPTED, {}).items() if k != "base"}], sort_keys=True)
         return hashlib.sha256(said.encode()).hexdigest()
     if (Path(folder) / "model.safetensors").exists() or (Path(folder) / "model.safetensors.index.json").exists():
-        return hash_weights(folder)
+        heads = sorted(path for path in (Path(folder) / "heads").glob("*/head.safetensors"))
+        if not heads:
+            return hash_weights(folder)
+        parts = [hash_weights(folder), *([path.parent.name, hash_file(path)] for path in heads)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return hash_file(Path(folder) / "config.json")
 
 
@@ -171,7 +175,7 @@ def known_hash(folder: Path) -> str:
 def touched(folder: Path) -> bool:
     """Whether a file that decides what the model computes was changed after the manifest was written."""
     written = (Path(folder) / MANIFEST).stat().st_mtime_ns
-    files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("config.json")]
+    files = [path for name in ("*.safetensors", "config.json", "heads/*/*") for path in Path(folder).glob(name)]
     return any(path.stat().st_mtime_ns > written for path in files)
 
 

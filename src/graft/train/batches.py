@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from graft.data.rows import Rows
+from graft.data.turns import by_task
 
 Batch = dict[str, torch.Tensor]
 
@@ -33,7 +34,12 @@ class Step:
 
 
 def tokens_in(batch: Batch) -> int:
-    """Tokens the model reads in this batch, padding left out where segments or a two-dimensional mask tell."""
+    """Tokens the model reads in this batch, padding left out where segments or a two-dimensional mask tell.
+
+    In a batch of several tasks (`TASK/input_ids`) those of all of them.
+    """
+    if any("/" in name for name in batch):
+        return sum(map(tokens_in, by_task(batch).values()))
     if "segments" in batch:
         return int((batch["segments"] >= 0).sum())
     mask = batch.get("attention_mask")

@@ -18,8 +18,11 @@ class TokenLoss:
     """Cross entropy in nats, summed over the tokens that have a label, in fp32.
 
     For decoders the label at t is predicted at t - 1; for encoders at t; for encoder–decoders the decoder reads the
-    labels shifted right.
+    labels shifted right. `means`: of each row the mean over its tokens, summed over the rows.
     """
+
+    def __init__(self, means: bool = False):
+        self.means = means
 
     def weight(self, batch: Batch) -> int:
         """Number of label tokens."""
@@ -31,10 +34,17 @@ class TokenLoss:
         labels, inputs = batch["labels"], model_inputs(plain, batch)
         if plain.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = shifted_right(labels, plain.config)
-            return summed_cross_entropy(model(**inputs, use_cache=False).logits, labels)
+            return self._summed(model(**inputs, use_cache=False).logits, labels)
         if predicts_in_place(plain):
-            return summed_cross_entropy(model(**inputs).logits, labels)
-        return summed_cross_entropy(model(**inputs, use_cache=False).logits, shifted_left(labels))
+            return self._summed(model(**inputs).logits, labels)
+        return self._summed(model(**inputs, use_cache=False).logits, shifted_left(labels))
+
+    def _summed(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if not self.means:
+            return summed_cross_entropy(logits, labels)
+        counts = (labels != IGNORED).sum(1).clamp(min=1)
+        rows = zip(logits, labels, counts, strict=True)
+        return torch.stack([summed_cross_entropy(own, wanted) / count for own, wanted, count in rows]).sum()
 
 
 def shifted_left(labels: torch.Tensor) -> torch.Tensor:

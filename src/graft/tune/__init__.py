@@ -14,7 +14,7 @@ from graft.settings import Settings, parse
 from graft.tune.settings import TuneSettings, longest
 from graft.verb import Estimate, Facts, Job, Verb
 
-ROOMS = ("settings", "work")
+ROOMS = ("settings", "several", "tasks", "work")
 
 
 class Tune(Verb[TuneSettings]):
@@ -60,6 +60,8 @@ class Tune(Verb[TuneSettings]):
         from graft.data.objectives import objective_for
 
         start = models[settings.from_]
+        if wrong := settings.misnamed():
+            return wrong
         if not start.mergeable and not is_adapted(start):
             return [f"{settings.from_} has no weights of its own to tune: tune its members, or distil it"]
         if is_adapted(start) and "full" in settings.method:
@@ -119,6 +121,8 @@ class Tune(Verb[TuneSettings]):
     def facts(self, settings: TuneSettings, models: Mapping[str, Facts], key: str) -> Facts:
         start = models[settings.from_]
         if "full" in settings.method:
+        if settings.data is None:
+            return []
             return start
         return folded_facts(start) if settings.fold else adapted_facts(start)
 

@@ -10,13 +10,22 @@ from pydantic import Field, model_validator
 from graft.data.objectives import ObjectiveSettings
 from graft.settings import DataRef, ModelRef
 from graft.train.settings import TrainSettings
+from graft.tune.tasks import Mixing, Task, problems
 
 
 class TuneSettings(TrainSettings):
     """A model tuned from another one."""
 
     from_: Annotated[ModelRef, Field(alias="from", description="The model to start from.")]
-    data: Annotated[DataRef, Field(description="Data set to train on (its train split; dev for the dev score).")]
+    data: Annotated[
+        DataRef | None,
+        Field(description="Data set to train on (its train split; dev for the dev score). For several, see `tasks`."),
+    ] = None
+    tasks: Annotated[
+        dict[str, Task],
+        Field(description="Several tasks in the place of `data`: `{prose: prose, topic: {data: topics, head: …}}`."),
+    ] = {}
+    mixing: Annotated[Mixing, Field(description="How the tasks share the training.")] = Mixing()
     method: Annotated[
         dict[str, Any],
         Field(
@@ -46,6 +55,23 @@ class TuneSettings(TrainSettings):
         if isinstance(raw, dict) and isinstance(raw.get("method"), str):
             return {**raw, "method": {raw["method"]: {}}}
         return raw
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> TuneSettings:
+        if (self.data is None) == (not self.tasks):
+            raise ValueError(f"expected `data` or `tasks`, found {'both' if self.tasks else 'neither'}")
+        if self.data is not None and self.mixing != Mixing():
+            raise ValueError("expected `mixing` beside `tasks` only, found it beside `data`")
+        if self.tasks and self.bootstrap is not None:
+            raise ValueError("expected `bootstrap` with one data set, found several tasks")
+        return self
+
+    def misnamed(self) -> list[str]:
+        """What is wrong with the names in tasks and mixing, and with heads beside an adapter; a sentence each."""
+        heads = any(task.head != "text" for task in self.tasks.values())
+        apart = heads and not self.fold and "full" not in self.method
+        lost = "heads stand on the weights of a whole model: give the adapter `fold: true`, or use `method: full`"
+        return problems(self.tasks, self.mixing) + ([lost] if apart else [])
 
 
 LONGEST = 1024

@@ -28,8 +28,6 @@ def run(job: Job) -> dict[str, Any]:
     settings = job.settings
     assert isinstance(settings, TuneSettings)
     start = job.models[settings.from_]
-    name, split = data.split_ref(settings.data)
-    corpus = data.open_corpus(job.data, name, job.root)
     torch.manual_seed(job.seed)
     model = applied(models.load(start, dtype=torch.float32), settings, job.name, start)
     objective = objective_for(lineage.architecture_of(model.config.to_dict()), settings.objective)
@@ -39,7 +37,14 @@ def run(job: Job) -> dict[str, Any]:
     length = settings.length or longest(model.config.to_dict(), tokenizer.model_max_length) - taken
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     save = _save(job, tokenizer, settings.fold) if isinstance(model, Adapted) else None
-    metrics = train_on_text(job, model, tokenizer, corpus, split, objective, length, save)
+    if settings.data is None:
+        from graft.tune.several import train_on_tasks
+
+        metrics = train_on_tasks(job, model, tokenizer, objective, length, save)
+    else:
+        name, split = data.split_ref(settings.data)
+        corpus = data.open_corpus(job.data, name, job.root)
+        metrics = train_on_text(job, model, tokenizer, corpus, split, objective, length, save)
     return {**metrics, "trained_parameters": trained}
 
 
