@@ -140,9 +140,9 @@ def recipe(evaluations: int, judged: int, measured: int) -> dict[str, Any]:
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--evaluations", type=int, default=7, help="merges tried for each λ")
-    parser.add_argument("--judged", type=int, default=24, help="texts of each domain that a λ is tried on")
-    parser.add_argument("--measured", type=int, default=100, help="texts of each domain's test split")
+    parser.add_argument("--evaluations", type=int, default=6, help="merges tried for each λ")
+    parser.add_argument("--judged", type=int, default=12, help="texts of each domain that a λ is tried on")
+    parser.add_argument("--measured", type=int, default=50, help="texts of each domain's test split")
     parser.add_argument("--multi-task", default="2.8M tokens", help="budget of the model tuned on all domains at once")
     parser.add_argument("--step", choices=["train", "merge"], help="train that model only, or do all but that")
     parser.add_argument("--picture", type=Path, help="where the scatter of averages and ensembles is written, as SVG")
