@@ -93,7 +93,8 @@ def test_the_same_vocabulary_twice_is_the_plain_mixture():
 @torch.no_grad()
 def test_mass_that_only_its_owner_gives_is_reported(ensemble):
     ids = torch.tensor([[1, 3]])
-    told = [ensemble._member(place, ids, {"attention_mask": None, "logits_to_keep": 1}, None) for place in (0, 1)]
+    given = {"attention_mask": None, "position_ids": None, "logits_to_keep": 1}
+    told = [each.log_probs for each in ensemble.told(ids, given, None)[0]]
     cd = own_next(MEMBERS["left"], LEFT, ["<bos>", "a"])["cd"]
     bc = own_next(MEMBERS["right"], RIGHT, ["<bos>", "a"])["bc"]
     assert unmatched_mass(UNION, told) == pytest.approx([cd, bc], rel=1e-4)

@@ -26,6 +26,7 @@ ROOMS = (
     "fitting",
     "gains",
     "gate",
+    "lanes",
     "members",
     "model",
     "outputs",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from transformers.cache_utils import Cache
 from graft import lineage, models
 from graft.ensemble import linear
 from graft.ensemble.configuration import EnsembleConfig, context_of, keeps_text, kind_of, layers_of, spans_of
-from graft.ensemble.gate import Gate
+from graft.ensemble.gate import Gate, Told
+from graft.ensemble.lanes import Lanes
 from graft.ensemble.members import copied, fresh, load_members, nan_words
 from graft.ensemble.union import Union, union_of
 from graft.errors import RequestError, RunError
@@ -33,8 +35,6 @@ class Ensemble(PreTrainedModel):
     _supports_sdpa = True
     writes = True
     """Whether the members write text, token by token."""
-    skips = False
-    """Whether a gate may leave members out until they are needed."""
 
     def __init__(
         self, config: EnsembleConfig, members: Sequence[PreTrainedModel] | None = None, union: Union | None = None
@@ -54,10 +54,9 @@ class Ensemble(PreTrainedModel):
         self.active = [place for place, weight in enumerate(config.weights) if weight or config.gate]
         self.weights = torch.tensor([config.weights[place] for place in self.active], dtype=torch.float32)
         self.gate = Gate.from_plain(config.gate) if config.gate else None
-        if keeps_text(config.gate) and not self.skips:
-            raise RequestError(f"a gate that looks at some members only is for decoders, found {type(self).__name__}")
         self.spans = spans_of(layers_of(config.members, config.weights, config.gate), int(keeps_text(config.gate)))
         self.limits = [context_of(entry["config"]) for entry in config.members]
+        self.lanes = Lanes()
         self.takes = [set(inspect.signature(type(member).forward).parameters) for member in made]
         self.post_init()
 
@@ -77,6 +76,46 @@ class Ensemble(PreTrainedModel):
     def dtype(self) -> torch.dtype:
         """Log-probabilities are float32, whatever the members compute in."""
         return torch.float32
+
+    def _told(
+        self, read: Callable[[int], Told], mask: torch.Tensor | None, *, every: bool = False
+    ) -> tuple[list[Told | None], torch.Tensor]:
+        """What each active member says, asked by its number (None where the gate needs none; with `every` never), and
+        the weights: `[members]`, or a gate's `[..., members]`.
+
+        `mask [batch, length]`: padding needs nobody.
+        """
+        numbers = range(len(self.active))
+        if self.gate is None:
+            return list(self._each(numbers, read)), self.weights.to(self.device)
+        asked = self._each(self.gate.looks_at, read)
+        told: dict[int, Told] = dict(zip(self.gate.looks_at, asked, strict=True))
+        weights = self.gate.decide(asked)
+        needed = weights > 0 if every else _of_the_text(weights > 0, mask)
+        rest = [n for n in numbers if n not in told and (every or bool(needed[..., n].any()))]
+        told |= zip(rest, self._each(rest, read), strict=True)
+        return [told.get(number) for number in numbers], weights
+
+    def _each(self, numbers: Sequence[int], read: Callable[[int], Told]) -> list[Told]:
+        """What active members say; those on several devices at the same time."""
+        return self.lanes.run([self._lane(n) for n in numbers], [partial(read, n) for n in numbers])
+
+    def _lane(self, number: int) -> str:
+        place = self.active[number]
+        return self.config.members[place].get("device") or str(next(self.members[place].parameters()).device)
+
+    def mixed(self, told: Sequence[Told | None], weights: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The ensemble's log-probabilities `[..., vocabulary]`; members that were not run have no part in it.
+
+        Raises RunError naming a member that gives NaN where `mask` does not say padding.
+        """
+        every = [None if each is None else each.log_probs for each in told]
+        run = [number for number, each in enumerate(every) if each is not None]
+        weights = weights if len(run) == len(told) else weights[..., run]
+        log_probs = [each for each in every if each is not None]
+        mixed = self.combine(log_probs, weights.to(log_probs[0].device), self.options)
+        self._check_outputs(mixed, every, mask)
+        return mixed
 
     def _check_inputs(self, input_ids: torch.Tensor, cache: Cache | None) -> None:
         length = input_ids.shape[-1]
@@ -201,6 +240,13 @@ class Ensemble(PreTrainedModel):
         if kwargs.get("output_loading_info"):
             return model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         return model
+
+
+def _of_the_text(needed: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """`needed [batch, length, members]` without what padding would need."""
+    if mask is None or mask.dim() != 2 or needed.dim() != 3 or mask.shape[-1] < needed.shape[1]:
+        return needed
+    return needed & mask[:, -needed.shape[1] :, None].bool().to(needed.device)
 
 
 def to_device(value: Any, device: torch.device) -> Any:

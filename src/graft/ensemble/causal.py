@@ -6,7 +6,6 @@ on the whole cache and are therefore right for every member without further code
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,8 +28,6 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
 
     `logits` are normalised log-probabilities in float32: [batch, length, vocabulary].
     """
-
-    skips = True
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor | None:
@@ -73,9 +70,7 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
             past_key_values = DynamicCache(config=self.config)
         self._check_inputs(input_ids, past_key_values)
         given = {"attention_mask": attention_mask, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
-        told, weights = self.told(input_ids, given, past_key_values)
-        mixed = self.mixed(told, weights)
-        self._check_outputs(mixed, told, attention_mask)
+        mixed = self.mixed(*self.told(input_ids, given, past_key_values), attention_mask)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=mixed, labels=labels, vocab_size=mixed.shape[-1], **kwargs)
@@ -83,38 +78,24 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
 
     def told(
         self, input_ids: torch.Tensor, given: dict[str, Any], cache: Cache | None, *, every: bool = False
-    ) -> tuple[list[torch.Tensor | None], torch.Tensor]:
-        """Each active member's log-probabilities (None where the gate needs none; with `every` never) and the weights.
+    ) -> tuple[list[Told | None], torch.Tensor]:
+        """What each active member says (None where the gate needs none; with `every` never) and the weights.
 
         `weights [members]`, or `[batch, length, members]` of a gate. A member that is not run reads what it has missed
         when it is needed again, so that what it says then is what it would have said.
         """
-        if self.gate is None:
-            told = [self._member(place, input_ids, given, cache) for place in self.active]
-            return list(told), self.weights.to(self.device)
-        keeps = self.gate.skips and cache is not None
+        keeps = self.gate is not None and self.gate.skips and cache is not None
         text = grown_text(cache, input_ids, given["position_ids"]) if keeps and cache is not None else None
-        asked = {number: self._read(number, input_ids, given, cache, text) for number in self.gate.looks_at}
-        weights = self.gate.decide(list(asked.values()))
-        needed = weights > 0 if every else _of_the_text(weights > 0, given["attention_mask"])
-        for number in range(len(self.active)):
-            if number not in asked and (every or bool(needed[..., number].any())):
-                asked[number] = self._read(number, input_ids, given, cache, text)
-        return [asked[number].log_probs if number in asked else None for number in range(len(self.active))], weights
-
-    def mixed(self, told: Sequence[torch.Tensor | None], weights: torch.Tensor) -> torch.Tensor:
-        """What the ensemble says, `[batch, length, vocabulary]`; members that were not run have no part in it."""
-        run = [number for number, each in enumerate(told) if each is not None]
-        if len(run) < len(told):
-            weights = weights[..., run]
-        return self.combine([each for each in told if each is not None], weights, self.options)
+        return self._told(
+            lambda number: self._read(number, input_ids, given, cache, text), given["attention_mask"], every=every
+        )
 
     def _read(
         self, number: int, input_ids: torch.Tensor, given: dict[str, Any], cache: Cache | None, text: Text | None
     ) -> Told:
         """What an active member says, with what it has missed read first where there is a `text`."""
-        assert self.gate is not None
-        place, states = self.active[number], self.gate.states and number in self.gate.looks_at
+        place, gate = self.active[number], self.gate
+        states = gate is not None and gate.states and number in gate.looks_at
         if text is None or cache is None:
             return self._asked(place, input_ids, given, cache, states)
         seen = int(cache.get_seq_length(self.spans[place][0]))
@@ -126,14 +107,11 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
         keep = keep + missed if isinstance(keep, torch.Tensor) else keep or input_ids.shape[1]
         return self._asked(place, ids, {**given, "position_ids": positions, "logits_to_keep": keep}, cache, states)
 
-    def _member(self, place: int, input_ids: torch.Tensor, given: dict[str, Any], cache: Cache | None) -> torch.Tensor:
-        """A member's log-probabilities on the ensemble's device, through its view of the cache."""
-        return self._asked(place, input_ids, given, cache).log_probs
-
     def _asked(
         self, place: int, input_ids: torch.Tensor, given: dict[str, Any], cache: Cache | None, states: bool = False
     ) -> Told:
-        """The same, with the last hidden state where `states` are wanted."""
+        """What a member says, through its view of the cache, on the ensemble's device; with the last hidden state where
+        `states` are wanted."""
         if self.union is not None:
             return Told(self._member_of_union(self.union, place, input_ids, given))
         takes, member = self.takes[place], self.members[place]
@@ -158,7 +136,8 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
     def _member_of_union(
         self, union: Union, place: int, input_ids: torch.Tensor, given: dict[str, Any]
     ) -> torch.Tensor:
-        """The same where members cut text differently: read whole, looked at where the union's tokens end."""
+        """A member's log-probabilities where members cut text differently: read whole, looked at where tokens of the
+        union end."""
         member = self.members[place]
         ids, mask, ends = union.cut(place, input_ids, given["attention_mask"])
         limit = self.limits[place]
@@ -173,13 +152,6 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
         ends = ends[:, keep] if isinstance(keep, torch.Tensor) else ends[:, -keep:]
         rows = torch.arange(len(ends), device=device)[:, None]
         return union.spread(logits[rows, ends.to(device)], place).to(self.device)
-
-
-def _of_the_text(needed: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """`needed [batch, length, members]` without what padding would need."""
-    if mask is None or mask.dim() != 2 or mask.shape[-1] < needed.shape[1]:
-        return needed
-    return needed & mask[:, -needed.shape[1] :, None].bool().to(needed.device)
 
 
 def _kept(values: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from graft.ensemble.byte_level.work import problems as byte_problems
 from graft.ensemble.settings import MOVE, NOT_A_MIXTURE, EnsembleSettings, FittedWeights, GateSettings
+from graft.errors import RequestError
 from graft.methods import method
 from graft.settings import parse
 from graft.verb import Facts
@@ -44,6 +45,7 @@ def problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[st
         found += _union_problems(settings)
     found += byte_problems(settings)
     found += _several_problems(settings)
+    found += _device_problems(settings)
     if settings.show is not None and (
         settings.rule != "linear" or settings.vocabulary != "same" or models[first].architecture != "decoder"
     ):
@@ -81,9 +83,6 @@ def _classifier_problems(settings: EnsembleSettings, models: Mapping[str, Facts]
 
 def _other_than_decoders(settings: EnsembleSettings, what: str) -> list[str]:
     found = []
-    gate = settings.weights.gate if isinstance(settings.weights, FittedWeights) else None
-    if gate is not None and gate.looks_at is not None:
-        found.append(f"`looks_at` leaves members out while decoders write, found {what}: leave it out")
     if settings.vocabulary != "same":
         found.append(f"`vocabulary: {settings.vocabulary}` is for decoders, found {what}")
     if settings.draft is not None:
@@ -107,6 +106,19 @@ def _several_problems(settings: EnsembleSettings) -> list[str]:
     if settings.draft in several:
         return [f"expected one member as draft, found {settings.draft}, which stands for several"]
     return []
+
+
+def _device_problems(settings: EnsembleSettings) -> list[str]:
+    """Devices of members that this machine does not have."""
+    from graft.models import check_device
+
+    found = []
+    for entry in settings.entries:
+        try:
+            check_device(entry.device)
+        except RequestError as error:
+            found.append(f"{entry.model}: {error}")
+    return found
 
 
 def _fit_problems(settings: EnsembleSettings) -> list[str]:

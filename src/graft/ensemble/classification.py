@@ -37,15 +37,12 @@ class EnsembleForSequenceClassification(Ensemble):
         """
         self._check_inputs(input_ids, None)
         given = {"attention_mask": attention_mask, **kwargs}
-        told = [self._classified(place, input_ids, given) for place in self.active]
-        weights = self.weights if self.gate is None else self.gate.decide([told[n] for n in self.gate.looks_at])
-        log_probs = [each.log_probs for each in told]
-        mixed = self.combine(log_probs, weights.to(log_probs[0].device), self.options)
-        self._check_outputs(mixed, log_probs, None)
+        mixed = self.mixed(*self._told(lambda number: self._classified(number, input_ids, given), None), None)
         loss = None if labels is None else torch.nn.functional.nll_loss(mixed, labels)
         return SequenceClassifierOutput(loss=loss, logits=mixed)
 
-    def _classified(self, place: int, input_ids: torch.Tensor, given: dict[str, Any]) -> Told:
+    def _classified(self, number: int, input_ids: torch.Tensor, given: dict[str, Any]) -> Told:
+        place = self.active[number]
         member: Any = self.members[place]
         device = next(member.parameters()).device
         inputs = {n: to_device(v, device) for n, v in given.items() if n in self.takes[place] and v is not None}

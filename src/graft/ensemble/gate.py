@@ -92,6 +92,12 @@ class Told:
     log_probs: torch.Tensor
     state: torch.Tensor | None = None
 
+    def last(self, count: int) -> Told:
+        """Of `[batch, length, …]` the last so many places."""
+        if count == self.log_probs.shape[1]:
+            return self
+        return Told(self.log_probs[:, -count:], None if self.state is None else self.state[:, -count:])
+
 
 def joined(told: Sequence[Told]) -> Told:
     """What a member said piece by piece, `[batch, length, …]` each, as one."""

@@ -6,7 +6,7 @@ it for beams) is right for all of them; each gets a view of its own layers of bo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from graft.ensemble.base import Ensemble, to_device
-from graft.ensemble.caches import CacheView
+from graft.ensemble.caches import CacheView, grown_text
 from graft.ensemble.configuration import EnsembleConfig
 from graft.ensemble.gate import Told, last_state
 from graft.ensemble.outputs import chosen_outputs
@@ -95,11 +95,8 @@ class EnsembleForSeq2SeqLM(Ensemble, GenerationMixin):
             "decoder_input_ids": decoder_input_ids,
             "decoder_attention_mask": decoder_attention_mask,
         }
-        told = self._all_told(encoder_outputs[0], given, past_key_values)
-        log_probs = [each.log_probs for each in told]
-        weights = self.weights if self.gate is None else self.gate.decide([told[n] for n in self.gate.looks_at])
-        mixed = self.combine(log_probs, weights.to(log_probs[0].device), self.options)
-        self._check_outputs(mixed, log_probs, None)
+        reads = self._reader(encoder_outputs[0], given, past_key_values)
+        mixed = self.mixed(*self._told(reads, decoder_attention_mask), None)
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(mixed.flatten(0, 1), labels.flatten())
@@ -110,19 +107,31 @@ class EnsembleForSeq2SeqLM(Ensemble, GenerationMixin):
             encoder_last_hidden_state=encoder_outputs[0],
         )
 
-    def _all_told(
+    def _reader(
         self, encodings: torch.Tensor, given: dict[str, Any], cache: EncoderDecoderCache | None
-    ) -> list[Told]:
-        """What every active member says of the target; `encodings` are the translators' side by side."""
+    ) -> Callable[[int], Told]:
+        """How an active member is asked for what it says of the target; `encodings` are the translators' side by side.
+
+        A member that a gate has left out reads first what it has missed.
+        """
         members: list[Any] = [self.members[place] for place in self.translators]
         parts = encodings.split([member.config.hidden_size for member in members], -1)
         own = dict(zip(self.translators, parts, strict=True))
-        return [
-            self._translator(place, own[place], given, cache)
-            if place in own
-            else self._language_model(place, given, cache)
-            for place in self.active
-        ]
+        ids, text = given["decoder_input_ids"], None
+        if self.gate is not None and self.gate.skips and cache is not None:
+            text = grown_text(cache.self_attention_cache, ids, None)
+
+        def read(number: int) -> Told:
+            place, said = self.active[number], given
+            if text is not None and cache is not None:
+                seen = int(cache.self_attention_cache.get_seq_length(self.spans[place][0]))
+                said = {**given, "decoder_input_ids": text.since(seen)[0]}
+            if place not in own:
+                return self._language_model(place, said, cache)
+            told = self._translator(place, own[place], said, cache)
+            return told.last(ids.shape[1])
+
+        return read
 
     def _translator(
         self, place: int, encoding: torch.Tensor, given: dict[str, Any], cache: EncoderDecoderCache | None

@@ -74,7 +74,12 @@ class MemberSettings(Settings):
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, Field(description="Loaded in this type; null: as stored.")
     ] = None
-    device: Annotated[str | None, Field(description="Where it stays, such as `cuda:1`; null: with the others.")] = None
+    device: Annotated[
+        str | None,
+        Field(
+            description="Where it stays, such as `cuda:1`; null: with the others. Several devices work at the same time."
+        ),
+    ] = None
 
     @model_validator(mode="after")
     def _one_choice(self) -> MemberSettings:

@@ -41,7 +41,7 @@ def speaks(folder: Path | str, text: str, *, device: str | None = None) -> Spoke
     told, found = model.told(inputs, given, None, every=True)
     weights = found.expand(len(ids), -1) if model.gate is None else found[0]
     gold = torch.tensor(ids, device=model.device)[:, None]
-    log_probs = torch.cat([each[0].gather(-1, gold) for each in told if each is not None], -1)
+    log_probs = torch.cat([each.log_probs[0].gather(-1, gold) for each in told if each is not None], -1)
     shares = (log_probs + weights.to(log_probs.device).log()).softmax(-1)
     return Spoken(
         tuple(model.config.members[place]["name"] for place in model.active),

@@ -139,12 +139,8 @@ def _mixed(model: EnsembleForCausalLM, pending: Pending, first: int, stop: int) 
     """The ensemble's log-probabilities `[rows, columns, vocabulary]` of the columns from `first` to before `stop`."""
     told = [pending.said(number, first, stop) for number in range(len(model.active))]
     weights = model.weights if model.gate is None else model.gate.decide([told[n] for n in model.gate.looks_at])
-    log_probs = [each.log_probs for each in told]
-    mixed = model.combine(log_probs, weights.to(log_probs[0].device), model.options)
-    columns = torch.arange(first, stop, device=mixed.device)
-    within = columns > torch.tensor(pending.starts, device=mixed.device)[:, None]
-    model._check_outputs(mixed, log_probs, within)
-    return mixed
+    columns = torch.arange(first, stop, device=model.device)
+    return model.mixed(told, weights, columns > torch.tensor(pending.starts, device=model.device)[:, None])
 
 
 @dataclass(frozen=True)
