@@ -1,6 +1,7 @@
 """Hashes follow content alone; manifests are strict; a folder's facts come from it."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -107,6 +108,53 @@ def test_facts_with_a_manifest_are_the_manifests(tmp_path):
     facts = lineage.facts_of(tmp_path)
     assert facts.initialisation == "of:base"
     assert facts.trained_on == {"x"}
+
+
+def made(folder, seed=0):
+    """A model's folder as graft makes it."""
+    tiny(seed).save_pretrained(folder)
+    files, found = lineage.stamps(folder), lineage.hash_model(folder)
+    lineage.write_manifest(folder, manifest(hash=found, files=files))
+    return folder
+
+
+def test_weights_that_were_changed_after_the_model_was_made_are_named_however_old_the_files_are(tmp_path):
+    folder = made(tmp_path / "a")
+    other = made(tmp_path / "b", seed=1) / "model.safetensors"
+    os.utime(other, (1, 1))
+    shutil.copy2(other, folder / "model.safetensors")
+    for read in (models.load, lineage.facts_of):
+        with pytest.raises(CheckpointError, match=r"a: its weights are not those that graft.json tells of"):
+            read(folder)
+    assert lineage.known_hash(folder) == lineage.known_hash(tmp_path / "b")
+    (folder / "graft.json").unlink()
+    assert models.load(folder).num_parameters() == tiny().num_parameters()
+
+
+def test_a_copy_is_hashed_once_and_what_was_not_touched_never(tmp_path, monkeypatch):
+    folder, hashed = made(tmp_path / "a"), []
+    real = lineage.hash_model
+    monkeypatch.setattr(lineage, "hash_model", lambda place: hashed.append(place) or real(place))
+    models.load(folder)
+    lineage.facts_of(folder)
+    assert hashed == []
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copy)
+    os.utime(tmp_path / "copy" / "model.safetensors", (1, 1))
+    models.load(tmp_path / "copy")
+    lineage.facts_of(tmp_path / "copy")
+    assert hashed == [tmp_path / "copy"]
+    assert lineage.read_manifest(tmp_path / "copy").hash == lineage.read_manifest(folder).hash
+
+
+def test_a_manifest_without_stamps_is_older_than_what_was_changed_after_it(tmp_path):
+    folder = made(tmp_path / "a")
+    old = lineage.read_manifest(folder).model_copy(update={"files": {}, "hash": "h"})
+    lineage.write_manifest(folder, old)
+    lineage.check_as_made(folder)
+    future = (folder / "graft.json").stat().st_mtime_ns + 10**9
+    os.utime(folder / "model.safetensors", ns=(future, future))
+    with pytest.raises(CheckpointError, match=r"make it anew, or remove graft\.json"):
+        lineage.check_as_made(folder)
 
 
 def test_a_folder_that_is_no_models_is_refused(tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from importlib import metadata
@@ -18,7 +19,7 @@ from typing import Any
 import graft
 from graft import lora
 from graft.checkpoint import ADAPTER, INDEX, WIDTH, TensorReader, atomic_write, read_headers, weight_files
-from graft.errors import CheckpointError, RequestError
+from graft.errors import CheckpointError, DiskError, RequestError
 from graft.lora import is_lora
 from graft.pickles import hash_pickles, is_pickled, pickled_bytes
 from graft.settings import Settings
@@ -65,6 +66,8 @@ class Manifest(Settings):
     code: dict[str, Any] = {}
     data: list[DataUse] = []
     hash: str
+    files: dict[str, list[int]] = {}
+    """Size and time of the last change (ns) of the files of the weights when their hash was taken."""
     initialisation: str
     vocabulary: str
     architecture: str
@@ -165,18 +168,44 @@ def hash_model(folder: Path) -> str:
 
 
 def known_hash(folder: Path) -> str:
-    """Hash of a model's weights: from its manifest, unless a file is newer than that, else from the weights."""
+    """Hash of a model's weights: from its manifest, unless a file was changed since, else from the weights."""
     manifest = read_manifest(folder)
-    if manifest is not None and not touched(folder):
+    if manifest is not None and not touched(folder, manifest):
         return manifest.hash
     return hash_model(folder)
 
 
-def touched(folder: Path) -> bool:
-    """Whether a file that decides what the model computes was changed after the manifest was written."""
+def stamps(folder: Path) -> dict[str, list[int]]:
+    """[size, time of the last change in ns] of every file that decides what the model computes."""
+    home = Path(folder)
+    files = sorted(path for name in ("*.safetensors", "config.json", "heads/*/*") for path in home.glob(name))
+    return {path.relative_to(home).as_posix(): [(at := path.stat()).st_size, at.st_mtime_ns] for path in files}
+
+
+def touched(folder: Path, manifest: Manifest) -> bool:
+    """Whether a file that decides what the model computes is another than when its hash was taken, by its stamp."""
+    now = stamps(folder)
+    if manifest.files:
+        return now != manifest.files
     written = (Path(folder) / MANIFEST).stat().st_mtime_ns
-    files = [path for name in ("*.safetensors", "config.json", "heads/*/*") for path in Path(folder).glob(name)]
-    return any(path.stat().st_mtime_ns > written for path in files)
+    return any(changed > written for _, changed in now.values())
+
+
+def check_as_made(folder: Path) -> None:
+    """That a model's weights are those its manifest tells of; hashed where the stamp of a file differs, and only once
+    if they are. Raises CheckpointError where they are not.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None or not touched(folder, manifest) or (is_lora(folder) and lora.base_folder(folder) is None):
+        return
+    if hash_model(folder) != manifest.hash:
+        raise CheckpointError(
+            f"{folder}: its weights are not those that {MANIFEST} tells of (their hash is another): they were changed "
+            f"after it was made; make it anew, or remove {MANIFEST} to take them as they are"
+        )
+    # a copy has other stamps: noted, where that may be written, so that it is not hashed every time
+    with suppress(DiskError, OSError):
+        write_manifest(folder, manifest.model_copy(update={"files": stamps(folder)}))
 
 
 def _hash_lora(folder: Path) -> str:
@@ -287,8 +316,12 @@ def architecture_of(config: Mapping[str, Any]) -> str:
 
 
 def facts_of(folder: Path) -> Facts:
-    """The facts of a model's folder: from its manifest, or from configuration, headers and tokenizer without one."""
+    """The facts of a model's folder: from its manifest, or from configuration, headers and tokenizer without one.
+
+    Raises RequestError where it holds no model, CheckpointError where it is damaged or was changed since it was made.
+    """
     folder = Path(folder)
+    check_as_made(folder)
     home = folder
     if is_lora(folder) and not (folder / "tokenizer.json").is_file():
         home = lora.base_folder(folder) or folder

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from graft.checkpoint import ADAPTER, disk_errors, read_headers
 from graft.errors import CheckpointError, RequestError
-from graft.lineage import ADAPTED, GENERAL_TOKENIZERS
+from graft.lineage import ADAPTED, GENERAL_TOKENIZERS, check_as_made
 from graft.lora import add_to, base_folder, is_lora
 
 if TYPE_CHECKING:
@@ -75,10 +75,12 @@ def load(
     """The model of a folder (or hub id), of the class its configuration names, in evaluation mode.
 
     `dtype` None keeps the stored one. Raises RequestError for a folder that is no model's and CheckpointError for
-    weights that are truncated, corrupt, missing or of another shape than the configuration says.
+    weights that are truncated, corrupt, missing, of another shape than the configuration says, or others than the
+    folder's manifest tells of.
     """
     import torch
 
+    check_as_made(Path(path))
     if is_lora(path):
         return add_to(load(_home(path), dtype=dtype, device=device), Path(path))
     config = load_config(path, hub=hub)

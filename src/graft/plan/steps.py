@@ -116,7 +116,7 @@ def damage(folder: Path, *, verify: bool) -> str:
             read_file_headers(folder / ADAPTER)
         elif list(folder.glob("*.safetensors")) or manifest.mergeable:
             read_headers(folder)
-        if (verify or touched(folder)) and hash_model(folder) != manifest.hash:
+        if (verify or touched(folder, manifest)) and hash_model(folder) != manifest.hash:
             return "its weights are not those it was made with (by the hash in graft.json)"
     except (CheckpointError, OSError) as error:
         return str(error)
