@@ -76,9 +76,7 @@ class MemberSettings(Settings):
     ] = None
     device: Annotated[
         str | None,
-        Field(
-            description="Where it stays, such as `cuda:1`; null: with the others. Several devices work at the same time."
-        ),
+        Field(description="Where it stays, such as `cuda:1`; null: with the others. Devices work at the same time."),
     ] = None
 
     @model_validator(mode="after")
