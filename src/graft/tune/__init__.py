@@ -114,6 +114,8 @@ class Tune(Verb[TuneSettings]):
         from graft.data import split_ref
         from graft.data.objectives import objective_for, unspeakable
 
+        if settings.data is None:
+            return []
         start = models[settings.from_]
         objective = objective_for(start.architecture, settings.objective)
         return unspeakable(objective, settings.from_, start.tokenizer, formats.get(split_ref(settings.data)[0]))
@@ -121,8 +123,6 @@ class Tune(Verb[TuneSettings]):
     def facts(self, settings: TuneSettings, models: Mapping[str, Facts], key: str) -> Facts:
         start = models[settings.from_]
         if "full" in settings.method:
-        if settings.data is None:
-            return []
             return start
         return folded_facts(start) if settings.fold else adapted_facts(start)
 
