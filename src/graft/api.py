@@ -32,10 +32,12 @@ __all__ = [
     "evaluate",
     "explain",
     "gains",
+    "head",
     "load",
     "merge",
     "plan",
     "pretrain",
+    "quantize",
     "relate",
     "report",
     "run",
@@ -89,6 +91,11 @@ def adapt(out: Path | str, **settings: Any) -> Path:
     return _make("adapt", out, settings)
 
 
+def head(out: Path | str, **settings: Any) -> Path:
+    """Split a task's head out of a model, into the folder `out`. Settings are those of `head:` in a recipe."""
+    return _make("head", out, settings)
+
+
 def merge(out: Path | str, **settings: Any) -> Path:
     """Average models' weights into the folder `out`. Settings are those of `merge:` in a recipe."""
     return _make("merge", out, settings)
@@ -97,6 +104,11 @@ def merge(out: Path | str, **settings: Any) -> Path:
 def ensemble(out: Path | str, **settings: Any) -> Path:
     """Average models' predictions: an ensemble in the folder `out`. Settings are those of `ensemble:` in a recipe."""
     return _make("ensemble", out, settings)
+
+
+def quantize(out: Path | str, **settings: Any) -> Path:
+    """Pack a model's linear layers, or unpack them, into the folder `out`. Settings are those of `quantize:`."""
+    return _make("quantize", out, settings)
 
 
 _CONDUCT = ("data_sets", "seed", "root", "force", "wait", "launch", "device", "hub")

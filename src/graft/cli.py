@@ -324,6 +324,11 @@ _add_verb(
     "Example: [bold]graft adapt models/both models/language models/task[/bold]",
 )
 _add_verb(
+    "head",
+    "Split one task's head, with the body, out of a model tuned on several.\n\n"
+    "Example: [bold]graft head models/topic --from models/multi --task topic[/bold]",
+)
+_add_verb(
     "merge",
     "Combine the weights of models into one model.\n\n"
     "Example: [bold]graft merge models/soup models/coder=0.5 models/writer=0.5 --method linear[/bold]\n\n"
@@ -333,6 +338,11 @@ _add_verb(
     "--base models/base --explain[/bold]\n\n"
     "The spread over seeds: [bold]graft merge models/dare models/coder models/writer --method dare_ties "
     "--base models/base --seeds 5[/bold]",
+)
+_add_verb(
+    "quantize",
+    "Pack a model's linear layers into 8 or 4 bits, or unpack them.\n\n"
+    "Example: [bold]graft quantize models/small --from models/base --bits 4[/bold]",
 )
 _add_verb(
     "ensemble",

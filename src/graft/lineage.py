@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -18,7 +18,7 @@ from typing import Any
 
 import graft
 from graft import lora
-from graft.checkpoint import ADAPTER, INDEX, WIDTH, TensorReader, atomic_write, read_headers, weight_files
+from graft.checkpoint import ADAPTER, INDEX, WIDTH, TensorHeader, TensorReader, atomic_write, read_headers, weight_files
 from graft.errors import CheckpointError, DiskError, RequestError
 from graft.lora import is_lora
 from graft.pickles import hash_pickles, is_pickled, pickled_bytes
@@ -325,7 +325,14 @@ def facts_of(folder: Path) -> Facts:
     home = folder
     if is_lora(folder) and not (folder / "tokenizer.json").is_file():
         home = lora.base_folder(folder) or folder
-    return replace(_facts_of(folder), tokenizer=tokenizer_of(home))
+    found = replace(_facts_of(folder), tokenizer=tokenizer_of(home))
+    return replace(found, stored="quantised") if is_quantised(folder) else found
+
+
+def is_quantised(folder: Path) -> bool:
+    """Whether the weights in a model's folder are packed, by its configuration."""
+    config = read_config(folder) if (Path(folder) / "config.json").is_file() else {}
+    return bool(config.get("quantization_config")) and config["model_type"] != ADAPTED
 
 
 def _facts_of(folder: Path) -> Facts:
@@ -356,7 +363,7 @@ def _facts_of(folder: Path) -> Facts:
             True,
             frozenset(manifest.trained_on),
         )
-    count = sum(h.count for h in headers.values())
+    count = parameters_in(headers.values(), config)
     # without a manifest nothing says what the weights grew from: each folder is then its own, by its content
     return Facts(
         architecture_of(config), f"unknown:{hash_weights(folder)[:32]}", vocabulary_hash(folder), count, size, config
@@ -389,6 +396,17 @@ def find_models(folder: Path) -> dict[str, tuple[Path, Manifest]]:
     """The models with a manifest in `folder` (a run's folder, its `models`, or one model's), by name."""
     folder = Path(folder)
     places = [folder, *sorted((folder / "models").glob("*")), *sorted(folder.glob("*"))]
+def parameters_in(headers: Iterable[TensorHeader], config: Mapping[str, Any]) -> int:
+    """Parameters that the tensors of a folder stand for; a byte of packed ones holds two of 4 bits."""
+    packed = config.get("quantization_config")
+    if not packed:
+        return sum(header.count for header in headers)
+    each = 2 if packed.get("load_in_4bit") else 1
+    constants = (".SCB", ".weight_format", ".absmax", ".quant_map")
+    own = [h for h in headers if ".quant_state." not in h.name and ".nested_" not in h.name]
+    return sum(h.count * (each if h.dtype == "U8" else 1) for h in own if not h.name.endswith(constants))
+
+
     found: dict[str, tuple[Path, Manifest]] = {}
     for place in places:
         manifest = read_manifest(place) if place.is_dir() and not place.name.startswith(".") else None

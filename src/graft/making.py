@@ -24,6 +24,8 @@ from graft.lineage import (
     Parent,
     code_state,
     hash_model,
+    parameters_in,
+    read_config,
     read_manifest,
     stamps,
     versions,
@@ -161,4 +163,4 @@ def _parameters(out: Path) -> int:
 
     if not list(out.glob("*.safetensors")) or (out / ADAPTER).is_file():
         return 0
-    return sum(header.count for header in read_headers(out).values())
+    return parameters_in(read_headers(out).values(), read_config(out))

@@ -70,13 +70,18 @@ def _saved_class(folder: str | Path) -> str | None:
 
 
 def load(
-    path: str | Path, *, dtype: str | torch.dtype | None = None, device: str | None = None, hub: bool = False
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    hub: bool = False,
+    quantization: Any = None,
 ) -> PreTrainedModel:
     """The model of a folder (or hub id), of the class its configuration names, in evaluation mode.
 
-    `dtype` None keeps the stored one. Raises RequestError for a folder that is no model's and CheckpointError for
-    weights that are truncated, corrupt, missing, of another shape than the configuration says, or others than the
-    folder's manifest tells of.
+    `dtype` None keeps the stored one. `quantization`: a configuration of transformers to pack plain weights by.
+    Raises RequestError for a folder that is no model's and CheckpointError for weights that are truncated, corrupt,
+    missing, of another shape than the configuration says, or others than the folder's manifest tells of.
     """
     import torch
 
@@ -92,6 +97,11 @@ def load(
     if Path(place).is_dir() and not config.model_type.startswith("graft_"):
         read_headers(Path(place))
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    # packed weights are made where they shall be: they cannot be moved on every device
+    quantised = quantization is not None or getattr(config, "quantization_config", None) is not None
+    packed: dict[str, Any] = {"device_map": {"": device or "cpu"}} if quantised else {}
+    if quantization is not None:
+        packed["quantization_config"] = quantization
     try:
         with _no_bars(hub):
             model, info = model_class(config).from_pretrained(
@@ -101,7 +111,10 @@ def load(
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **packed,
             )
+    except ImportError as error:
+        raise RequestError(f"{path}: {error}") from None
     except (RuntimeError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: the weights do not load: {error}") from None
     missing = sorted(info["missing_keys"])
@@ -109,7 +122,18 @@ def load(
         raise CheckpointError(
             f"{path}: expected {type(model).__name__} weights, missing {len(missing)}: {', '.join(missing[:5])}"
         )
+    if quantised:
+        _exact_on_cpu(model)
+        return model.eval()
     return model.to(device).eval() if device else model.eval()
+
+
+def _exact_on_cpu(model: Any) -> None:
+    """Let layers in 4 bits compute in the type they say: where the CPU can, bitsandbytes would pack them once more, for
+    arithmetic in bfloat16 and sizes that are multiples of 32."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def model_class(config: PretrainedConfig) -> Any:

@@ -36,10 +36,12 @@ class Facts:
     """False where the node has no weights of its own to average (an ensemble)."""
     trained_on: frozenset[str] = frozenset()
     """Fingerprints of the data (with split) that went into the weights, ancestors' included."""
-    stored: Literal["safetensors", "adapter", "pickle"] = "safetensors"
-    """How the weights lie on disk; `adapter`: factors in the form of peft, to be added to a base."""
+    stored: Literal["safetensors", "adapter", "pickle", "quantised"] = "safetensors"
+    """How the weights lie on disk; `adapter`: factors in the form of peft, to be added to a base; `quantised`: packed."""
     tokenizer: frozenset[str] | None = None
     """What its tokenizer has of `text`, `end`, `mask` and `sentinels`: nothing where there is none; None: not known."""
+    heads: Mapping[str, str] = field(default_factory=dict)
+    """Heads for tasks, beside or in the place of its own: the task's name → `classification`, `tagging` or `spans`."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Job:
 
 
 S = TypeVar("S", bound=Settings)
+QUANTISED = "is quantised: {quantize: {from: %s, bits: 16}} makes plain weights of it"
+"""What is said of a packed model that is to be read as a plain one."""
 
 
 class Verb(Generic[S]):
@@ -151,8 +155,11 @@ class Verb(Generic[S]):
             "is an adapter whose base is not on this machine: "
             "{merge: {models: [%s], adapters_of: BASE}} makes a model of it"
         )
-        pickled = "is stored as a pickle: {merge: {models: [%s], allow_pickle: true}} makes a model of it"
-        wrong = [f"{name} {pickled % name}" for name, f in models.items() if f.stored not in self.reads]
+        ways = {
+            "pickle": "is stored as a pickle: {merge: {models: [%s], allow_pickle: true}} makes a model of it",
+            "quantised": QUANTISED,
+        }
+        wrong = [f"{name} {ways[f.stored] % name}" for name, f in models.items() if f.stored not in self.reads]
         return wrong + [f"{name} {lost % name}" for name, f in models.items() if f.architecture == "unknown"]
 
     def facts(self, settings: S, models: Mapping[str, Facts], key: str) -> Facts:

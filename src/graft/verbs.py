@@ -17,6 +17,7 @@ _OWN = {
     "merge": "graft.merge",
     "ensemble": "graft.ensemble",
 }
+    "quantize": "graft.quantize",
 """Where each of graft's own verbs has its `VERB`, in the order in which a family grows."""
 
 

@@ -19,6 +19,7 @@ class Adapt(Verb[AdaptSettings]):
 
     name = "adapt"
     summary = "Put finished adapters together on their model: stacked, averaged, brought in from peft, folded."
+    reads = Verb.reads | {"quantised"}
 
     def types(self) -> Mapping[str, type[Settings]]:
         return {"adapt": AdaptSettings}
@@ -53,6 +54,11 @@ class Adapt(Verb[AdaptSettings]):
                 f"{settings.from_} has adapters of its own: expected the frozen model that peft's was made for"
             )
         first = models[settings.start]
+        if settings.fold and first.stored == "quantised":
+            found.append(
+                f"{settings.start} stands on a quantised model, into which nothing folds: leave the adapters apart "
+                "(`fold: false`)"
+            )
         found += [
             f"{name} and {settings.start} were made for different models: adapters go together on one"
             for name in settings.names[1:]

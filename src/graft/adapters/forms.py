@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from graft.adapters.packed import plain_weight
 from graft.adapters.places import Place, sizes
 from graft.adapters.point import Point
 from graft.errors import RequestError
@@ -110,11 +111,6 @@ class LowRank(Site):
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
         self.up.rate = point.up_rate  # type: ignore[attr-defined]
         self.dropout = nn.Dropout(point.dropout) if point.dropout else None
-        whole = getattr(module, "weight", None)
-        if (point.start == "pissa" or point.directions) and (whole is None or not whole.is_floating_point()):
-            raise RequestError(
-                f"{place.path}: PiSSA and DoRA need the weight itself, found it quantised: use plain LoRA"
-            )
         if (point.start == "pissa" or point.directions) and not place.single:
             raise RequestError(f"{place.path}: expected a single linear layer for PiSSA and DoRA, found a sublayer")
         if point.start == "pissa":
@@ -256,8 +252,7 @@ FORMS: dict[str, type[Site]] = {"linear": LowRank, "bottleneck": Bottleneck, "sc
 
 def oriented(module: nn.Module) -> torch.Tensor:
     """The weight of a linear layer as `[outputs, inputs]`, whichever way it holds it."""
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
+    weight = plain_weight(module)
     found = sizes(module)
     transposed = found is not None and type(module).__name__ == "Conv1D"
     return weight.t() if transposed else weight

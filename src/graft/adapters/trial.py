@@ -19,6 +19,7 @@ def skeleton(config: Mapping[str, Any]) -> Any:
 
     plain = frozen_config(dict(config))
     kind = plain.pop("model_type", None)
+    plain.pop("quantization_config", None)
     if kind not in CONFIG_MAPPING:
         return None
     made = AutoConfig.for_model(kind, **plain)

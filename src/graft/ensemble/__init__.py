@@ -51,6 +51,7 @@ class Ensemble(Verb[EnsembleSettings]):
 
     name = "ensemble"
     summary = "Combine the predictions of several models at every token."
+    reads = Verb.reads | {"quantised"}
 
     def types(self) -> Mapping[str, type[Settings]]:
         rules = method_names("graft.ensemble")

@@ -23,6 +23,7 @@ class Tune(Verb[TuneSettings]):
     name = "tune"
     summary = "Train a model further on a data set."
     together = True
+    reads = Verb.reads | {"quantised"}
 
     def types(self) -> Mapping[str, type[Settings]]:
         return {
@@ -70,6 +71,12 @@ class Tune(Verb[TuneSettings]):
                 "`fold: true`, or add an adapter to it (lora, …), or train on the one it has (`method: further`)"
             ]
         needing = next((name for name in ("further", "fusion") if name in settings.method), None)
+        if start.stored == "quantised" and ("full" in settings.method or settings.fold):
+            wish = "folding into packed weights" if settings.fold else "full tuning"
+            return [
+                f"{settings.from_} is quantised, and {wish} needs plain ones: train an adapter on it and leave it apart "
+                f"(`fold: false`), or unpack it first ({{quantize: {{from: {settings.from_}, bits: 16}}}})"
+            ]
         if needing and not is_adapted(start):
             return [f"{settings.from_} has no adapters for the method {needing}: name a model that has, or choose lora"]
         try:

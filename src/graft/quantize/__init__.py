@@ -1,0 +1,105 @@
+"""Quantising: a model's linear layers in 8 or 4 bits, to serve it or to tune adapters on it; and back."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from graft.settings import ModelRef, Settings, parse
+from graft.verb import Estimate, Facts, Job, Verb
+
+LIBRARY = "bitsandbytes"
+BYTES = {4: 4.127 / 8, 8: 1.0}
+"""A weight: 4 bits and 0.127 for doubly quantised constants (Dettmers et al. 2023, section 3); 8 bits."""
+THROUGHPUT = 50e6
+"""Guess: parameters a second that are read, packed and written on a CPU."""
+
+
+class QuantizeSettings(Settings):
+    """A model in fewer bits: `{quantize: {from: base, bits: 4}}`; `bits: 16` makes plain weights of one again."""
+
+    from_: Annotated[ModelRef, Field(alias="from", description="The model.")]
+    bits: Annotated[
+        Literal[4, 8, 16],
+        Field(description="Of a weight of the linear layers; 16: plain weights of a quantised model."),
+    ] = 4
+    kind: Annotated[
+        Literal["nf4", "fp4"], Field(description="Of 4 bits: quantiles of a normal distribution, or a tiny float.")
+    ] = "nf4"
+    double: Annotated[bool, Field(description="Of 4 bits: the constants of each block are quantised too.")] = True
+    keep: Annotated[list[str], Field(description="Ends of names of linear layers that stay as they are.")] = []
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        Field(description="Of what is not quantised, and of the arithmetic with 4 bits."),
+    ] = "float32"
+
+
+class Quantize(Verb[QuantizeSettings]):
+    """Packs a model's linear layers, or unpacks them."""
+
+    name = "quantize"
+    summary = "Pack a model's linear layers into 8 or 4 bits, or unpack them."
+    reads = Verb.reads | {"quantised"}
+
+    def types(self) -> Mapping[str, type[Settings]]:
+        return {"quantize": QuantizeSettings}
+
+    def parse(self, raw: Any, path: tuple[str | int, ...] = ()) -> QuantizeSettings:
+        return parse(QuantizeSettings, raw, path)
+
+    def check(self, settings: QuantizeSettings, models: Mapping[str, Facts]) -> list[str]:
+        start = models[settings.from_]
+        packed = start.stored == "quantised"
+        if importlib.util.find_spec(LIBRARY) is None:
+            return [f"quantised models need {LIBRARY}, which is not installed: pip install graft[quantised]"]
+        if settings.bits == 16 and not packed:
+            return [f"expected a quantised model to unpack, found {settings.from_} with plain weights"]
+        if settings.bits != 16 and packed:
+            return [f"{settings.from_} is quantised already: quantise what it was made from, or unpack it (bits: 16)"]
+        if not start.mergeable or start.stored == "adapter":
+            return [
+                f"{settings.from_} has no weights of its own to quantise: fold its adapters (`fold: true`, merge), "
+                "quantise the members of an ensemble"
+            ]
+        return []
+
+    def facts(self, settings: QuantizeSettings, models: Mapping[str, Facts], key: str) -> Facts:
+        start = models[settings.from_]
+        config = {name: value for name, value in start.config.items() if name != "quantization_config"}
+        if settings.bits == 16:
+            return replace(start, config=config, stored="safetensors", bytes=4 * start.parameters)
+        config["quantization_config"] = wanted(settings)
+        return replace(start, config=config, stored="quantised", bytes=int(BYTES[settings.bits] * start.parameters))
+
+    def estimate(self, settings: QuantizeSettings, models: Mapping[str, Facts]) -> Estimate:
+        start, made = models[settings.from_], self.facts(settings, models, "")
+        note = "embeddings stay as they are: small models shrink less"
+        return Estimate(start.parameters, made.bytes, 2 * start.bytes + made.bytes, start.parameters / THROUGHPUT, note)
+
+    def run(self, job: Job) -> dict[str, Any]:
+        from graft.quantize.work import run
+
+        return run(job)
+
+
+def wanted(settings: QuantizeSettings) -> dict[str, Any]:
+    """The entry `quantization_config` of a configuration, as transformers and bitsandbytes write it."""
+    kept = {"llm_int8_skip_modules": settings.keep} if settings.keep else {}
+    if settings.bits == 8:
+        return {"quant_method": LIBRARY, "load_in_8bit": True, **kept}
+    return {
+        "quant_method": LIBRARY,
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": settings.kind,
+        "bnb_4bit_use_double_quant": settings.double,
+        "bnb_4bit_compute_dtype": settings.dtype,
+        **kept,
+    }
+
+
+VERB = Quantize()
+__all__ = ["VERB", "QuantizeSettings"]

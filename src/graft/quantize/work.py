@@ -1,0 +1,76 @@
+"""What quantising does: a model is loaded packed and written so, or unpacked into a plain model and written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from graft import models
+from graft.adapters.packed import is_packed
+from graft.errors import RequestError
+from graft.quantize import QuantizeSettings, wanted
+from graft.verb import Job
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Write the packed or plain model into `job.out`; returns how many bytes its weights take and took."""
+    settings = job.settings
+    assert isinstance(settings, QuantizeSettings)
+    start = job.models[settings.from_]
+    dtype = getattr(torch, settings.dtype)
+    if settings.bits == 16:
+        model = unpacked(models.load(start, dtype=dtype, device=job.device))
+    else:
+        model = packed(start, settings, job.device)
+    models.save(model, _tokenizer(start), job.out)
+    return {"bytes": weight_bytes(model), "bytes_before": sum(p.stat().st_size for p in start.glob("*.safetensors"))}
+
+
+def _tokenizer(folder: Any) -> Any:
+    return models.load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+
+
+def packed(folder: Any, settings: QuantizeSettings, device: str | None = None) -> PreTrainedModel:
+    """The model of a folder with its linear layers in 8 or 4 bits (LLM.int8(), Dettmers et al. 2022; NF4, 2023).
+
+    Raises RequestError where it has no linear layer that could be packed.
+    """
+    from transformers import BitsAndBytesConfig
+
+    entry = {name: value for name, value in wanted(settings).items() if name != "quant_method"}
+    model = models.load(folder, dtype=settings.dtype, device=device, quantization=BitsAndBytesConfig(**entry))
+    if not any(is_packed(module) for module in model.modules()):
+        raise RequestError(f"{folder}: expected linear layers to quantise, found none outside of {settings.keep}")
+    return model
+
+
+def unpacked(model: PreTrainedModel) -> PreTrainedModel:
+    """A plain model of the same class whose weights are those that the packed ones stand for."""
+    values = model.dequantize().state_dict()  # type: ignore[operator]
+    config = type(model.config)(
+        **{key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    )
+    plain = type(model)._from_config(config, dtype=model.dtype)
+    # a layer that stores its weight the other way round (GPT-2's) was unpacked as an ordinary one
+    turned = {name for name, module in plain.named_modules() if type(module).__name__ == "Conv1D"}
+    put = {
+        name: value.t() if name.removesuffix(".weight") in turned and name.endswith(".weight") else value
+        for name, value in values.items()
+    }
+    plain.load_state_dict(put)
+    return plain.eval()
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of a model's weights in memory, shared ones once, the constants of packed ones included."""
+    found = {id(p): p for p in model.parameters()}
+    states = [getattr(p, "quant_state", None) for p in found.values()]
+    constants = [
+        t for s in states if s is not None for t in (s.absmax, s.code, *((s.state2.absmax,) if s.nested else ()))
+    ]
+    scales = [p.SCB for p in found.values() if getattr(p, "SCB", None) is not None]
+    return sum(t.numel() * t.element_size() for t in [*found.values(), *constants, *scales])
