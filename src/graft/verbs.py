@@ -16,8 +16,8 @@ _OWN = {
     "adapt": "graft.adapt",
     "merge": "graft.merge",
     "ensemble": "graft.ensemble",
-}
     "quantize": "graft.quantize",
+}
 """Where each of graft's own verbs has its `VERB`, in the order in which a family grows."""
 
 
