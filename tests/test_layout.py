@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "graft"
-VERBS = {"pretrain", "tune", "adapt", "merge", "ensemble", "quantize", "_load"}
+VERBS = {"pretrain", "tune", "adapt", "head", "merge", "ensemble", "quantize", "_load"}
 LAYERS = [
     {"errors", "settings", "progress", "_callable", "_register", "yaml_lines"},
     {"methods", "verb", "checkpoint", "lora", "pickles", "lineage", "data"},

@@ -24,6 +24,8 @@ from graft.evaluate.settings import (
     Measure,
     OnData,
     Perplexity,
+    Spans,
+    Tagging,
     TaskMeasure,
     misfit,
 )
@@ -81,7 +83,7 @@ def _on_data(measure: OnData, reference: str, sets: Mapping[str, Any], root: Pat
     task = None
     if isinstance(measure, Classification):
         task = _classification(measure, reference, records)
-    elif isinstance(measure, Generation):
+    elif isinstance(measure, Generation | Tagging | Spans):
         task = _generation(measure, reference)
     kind = str(measure.measure)  # type: ignore[attr-defined]
     return Subject(measure, kind, task, reference, 1, records, _importance(parts), [], corpus.fingerprint)
@@ -110,9 +112,11 @@ def _classification(measure: Classification, on: str, records: Sequence[dict[str
     return make_task(TaskSettings.model_validate(raw), {"choices": lambda record: labels})
 
 
-def _generation(measure: Generation, on: str) -> Task:
-    raw = {"name": on, "data": on, "metrics": measure.metrics, "max_tokens": measure.max_tokens, "stop": measure.stop}
-    halves = {"prompt": lambda r: prompt_and_answer(dict(r))[0], "target": lambda r: [prompt_and_answer(dict(r))[1]]}
+def _generation(measure: Generation | Tagging | Spans, on: str) -> Task:
+    stop = measure.stop if isinstance(measure, Generation) else ["\n"]
+    raw = {"name": on, "data": on, "metrics": measure.metrics, "max_tokens": measure.max_tokens, "stop": stop}
+    targets = (lambda r: r["answer"]) if isinstance(measure, Spans) else (lambda r: [prompt_and_answer(dict(r))[1]])
+    halves = {"prompt": lambda r: prompt_and_answer(dict(r))[0], "target": targets}
     return make_task(TaskSettings.model_validate(raw), halves)
 
 
@@ -202,6 +206,11 @@ def _write(subject: Subject, task: Task, before: str, scorer: Scorer) -> list[Sc
     written = scorer.generate(
         prompts, max_tokens=task.settings.max_tokens, stop=task.settings.stop, start=_start(subject)
     )
+    return scored_texts(subject, task, written)
+
+
+def scored_texts(subject: Subject, task: Task, written: Sequence[str]) -> list[Scored]:
+    """The task's metrics of what was written (or found by a head) for each item."""
     targets = [task.target(record) for record in subject.records]
     notes = [{"written": w, "targets": t} for w, t in zip(written, targets, strict=True)]
     found = (metrics.text_metric(name, written, targets) for name in task.metrics)

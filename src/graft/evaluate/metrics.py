@@ -19,6 +19,11 @@ from graft.errors import UnknownName
 
 Outputs = Sequence[Any]
 
+TEXT_METRICS = (
+    "exact_match", "token_f1", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "token_accuracy", "entity_f1",
+    "span_exact_match",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -83,18 +88,67 @@ def rouge(name: str, output: str, targets: Sequence[str]) -> float:
     return max(scorer.score(target, output)[name].fmeasure for target in targets)
 
 
+def token_accuracy(output: str, targets: Sequence[str]) -> tuple[int, int]:
+    """(right tags, tags) of tags in a row with spaces between them; what is missing is wrong."""
+    wanted = targets[0].split()
+    return sum(a == b for a, b in zip(output.split(), wanted, strict=False)), len(wanted)
+
+
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """(type, first, last) of each entity in IOB tags; an I- that follows nothing of its type begins one, as in the
+    evaluation of CoNLL (Tjong Kim Sang & De Meulder 2003)."""
+    found, start = set(), 0
+    for place, (tag, behind) in enumerate(zip(tags, [*tags[1:], "O"], strict=True)):
+        mark, _, kind = tag.partition("-")
+        before = tags[place - 1].partition("-") if place else ("O", "", "")
+        if mark == "B" or before[0] == "O" or before[2] != kind:
+            start = place
+        ends = not behind.startswith("I-") or behind.partition("-")[2] != kind
+        if mark != "O" and ends:
+            found.add((kind, start, place))
+    return found
+
+
+def entity_f1(output: str, targets: Sequence[str]) -> tuple[int, int]:
+    """(2 × entities found with type and borders, entities in both): their sums' ratio is micro-averaged F1."""
+    wanted = targets[0].split()
+    given = (output.split() + ["O"] * len(wanted))[: len(wanted)]
+    found, meant = entities(given), entities(wanted)
+    return 2 * len(found & meant), len(found) + len(meant)
+
+
+def span_exact_match(output: str, targets: Sequence[str]) -> float:
+    """1 where the normalised output is one of the normalised targets (Rajpurkar et al. 2016)."""
+    return float(normalise(output) in {normalise(target) for target in targets})
+
+
+def share(sums: np.ndarray) -> np.ndarray:
+    """First sum over second, 0 where there is nothing to find."""
+    return np.divide(sums[:, 0], sums[:, 1], out=np.zeros(len(sums)), where=sums[:, 1] > 0)
+
+
+ENTITY_F1 = Metric("entity_f1", "", True, share)
+
+
 def text_metric(name: str, outputs: Sequence[str], targets: Sequence[Sequence[str]]) -> tuple[Metric, np.ndarray]:
     """A metric of generated text with its per-item statistics. `targets[i]` are the acceptable answers of item i."""
     if name == "exact_match":
         scores = [exact_match(o, t) for o, t in zip(outputs, targets, strict=True)]
         return mean(name, proportion=True), mean_items(scores)
+    if name == "span_exact_match":
+        scores = [span_exact_match(o, t) for o, t in zip(outputs, targets, strict=True)]
+        return mean(name, proportion=True), mean_items(scores)
+    if name in ("token_accuracy", "entity_f1"):
+        count = token_accuracy if name == "token_accuracy" else entity_f1
+        sums = np.array([count(o, t) for o, t in zip(outputs, targets, strict=True)], np.float64)
+        return (mean(name) if name == "token_accuracy" else ENTITY_F1), sums
     if name == "token_f1":
         return mean(name), mean_items([token_f1(o, t) for o, t in zip(outputs, targets, strict=True)])
     if name in ("rouge1", "rouge2", "rougeL"):
         return mean(name), mean_items([rouge(name, o, t) for o, t in zip(outputs, targets, strict=True)])
     if name in ("bleu", "chrf"):
         return _sacrebleu(name, outputs, targets)
-    raise UnknownName("metric", name, ("exact_match", "token_f1", "bleu", "chrf", "rouge1", "rouge2", "rougeL"))
+    raise UnknownName("metric", name, TEXT_METRICS)
 
 
 def _sacrebleu(name: str, outputs: Sequence[str], targets: Sequence[Sequence[str]]) -> tuple[Metric, np.ndarray]:

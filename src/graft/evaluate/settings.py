@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -27,7 +27,9 @@ class Measure(Settings):
 class OnData(Measure):
     """A measure taken on data sets of the recipe."""
 
-    formats: ClassVar[tuple[str, ...]] = ("text", "completion", "chat", "labelled", "pairs", "raw")
+    formats: ClassVar[tuple[str, ...]] = (
+        "text", "completion", "chat", "labelled", "pairs", "tagged", "spans", "raw",
+    )  # fmt: skip
     """Formats of data that it can be taken on."""
 
     on: Annotated[list[DataRef], Field(min_length=1, description="Data sets, with split: `[code.test]`.")]
@@ -47,13 +49,26 @@ class Perplexity(OnData):
     measure: Literal["perplexity"] = "perplexity"
 
 
+class Headed(OnData):
+    """What measures share that a head of a model answers as well: one for the kind of task that they are of."""
+
+    kind: ClassVar[str]
+    """Of the head. A model without one answers in text."""
+
+    head: Annotated[
+        str | None,
+        Field(description="Task of the head to use. None: the one that learned from this data set, or the only one."),
+    ] = None
+
+
 ClassMetric = Literal["accuracy", "f1_macro", "f1_micro", "mcc"]
 
 
-class Classification(OnData):
-    """Labelled text: the label to which the model gives the highest probability after the text."""
+class Classification(Headed):
+    """Labelled text: the class that a head finds, or the label that is most probable after the text."""
 
     formats = ("labelled",)
+    kind = "classification"
     measure: Literal["classification"] = "classification"
     metrics: Annotated[list[ClassMetric], Field(min_length=1, description="What is computed.")] = [
         "accuracy",
@@ -79,6 +94,35 @@ class Generation(OnData):
     stop: Annotated[list[str], Field(description="Writing ends before any of these.")] = ["\n"]
 
 
+TagMetric = Literal["token_accuracy", "entity_f1"]
+
+
+class Tagging(Headed):
+    """Tagged tokens: the tags that a head finds, or that the model writes behind the tokens, a space between them."""
+
+    formats = ("tagged",)
+    kind = "tagging"
+    measure: Literal["tagging"] = "tagging"
+    metrics: Annotated[list[TagMetric], Field(min_length=1, description="What is computed.")] = ["token_accuracy"]
+    max_tokens: Annotated[int, Field(gt=0, description="Tokens that a model without a head writes at most.")] = 256
+
+
+SpanMetric = Literal["span_exact_match", "token_f1"]
+
+
+class Spans(Headed):
+    """Questions on a context: the span that a head finds, or the answer that the model writes."""
+
+    formats = ("spans",)
+    kind = "spans"
+    measure: Literal["spans"] = "spans"
+    metrics: Annotated[list[SpanMetric], Field(min_length=1, description="What is computed.")] = [
+        "span_exact_match",
+        "token_f1",
+    ]
+    max_tokens: Annotated[int, Field(gt=0, description="Tokens that a model without a head writes at most.")] = 64
+
+
 class TaskMeasure(Measure):
     """A task from a file: `{task: FILE}`, with or without `measure: task`."""
 
@@ -90,6 +134,8 @@ MEASURES: dict[str, type[Measure]] = {
     "perplexity": Perplexity,
     "classification": Classification,
     "generation": Generation,
+    "tagging": Tagging,
+    "spans": Spans,
     "task": TaskMeasure,
 }
 
@@ -117,14 +163,22 @@ def misfit(measure: OnData, reference: str, format: str) -> str | None:
     return f"{name} on {reference}: expected data of the format {' or '.join(measure.formats)}, found {format}"
 
 
-def untakable(measure: Measure, architectures: Mapping[str, str]) -> str | None:
-    """Why `measure` cannot be taken of models of these architectures (by name); None where it can."""
+def untakable(
+    measure: Measure, architectures: Mapping[str, str], heads: Mapping[str, Collection[str]] | None = None
+) -> str | None:
+    """Why `measure` cannot be taken of models of these architectures (by name); None where it can.
+
+    `heads`: the kinds of heads that each model has.
+    """
     wrong = {n: a for n, a in architectures.items() if n in (measure.models or architectures)}
     wrong = {n: a for n, a in wrong.items() if a not in measure.architectures}
+    if isinstance(measure, Headed):
+        wrong = {n: a for n, a in wrong.items() if measure.kind not in (heads or {}).get(n, ())}
     if not wrong:
         return None
     found = ", ".join(f"{name} ({architecture})" for name, architecture in wrong.items())
     kinds = " or ".join(measure.architectures)
+    kinds += f" or with a head for {measure.kind}" if isinstance(measure, Headed) else ""
     return f"expected models of the architecture {kinds}, found {found}: name those to measure with `models: […]`"
 
 

@@ -29,12 +29,12 @@ import yaml
 from pydantic import Field
 
 from graft.errors import DataError, RequestError
+from graft.evaluate.metrics import TEXT_METRICS
 from graft.settings import DataRef, Settings, parse
 
 Record = Mapping[str, Any]
 
 CHOICE_METRICS = ("accuracy", "accuracy_per_byte", "accuracy_per_token", "f1_macro", "f1_micro", "mcc")
-TEXT_METRICS = ("exact_match", "token_f1", "bleu", "chrf", "rouge1", "rouge2", "rougeL")
 
 
 class TaskSettings(Settings):

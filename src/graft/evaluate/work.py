@@ -18,6 +18,7 @@ import numpy as np
 from graft import lineage, models
 from graft.errors import RunError
 from graft.evaluate import metrics, statistics
+from graft.evaluate.headed import HeadScorer
 from graft.evaluate.items import Scored, Subject, score, subjects
 from graft.evaluate.results import Results, Row, key_of
 from graft.evaluate.scorer import Scorer
@@ -47,18 +48,21 @@ def evaluate(
     rows: list[Row] = []
     scored: dict[tuple[str, int], list[Row]] = {}
     for name, folder in folders.items():
-        scorer = None
+        scorer: Scorer | None = None
+        headed = HeadScorer(folder, device)
         for number, subject in enumerate(asked):
             if name not in (subject.measure.models or folders):
                 continue
             key = _key(name, hashes[name], subject, seed)
             found = _known(results, key, subject)
             if found is None:
-                scorer = scorer or _scorer(folder, device)
-                found = _measure(results, key, name, folder, hashes[name], subject, scorer, seed)
+                with_head = headed.answers(subject)
+                scorer = scorer if with_head else scorer or _scorer(folder, device)
+                reader = headed if with_head or scorer is None else scorer
+                found = _measure(results, key, name, folder, hashes[name], subject, reader, seed)
             scored[name, number] = found
             rows += found
-        del scorer
+        del scorer, headed
     for number, subject in enumerate(asked):
         rows += _compared(results, subject, [scored[n, number] for n in folders if (n, number) in scored], seed)
     return rows
@@ -92,13 +96,20 @@ def _known(results: Results, key: str, subject: Subject) -> list[Row] | None:
 
 
 def _measure(
-    results: Results, key: str, name: str, folder: Path, model_hash: str, subject: Subject, scorer: Scorer, seed: int
+    results: Results,
+    key: str,
+    name: str,
+    folder: Path,
+    model_hash: str,
+    subject: Subject,
+    scorer: Scorer | HeadScorer,
+    seed: int,
 ) -> list[Row]:
     """Score, write the items, then the rows."""
     before, started = scorer.tokens_read, time.perf_counter()
     with PeakMemory() as memory:
         try:
-            found = score(subject, scorer)
+            found = scorer.score(subject) if isinstance(scorer, HeadScorer) else score(subject, scorer)
         except RunError as error:
             raise RunError(f"{name} on {subject.on}: {error}") from None
     seconds = time.perf_counter() - started
@@ -239,11 +250,13 @@ def _metric_of(subject: Subject, name: str, sums: np.ndarray) -> metrics.Metric:
         return metrics.BITS_PER_BYTE
     if name == "perplexity":
         return metrics.PERPLEXITY
+    if name == "entity_f1":
+        return metrics.ENTITY_F1
     if name in ("bleu", "chrf"):
         return metrics.text_metric(name, ["a"], [["a"]])[0]
     if name in ("f1_macro", "f1_micro", "mcc"):
         return metrics.class_metric(name, [0], [0], sums.shape[1] // 3)[0]
-    return metrics.mean(name, proportion=name.startswith("accuracy") or name == "exact_match")
+    return metrics.mean(name, proportion=name.startswith("accuracy") or "exact_match" in name)
 
 
 def disk_bytes(folder: Path) -> int:

@@ -24,13 +24,6 @@ OWN = "head.safetensors"
 TASK = "graft_task"
 """What `config.json` says of the task: its `name`, the `kind` of its head and its `data`."""
 
-SUFFIXES = {
-    "classification": "ForSequenceClassification",
-    "tagging": "ForTokenClassification",
-    "spans": "ForQuestionAnswering",
-}
-"""Kind of a head → how the names of its classes end."""
-
 
 @dataclass(frozen=True)
 class HeadFacts:
@@ -53,17 +46,11 @@ def heads_in(folder: Path) -> dict[str, HeadFacts]:
     return {head.task: head for head in found if head is not None}
 
 
-def kind_of(config: dict[str, Any]) -> str | None:
-    """The kind of head that a configuration names; None where it is one for language modelling."""
-    names = " ".join(config.get("architectures") or [])
-    return next((kind for kind, suffix in SUFFIXES.items() if suffix in names), None)
-
-
 def _head_of(folder: Path, name: str) -> HeadFacts | None:
     if not (folder / "config.json").is_file():
         return None
     config = lineage.read_config(folder)
-    kind = kind_of(config)
+    kind = lineage.head_kind(config)
     if kind is None:
         return None
     said = config.get(TASK) or {}

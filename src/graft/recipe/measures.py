@@ -95,9 +95,10 @@ def _split_parts(reference: str, sets: Mapping[str, DataSettings]) -> set[str]:
 def check_models(measures: Measures, models: Mapping[str, Facts], problems: Problems) -> None:
     """A measure must fit the models that it is taken of, and these must have a tokenizer."""
     architectures = {name: facts.architecture for name, facts in models.items()}
+    heads = {name: facts.heads.values() for name, facts in models.items()}
     silent = {name for name, facts in models.items() if facts.tokenizer == frozenset()}
     for place, measure in measures.items():
-        if wrong := evaluate.untakable(measure, architectures):
+        if wrong := evaluate.untakable(measure, architectures, heads):
             problems.note(("evaluate", place), wrong)
         for name in sorted(silent.intersection(measure.models or models)):
             problems.note(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ class Tune(Verb[TuneSettings]):
 
     name = "tune"
     summary = "Train a model further on a data set."
-    together = True
     reads = Verb.reads | {"quantised"}
+    together = True
 
     def types(self) -> Mapping[str, type[Settings]]:
         return {
@@ -60,9 +61,9 @@ class Tune(Verb[TuneSettings]):
     def check(self, settings: TuneSettings, models: Mapping[str, Facts]) -> list[str]:
         from graft.data.objectives import objective_for
 
-        start = models[settings.from_]
         if wrong := settings.misnamed():
             return wrong
+        start = models[settings.from_]
         if not start.mergeable and not is_adapted(start):
             return [f"{settings.from_} has no weights of its own to tune: tune its members, or distil it"]
         if is_adapted(start) and "full" in settings.method:
@@ -70,13 +71,13 @@ class Tune(Verb[TuneSettings]):
                 f"{settings.from_} is an adapter on a frozen model: full tuning needs whole weights, so give it "
                 "`fold: true`, or add an adapter to it (lora, …), or train on the one it has (`method: further`)"
             ]
-        needing = next((name for name in ("further", "fusion") if name in settings.method), None)
         if start.stored == "quantised" and ("full" in settings.method or settings.fold):
             wish = "folding into packed weights" if settings.fold else "full tuning"
             return [
                 f"{settings.from_} is quantised, and {wish} needs plain ones: train an adapter on it and leave it apart "
                 f"(`fold: false`), or unpack it first ({{quantize: {{from: {settings.from_}, bits: 16}}}})"
             ]
+        needing = next((name for name in ("further", "fusion") if name in settings.method), None)
         if needing and not is_adapted(start):
             return [f"{settings.from_} has no adapters for the method {needing}: name a model that has, or choose lora"]
         try:
@@ -129,9 +130,10 @@ class Tune(Verb[TuneSettings]):
 
     def facts(self, settings: TuneSettings, models: Mapping[str, Facts], key: str) -> Facts:
         start = models[settings.from_]
+        heads = {name: task.head for name, task in settings.tasks.items() if task.head != "text"}
         if "full" in settings.method:
-            return start
-        return folded_facts(start) if settings.fold else adapted_facts(start)
+            return replace(start, heads=heads)
+        return replace(folded_facts(start) if settings.fold else adapted_facts(start), heads=heads)
 
     def estimate(self, settings: TuneSettings, models: Mapping[str, Facts]) -> Estimate:
         from graft.train.estimate import training_estimate
