@@ -307,12 +307,38 @@ def _json(path: Path, what: str) -> dict[str, Any]:
         raise CheckpointError(f"{path}: the {what} is damaged ({error})") from None
 
 
+HEADS = {
+    "classification": "ForSequenceClassification",
+    "tagging": "ForTokenClassification",
+    "spans": "ForQuestionAnswering",
+}
+"""Kind of a head for a task → how the names of its classes end."""
+
+
+def head_kind(config: Mapping[str, Any]) -> str | None:
+    """The kind of head that a configuration names; None where it is one for language modelling."""
+    names = " ".join(config.get("architectures") or [])
+    return next((kind for kind, suffix in HEADS.items() if suffix in names), None)
+
+
+def heads_of(folder: Path) -> dict[str, str]:
+    """Task → kind of the heads in a model's folder: its own, or those in folders of its `heads`."""
+    folder = Path(folder)
+    found = {}
+    for place in (folder / "config.json", *sorted((folder / "heads").glob("*/config.json"))):
+        config = _json(place, "configuration") if place.is_file() else {}
+        if kind := head_kind(config):
+            found[config.get("graft_task", {}).get("name", place.parent.name)] = kind
+    return found
+
+
 def architecture_of(config: Mapping[str, Any]) -> str:
     """`decoder`, `encoder` or `encoder-decoder`, from a configuration."""
     if config.get("is_encoder_decoder"):
         return "encoder-decoder"
     names = " ".join(config.get("architectures") or [])
-    return "encoder" if any(word in names for word in ("MaskedLM", "Classification", "EncoderModel")) else "decoder"
+    kinds = ("MaskedLM", "Classification", "QuestionAnswering", "EncoderModel")
+    return "encoder" if any(word in names for word in kinds) else "decoder"
 
 
 def facts_of(folder: Path) -> Facts:
@@ -325,7 +351,7 @@ def facts_of(folder: Path) -> Facts:
     home = folder
     if is_lora(folder) and not (folder / "tokenizer.json").is_file():
         home = lora.base_folder(folder) or folder
-    found = replace(_facts_of(folder), tokenizer=tokenizer_of(home))
+    found = replace(_facts_of(folder), tokenizer=tokenizer_of(home), heads=heads_of(folder))
     return replace(found, stored="quantised") if is_quantised(folder) else found
 
 
@@ -370,6 +396,17 @@ def _facts_of(folder: Path) -> Facts:
     )
 
 
+def parameters_in(headers: Iterable[TensorHeader], config: Mapping[str, Any]) -> int:
+    """Parameters that the tensors of a folder stand for; a byte of packed ones holds two of 4 bits."""
+    packed = config.get("quantization_config")
+    if not packed:
+        return sum(header.count for header in headers)
+    each = 2 if packed.get("load_in_4bit") else 1
+    constants = (".SCB", ".weight_format", ".absmax", ".quant_map")
+    own = [h for h in headers if ".quant_state." not in h.name and ".nested_" not in h.name]
+    return sum(h.count * (each if h.dtype == "U8" else 1) for h in own if not h.name.endswith(constants))
+
+
 def _pickled_facts(folder: Path, config: dict[str, Any]) -> Facts:
     """What is known without opening a pickle."""
     size = pickled_bytes(folder)
@@ -396,17 +433,6 @@ def find_models(folder: Path) -> dict[str, tuple[Path, Manifest]]:
     """The models with a manifest in `folder` (a run's folder, its `models`, or one model's), by name."""
     folder = Path(folder)
     places = [folder, *sorted((folder / "models").glob("*")), *sorted(folder.glob("*"))]
-def parameters_in(headers: Iterable[TensorHeader], config: Mapping[str, Any]) -> int:
-    """Parameters that the tensors of a folder stand for; a byte of packed ones holds two of 4 bits."""
-    packed = config.get("quantization_config")
-    if not packed:
-        return sum(header.count for header in headers)
-    each = 2 if packed.get("load_in_4bit") else 1
-    constants = (".SCB", ".weight_format", ".absmax", ".quant_map")
-    own = [h for h in headers if ".quant_state." not in h.name and ".nested_" not in h.name]
-    return sum(h.count * (each if h.dtype == "U8" else 1) for h in own if not h.name.endswith(constants))
-
-
     found: dict[str, tuple[Path, Manifest]] = {}
     for place in places:
         manifest = read_manifest(place) if place.is_dir() and not place.name.startswith(".") else None

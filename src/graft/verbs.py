@@ -14,6 +14,7 @@ _OWN = {
     "pretrain": "graft.pretrain",
     "tune": "graft.tune",
     "adapt": "graft.adapt",
+    "head": "graft.head",
     "merge": "graft.merge",
     "ensemble": "graft.ensemble",
     "quantize": "graft.quantize",
