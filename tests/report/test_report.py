@@ -14,6 +14,8 @@ from rich.console import Console
 
 from graft import report
 from graft.errors import RequestError
+from graft.report.judge import places_for
+from graft.report.read import Model
 
 
 def text_of(renderable, width: int = 240) -> str:
@@ -122,3 +124,76 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         report.summary(tmp_path)
     with pytest.raises(RequestError, match="found nothing at"):
         report.table(tmp_path / "nowhere")
+
+
+def test_decimals_follow_the_width_of_the_interval(tmp_path):
+    rows = [
+        fake.score("a", "x", 2.31041, low=2.31031, high=2.31051),
+        fake.score("b", "x", 2.31, low=1.41, high=3.21),
+        fake.score("c", "x", 2.5, low=2.5, high=2.5),
+    ]
+    fake.write_rows(tmp_path, rows)
+    shown = text_of(report.table(tmp_path))
+    assert "2.3104 ±0.0001" in shown
+    assert "2.5000 ±0.0000" in shown  # an interval that is a point
+
+
+@pytest.mark.parametrize(
+    ("halves", "places"),
+    [([], 3), ([0.0], 3), ([0.03], 3), ([12.0], 0), ([0.9], 2), ([0.9, 0.9, 0.001], 3), ([1e-9], 6), ([0, 0, 0.02], 3)],
+)
+def test_two_digits_of_the_usual_interval_and_one_of_the_narrowest_are_shown(halves, places):
+    assert places_for(halves) == places
+
+
+def test_a_difference_is_written_with_the_digits_of_its_own_interval(tmp_path):
+    folder = fake.family(tmp_path / "run")
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    tiny = {"difference": -0.00042, "low": -0.00061, "high": -0.00022}
+    values = {"soup": 2.31042, "coder": 2.31}
+    rows = [
+        row | (tiny if row["kind"] == "comparison" else {"value": values.get(row["model"], row["value"])})
+        for row in rows
+        if row["on"] == "code.test"
+    ]
+    fake.write_rows(folder, rows)
+    page = report.write_report(folder).read_text()
+    assert "0.00042 <small>±0.00020</small>" in page
+    assert "code.test · bits per byte: 2.3104, coder 2.3100" in text_of(report.table(folder))
+
+
+def test_a_model_that_was_measured_where_it_lies_is_called_by_its_folder(tmp_path):
+    fake.manifest(tmp_path / "run", "base", "pretrain", [])
+    fake.manifest(tmp_path / "run", "coder", "tune", ["base"])
+    models = tmp_path / "run" / "models"
+    rows = [
+        fake.score("plain", "x", 2.0, folder=str(tmp_path / "gpt2")),
+        fake.score("base", "x", 1.9, folder=str(models / "base")),
+        fake.score("mine", "x", 1.8, folder=str(models / "coder"), model_hash="hash-coder"),
+        fake.score("changed", "x", 1.7, folder=str(models / "coder"), model_hash="hash-of-before"),
+        fake.score("old", "x", 1.6),
+    ]
+    fake.write_rows(tmp_path / "eval", rows)
+    models_there = {model["name"]: model for model in report.summary(tmp_path / "eval")["models"]}
+    assert models_there["mine"]["parents"] == ["base"]
+    assert len(models_there["changed"]["scores"]) == 1
+    shown = text_of(report.table(tmp_path / "eval"))
+    for name, kind in {
+        "plain": f"the folder {tmp_path / 'gpt2'}",
+        "base": "pretrain linear",
+        "mine": "tune full",
+        "changed": f"the folder {models / 'coder'}",
+        "old": "a finished model",
+    }.items():
+        assert any(line.split()[0] == name and kind in line for line in shown.splitlines() if line.strip())
+    page = report.write_report(tmp_path / "eval").read_text()
+    assert f"A finished model without a manifest, measured in the folder {tmp_path / 'gpt2'}." in page
+
+
+def test_a_parent_that_stands_for_several_members_has_the_sum_of_their_weights():
+    weights = {"a.1": 0.1, "a.2": 0.2, "b-step-400": 0.1, "b-step-800.1": 0.2, "b-ema": 0.05, "b-2": 0.35}
+    model = Model("duo", "ensemble", ("a", "b", "b-2", "c"), {"metrics": {"weights": weights}})
+    found = {parent: model.weight_of(parent) for parent in model.parents}
+    assert found == {"a": pytest.approx(0.3), "b": pytest.approx(0.35), "b-2": 0.35, "c": None}
+    soup = Model("soup", "merge", ("a", "b"), {"settings": {"models": {"a": 1, "b": None}}})
+    assert [soup.weight_of(parent) for parent in "ab"] == [1.0, None]

@@ -122,13 +122,15 @@ def _measure(
     rows = []
     for one in found:
         own = f"{key}:{one.metric.name}"
-        row = _row(name, model_hash, subject, one, seed, cost)
+        row = _row(name, folder, model_hash, subject, one, seed, cost)
         items = results.write_items(key_of(key=own), subject.ids, one.statistics, one.notes)
         rows.append(results.append({**row, "key": own, "items": items}))
     return rows
 
 
-def _row(name: str, model_hash: str, subject: Subject, scored: Scored, seed: int, cost: Mapping[str, float]) -> Row:
+def _row(
+    name: str, folder: Path, model_hash: str, subject: Subject, scored: Scored, seed: int, cost: Mapping[str, float]
+) -> Row:
     metric, sums = scored.metric, scored.statistics
     value = float(metric.value(sums.sum(0, keepdims=True))[0])
     if np.isnan(value):
@@ -142,6 +144,7 @@ def _row(name: str, model_hash: str, subject: Subject, scored: Scored, seed: int
         "kind": "score",
         "model": name,
         "model_hash": model_hash,
+        "folder": str(folder),
         "measure": subject.name,
         "task": subject.task.settings.name if subject.task else subject.name,
         "metric": metric.name,

@@ -59,18 +59,29 @@ def decimals(run: Run, column: Column) -> int:
 
 
 def places_for(halves: Sequence[float]) -> int:
-    """Decimals that show two digits of the middle one of these half intervals, at most 5; 3 where there are none."""
-    if not halves:
+    """Decimals that show two digits of the middle one of these half intervals and one of the smallest, at most 6.
+
+    3 where there are none, or none but 0.
+    """
+    wide = sorted(width for width in halves if width > 0)
+    if not wide:
         return 3
-    middle, places = sorted(halves)[len(halves) // 2], 0
-    while places < 5 and middle * 10**places < 9.5:
+    middle, least, places = wide[len(wide) // 2], wide[0], 0
+    while places < 6 and (middle * 10**places < 9.5 or least * 10**places < 0.95):
+        places += 1
+    return places
+
+
+def apart(a: float, b: float, places: int) -> int:
+    """Decimals, `places` at least, with which two scores that differ are written differently; 8 at most."""
+    while a != b and places < 8 and fixed(a, places) == fixed(b, places):
         places += 1
     return places
 
 
 def half(row: Row) -> float | None:
-    """How far a score's interval reaches to its longer side, or None where there is none."""
-    low, high, value = row.get("low"), row.get("high"), row.get("value")
+    """How far the interval of a score or a difference reaches to its longer side, or None where there is none."""
+    low, high, value = row.get("low"), row.get("high"), row.get("value", row.get("difference"))
     if not (is_number(low) and is_number(high) and is_number(value)):
         return None
     return max(high - value, value - low)
@@ -88,6 +99,13 @@ def difference(run: Run, column: Column, a: str, b: str) -> tuple[Row, int] | No
         if compared == column and set(row["models"]) == {a, b}:
             return row, 1 if list(row["models"]) == [a, b] else -1
     return None
+
+
+def gap_places(run: Run, column: Column, a: str, b: str) -> int:
+    """Decimals that the difference between two models deserves: by its own interval, where the pair was compared."""
+    compared = difference(run, column, a, b)
+    width = half(compared[0]) if compared else None
+    return places_for([width]) if width else decimals(run, column)
 
 
 def verdict(run: Run, model: str, column: Column) -> Verdict | None:
@@ -124,8 +142,8 @@ def verdicts(run: Run) -> Iterator[tuple[Column, Verdict]]:
 
 def sentence(run: Run, column: Column, found: Verdict) -> str:
     """A verdict in words: `soup is worse than its best parent coder on x.test: 2.52 against 2.41 (+0.11, p …)`."""
-    places = decimals(run, column)
     own, parent = run.scores[found.model, column]["value"], run.scores[found.parent, column]["value"]
+    places = apart(own, parent, decimals(run, column))
     word = "worse than" if found.worse else "better than" if found.better else "equal to"
     return (
         f"{found.model} is {word} its best parent {found.parent} on {column.title}: "

@@ -16,7 +16,18 @@ from graft.report.ceiling import draw_ceiling, said
 from graft.report.colours import VERBS, verb_class
 from graft.report.cost import COSTS, cost_panel
 from graft.report.curves import draw_curves
-from graft.report.judge import best, decimals, difference, half, p_text, places_for, sentence, verdict, verdicts
+from graft.report.judge import (
+    best,
+    decimals,
+    difference,
+    gap_places,
+    half,
+    p_text,
+    places_for,
+    sentence,
+    verdict,
+    verdicts,
+)
 from graft.report.read import Column, Model, Row, Run, is_number
 from graft.report.scores import difference_bar, difference_reach, flag_class, score_panel
 from graft.report.speakers import speakers
@@ -104,7 +115,8 @@ def _card(run: Run, column: Column) -> dict[str, Any]:
 
 
 def _against(run: Run, column: Column, name: str, single: Row) -> str:
-    places, other = decimals(run, column), str(single["model"])
+    other = str(single["model"])
+    places = gap_places(run, column, name, other)
     gap = run.scores[name, column]["value"] - single["value"]
     compared = difference(run, column, name, other)
     p = f", {p_text(compared[0]['p'])}" if compared and is_number(compared[0].get("p")) else ""
@@ -122,18 +134,20 @@ def _standing(run: Run, column: Column) -> str:
 def _pairs(run: Run, column: Column) -> Iterator[dict[str, Any]]:
     """Paired comparisons of a column, the descendant first where one comes from the other."""
     rows = [row for c, row in run.comparisons if c == column]
-    reach, places = difference_reach(rows), places_for([h for row in rows if (h := half(row))])
+    reach = difference_reach(rows)
     for row in rows:
         a, b = row["models"]
         if a in run.models[b].parents:
             a, b = b, a
         sign = 1 if [a, b] == list(row["models"]) else -1
-        p = row.get("p")
+        p, width = row.get("p"), half(row)
+        places = places_for([width]) if width else decimals(run, column)
         yield {
             "a": a,
             "b": b,
             "kin": _kin(run, a, b),
             "difference": f"{fixed(row['difference'] * sign, places, sign=True)}",
+            "half": f"±{fixed(width, places)}" if width is not None else "",
             "bar": difference_bar(row, sign, column, reach),
             "p": p_text(p).removeprefix("p ").removeprefix("= ") if is_number(p) else "–",
             "test": str(row.get("test") or "").replace("_", " "),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -65,6 +66,8 @@ class Model:
     manifest: Row = field(default_factory=dict)
     log: tuple[Row, ...] = ()
     folder: Path | None = None
+    place: str = ""
+    """Of a finished model that was only measured: where it lies, in words."""
 
     @property
     def made(self) -> bool:
@@ -78,20 +81,31 @@ class Model:
 
     @property
     def kind(self) -> str:
-        """Verb and method: `merge linear`."""
+        """Verb and method: `merge linear`; of a finished model without a manifest where it lies."""
+        if self.place and not self.made:
+            return self.place
         settings = self.manifest.get("settings") or {}
         named = settings.get("method", settings.get("combine")) if isinstance(settings, Mapping) else None
         method = next(iter(named), None) if isinstance(named, Mapping) else named
         return f"{self.verb} {method}" if isinstance(method, str) else self.verb
 
     def weight_of(self, parent: str) -> float | None:
-        """The weight that a combination gives one of its parents: as fitted, else as its settings say."""
+        """The weight that a combination gives one of its parents: as fitted, else as its settings say.
+
+        The sum over its members, where a parent stands for several (checkpoints, passes with dropout).
+        """
         fitted = (self.manifest.get("metrics") or {}).get("weights")
         given = (self.manifest.get("settings") or {}).get("models")
         for weights in (fitted, given):
-            if isinstance(weights, Mapping) and is_number(weights.get(parent)):
-                return float(weights[parent])
+            own = [w for name, w in weights.items() if self._stands_for(parent, name)] if _is_table(weights) else []
+            if own and all(map(is_number, own)):
+                return float(sum(own))
         return None
+
+    def _stands_for(self, parent: str, member: str) -> bool:
+        """Whether a member of this name is the parent, or one of several that come from it."""
+        several = MEMBERS.fullmatch(member.removeprefix(parent)) if member.startswith(parent) else None
+        return member == parent or (several is not None and member not in self.parents)
 
 
 @dataclass(frozen=True)
@@ -130,6 +144,14 @@ class Run:
         return {m: {name: float(reduce[name](values)) for name, values in c.items()} for m, c in found.items()}
 
 
+MEMBERS = re.compile(r"(-step-\d+|-ema)?(\.\d+)?")
+"""What the names of members have behind that of the model which they come from."""
+
+
+def _is_table(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(value, Mapping)
+
+
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether `value` is a finite number (and not a truth value)."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -148,13 +170,32 @@ def read_run(folder: Path) -> Run:
     recipe = _recipe(folder / "recipe.yaml", problems)
     rows = list(read_lines(folder / "results.jsonl", problems))
     models = _models(folder, recipe, problems)
-    for row in rows:
-        if row.get("kind") == "score" and not models.get(str(row.get("model"))) and not (folder / "models").exists():
-            models[str(row["model"])] = Model(str(row["model"]), "load", ())
+    if not (folder / "models").exists():
+        newest = {str(row["model"]): row for row in rows if row.get("kind") == "score" and row.get("model")}
+        models |= {name: _finished(name, newest) for name in newest if name not in models}
     scores = _scores(rows, models, problems)
     columns = list(dict.fromkeys(column for _, column in scores))
     family = str(recipe.get("family") or folder.resolve().name)
     return Run(folder, family, models, columns, scores, _comparisons(rows, models, columns), problems)
+
+
+def _finished(name: str, newest: Mapping[str, Row]) -> Model:
+    """A model that no run made, but that was measured where it lies: with its manifest, if that is still its own.
+
+    Its parents are those of its parents that were measured too, as they were when it was made.
+    """
+    row = newest[name]
+    folder = Path(str(row["folder"])) if row.get("folder") else None
+    place = f"the folder {folder}" if folder else "a finished model"
+    try:
+        manifest = read_manifest(folder) if folder else None
+    except (CheckpointError, OSError):
+        manifest = None
+    if manifest is None or manifest.hash != row.get("model_hash"):
+        return Model(name, "load", (), folder=folder, place=place)
+    known = {str(other.get("model_hash")): model for model, other in newest.items()}
+    parents = tuple(known[parent.hash] for parent in manifest.parents if parent.hash in known)
+    return Model(name, manifest.verb, parents, manifest.plain(), folder=folder, place=place)
 
 
 def read_lines(path: Path, problems: list[str]) -> Iterator[Row]:

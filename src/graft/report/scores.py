@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from graft.report.colours import verb_class
-from graft.report.judge import best, decimals, half, verdict
+from graft.report.judge import best, decimals, gap_places, half, verdict
 from graft.report.read import Column, Row, Run, is_number
 from graft.report.svg import Scale, element, fit, line, linear, padded, picture, text, ticks, title
 from graft.report.words import fixed
@@ -42,7 +42,8 @@ def _score(run: Run, column: Column, row: Row, x: Scale, y: float) -> Markup:
     written = fixed(value, places) + (f" ±{fixed(error, places)}" if (error := half(row)) is not None else "")
     hint = f"{name}, {column.title}: {written} {row.get('unit') or ''}"
     if found and mark:
-        hint += f"; best parent {found.parent}, {fixed(found.difference, places, sign=True)} ({found.evidence})"
+        gap = fixed(found.difference, gap_places(run, column, name, found.parent), sign=True)
+        hint += f"; best parent {found.parent}, {gap} ({found.evidence})"
     band = element("rect", x=0, y=y - ROW / 2, width=WIDTH, height=ROW, rx=5, class_="band best" if top else "band")
     return element(
         "g",

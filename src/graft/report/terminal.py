@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, Group, JustifyMethod, Renderab
 from rich.table import Table
 from rich.text import Text
 
-from graft.report.judge import Verdict, best, decimals, half, verdict, verdicts
+from graft.report.judge import Verdict, apart, best, decimals, half, verdict, verdicts
 from graft.report.read import Column, Model, Run
 from graft.report.words import bytes_text, fixed, rate_text
 
@@ -121,8 +121,8 @@ def _losses(run: Run) -> Iterator[Text]:
 
 
 def _loss(run: Run, column: Column, found: Verdict) -> str:
-    places = decimals(run, column)
     own, parent = run.scores[found.model, column]["value"], run.scores[found.parent, column]["value"]
+    places = apart(own, parent, decimals(run, column))
     return (
         f"{found.mark} {column.title}: {fixed(own, places)}, {found.parent} {fixed(parent, places)} ({found.evidence})"
     )
