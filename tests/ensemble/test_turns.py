@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from graft.ensemble.turns import EACH, FREE, Plan, Turns
+from graft.ensemble.turns import EACH, Plan, Turns
+
+FREE = 48
 
 
 def simulated(plan, sizes, shares, rows, tokens=4000):
@@ -30,23 +32,23 @@ def simulated(plan, sizes, shares, rows, tokens=4000):
 @pytest.mark.parametrize(("draft", "block"), [(0, 1), (0, 4), (1, 2)])
 def test_the_expected_rate_is_the_rate_of_many_texts(draft, block, relay):
     plan, sizes, shares = Plan(draft, block, relay), [1.0, 3.0, 2.0], [0.6, 0.7, 0.5]
-    assert plan.rate(sizes, shares, 2) == pytest.approx(simulated(plan, sizes, shares, 2), rel=0.03)
+    assert plan.rate(sizes, shares, 2, FREE) == pytest.approx(simulated(plan, sizes, shares, 2), rel=0.03)
 
 
 def test_without_drafts_that_are_kept_it_is_the_plain_ensemble_and_never_slower():
     sizes = [1.0, 1.0, 1.0]
-    turns = Turns(sizes, [0, 1, 2])
+    turns = Turns(sizes, [0, 1, 2], FREE)
     for _ in range(200):
         turns.saw([(turns.plan(8).draft, False)])
     plan = turns.plan(8)
     assert (plan.block, plan.relay) == (1, False)
     plain = 1 / sum(size * (1 + 8 / FREE) for size in sizes)
-    assert plan.rate(sizes, turns.shares(), 8) == pytest.approx(plain, rel=0.05)
+    assert plan.rate(sizes, turns.shares(), 8, FREE) == pytest.approx(plain, rel=0.05)
 
 
 def test_of_equal_members_all_draft_and_a_small_one_drafts_blocks():
-    assert Turns([1.0, 1.0], [0, 1]).plan(1).relay
-    small = Turns([1.0, 20.0], [0, 1])
+    assert Turns([1.0, 1.0], [0, 1], FREE).plan(1).relay
+    small = Turns([1.0, 20.0], [0, 1], FREE)
     for _ in range(4):
         small.saw([(0, True)] * EACH)
     assert small.plan(1).draft == 0
@@ -54,13 +56,13 @@ def test_of_equal_members_all_draft_and_a_small_one_drafts_blocks():
 
 
 def test_a_named_draft_and_a_given_block_are_kept():
-    turns = Turns([1.0, 1.0], [1], 5)
+    turns = Turns([1.0, 1.0], [1], FREE, 5)
     turns.saw([(0, True)] * 100)
     assert turns.plan(1) == Plan(1, 5, True)
 
 
 def test_turns_follow_what_is_kept_lately():
-    turns = Turns([1.0, 10.0], [0])
+    turns = Turns([1.0, 10.0], [0], FREE)
     for _ in range(20):
         turns.saw([(0, True)] * EACH)
         turns.plan(1)

@@ -2,13 +2,13 @@
 
 All texts of a batch end in the same column and begin where they must, as in a batch that is padded on the left. Rows
 of which more drafts are kept than of others grow faster, so after each judgement every row is moved until it ends where
-the others do, in the text, in every layer of the cache, and in what the members have said.
+the others do: in the text, in what the members have said, and in a member's cache when it reads again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,11 +29,22 @@ class Verdict:
     instead: int | None
 
 
+@dataclass
+class _Reader:
+    """What is known of an active member: the rows of its layers of the cache with the columns they began in when these
+    were last put in order, how many tokens of each row's text it has read that still stand, and what it said last."""
+
+    rows: list[int]
+    starts: list[int]
+    own: dict[int, int]
+    told: Told | None = None
+
+
 class Pending:
     """`text [rows, length]`, of which row r's begins in column `starts[r]` and ends with drafts of the members `by[r]`.
 
-    `drawn [rows, …, vocabulary]`: the probabilities that the last columns were drawn from, None where they were not
-    drawn. `seen`: columns that each active member has read; `told`: what it said last, up to the column behind them.
+    `rows`: those of the batch that are left; `drawn [rows, …, vocabulary]`: the probabilities that the last columns were
+    drawn from, None where they were not drawn.
     """
 
     def __init__(self, model: EnsembleForCausalLM, ids: torch.Tensor, starts: Sequence[int]):
@@ -41,8 +52,10 @@ class Pending:
         self.rows = list(range(len(ids)))
         self.by: list[list[int]] = [[] for _ in self.rows]
         self.drawn: torch.Tensor | None = None
-        self.seen = [0] * len(model.active)
-        self.told: list[Told | None] = [None] * len(model.active)
+        self.readers = [
+            _Reader(list(self.rows), list(starts), {row: -start for row, start in enumerate(starts)})
+            for _ in model.active
+        ]
         self.cache = DynamicCache(config=model.config)
 
     @property
@@ -55,24 +68,41 @@ class Pending:
         """The first column that holds a draft in any row, or would hold the next one."""
         return self.length - max(map(len, self.by))
 
+    def seen(self, number: int) -> int:
+        """How many columns a member has read that still stand in all rows."""
+        own = self.readers[number].own
+        return min(start + own[row] for row, start in zip(self.rows, self.starts, strict=True))
+
     @property
     def stop(self) -> int:
         """The column before which all members have said what they think of every draft."""
-        return min(min(self.seen) + 1, self.length)
+        return min(min(map(self.seen, range(len(self.readers)))) + 1, self.length)
 
     def read(self, number: int, until: int) -> None:
         """An active member reads the columns before `until` that are new to it."""
-        seen, gate = self.seen[number], self.model.gate
+        reader, seen, gate = self.readers[number], self.seen(number), self.model.gate
         if seen >= until:
             return
+        self._order(number)
         keep = max(1, min(until - seen, until - self.first + 1))
         mask, positions = self._places(seen, until)
         given = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
         states = gate is not None and gate.states and number in gate.looks_at
         new = self.model._asked(self.model.active[number], self.text[:, seen:until], given, self.cache, states)
-        old = self.told[number]
-        self.told[number] = joined([old, new]) if old is not None and keep == until - seen else new
-        self.seen[number] = until
+        reader.told = joined([reader.told, new]) if reader.told is not None and keep == until - seen else new
+        reader.own = {row: until - start for row, start in zip(self.rows, self.starts, strict=True)}
+
+    def _order(self, number: int) -> None:
+        """Puts a member's layers of the cache in the order that the text has by now."""
+        reader = self.readers[number]
+        stay = [reader.rows.index(row) for row in self.rows]
+        shifts = [start - reader.starts[place] for start, place in zip(self.starts, stay, strict=True)]
+        reads = [reader.starts[place] + reader.own[row] for row, place in zip(self.rows, stay, strict=True)]
+        move = _Move(stay, shifts, len(reader.rows))
+        for place in range(*self.model.spans[self.model.active[number]]):
+            if there := int(self.cache.get_seq_length(place)):
+                move.layer(self.cache.layers[place], there, reads)
+        reader.rows, reader.starts = list(self.rows), list(self.starts)
 
     def _places(self, seen: int, until: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Mask `[rows, until]` and positions `[rows, until - seen]` of a padded batch; a single row needs none."""
@@ -93,43 +123,43 @@ class Pending:
 
     def said(self, number: int, first: int, stop: int) -> Told:
         """What a member has said of the columns from `first` to before `stop`."""
-        told, end = self.told[number], self.seen[number] + 1
+        told, end = self.readers[number].told, self.seen(number) + 1
         assert told is not None
         part = slice(first - end, (stop - end) or None)
         return Told(told.log_probs[:, part], None if told.state is None else told.state[:, part])
 
     def settle(self, verdicts: Sequence[Verdict], done: Sequence[bool]) -> None:
         """Drops the drafts that were not kept, and the rows that are `done`; what is left ends together again."""
-        ends, reads = [], []
-        for row, verdict in enumerate(verdicts):
-            firm, end = self.length - len(self.by[row]) + verdict.kept, self.length
-            self.by[row] = self.by[row][verdict.judged :]
+        ends, seen = [], [self.seen(number) for number in range(len(self.readers))]
+        for place, verdict in enumerate(verdicts):
+            firm, end = self.length - len(self.by[place]) + verdict.kept, self.length
+            self.by[place] = self.by[place][verdict.judged :]
             if verdict.instead is not None:
-                self.text[row, firm], self.by[row], end = verdict.instead, [], firm + 1
+                self.text[place, firm], self.by[place], end = verdict.instead, [], firm + 1
+                for reader in self.readers:
+                    own = reader.own[self.rows[place]]
+                    reader.own[self.rows[place]] = min(own, firm - self.starts[place])
             ends.append(end)
-            reads.append(end - (verdict.instead is not None))
-        stay = [row for row, over in enumerate(done) if not over]
+        stay = [place for place, over in enumerate(done) if not over]
         if stay:
-            self._move(stay, [ends[row] for row in stay], [reads[row] for row in stay])
-        self.rows, self.by = [self.rows[row] for row in stay], [self.by[row] for row in stay]
+            self._move(stay, [ends[place] for place in stay], seen)
+        self.rows, self.by = [self.rows[place] for place in stay], [self.by[place] for place in stay]
 
-    def _move(self, stay: list[int], ends: list[int], reads: list[int]) -> None:
-        """The rows that `stay` end together; of each, the columns before `reads` are as members have read them."""
-        length = max(end - self.starts[row] for row, end in zip(stay, ends, strict=True))
-        move = _Move(stay, [length - end for end in ends], reads, len(self.rows))
-        most = max(len(self.by[row]) for row in stay)
+    def _move(self, stay: list[int], ends: list[int], seen: list[int]) -> None:
+        """The rows that `stay` end together; members had read the first `seen` columns of each."""
+        length = max(end - self.starts[place] for place, end in zip(stay, ends, strict=True))
+        most = max(len(self.by[place]) for place in stay)
+        move = _Move(stay, [length - end for end in ends], len(self.rows))
         if self.drawn is not None:
             begin = self.length - self.drawn.shape[1]
             self.drawn = move(self.drawn, 1, begin, length - most, length) if most else None
-        self.starts = [self.starts[row] + shift for row, shift in zip(stay, move.shifts, strict=True)]
+        self.starts = [self.starts[place] + shift for place, shift in zip(stay, move.shifts, strict=True)]
         self.text = move(self.text, 1, 0, 0, length)
-        for number, told in enumerate(self.told):
-            before, self.seen[number] = self.seen[number], move.read(self.seen[number])
-            if told is not None:
-                self.told[number] = _moved(move, told, before + 1, length - most, self.seen[number] + 1)
-        for place, layer in enumerate(self.cache.layers):
-            if there := int(self.cache.get_seq_length(place)):
-                move.layer(layer, there)
+        rows = [self.rows[place] for place in stay]
+        for reader, before in zip(self.readers, seen, strict=True):
+            now = min(start + reader.own[row] for row, start in zip(rows, self.starts, strict=True))
+            if reader.told is not None:
+                reader.told = _moved(move, reader.told, before + 1, length - most, now + 1)
 
 
 def _moved(move: _Move, told: Told, end: int, first: int, stop: int) -> Told | None:
@@ -144,21 +174,17 @@ def _moved(move: _Move, told: Told, end: int, first: int, stop: int) -> Told | N
 
 @dataclass(frozen=True)
 class _Move:
-    """Moves the rows that `stay` of so many `rows` to the right, each by its own number of columns (`shifts`); of each,
-    the columns before `reads` (counted before the move) are as members have read them."""
+    """Moves the rows that `stay` of so many `rows` to the right, each by its own number of columns (`shifts`)."""
 
     stay: list[int]
     shifts: list[int]
-    reads: list[int]
     rows: int
+    picked: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
+    """Which columns are picked from one long list of them, by what they are picked from."""
 
-    def read(self, count: int) -> int:
-        """Of `count` columns that were read, how many are right in all rows after the move."""
-        return max(0, min(min(count, right) + shift for right, shift in zip(self.reads, self.shifts, strict=True)))
-
-    def layer(self, layer: Any, there: int) -> None:
-        """A layer of the cache that holds so many columns."""
-        count = self.read(there)
+    def layer(self, layer: Any, there: int, reads: Sequence[int]) -> None:
+        """A layer of the cache that holds so many columns, of which the first `reads` of each row still stand."""
+        count = max(0, min(min(there, right) + shift for right, shift in zip(reads, self.shifts, strict=True)))
         if not count:
             layer.reset()
         elif count < there or any(self.shifts) or len(self.stay) < self.rows:
@@ -170,10 +196,15 @@ class _Move:
         if len(set(self.shifts)) == 1:
             values = values if len(self.stay) == self.rows else values[self.stay]
             return values.narrow(dim, first - self.shifts[0] - begin, stop - first)
-        rows = torch.tensor(self.stay, device=values.device)[:, None]
-        shifts = torch.tensor(self.shifts, device=values.device)[:, None]
-        columns = torch.arange(first - begin, stop - begin, device=values.device) - shifts
-        columns = columns.clamp(0, values.shape[dim] - 1)
-        if dim == 1:
-            return values[rows, columns]
-        return values.transpose(1, 2)[rows, columns].transpose(1, 2)
+        shape, key = values.shape, (values.device, *values.shape[: dim + 1], begin, first, stop)
+        if key not in self.picked:
+            self.picked[key] = self._pick(shape[: dim + 1], begin, first, stop, values.device)
+        # picking from one long list of columns is as fast as a copy, unlike `gather`
+        found = values.flatten(0, dim).index_select(0, self.picked[key])
+        return found.view(len(self.stay), *shape[1:dim], stop - first, *shape[dim + 1 :])
+
+    def _pick(self, shape: torch.Size, begin: int, first: int, stop: int, device: torch.device) -> torch.Tensor:
+        every = torch.arange(shape.numel(), device=device).view(shape[0], -1, shape[-1])
+        rows, shifts = torch.tensor([self.stay, self.shifts], device=device)
+        columns = torch.arange(first - begin, stop - begin, device=device) - shifts[:, None]
+        return (every[rows, :, :1] + columns.clamp(0, shape[-1] - 1)[:, None]).flatten()

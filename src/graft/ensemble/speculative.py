@@ -16,7 +16,7 @@ import torch
 
 from graft.ensemble.members import nan_words
 from graft.ensemble.pending import Pending, Verdict
-from graft.ensemble.turns import Turns
+from graft.ensemble.turns import ACCELERATOR, THREAD, Turns
 from graft.errors import RequestError, RunError
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ def speculate(
     drafts = _drafts(model, draft)
     ids, starts = _begin(model, input_ids, attention_mask, max_new_tokens)
     sizes = [float(sum(weight.numel() for weight in model.members[place].parameters())) for place in model.active]
-    turns, pending = Turns(sizes, drafts, block), Pending(model, ids, starts)
+    free = THREAD * torch.get_num_threads() if model.device.type == "cpu" else ACCELERATOR
+    turns, pending = Turns(sizes, drafts, free, block), Pending(model, ids, starts)
     ends = frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or ())
     answers = _Answers([ids.shape[1] - start + max_new_tokens for start in starts], ends, {})
     drawing, longest = _Drawing(temperature if do_sample else None, generator), ids.shape[1] + max_new_tokens

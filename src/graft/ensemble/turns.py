@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Lengths of a block that are thought of."""
-FREE = 64
-"""Tokens that a member reads in about twice the time of one: weights are fetched once for all of them. Measured with
-members of 25M parameters on a CPU, where 8 rows cost 1.12 times one; accelerators read more."""
+THREAD, ACCELERATOR = 12, 256
+"""Tokens that are read in about twice the time of one, since weights are fetched once for all: by each thread of
+a CPU (from members of 5M to 25M parameters), by an accelerator (a guess)."""
 EACH = 16
 """Drafts after which the turns are chosen anew; what older ones said counts half each time."""
 HORIZON = 24
@@ -36,11 +36,12 @@ class Plan:
         yield from [(self.draft, True)] * self.block
         yield from ((other, self.relay) for other in range(members) if other != self.draft)
 
-    def rate(self, sizes: Sequence[float], shares: Sequence[float], rows: int) -> float:
+    def rate(self, sizes: Sequence[float], shares: Sequence[float], rows: int, free: float) -> float:
         """Expected tokens a row for the cost, where a member's draft is kept with its share of `shares`.
 
         Counted from a token that was not kept to the next one, after which everything begins anew: that many tokens,
-        and what the runs in between cost; a run costs the member's size, and more where it reads many tokens.
+        and what the runs in between cost: a run costs the member's size, and as much again for `free` tokens that it
+        reads.
         """
         drafted: list[int] = []
         seen, judged = [0] * len(sizes), 0
@@ -48,7 +49,7 @@ class Plan:
         while judged < HORIZON and alive > FORGOTTEN:
             for member, drafts in self.turns(len(sizes)):
                 reads = len(drafted) + 1 - seen[member] - (not drafts)
-                cost += alive * sizes[member] * (1 + rows * reads / FREE)
+                cost += alive * sizes[member] * (1 + rows * reads / free)
                 seen[member] += reads
                 drafted += [member] * drafts
                 while judged < min(*seen, len(drafted)):
@@ -59,11 +60,12 @@ class Plan:
 
 @dataclass
 class Turns:
-    """Chooses plans. `sizes`: what a run of each member costs; `drafts`: members that may begin; `block`: fixed, or
-    None for what is best."""
+    """Chooses plans. `sizes`: what a run of each member costs; `drafts`: members that may begin; `free`: tokens
+    that cost as much again; `block`: fixed, or None for what is best."""
 
     sizes: Sequence[float]
     drafts: Sequence[int]
+    free: float
     block: int | None = None
     tried: list[float] = field(init=False)
     kept: list[float] = field(init=False)
@@ -99,4 +101,4 @@ class Turns:
         relays = (True, False) if self.block is None else (True,)
         plans = [Plan(draft, block, relay) for draft in self.drafts for block in blocks for relay in relays]
         shares = self.shares()
-        return max(plans, key=lambda plan: plan.rate(self.sizes, shares, rows))
+        return max(plans, key=lambda plan: plan.rate(self.sizes, shares, rows, self.free))
