@@ -57,10 +57,9 @@ def make_one(
     check_device(device)
     executor = executor_for(launch=launch)
     target = Path(out)
-    recipe = one_node(
-        verb, target.name, settings, data=data or {}, seed=seed, root=Path(root), hub=hub, begin=not target.exists()
-    )
     places = beside(target)
+    begin = None if target.exists() else places.cache
+    recipe = one_node(verb, target.name, settings, data=data or {}, seed=seed, root=Path(root), hub=hub, begin=begin)
     with locked(places, wait=wait):
         plan = make_plan(recipe, places, force=[target.name] if force else [])
         if target.exists() and plan.steps[target.name].state == "run" and not (target / "graft.json").is_file():
@@ -89,9 +88,12 @@ def one_node(
     seed: int,
     root: Path,
     hub: bool = False,
-    begin: bool = False,
+    begin: Path | None = None,
 ) -> Recipe:
-    """A recipe of one node; the folders it names are models that stand outside of it. `begin`: it will be made now."""
+    """A recipe of one node; the folders it names are models that stand outside of it.
+
+    `begin`: it will be made now, with this folder for its cache.
+    """
     parsed = verbs.verb(verb).parse(settings, ())
     named = list(dict.fromkeys((kind, ref) for kind, ref, _ in references(parsed)))
     folders = {ref: Path(ref).expanduser() for kind, ref in named if kind == "model"}
@@ -102,8 +104,8 @@ def one_node(
             "allowed: --hub"
         )
     folders |= {ref: fetched(LoadSettings(path=ref, hub=True)) for ref in missing}
-    if begin:
-        verbs.verb(verb).begin(parsed, folders)
+    if begin is not None:
+        verbs.verb(verb).begin(parsed, folders, begin)
     files = {split_ref(ref)[0] for kind, ref in named if kind == "data"} - set(data)
     sets = {**data, **{file: data_at(file) for file in sorted(files)}}
     value = {"family": name, "seed": seed, "data": sets, "models": {name: {verb: settings}}}

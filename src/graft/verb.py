@@ -170,8 +170,9 @@ class Verb(Generic[S]):
         """What it will cost, from facts alone."""
         raise NotImplementedError
 
-    def begin(self, settings: S, folders: Mapping[str, Path]) -> None:
-        """Start what takes long and needs only the models' folders, beside the checks; nothing may rest on it."""
+    def begin(self, settings: S, folders: Mapping[str, Path], cache: Path) -> None:
+        """Start what takes long and needs only the models' folders and the cache that the job will have, beside the
+        checks; nothing may rest on it."""
 
     def run(self, job: Job) -> dict[str, Any]:
         """Write a complete Hugging Face folder into `job.out`; return what the manifest is to hold as metrics.

@@ -76,7 +76,7 @@ class Told(list):
 
     def answer(self):
         shapes = {"hidden": (json.loads(self[-1])["hidden_size"],)}
-        return 0, json.dumps(asdict(architecture.Architecture("Told", shapes, {}, "", False))), ""
+        return 0, json.dumps(asdict(architecture.Architecture("Told", shapes, {}, "", False)))
 
     def close(self):
         pass
@@ -87,7 +87,7 @@ def test_it_is_begun_before_the_output_is_there(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "modules", {name: m for name, m in sys.modules.items() if name != "transformers"})
     monkeypatch.setattr(architecture, "Building", begun := Told())
     architecture.started.cache_clear()
-    architecture.begin(folder)
+    architecture.begin(folder, tmp_path / "one")
     assert len(begun) == 1
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"hidden_size"', '"dtype": "bfloat16", "hidden_size"'))
@@ -97,4 +97,20 @@ def test_it_is_begun_before_the_output_is_there(folder, tmp_path, monkeypatch):
     config.write_text(config.read_text().replace('"hidden_size": 16', '"hidden_size": 32'))
     assert checked(folder, tmp_path / "one").shapes == {"hidden": (32,)}
     assert len(begun) == 2
+    architecture.started.cache_clear()
+    architecture.begin(folder, tmp_path / "one")
+    assert len(begun) == 2, "what is known from an earlier merge is not built again"
+    architecture.begin(folder, tmp_path / "two")
+    assert len(begun) == 3
+    architecture.started.cache_clear()
+
+
+def test_what_the_other_process_cannot_build_is_tried_here(folder, tmp_path, monkeypatch):
+    """It does without packages that may be needed after all."""
+    here = checked(folder, tmp_path / "here")
+    monkeypatch.setattr(sys, "modules", {name: m for name, m in sys.modules.items() if name != "transformers"})
+    monkeypatch.setattr(Told, "answer", lambda self: (1, ""))
+    monkeypatch.setattr(architecture, "Building", Told())
+    architecture.started.cache_clear()
+    assert checked(folder, tmp_path / "there") == here
     architecture.started.cache_clear()

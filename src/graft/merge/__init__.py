@@ -149,7 +149,7 @@ class Merge(Verb[MergeSettings]):
 
         return lines(notes)
 
-    def begin(self, settings: MergeSettings, folders: Mapping[str, Path]) -> None:
+    def begin(self, settings: MergeSettings, folders: Mapping[str, Path], cache: Path) -> None:
         """Headers are compared; then the architecture is built in another process, and torch imported, while the models
         are hashed. Raises CannotCombine where the headers differ."""
         from graft.merge.architecture import begin
@@ -159,7 +159,7 @@ class Merge(Verb[MergeSettings]):
         try:
             parts = inputs(settings, folders)
             agree(settings, parts)
-            begin(parts[settings.parents[0]].home)
+            begin(parts[settings.parents[0]].home, cache)
         except CannotCombine:
             raise
         except GraftError:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Shapes = Mapping[str, tuple[int, ...]]
+NOT_NEEDED = ("scipy", "sklearn", "accelerate", "pandas", "PIL", "torchvision")
+"""What transformers imports where it is installed and needs for no names and shapes: time and memory of the process."""
 
 
 @dataclass(frozen=True)
@@ -125,13 +127,13 @@ class Building:
         self._process.stdin.write(config)
         self._process.stdin.close()
         self._process.stdin = None
-        self._told: tuple[int, str, str] | None = None
+        self._told: tuple[int, str] | None = None
 
-    def answer(self) -> tuple[int, str, str]:
-        """(exit status, what it said, what went wrong)."""
+    def answer(self) -> tuple[int, str]:
+        """(exit status, what it said)."""
         if self._told is None:
-            answer, errors = self._process.communicate()
-            self._told = (self._process.returncode, answer, errors)
+            answer, _ = self._process.communicate()
+            self._told = (self._process.returncode, answer)
         return self._told
 
     def close(self) -> None:
@@ -147,10 +149,17 @@ def started(config: str) -> Building:
     return Building(config)
 
 
-def begin(folder: Path) -> None:
+def kept_in(cache: Path, config: str) -> Path:
+    """Where it stands what a configuration (see `meaning`) builds, by this version of `transformers`."""
+    made_of = config.encode() + metadata.version("transformers").encode()
+    return cache / f"architecture-{hashlib.sha256(made_of).hexdigest()[:32]}.json"
+
+
+def begin(folder: Path, cache: Path) -> None:
     """Start to build the architecture of `folder`, which a merge will ask for, unless that is no work here."""
-    if "transformers" not in sys.modules:
-        started(meaning(read_config(folder)))
+    config = meaning(read_config(folder))
+    if "transformers" not in sys.modules and not kept_in(cache, config).exists():
+        started(config)
 
 
 class Check:
@@ -163,8 +172,7 @@ class Check:
     def __init__(self, folder: Path, cache: Path):
         self.folder = folder
         config = meaning(read_config(folder))
-        made_of = config.encode() + metadata.version("transformers").encode()
-        self._kept = cache / f"architecture-{hashlib.sha256(made_of).hexdigest()[:32]}.json"
+        self._kept = kept_in(cache, config)
         self._building: Building | None = None
         if not self._kept.exists() and "transformers" not in sys.modules:
             self._building = started(config)
@@ -179,20 +187,17 @@ class Check:
         return Architecture(**plain | {"shapes": {name: tuple(shape) for name, shape in plain["shapes"].items()}})
 
     def _built(self) -> str:
-        if self._building is None:
-            try:
-                return _plain(self.folder)
-            # whatever a library makes of a wrong configuration
-            except Exception as error:
-                raise self._no_model(str(error)) from error
-        status, answer, errors = self._building.answer()
-        if status:
-            raise self._no_model(errors)
-        return answer.splitlines()[-1]
-
-    def _no_model(self, words: str) -> CheckpointError:
-        reason = (words.strip().splitlines() or ["no reason given"])[-1].strip()
-        return CheckpointError(f"{self.folder}: the configuration does not build a model ({reason})")
+        if self._building is not None:
+            status, answer = self._building.answer()
+            if not status:
+                return answer.splitlines()[-1]
+        # what the process could not build is tried once more with everything that is installed
+        try:
+            return _plain(self.folder)
+        # whatever a library makes of a wrong configuration
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or ["no reason given"])[-1].strip()
+            raise CheckpointError(f"{self.folder}: the configuration does not build a model ({reason})") from error
 
     def close(self) -> None:
         """End the process where it still runs."""
@@ -229,6 +234,8 @@ def _plain(folder: Path) -> str:
 
 
 if __name__ == "__main__":
+    # a name that stands for None is not installed, for all that transformers can tell
+    sys.modules.update(dict.fromkeys(NOT_NEEDED))  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as place:
         Path(place, "config.json").write_text(sys.stdin.read())
         print(_plain(Path(place)))
