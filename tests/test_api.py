@@ -85,7 +85,7 @@ def test_one_node_refuses_what_is_not_there_and_what_it_would_overwrite(tmp_path
 def test_a_model_that_was_made_otherwise_is_replaced_only_when_told_to(tmp_path, growing):
     folder = make_one("grow", tmp_path / "a", {}, seed=0)
     before = read_manifest(folder)
-    with pytest.raises(RequestError, match="say --force to replace it"):
+    with pytest.raises(RequestError, match=r"say `force=True` \(--force\) to replace it"):
         make_one("grow", folder, {}, seed=1)
     assert read_manifest(folder) == before
     make_one("grow", folder, {}, seed=1, force=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -135,3 +136,37 @@ def test_nothing_is_evaluated_and_no_remote_code_is_trusted(path):
     assert not [n for n in calls if isinstance(n.func, ast.Name) and n.func.id in ("exec", "eval")]
     trusting = [k for n in calls for k in n.keywords if k.arg == "trust_remote_code"]
     assert all(isinstance(k.value, ast.Constant) and k.value.value is False for k in trusting)
+
+
+COMMANDS_ALONE = {"methods", "only", "nproc-per-node", "show-toplevel"}
+"""Options that no hint can name otherwise: questions to the command line, and those of other programs."""
+
+
+def hints(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, words) of every text outside docstrings and field descriptions that names an option of a command."""
+    tree = ast.parse(path.read_text())
+    nodes = list(ast.walk(tree))
+    described = [k.value for n in nodes if isinstance(n, ast.Call) for k in n.keywords if k.arg == "description"]
+    inside = [part for n in nodes if isinstance(n, ast.JoinedStr) for part in n.values]
+    quiet = {id(n) for n in [*described, *inside, *(n.value for n in nodes if isinstance(n, ast.Expr))]}
+    for node in nodes:
+        if isinstance(node, ast.JoinedStr | ast.Constant) and id(node) not in quiet:
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            words = "".join(p.value for p in parts if isinstance(p, ast.Constant) and isinstance(p.value, str))
+            if OPTION.search(words) and " " in words:
+                yield node.lineno, words
+
+
+OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)")
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_hints_that_name_an_option_name_the_setting_as_well(path):
+    if room(path) in ("cli", "_verb_command"):
+        return
+    for line, words in hints(path):
+        for option in set(OPTION.findall(words)) - COMMANDS_ALONE:
+            setting = option.replace("-", "_")
+            assert re.search(rf"`{setting}(=|:|`)", words), (
+                f"line {line}: name `{setting}` beside --{option}: {words!r}"
+            )

@@ -84,11 +84,12 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / ADAPTER).exists():
         raise CheckpointError(
             f"{folder}: expected {SINGLE} or {INDEX}, found an adapter, whose weights are changes of another model's: "
-            "tune with `fold: true` (or `graft adapt --fold true`) to get a whole model"
+            "tune with `fold: true` (graft.adapt with `fold=True`, `graft adapt --fold true`) to get a whole model"
         )
     pickles = [p.name for p in folder.glob("*.bin")]
     hint = (
-        f"; {pickles[0]} is a pickle, which is not read: `graft merge OUT FOLDER --allow-pickle` converts it"
+        f"; {pickles[0]} is a pickle, which is not read: a merge of it alone with `allow_pickle: true` "
+        "(`graft merge OUT FOLDER --allow-pickle`) converts it"
         if pickles
         else ""
     )

@@ -175,7 +175,7 @@ def _place(path: str | Path, hub: bool) -> str:
     if Path(path).is_dir() or hub:
         return str(path)
     raise RequestError(
-        f"{path}: expected a model's folder, found none; a model on the hub needs the network allowed (hub)"
+        f"{path}: expected a model's folder, found none; one on the hub needs the network allowed: `hub=True` (--hub)"
     )
 
 

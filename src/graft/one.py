@@ -67,7 +67,7 @@ def make_one(
         if target.exists() and plan.steps[target.name].state == "run" and not force:
             raise RequestError(
                 f"{target} holds a model that was made otherwise (other settings, data or parents): choose another "
-                "folder, or say --force to replace it"
+                "folder, or say `force=True` (--force) to replace it"
             )
         execute(plan, executor, device=device)
     return target
@@ -101,7 +101,7 @@ def one_node(
     if missing and not hub:
         raise RequestError(
             f"expected a model's folder, found none at {', '.join(missing)}; a model on the hub needs the network "
-            "allowed: --hub"
+            "allowed: `hub=True` (--hub)"
         )
     folders |= {ref: fetched(LoadSettings(path=ref, hub=True)) for ref in missing}
     if begin is not None:

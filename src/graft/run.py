@@ -109,7 +109,7 @@ def locked(places: Places, *, wait: bool) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RequestError(
             "expected one process, found several (torchrun): a run is one process, which starts the others itself; say "
-            "--launch 'torchrun --nproc-per-node 2'"
+            "`launch='torchrun --nproc-per-node 2'` (--launch)"
         )
     with disk_errors(places.folder):
         try:

@@ -45,7 +45,7 @@ def explain(models: Sequence[Path], base: Path | None) -> Advice:
 
     base = base or common_base(models)
     if len(models) + (base is not None) < 2:
-        raise RequestError("expected two models, or one and its --base, found fewer")
+        raise RequestError("expected two models, or one and its `base` (--base), found fewer")
     for other in models[1:] if base is None else models:
         found = relate(base or models[0], other)
         if found.weights != "yes":
@@ -54,7 +54,7 @@ def explain(models: Sequence[Path], base: Path | None) -> Advice:
                 return Advice("rebasin", {}, why, ["an ensemble: graft ensemble OUT MODEL…"])
             return Advice("none", {}, why, ["an ensemble: graft ensemble OUT MODEL…"])
     if base is None:
-        why = ["the base is not known (name it with --base): without it there are no task vectors to look at"]
+        why = ["the base is not known (name it: `base`, --base): without it there are no task vectors to look at"]
         return Advice("linear", {}, why, ["slerp", "greedy_soup"])
     return advise(deltas(base, {str(model): model for model in models}))
 

@@ -94,7 +94,8 @@ def check_precision(settings: MergeSettings, device: str | None) -> None:
     """Raises RequestError for a device that cannot work in float64 where the method does."""
     if settings.in_float64 and (device or "").startswith("mps"):
         raise RequestError(
-            f"expected a device with float64 for {settings.method} as it is asked for, found {device}: use --device cpu"
+            f"expected a device with float64 for {settings.method} as it is asked for, found {device}: "
+            "use `device='cpu'` (--device cpu)"
         )
 
 

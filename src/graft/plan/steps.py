@@ -83,7 +83,7 @@ def make_plan(
 def _state(node: Node, key: str, places: Places, verify: bool) -> tuple[State, str]:
     why = damage(places.model(node.name), verify=verify) if _holds(places.model(node.name), key) else None
     if why:
-        return "damaged", f"{why}; `--force {node.name}` makes it anew"
+        return "damaged", f"{why}; `force=[{node.name!r}]` (--force {node.name}) makes it anew"
     if why == "":
         return "cached", ""
     begun = places.work(node.name) / "key"

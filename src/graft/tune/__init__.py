@@ -38,7 +38,8 @@ class Tune(Verb[TuneSettings]):
 
         known = {key: value for key, value in settings.items() if key == "from"}
         if known != dict(settings):
-            raise RequestError(f"expected --from beside --methods, found {', '.join(set(settings) - set(known))}")
+            others = ", ".join(set(settings) - set(known))
+            raise RequestError(f"expected `from` (--from) beside --methods, found {others}")
         model = None
         if known:
             from graft.adapters.trial import skeleton
