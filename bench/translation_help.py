@@ -133,7 +133,7 @@ def tables(run: Path) -> list[str]:
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2800, help="optimizer steps of each translator")
+    parser.add_argument("--steps", type=int, default=2200, help="optimizer steps of each translator")
     parser.add_argument("--measured", type=int, default=500, help="test sentences of each domain")
     given = parser.parse_args()
     write_data(given.measured)
