@@ -76,7 +76,7 @@ def test_a_dtype_can_be_asked_for_and_is_otherwise_the_stored_one(tmp_path):
 
 
 def test_a_folder_that_is_not_there_does_not_mean_the_network(tmp_path):
-    with pytest.raises(RequestError, match="expected a model's folder, found none; a model on the hub needs"):
+    with pytest.raises(RequestError, match="expected a model's folder, found none; one on the hub needs"):
         models.load(tmp_path / "org" / "name")
 
 

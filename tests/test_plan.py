@@ -14,6 +14,7 @@ from graft.plan.keys import keys_of
 from graft.plan.table import clock, count, size
 from graft.recipe import read_recipe
 from graft.run import run
+from graft.train.memory import PROCESS
 
 RECIPE = """
 family: f
@@ -137,3 +138,25 @@ def test_what_does_not_fit_is_told_the_kindest_change_first_and_each_change_fits
     assert memory_limit("24GB") == 24 * 10**9
     with pytest.raises(SettingsError, match="expected a size such as 24GB"):
         memory_limit("much")
+
+
+def test_an_ensembles_time_is_that_of_fitting_its_weights_and_its_memory_counts_the_process(tmp_path):
+    (tmp_path / "d.txt").write_text("a\n\nb\n")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "family: f\ndata:\n  d: {source: text, path: d.txt}\nmodels:\n"
+        "  base: {pretrain: {data: d, hidden: 64, layers: 2, budget: 1k tokens}}\n"
+        "  even: {ensemble: {members: {base: 1}}}\n"
+        "  fitted: {ensemble: {members: [base], weights: {fit: d.dev, documents: 10}}}\n"
+        "  passes: {ensemble: {members: [{model: base, dropout: {passes: 4, share: 0.1}}], "
+        "weights: {fit: d.dev, documents: 10}}}\n"
+    )
+    steps = make_plan(read_recipe(path), Places(tmp_path / "run")).steps
+    parameters = steps["base"].facts.parameters
+    cost = {name: step.estimate for name, step in steps.items()}
+    assert cost["even"].seconds == 0
+    assert cost["fitted"].seconds == pytest.approx(2 * parameters * 10 * 500 / 60e9)
+    assert cost["passes"].seconds == pytest.approx(4 * cost["fitted"].seconds)
+    assert cost["even"].memory_bytes == PROCESS + 4 * parameters
+    plan = plain(make_plan(read_recipe(path), Places(tmp_path / "run")))
+    assert plan["total"]["seconds"] == pytest.approx(sum(model["seconds"] for model in plan["models"]))

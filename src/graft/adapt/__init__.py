@@ -11,6 +11,7 @@ from graft.adapt.settings import AdaptSettings
 from graft.adapters.facts import adapted_facts, folded_facts, is_adapted
 from graft.errors import RequestError
 from graft.settings import Settings, parse
+from graft.train.memory import PROCESS
 from graft.verb import Estimate, Facts, Job, Verb
 
 
@@ -73,8 +74,8 @@ class Adapt(Verb[AdaptSettings]):
 
     def estimate(self, settings: AdaptSettings, models: Mapping[str, Facts]) -> Estimate:
         start = models[settings.start]
-        memory = 4 * start.parameters
-        return Estimate(start.parameters, memory if settings.fold else memory // 100, memory, 1.0, "no training")
+        size = 4 * start.parameters
+        return Estimate(start.parameters, size if settings.fold else size // 100, PROCESS + size, 1.0, "no training")
 
     def run(self, job: Job) -> dict[str, Any]:
         from graft.adapt.work import run

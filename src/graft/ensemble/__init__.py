@@ -9,6 +9,8 @@ from graft.ensemble.settings import EnsembleSettings, FittedWeights
 from graft.errors import Problem, SettingsError, UnknownName
 from graft.methods import method, method_names
 from graft.settings import Settings, parse
+from graft.train.estimate import CPU_FLOPS
+from graft.train.memory import PROCESS
 from graft.verb import Estimate, Facts, Job, Verb
 
 ROOMS = (
@@ -44,6 +46,10 @@ ROOMS = (
     "weights",
     "work",
 )
+
+
+TYPICAL = 500
+"""Guess: tokens of a document."""
 
 
 class Ensemble(Verb[EnsembleSettings]):
@@ -90,8 +96,12 @@ class Ensemble(Verb[EnsembleSettings]):
         times = _times(settings)
         parameters = sum(models[name].parameters * count for name, count in times.items())
         size = sum(models[name].bytes * count for name, count in times.items())
-        note = "all members in memory at once"
-        return Estimate(parameters, size if settings.self_contained else 0, size, None, note)
+        copied = size if settings.self_contained else 0
+        seconds, note = copied / 5e8, "all members in memory at once"
+        if isinstance(settings.weights, FittedWeights):
+            seconds += _fitting_seconds(settings, settings.weights, models)
+            note += f"; weights fitted on documents of about {TYPICAL} tokens of one data set, at 60 GFLOP/s"
+        return Estimate(parameters, copied, PROCESS + size, seconds, note)
 
     def shown(self, settings: EnsembleSettings) -> Collection[str]:
         fitted = getattr(settings.weights, "fit", None)
@@ -101,6 +111,15 @@ class Ensemble(Verb[EnsembleSettings]):
         from graft.ensemble.work import run
 
         return run(job)
+
+
+def _fitting_seconds(settings: EnsembleSettings, weights: FittedWeights, models: Mapping[str, Facts]) -> float:
+    """Every member reads the text once, at 2 floating-point operations a parameter and token."""
+    read = sum(
+        models[entry.model].parameters * (entry.last_checkpoints or 1) * (entry.dropout.passes if entry.dropout else 1)
+        for entry in settings.entries
+    )
+    return 2 * read * weights.documents * TYPICAL / CPU_FLOPS
 
 
 def _times(settings: EnsembleSettings) -> dict[str, int]:
