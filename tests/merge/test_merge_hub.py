@@ -29,7 +29,9 @@ def hub(tmp_path, monkeypatch):
 def test_an_id_is_fetched_only_where_that_is_allowed(hub, tmp_path):
     folders, asked = hub
     mine = str(folders["a"])
-    with pytest.raises(RequestError, match=r"found none at org/model; a model on the hub needs the network .*`hub=True` \(--hub\)"):
+    with pytest.raises(
+        RequestError, match=r"found none at org/model; a model on the hub needs the network .*`hub=True` \(--hub\)"
+    ):
         graft.merge(tmp_path / "no", models=["org/model", mine])
     assert asked == []
     out = graft.merge(tmp_path / "out", models=["org/model", mine], hub=True)

@@ -201,3 +201,13 @@ def test_the_order_of_the_models_changes_nothing(method, merged):
             for i, names in enumerate((["low", "middle", "high"], ["high", "low", "middle"]))]  # fmt: skip
     for name in made[0]:
         torch.testing.assert_close(made[0][name], made[1][name], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean", "regmean_plus"])
+def test_a_model_merged_with_itself_is_that_model(method, merged, tuned):
+    """Whatever text the two are measured on."""
+    own = {"low": tuned["low"], "again": tuned["low"]}
+    on = {"low": "low.train", "again": "high.train"}
+    made, _, _ = merged({"method": method, "models": {"low": 1, "again": 3}, "on": on}, own=own)
+    for name, value in tensors(tuned["low"]).items():
+        torch.testing.assert_close(made[name], value, rtol=1e-5, atol=1e-5)

@@ -135,15 +135,53 @@ def _kept(tmp_path):
     return [path.name for path in (tmp_path / "o.scratch").glob("architecture-*.json")]
 
 
-ELSEWHERE = {
-    "test_merge_engine.py": "test_a_killed_merge_goes_on_and_ends_with_the_same_bytes",
-    "test_merge_methods.py": "test_ties_trims_the_whole_model_where_that_is_asked_for",
-    "test_merge_adapters.py": "test_every_method_takes_adapters_of_unequal_ranks",
-    "test_merge_vocabulary.py": "test_models_with_permuted_vocabularies_merge_to_what_they_are_without",
-    "test_merge_pickles.py": "test_a_program_in_a_pickle_is_never_run",
-}
+def test_nothing_is_downloaded_or_read_before_all_headers_agree(folders, tmp_path, monkeypatch):
+    """A model that cannot be merged is refused from headers and configurations."""
+    deep = save(model(0, num_hidden_layers=3), tmp_path / "deep")
+    monkeypatch.setattr(graft.checkpoint.TensorReader, "read_into", lambda *_: pytest.fail("a tensor was read"))
+    with pytest.raises(CannotCombine, match="num_hidden_layers 2 and 3"):
+        graft.merge(tmp_path / "out", method="ties", base=folders["base"], models=[folders["a"], deep])
 
 
-@pytest.mark.parametrize("file", ELSEWHERE)
-def test_the_others_stand_where_they_are_said_to(file):
-    assert f"def {ELSEWHERE[file]}(" in (Path(__file__).parent / file).read_text()
+def test_the_seed_of_a_random_merge_stands_in_its_manifest(folders, tmp_path):
+    asked = {"method": "dare_ties", "base": folders["base"], "models": [folders["a"], folders["b"]]}
+    out = graft.merge(tmp_path / "one", **asked, seed=7)
+    assert json.loads((out / "graft.json").read_text())["seed"] == 7
+    again = tensors(graft.merge(tmp_path / "again", **asked, seed=7))
+    assert all(torch.equal(value, again[name]) for name, value in tensors(out).items())
+
+
+def test_trimming_and_rescaling_have_both_forms(tmp_path):
+    """That of the paper and that of the tool, by name, and they differ."""
+    parents = relatives(2)
+    parents["a"]["v"] = parents["base"]["v"] + 0.001
+    for method, key, forms in (
+        ("ties", "trim", ["tensor", "model"]),
+        ("dare_linear", "rescale", ["probability", "l1"]),
+        ("della", "rescale", ["probability", "l1"]),
+    ):
+        settings = {"method": method, "base": "base", "models": ["a", "b"], "density": 0.4}
+        one, other = (streamed(settings | {key: form}, parents, tmp_path, seed=3) for form in forms)
+        assert not all(torch.equal(one[name], other[name]) for name in one), method
+
+
+TESTS = Path(__file__).parents[1]
+ELSEWHERE = [
+    ("merge/test_merge_engine.py", "test_a_killed_merge_goes_on_and_ends_with_the_same_bytes"),
+    ("merge/test_merge_engine.py", "test_tied_weights_stay_tied"),
+    ("merge/test_merge_engine.py", "test_a_tied_and_an_untied_parent_give_an_untied_model"),
+    ("merge/test_merge_check.py", "test_what_does_not_fit_is_named"),
+    ("merge/test_merge_methods.py", "test_every_method_writes_the_dtype_it_was_told"),
+    ("merge/test_merge_methods.py", "test_ties_trims_the_whole_model_where_that_is_asked_for"),
+    ("merge/test_merge_methods.py", "test_the_order_of_equal_models_changes_nothing"),
+    ("merge/test_merge_adapters.py", "test_every_method_takes_adapters_of_unequal_ranks"),
+    ("merge/test_merge_vocabulary.py", "test_models_with_permuted_vocabularies_merge_to_what_they_are_without"),
+    ("merge/test_merge_pickles.py", "test_a_program_in_a_pickle_is_never_run"),
+    ("deltas/test_deltas.py", "test_held_out_data_show_parents_mean_ensemble_and_barriers"),
+    ("report/test_report.py", "test_a_combination_is_held_against_its_best_parent"),
+]
+
+
+@pytest.mark.parametrize(("file", "name"), ELSEWHERE)
+def test_the_others_stand_where_they_are_said_to(file, name):
+    assert f"def {name}(" in (TESTS / file).read_text()

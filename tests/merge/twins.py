@@ -27,6 +27,29 @@ def trim(delta, density):
     return delta if density >= 1 else keep_largest(delta, max(1, int(density * delta.size)))
 
 
+def dare(delta, draws, density, rescale):
+    """`draws`: a number from 0 to 2³² − 1 for each element; those below the share are kept."""
+    thin = np.zeros_like(delta)
+    for place in np.ndindex(delta.shape):
+        if draws[place] < round(density * 2**32):
+            thin[place] = delta[place] / (density if rescale == "probability" else 1)
+    return thin * (np.abs(delta).sum() / np.abs(thin).sum() if rescale == "l1" else 1)
+
+
+def della(delta, draws, density, epsilon, rescale):
+    """A share that grows along each row with the rank of the magnitude, smallest first; the draws belong to the ranks."""
+    rows, drawn = np.atleast_2d(delta), draws.reshape(np.atleast_2d(delta).shape)
+    thin = np.zeros_like(rows)
+    columns = rows.shape[1]
+    for i, row in enumerate(rows):
+        for rank, j in enumerate(sorted(range(columns), key=lambda j: (abs(np.float32(row[j])), j))):
+            share = density - epsilon + 2 * epsilon * rank / (columns - 1)
+            if drawn[i, rank] < round(share * 2**32):
+                thin[i, j] = row[j] / (share if rescale == "probability" else 1)
+    thin = thin * (np.abs(delta).sum() / np.abs(thin).sum() if rescale == "l1" else 1)
+    return thin.reshape(delta.shape)
+
+
 def crumbs(delta, density, gamma):
     if density >= 1:
         return delta

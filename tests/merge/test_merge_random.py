@@ -1,0 +1,86 @@
+"""Methods that draw at random against their twins, with the same draws; and properties that are one method's own."""
+
+import numpy as np
+import pytest
+import torch
+import twins
+from streaming import relatives, streamed
+
+import graft.merge.stream
+from graft.merge._random import uniform
+
+W = {"a": 0.5, "b": 0.3, "c": 0.4}
+CLOSE = {"rtol": 2e-5, "atol": 2e-6}
+"""float32 arithmetic in the engine against float64 in the twins."""
+SEED = 11
+
+
+@pytest.fixture(autouse=True)
+def many_pieces(monkeypatch):
+    monkeypatch.setattr(graft.merge.stream, "PIECE", 24)
+
+
+def sparse(method, parents, name, density, rescale):
+    """Each task vector, whole and in float64, with what the seed's own numbers leave of it."""
+    made = []
+    for model in W:
+        # as the engine has it: a difference of float32 numbers
+        delta = (parents[model][name] - parents["base"][name]).double().numpy()
+        draws = uniform(SEED, name, model, 0, delta.size).reshape(delta.shape)
+        if method.startswith("dare"):
+            made.append(twins.dare(delta, draws, density, rescale))
+        else:
+            made.append(twins.della(delta, draws, density, 0.2, rescale))
+    return made
+
+
+@pytest.mark.parametrize("rescale", ["probability", "l1", "none"])
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della_linear", "della"])
+def test_a_random_method_is_its_formula(method, rescale, tmp_path):
+    parents = relatives(3, shape=(9, 11))
+    more = {"epsilon": 0.2} if "della" in method else {}
+    settings = {"method": method, "base": "base", "models": W, "density": 0.4, "scale": 0.7, "rescale": rescale} | more
+    made = streamed(settings, parents, tmp_path, seed=SEED)
+    for name in ("w", "v"):
+        thin = sparse(method, parents, name, 0.4, rescale)
+        if method.endswith("linear"):
+            mixed = twins.add(thin, W.values(), False)
+        else:
+            mixed = twins.elect(thin, W.values(), method == "della")
+        expected = parents["base"][name].double().numpy() + 0.7 * mixed
+        np.testing.assert_allclose(made[name].double().numpy(), expected, **CLOSE, err_msg=name)
+
+
+@pytest.mark.parametrize("method", ["sce", "ram", "ramplus_tl"])
+def test_one_task_vector_alone_is_added_whole(method, tmp_path):
+    parents = relatives(1)
+    more = {} if method == "sce" else {"epsilon": 0}
+    more |= {"r": 0} if method == "ramplus_tl" else {}
+    made = streamed({"method": method, "base": "base", "models": ["a"]} | more, parents, tmp_path)
+    for name in made:
+        torch.testing.assert_close(made[name], parents["a"][name], rtol=2e-6, atol=5e-7)
+
+
+@pytest.mark.parametrize("method", ["slerp", "nuslerp"])
+def test_the_ends_of_a_great_circle_are_the_models_and_it_runs_both_ways(method, tmp_path):
+    parents = relatives(2, step=1.0)
+
+    def between(first, second, t):
+        models = {first: 1 - t, second: t} if method == "nuslerp" else [first, second]
+        more = {} if method == "nuslerp" else {"t": t}
+        return streamed({"method": method, "models": models} | more, parents, tmp_path)["w"]
+
+    torch.testing.assert_close(between("a", "b", 0.0), parents["a"]["w"], rtol=2e-6, atol=5e-7)
+    torch.testing.assert_close(between("a", "b", 1.0), parents["b"]["w"], rtol=2e-6, atol=5e-7)
+    torch.testing.assert_close(between("a", "b", 0.3), between("b", "a", 0.7), rtol=2e-6, atol=5e-7)
+
+
+def test_ties_that_trims_nothing_of_one_sign_is_the_weighted_mean_of_task_vectors(tmp_path):
+    parents = relatives(1)
+    grown = {name: value + (parents["a"][name] - value) * 2 for name, value in parents["base"].items()}
+    settings = {"base": "base", "models": ["a", "b"], "normalise": True}
+    both = parents | {"b": grown}
+    made = streamed({"method": "ties", "density": 1.0} | settings, both, tmp_path)
+    plain = streamed({"method": "task_arithmetic"} | settings, both, tmp_path)
+    for name in made:
+        torch.testing.assert_close(made[name], plain[name], rtol=2e-6, atol=5e-7)
