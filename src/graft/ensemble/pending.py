@@ -43,8 +43,8 @@ class _Reader:
 class Pending:
     """`text [rows, length]`, of which row r's begins in column `starts[r]` and ends with drafts of the members `by[r]`.
 
-    `rows`: those of the batch that are left; `drawn [rows, …, vocabulary]`: the probabilities that the last columns were
-    drawn from, None where they were not drawn.
+    `rows`: those of the batch that are left; `drawn [rows, …, vocabulary]`: the probabilities of which the last columns
+    were drawn, None where they were not drawn.
     """
 
     def __init__(self, model: EnsembleForCausalLM, ids: torch.Tensor, starts: Sequence[int]):

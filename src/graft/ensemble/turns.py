@@ -13,6 +13,8 @@ BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16)
 THREAD, ACCELERATOR = 12, 256
 """Tokens that are read in about twice the time of one, since weights are fetched once for all: by each thread of
 a CPU (from members of 5M to 25M parameters), by an accelerator (a guess)."""
+UNEVEN = 1.25
+"""How much better drafting must be than the plain ensemble in a batch, which lasts as long as its slowest row."""
 EACH = 16
 """Drafts after which the turns are chosen anew; what older ones said counts half each time."""
 HORIZON = 24
@@ -71,10 +73,11 @@ class Turns:
     kept: list[float] = field(init=False)
     drafted: int = field(default=0, init=False)
     held: int = field(default=0, init=False)
+    _plan: Plan = field(init=False)
 
     def __post_init__(self) -> None:
         self.tried, self.kept = [0.0] * len(self.sizes), [0.0] * len(self.sizes)
-        self._plan, self._next = self._best(1), EACH
+        self._next = 0
 
     def plan(self, rows: int) -> Plan:
         """The turns to take now with so many rows."""
@@ -101,4 +104,8 @@ class Turns:
         relays = (True, False) if self.block is None else (True,)
         plans = [Plan(draft, block, relay) for draft in self.drafts for block in blocks for relay in relays]
         shares = self.shares()
-        return max(plans, key=lambda plan: plan.rate(self.sizes, shares, rows, self.free))
+        needs = {True: 1.0, False: UNEVEN if rows > 1 else 1.0}
+        return max(
+            plans,
+            key=lambda plan: plan.rate(self.sizes, shares, rows, self.free) / needs[plan.block == 1 and not plan.relay],
+        )
