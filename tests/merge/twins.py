@@ -37,7 +37,7 @@ def dare(delta, draws, density, rescale):
 
 
 def della(delta, draws, density, epsilon, rescale):
-    """A share that grows along each row with the rank of the magnitude, smallest first; the draws belong to the ranks."""
+    """A share that grows along each row with the rank of the magnitude, smallest first; draws belong to the ranks."""
     rows, drawn = np.atleast_2d(delta), draws.reshape(np.atleast_2d(delta).shape)
     thin = np.zeros_like(rows)
     columns = rows.shape[1]
