@@ -26,6 +26,7 @@ from graft.checkpoint import atomic_folder
 from graft.data.rows import Rows
 from graft.errors import RequestError, TrainingError
 from graft.progress import say
+from graft.train.allocator import memory_kept
 from graft.train.batches import Ahead, Batch, Step, make_step, spans, tokens_in
 from graft.train.ema import MovingAverage
 from graft.train.interrupt import Interrupt
@@ -107,21 +108,23 @@ def train(
     dev: Rows | None = None,
     device: str | None = None,
     save: Save | None = None,
+    before_step: Callable[[int], None] | None = None,
 ) -> TrainResult:
     """Train `model` in place; go on where a killed run with the same `scratch` stood.
 
     Parameters that require a gradient are trained, in fp32. The gradient is that of the sum of the losses over the
     step's rows divided by their weight, however the rows are cut into pieces and spread over processes. `dev` gives
     the dev loss (mean over all units of its first rows). `save` is needed for kept checkpoints and the moving average.
-    Writes `out/log.jsonl` and `out/checkpoints/`; only the main process writes.
+    Writes `out/log.jsonl` and `out/checkpoints/`; only the main process writes. `before_step(step)` is called before
+    step 0, 1, …, in every process; what it changes must be a buffer of the model, which a resumed training has again.
 
     Raises RequestError for settings that do not fit what is given, TrainingError where labels are all masked or the
     loss is not finite, KeyboardInterrupt after Ctrl-C (with the state saved).
     """
     place = Place(device, settings.track, Path(out))
     _check_request(settings, rows, dev, save, place.world)
-    training = Training(model, rows, objective, settings, Path(out), Path(scratch), seed, dev, save, place)
-    with Interrupt() as interrupt:
+    training = Training(model, rows, objective, settings, Path(out), Path(scratch), seed, dev, save, place, before_step)
+    with Interrupt() as interrupt, memory_kept():
         training.resume()
         training.run(interrupt)
     return training.finish()
@@ -158,7 +161,9 @@ class Training:
         dev: Rows | None,
         save: Save | None,
         place: Place,
+        before_step: Callable[[int], None] | None = None,
     ):
+        self.before_step = before_step
         self.rows, self.dev, self.objective, self.settings = rows, dev, objective, settings
         self.out, self.scratch, self.seed, self.save, self.place = out, scratch, seed, save, place
         self.model = self._prepare(model)
@@ -324,6 +329,8 @@ class Training:
     def _learn(self, step: Step, weight: float, tokens: int) -> None:
         """Forward, backward and update. A step in which every label is masked changes nothing."""
         learning_rate = rate(self.at.step, self.steps, self.settings)
+        if self.before_step is not None:
+            self.before_step(self.at.step)
         self.at.step += 1
         self.at.tokens += tokens
         if weight == 0:

@@ -75,22 +75,20 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_nv: torch.Tensor, labels_n: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), device=logits_nv.device)
-        normalisers_n = torch.empty(len(labels_n), device=logits_nv.device)
         for here in _chunks(logits_nv):
-            chunk = logits_nv[here].float()
-            normalisers_n[here] = chunk.logsumexp(-1)
-            chosen = chunk.gather(-1, labels_n[here].clamp(min=0)[:, None]).squeeze(1)
-            total += ((normalisers_n[here] - chosen) * (labels_n[here] != IGNORED)).sum()
-        ctx.save_for_backward(logits_nv, labels_n, normalisers_n)
+            log_probs = torch.log_softmax(logits_nv[here], -1, dtype=torch.float32)
+            chosen = log_probs.gather(-1, labels_n[here].clamp(min=0)[:, None]).squeeze(1)
+            total -= (chosen * (labels_n[here] != IGNORED)).sum()
+        ctx.save_for_backward(logits_nv, labels_n)
         return total
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
-        logits_nv, labels_n, normalisers_n = ctx.saved_tensors
+        logits_nv, labels_n = ctx.saved_tensors
         gradient_nv = torch.empty_like(logits_nv)
         for here in _chunks(logits_nv):
             scale_n1 = (upstream[0] * (labels_n[here] != IGNORED))[:, None]
-            chunk = (logits_nv[here].float() - normalisers_n[here][:, None]).exp_().mul_(scale_n1)
+            chunk = torch.softmax(logits_nv[here], -1, dtype=torch.float32).mul_(scale_n1)
             gradient_nv[here] = chunk.scatter_add_(-1, labels_n[here].clamp(min=0)[:, None], -scale_n1)
         return gradient_nv, None
 
