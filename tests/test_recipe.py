@@ -13,6 +13,7 @@ from graft.errors import RecipeError, RequestError
 from graft.evaluate import MEASURES
 from graft.pretrain.architectures import Shape, build, config_for
 from graft.recipe import read_recipe
+from graft.verbs import verb_names
 from graft.yaml_lines import read_yaml
 
 pytestmark = pytest.mark.usefixtures("growing")
@@ -20,6 +21,9 @@ pytestmark = pytest.mark.usefixtures("growing")
 
 @pytest.fixture
 def recipe(tmp_path):
+    """Writes a recipe, beside a text of two documents (`d.txt`)."""
+    (tmp_path / "d.txt").write_text("a\n\nb\n")
+
     def write(text):
         path = tmp_path / "recipe.yaml"
         path.write_text(textwrap.dedent(text))
@@ -69,8 +73,8 @@ def test_all_problems_are_reported_at_once_each_with_its_line(recipe):
     ) == [
         f"line 4: data.notes: {recipe('').parent}/nowhere.jsonl: expected a file, folder or glob, found none; "
         "paths are relative to the recipe's folder",
-        "line 6: models.a.grwo: unknown verb 'grwo' (did you mean 'grow'?); there are: adapt, ensemble, grow, load, "
-        "merge, pretrain, tune",
+        "line 6: models.a.grwo: unknown verb 'grwo' (did you mean 'grow'?); there are: "
+        + ", ".join(sorted(verb_names())),
         "line 7: models.b.grow.stesp: unknown key (did you mean 'steps'?); there are: parents, data, steps, pause_s, "
         "fails, kind, journal",
         "line 8: models.c.grow.parents.0: unknown model 'bb' (did you mean 'b'?); there are: a, b, c, d",
@@ -185,8 +189,7 @@ def test_a_measure_must_fit_the_format_of_the_data(recipe, tmp_path):
     ]
 
 
-def test_a_measure_must_fit_the_architecture_of_the_models_it_is_taken_of(recipe, tmp_path):
-    (tmp_path / "d.txt").write_text("a\n\nb\n")
+def test_a_measure_must_fit_the_architecture_of_the_models_it_is_taken_of(recipe):
     path = recipe("""
         family: f
         data:
@@ -206,8 +209,7 @@ def test_a_measure_must_fit_the_architecture_of_the_models_it_is_taken_of(recipe
     ]
 
 
-def test_what_is_learned_from_is_not_measured_on(recipe, tmp_path):
-    (tmp_path / "d.txt").write_text("a\n\nb\n")
+def test_what_is_learned_from_is_not_measured_on(recipe):
     path = recipe("""
         family: f
         data:
@@ -225,7 +227,7 @@ def test_what_is_learned_from_is_not_measured_on(recipe, tmp_path):
     read_recipe(path)
 
 
-def test_weights_that_are_no_numbers_are_problems_with_lines(recipe, tmp_path):
+def test_weights_that_are_no_numbers_are_problems_with_lines(recipe):
     path = recipe("""
         family: f
         models:
@@ -378,7 +380,6 @@ models:
     ],
 )
 def test_what_a_model_that_is_not_made_yet_cannot_take_is_found_before_it_is_made(recipe, tmp_path, child, expected):
-    (tmp_path / "d.txt").write_text("a\n\nb\n")
     (tmp_path / "p.jsonl").write_text('{"source": "a", "target": "b"}\n')
     path = recipe(FAMILY.format(base="length: 32", child=child))
     if expected is None:
@@ -390,7 +391,6 @@ def test_what_a_model_that_is_not_made_yet_cannot_take_is_found_before_it_is_mad
 
 
 def test_an_adapter_on_a_model_that_is_merged_from_models_not_made_yet_is_tried_as_well(recipe, tmp_path):
-    (tmp_path / "d.txt").write_text("a\n\nb\n")
     text = FAMILY.format(base="architecture: decoder, positions: learned", child="{tune: {from: base, data: d}}")
     text += "  soup: {merge: {models: [base, child]}}\n"
     text += "  top: {tune: {from: soup, data: d, method: {lora: {on: [up]}}}}\n"
@@ -404,7 +404,6 @@ def test_an_adapter_on_a_model_that_is_merged_from_models_not_made_yet_is_tried_
 
 
 def test_a_model_without_a_tokenizer_is_not_trained_and_not_measured(recipe, tmp_path):
-    (tmp_path / "d.txt").write_text("a\n\nb\n")
     folder = tmp_path / "mute"
     build(
         config_for("decoder", "rotary", Shape(32, 2, 4, 300, 32, 0.0, {"bos": 1, "eos": 2, "pad": 0}))
@@ -430,7 +429,6 @@ def test_a_model_without_a_tokenizer_is_not_trained_and_not_measured(recipe, tmp
 
 
 def test_a_tokenizer_in_a_folder_says_what_objectives_it_serves(recipe, tmp_path):
-    (tmp_path / "d.txt").write_text("a\n\nb\n")
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(tmp_path / "words")
     (problem,) = problems(
@@ -446,8 +444,7 @@ def test_a_tokenizer_in_a_folder_says_what_objectives_it_serves(recipe, tmp_path
     assert problem.startswith("line 7: models.both.pretrain: masked LM needs a tokenizer with a mask token; that of")
 
 
-def test_what_does_not_parse_hides_nothing_else_of_its_node_or_of_others(recipe, tmp_path):
-    (tmp_path / "d.txt").write_text("a\n\nb\n")
+def test_what_does_not_parse_hides_nothing_else_of_its_node_or_of_others(recipe):
     found = problems(
         recipe("""
         family: f
@@ -500,8 +497,7 @@ def test_what_does_not_parse_hides_nothing_else_of_its_node_or_of_others(recipe,
     assert "a rank of at most 32" in by_place["models.high.tune"]
 
 
-def test_a_value_that_was_left_out_is_not_asked_for(recipe, tmp_path):
-    (tmp_path / "d.txt").write_text("a\n\nb\n")
+def test_a_value_that_was_left_out_is_not_asked_for(recipe):
     found = problems(
         recipe("""
         family: f

@@ -419,18 +419,19 @@ def replace_folder(made: Path, target: Path, *, keep_existing: bool = False) -> 
             os.rename(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def sync_folder(folder: Path) -> None:
     """fsync of every file in `folder` and of the folder."""
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.is_symlink():
-            _sync(path)
-    _sync(folder)
+            sync(path)
+    sync(folder)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk before going on."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)

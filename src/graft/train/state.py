@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from graft.checkpoint import disk_errors
+from graft.checkpoint import disk_errors, sync
 
 Facts = dict[str, Any]
 
@@ -51,9 +51,9 @@ def write_state(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], fa
         try:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(held, temporary, metadata={"body": body, "crc": str(zlib.crc32(body.encode()))})
-            _sync(temporary)
+            sync(temporary)
             os.replace(temporary, folder / f"state-{step:09d}.safetensors")
-            _sync(folder)
+            sync(folder)
             for old in _files(folder)[2:]:
                 old.unlink()
         except (OSError, SafetensorError):
@@ -98,11 +98,3 @@ def _read(file: Path) -> State | None:
 
 def _crc(tensor: torch.Tensor) -> int:
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data) if tensor.numel() else 0
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
