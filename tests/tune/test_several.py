@@ -120,10 +120,10 @@ def test_one_task_as_text_is_tuning_on_its_data(tmp_path, base):  # noqa: F811
     assert_close(weights(tmp_path / "a" / "out"), weights(tmp_path / "b"), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("batches", ["mixed", "in_turn"])
-def test_eight_rows_in_pieces_are_eight_rows_at_once(tmp_path, encoder, batches):
+@pytest.mark.parametrize("mixing", [{"learn": {"every": 2}}, {"batches": "in_turn"}], ids=["mixed", "in_turn"])
+def test_eight_rows_in_pieces_are_eight_rows_at_once(tmp_path, encoder, mixing):
     for pieces in (1, 8):
-        settings = {"batch_size": 8, "accumulate": pieces, "mixing": {"batches": batches}}
+        settings = {"batch_size": 8, "accumulate": pieces, "mixing": mixing}
         VERB.run(job(tmp_path / str(pieces), encoder, TASKS, **settings))
     a, b = (weights(tmp_path / str(pieces) / "out") for pieces in (1, 8))
     assert_close(a, b, rtol=1e-3, atol=2e-5)
@@ -148,7 +148,15 @@ def killed_at(monkeypatch, call):
     monkeypatch.setattr(MultiTask, "forward", forward)
 
 
-@pytest.mark.parametrize("mixing", [{}, {"batches": "in_turn"}, {"order": "cumulative"}], ids=str)
+@pytest.mark.parametrize(
+    "mixing",
+    [
+        {"batches": "in_turn", "order": "cumulative"},
+        {"learn": {"every": 2, "rows": 2}},
+        {"meta": {"steps": 1, "rows": 1, "how": "reptile"}},
+    ],
+    ids=["in_turn", "learned", "meta"],
+)
 def test_a_killed_training_ends_with_the_same_bytes(tmp_path, encoder, monkeypatch, mixing):
     given = {"mixing": mixing, "checkpoint_every": "1 step"}
     VERB.run(job(tmp_path / "whole", encoder, TASKS, **given))
@@ -174,7 +182,9 @@ def test_a_decoder_has_heads_too_and_an_adapter_may_carry_them_when_it_is_folded
     assert moved
     assert all("proj" in name for name in moved)
     assert all(torch.equal(head.model.state_dict()[n], t) for n, t in made.model.state_dict().items())
-    assert VERB.parse({"from": "b", "tasks": tasks, "method": "lora"}).misnamed()[0].startswith("heads stand on")
+    assert (
+        VERB.parse({"from": "b", "tasks": tasks, "method": "lora"}).misnamed("decoder")[0].startswith("heads stand on")
+    )
 
 
 def test_a_head_is_taken_along_by_the_name_of_its_task(tmp_path, encoder):
@@ -201,6 +211,25 @@ def test_data_that_do_not_fit_a_head_are_refused(tmp_path, encoder, tasks, words
         VERB.run(job(tmp_path, encoder, tasks))
 
 
+def test_weights_are_learned_for_an_end_task_which_must_have_dev_data(tmp_path, encoder):
+    mixing = {"learn": {"for": ["tag"], "every": 1, "rows": 4}}
+    found = VERB.run(job(tmp_path / "a", encoder, TASKS, mixing=mixing))
+    weights = {name: found[f"weight/{name}"] for name in TASKS}
+    assert sum(weights.values()) == pytest.approx(3)
+    assert max(weights, key=weights.get) == "tag"
+    none = {"words": {"splits": {"dev": 0, "test": 0}}}
+    with pytest.raises(RequestError, match="expected dev data for the task tag"):
+        VERB.run(job(tmp_path / "b", encoder, TASKS, sources=none, mixing=mixing))
+    VERB.run(job(tmp_path / "c", encoder, TASKS, sources=none, mixing={"learn": {"for": ["lm"]}}, budget="1 steps"))
+
+
+def test_meta_learning_of_tasks_as_text(tmp_path, base):  # noqa: F811
+    tasks, mixing = {"colour": "colours", "tag": "words"}, {"meta": {"steps": 2, "rows": 2}}
+    found = VERB.run(job(tmp_path, base, tasks, batch_size=2, mixing=mixing))
+    assert found["dev_loss"] > 0
+    assert found["dev_loss/tag"] > 0
+
+
 def test_a_single_label_is_nothing_to_learn(tmp_path, encoder):
     rows = {"colours": [{"text": str(n), "label": "red"} for n in range(9)]}
     with pytest.raises(DataError, match="expected two labels or more, found red"):
@@ -225,6 +254,7 @@ def test_an_architecture_without_such_a_head_is_told_of_text(tmp_path):
         ({"data": "a", "mixing": {"batches": "in_turn"}}, "`mixing` beside `tasks` only"),
         ({"tasks": {"t": "b"}, "bootstrap": 1}, "`bootstrap` with one data set"),
         ({"tasks": {"t": {"data": "b", "labels": ["x", "y"]}}}, "labels of a classification"),
+        ({"tasks": {"t": "b"}, "mixing": {"learn": {}, "meta": {}}}, "`learn` or `meta`, found both"),
         ({"tasks": {"t": {"data": "b", "haed": "text"}}}, "did you mean 'head'"),
     ],
 )
@@ -235,7 +265,7 @@ def test_settings_that_say_nothing_are_refused(raw, words):
 
 def test_names_are_checked():
     settings = VERB.parse({"from": "m", "tasks": {"a/b": "x", "c": "y"}, "mixing": {"order": [{"tasks": ["d"]}]}})
-    found = "\n".join(settings.misnamed())
+    found = "\n".join(settings.misnamed("decoder"))
     for words in ("found 'a/b'", "unknown task 'd'; there are: a/b, c", "found c in none"):
         assert words in found
 

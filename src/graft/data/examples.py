@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,10 +24,6 @@ from graft.errors import DataError
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
-
-Head = Literal["classification", "tagging", "spans"]
-FORMATS: dict[str, str] = {"classification": "labelled", "tagging": "tagged", "spans": "spans"}
-"""The format of data that each kind of head learns from."""
 
 Record = dict[str, Any]
 

@@ -30,6 +30,7 @@ class MultiTask(nn.Module):
     """
 
     weights: torch.Tensor
+    leaves_unused = True
 
     def __init__(self, root: PreTrainedModel, heads: Mapping[str, PreTrainedModel], kinds: Mapping[str, str]):
         super().__init__()

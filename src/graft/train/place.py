@@ -39,7 +39,11 @@ class Place:
         self.device: torch.device = given or self.accelerator.device
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """`model` (on `device` already), averaging its gradients over the processes where there are several."""
+        """`model` (on `device` already), averaging its gradients over the processes where there are several.
+
+        A model says by an attribute `leaves_unused` that not every batch reaches all of its parameters.
+        """
+        self.accelerator.ddp_handler.find_unused_parameters = getattr(model, "leaves_unused", False)
         return self.accelerator.prepare_model(model, device_placement=False) if self.world > 1 else model
 
     def without_sync(self, model: nn.Module, wanted: bool) -> AbstractContextManager[Any]:

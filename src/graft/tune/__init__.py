@@ -13,6 +13,7 @@ from graft.errors import CannotCombine, Problem, RequestError, SettingsError
 from graft.methods import method, method_names
 from graft.settings import Settings, parse
 from graft.tune.settings import TuneSettings, longest
+from graft.tune.tasks import unfit
 from graft.verb import Estimate, Facts, Job, Verb
 
 ROOMS = ("settings", "several", "tasks", "work")
@@ -62,9 +63,9 @@ class Tune(Verb[TuneSettings]):
     def check(self, settings: TuneSettings, models: Mapping[str, Facts]) -> list[str]:
         from graft.data.objectives import objective_for
 
-        if wrong := settings.misnamed():
-            return wrong
         start = models[settings.from_]
+        if wrong := settings.misnamed(start.architecture):
+            return wrong
         if not start.mergeable and not is_adapted(start):
             return [f"{settings.from_} has no weights of its own to tune: tune its members, or distil it"]
         if is_adapted(start) and "full" in settings.method:
@@ -123,8 +124,9 @@ class Tune(Verb[TuneSettings]):
         from graft.data import split_ref
         from graft.data.objectives import objective_for, unspeakable
 
+        found = [unfit(name, task, formats.get(split_ref(task.data)[0])) for name, task in settings.tasks.items()]
         if settings.data is None:
-            return []
+            return [message for message in found if message]
         start = models[settings.from_]
         objective = objective_for(start.architecture, settings.objective)
         return unspeakable(objective, settings.from_, start.tokenizer, formats.get(split_ref(settings.data)[0]))

@@ -66,12 +66,20 @@ class TuneSettings(TrainSettings):
             raise ValueError("expected `bootstrap` with one data set, found several tasks")
         return self
 
-    def misnamed(self) -> list[str]:
-        """What is wrong with the names in tasks and mixing, and with heads beside an adapter; a sentence each."""
-        heads = any(task.head != "text" for task in self.tasks.values())
-        apart = heads and not self.fold and "full" not in self.method
-        lost = "heads stand on the weights of a whole model: give the adapter `fold: true`, or use `method: full`"
-        return problems(self.tasks, self.mixing) + ([lost] if apart else [])
+    def misnamed(self, architecture: str) -> list[str]:
+        """What is wrong with the names in tasks and mixing, and with heads for such a model; a sentence each."""
+        found = problems(self.tasks, self.mixing)
+        if all(task.head == "text" for task in self.tasks.values()):
+            return found
+        if architecture == "encoder-decoder":
+            found.append(
+                "heads stand on encoders and decoders; an encoder–decoder learns all tasks as text (`head: text`)"
+            )
+        if not self.fold and "full" not in self.method:
+            found.append(
+                "heads stand on the weights of a whole model: give the adapter `fold: true`, or use `method: full`"
+            )
+        return found
 
 
 LONGEST = 1024

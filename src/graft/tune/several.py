@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from graft import data, models
-from graft.data.examples import FORMATS, Encoder, LabelledCollate, labels_in
+from graft.data.examples import Encoder, LabelledCollate, labels_in
 from graft.data.objectives import Tokens, objective_rows
 from graft.data.rows import ListRows, Rows
 from graft.data.turns import Phase, TaskRows, Turns, shares_of
@@ -21,13 +21,15 @@ from graft.multitask.folder import HeadFacts, heads_in, load_own, save_heads
 from graft.settings import Settings
 from graft.train.attention import keeps_apart
 from graft.train.batches import make_step
+from graft.train.learned import LearnedWeights, no_dev
 from graft.train.loop import DEV_ROWS, Save, row_tokens, train
+from graft.train.meta import EpisodeRows, MetaLoss
 from graft.train.multitask import MultiTask
 from graft.train.on_text import has_dev
 from graft.train.place import main_first
 from graft.train.settings import Budget
 from graft.tune.settings import TuneSettings
-from graft.tune.tasks import Mixing, Task
+from graft.tune.tasks import Mixing, Task, unfit
 from graft.verb import Job
 
 if TYPE_CHECKING:
@@ -52,39 +54,60 @@ def train_on_tasks(
     maker = Maker(job, settings, model, tokenizer, objective, length)
     with main_first():
         sources = {name: maker.source(name, task) for name, task in settings.tasks.items()}
+        _check_ends(settings, sources)
         parts = {name: maker.rows(source, source.split) for name, source in sources.items()}
-        dev_parts = {name: maker.rows(source, "dev") for name, source in sources.items() if has_dev(source.corpus)}
+        dev = {name: maker.rows(source, "dev") for name, source in sources.items() if has_dev(source.corpus)}
     earlier = heads_in(job.models[settings.from_])
-    heads = {
-        name: _head(model, source, tokenizer, earlier.get(name)) for name, source in sources.items() if source.kind
-    }
+    headed = {name: source for name, source in sources.items() if source.kind}
+    heads = {name: _head(model, source, tokenizer, earlier.get(name)) for name, source in headed.items()}
     multi = MultiTask(model, heads, {name: task.head for name, task in settings.tasks.items()})
-    rows, steps = _rows(settings, parts)
-    dev = TaskRows(dev_parts, Turns([(1, [1.0] * len(dev_parts))])) if dev_parts else None
-    facts = {name: sources[name].facts for name in heads}
+    facts = {name: source.facts for name, source in headed.items()}
 
     def write(trained: MultiTask, folder: Path) -> None:
         (save or (lambda one, place: models.save(one, tokenizer, place)))(trained.root, folder)
-        if trained.heads:
-            plain = dict(trained.heads.items())
-            save_heads(plain, facts, tokenizer, folder, model.base_model_prefix)  # type: ignore[arg-type]
+        if heads:
+            save_heads(heads, facts, tokenizer, folder, model.base_model_prefix)
 
-    own = settings.model_copy(update={"budget": Budget.model_validate(f"{steps} steps")})
+    metrics = _train(job, settings, multi, parts, dev, write)
+    write(multi, job.out)
+    return {**metrics, "parameters": sum(p.numel() for p in multi.parameters())}
+
+
+def _check_ends(settings: TuneSettings, sources: Mapping[str, TaskSource]) -> None:
+    """Raises RequestError for a task without dev data towards which weights are to be learned."""
+    learn = settings.mixing.learn
+    for name in (learn.for_ or settings.tasks) if learn else ():
+        if not has_dev(sources[name].corpus):
+            raise RequestError(no_dev(name))
+
+
+def _train(
+    job: Job, settings: TuneSettings, multi: MultiTask, parts: Mapping[str, Rows], dev: Mapping[str, Rows], write: Save
+) -> dict[str, Any]:
+    """The training itself, and what came out of it for each task."""
+    learn, meta = settings.mixing.learn, settings.mixing.meta
+    weights = None
+    if learn is not None:
+        ends = learn.for_ or list(parts)
+        weights = LearnedWeights(multi, parts, dev, ends, every=learn.every, rate=learn.rate, rows=learn.rows)
+    rows, steps = _rows(settings, parts)
+    measured = {name: dev[name] for name in (weights.ends if weights else dev)}
     result = train(
         multi,
         rows,
-        multi.loss,
-        own,
+        MetaLoss(meta.how, multi.loss, meta.rate) if meta else multi.loss,
+        settings.model_copy(update={"budget": Budget.model_validate(f"{steps} steps")}),
         job.out,
         scratch=job.scratch,
         seed=job.seed,
-        dev=dev,
+        dev=_in_turns(settings, measured, Turns([(1, [1.0] * len(measured))])) if measured else None,
         device=job.device,
         save=write,
+        before_step=weights,
     )
-    write(multi, job.out)
-    losses = {f"dev_loss/{name}": dev_loss(multi, name, part) for name, part in dev_parts.items()}
-    return {**result.metrics, **losses, "parameters": sum(p.numel() for p in multi.parameters())}
+    losses = {f"dev_loss/{name}": dev_loss(multi, name, part) for name, part in dev.items()}
+    learned = zip(multi.tasks, multi.weights.tolist(), strict=True) if weights else ()
+    return {**result.metrics, **losses, **{f"weight/{name}": weight for name, weight in learned}}
 
 
 @dataclass(frozen=True)
@@ -139,16 +162,6 @@ class Maker:
         return ListRows(made, LabelledCollate(source.kind, Tokens.of(self.tokenizer).pad), self.job.seed)
 
 
-def unfit(name: str, task: Task, format: str) -> str | None:
-    """Why a task's head cannot learn from data of this format; None where it can."""
-    wanted = FORMATS.get(task.head)
-    if wanted in (None, format):
-        return None
-    return (
-        f"task {name}: a head for {task.head} learns from {wanted} data, and {task.data} is {format}: use `head: text`"
-    )
-
-
 def _labels(name: str, task: Task, found: list[str]) -> list[str]:
     """The labels of the head. Raises DataError where data have others, or only one."""
     unknown = [label for label in found if task.labels is not None and label not in task.labels]
@@ -179,7 +192,7 @@ def _head(
     return made
 
 
-def _rows(settings: TuneSettings, parts: Mapping[str, Rows]) -> tuple[TaskRows, int]:
+def _rows(settings: TuneSettings, parts: Mapping[str, Rows]) -> tuple[Rows, int]:
     """The rows of all tasks as `mixing` wants them, and the steps of the training."""
     mixing, size = settings.mixing, settings.batch_size
     run = size if mixing.batches == "in_turn" else 1
@@ -187,9 +200,18 @@ def _rows(settings: TuneSettings, parts: Mapping[str, Rows]) -> tuple[TaskRows, 
         [len(part) for part in parts.values()], [task.weight for task in settings.tasks.values()],
         by_size=mixing.by == "size", temperature=mixing.temperature,
     )  # fmt: skip
-    together = TaskRows(parts, Turns([(1, shares)]), run)
+    together = _in_turns(settings, parts, Turns([(1, shares)]), run)
     steps = settings.budget.steps(len(together), size, row_tokens(together))
-    return TaskRows(parts, Turns(phases(mixing, list(parts), shares, steps * size // run)), run), steps
+    turns = Turns(phases(mixing, list(parts), shares, steps * size // run))
+    return _in_turns(settings, parts, turns, run), steps
+
+
+def _in_turns(settings: TuneSettings, parts: Mapping[str, Rows], turns: Turns, run: int = 1) -> Rows:
+    """Rows, or episodes where meta-learning is wanted."""
+    meta = settings.mixing.meta
+    if meta is None:
+        return TaskRows(parts, turns, run)
+    return EpisodeRows(parts, turns, meta.steps + (meta.how == "fomaml"), meta.rows)
 
 
 def phases(mixing: Mixing, names: list[str], shares: list[float], turns: int) -> list[Phase]:

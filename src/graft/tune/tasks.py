@@ -40,6 +40,35 @@ class Task(Settings):
         return self
 
 
+class Learned(Settings):
+    """Weights learned while training: what points where the dev data points gets more (Wang et al. 2020).
+
+    Every so often each task's gradient is compared with the gradient on the dev data of the tasks in `for`; its weight
+    rises by the cosine between them.
+    """
+
+    for_: Annotated[
+        list[str], Field(alias="for", description="The tasks whose dev loss is to fall (the end tasks); empty: all.")
+    ] = []
+    every: Annotated[int, Field(ge=1, description="Steps between two comparisons.")] = 10
+    rate: Annotated[float, Field(gt=0, description="How fast weights follow; that of the logits behind them.")] = 0.5
+    rows: Annotated[int, Field(ge=1, description="Rows of each task, and of its dev data, in a comparison.")] = 8
+
+
+class Meta(Settings):
+    """Meta-learning: start weights from which few steps on one task lead far.
+
+    Every row of a batch is an episode: `steps` steps of gradient descent on fresh rows of one task. `fomaml` moves
+    towards what lowers the loss on further rows behind these steps (first order: Finn et al. 2017, section 5.2),
+    `reptile` towards where they led (Nichol et al. 2018).
+    """
+
+    how: Annotated[Literal["fomaml", "reptile"], Field(description="Which of the two.")] = "fomaml"
+    steps: Annotated[int, Field(ge=1, description="Steps on the task in an episode.")] = 3
+    rows: Annotated[int, Field(ge=1, description="Rows in each of these steps, and in the loss behind them.")] = 4
+    rate: Annotated[float, Field(gt=0, description="Learning rate of these steps.")] = 0.01
+
+
 class Phase(Settings):
     """A part of the training with shares of its own."""
 
@@ -75,6 +104,30 @@ class Mixing(Settings):
         Literal["weight", "size"], Field(description="Shares by the tasks' `weight`, or by that times their rows.")
     ] = "weight"
     temperature: Annotated[float, Field(gt=0, description="1 keeps the shares; higher evens them out.")] = 1.0
+    learn: Annotated[Learned | None, Field(description="Weights of the tasks' losses, learned beside.")] = None
+    meta: Annotated[Meta | None, Field(description="Learn to be tuned rather than the tasks themselves.")] = None
+
+    @model_validator(mode="after")
+    def _one_at_a_time(self) -> Mixing:
+        if self.learn is not None and self.meta is not None:
+            raise ValueError("expected `learn` or `meta`, found both: weights are learned for tasks, not for episodes")
+        if self.meta is not None and self.batches == "in_turn":
+            raise ValueError("expected `batches: mixed` with `meta`, found in_turn: an episode is of one task anyway")
+        return self
+
+
+FORMATS = {"classification": "labelled", "tagging": "tagged", "spans": "spans"}
+"""The format of data that each kind of head learns from."""
+
+
+def unfit(name: str, task: Task, format: str | None) -> str | None:
+    """Why a task's head cannot learn from data of this format; None where it can, or where the format is not known."""
+    wanted = FORMATS.get(task.head)
+    if format is None or wanted in (None, format):
+        return None
+    return (
+        f"task {name}: a head for {task.head} learns from {wanted} data, and {task.data} is {format}: use `head: text`"
+    )
 
 
 def problems(tasks: dict[str, Task], mixing: Mixing) -> list[str]:
@@ -85,7 +138,8 @@ def problems(tasks: dict[str, Task], mixing: Mixing) -> list[str]:
         if not NAME.fullmatch(name)
     ]
     phases = mixing.order if isinstance(mixing.order, list) else []
-    named = [(name, "mixing.order") for phase in phases for name in phase.tasks]
+    named = [(name, "mixing.learn.for") for name in (mixing.learn.for_ if mixing.learn else ())]
+    named += [(name, "mixing.order") for phase in phases for name in phase.tasks]
     found += [
         f"{place}: unknown task {name!r}; there are: {', '.join(tasks)}" for name, place in named if name not in tasks
     ]
