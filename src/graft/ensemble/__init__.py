@@ -9,7 +9,7 @@ from graft.ensemble.settings import EnsembleSettings, FittedWeights
 from graft.errors import Problem, SettingsError, UnknownName
 from graft.methods import method, method_names
 from graft.settings import Settings, parse
-from graft.train.estimate import CPU_FLOPS
+from graft.train.estimate import cpu_flops, on_this_cpu
 from graft.train.memory import PROCESS
 from graft.verb import Estimate, Facts, Job, Verb
 
@@ -100,7 +100,7 @@ class Ensemble(Verb[EnsembleSettings]):
         seconds, note = copied / 5e8, "all members in memory at once"
         if isinstance(settings.weights, FittedWeights):
             seconds += _fitting_seconds(settings, settings.weights, models)
-            note += f"; weights fitted on documents of about {TYPICAL} tokens of one data set, at 60 GFLOP/s"
+            note += f"; weights fitted on documents of about {TYPICAL} tokens of one data set, {on_this_cpu()}"
         return Estimate(parameters, copied, PROCESS + size, seconds, note)
 
     def shown(self, settings: EnsembleSettings) -> Collection[str]:
@@ -119,7 +119,7 @@ def _fitting_seconds(settings: EnsembleSettings, weights: FittedWeights, models:
         models[entry.model].parameters * (entry.last_checkpoints or 1) * (entry.dropout.passes if entry.dropout else 1)
         for entry in settings.entries
     )
-    return 2 * read * weights.documents * TYPICAL / CPU_FLOPS
+    return 2 * read * weights.documents * TYPICAL / cpu_flops()
 
 
 def _times(settings: EnsembleSettings) -> dict[str, int]:

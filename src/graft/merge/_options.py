@@ -8,8 +8,11 @@ from pydantic import Field, model_validator
 
 from graft.merge.settings import DeltaSettings, MergeSettings
 from graft.settings import DataRef, ModelRef, Number, Tokens
-from graft.train.estimate import CPU_FLOPS
+from graft.train.estimate import cpu_flops, on_this_cpu
 from graft.verb import Facts
+
+DECOMPOSING_FLOPS = 60e9
+"""Guess: floating-point operations a second that decomposing matrices reaches on a few CPU cores."""
 
 
 class SubspaceSettings(DeltaSettings):
@@ -30,7 +33,8 @@ class SubspaceSettings(DeltaSettings):
         count = len(self.names)
         # about 20 operations a number and column for a decomposition, of n + 2 matrices; a layer has about four such
         work = 20 * 4 * layers * matrix * wide * (count + 2)
-        return 4 * matrix * (5 * count + 4), work / CPU_FLOPS, "one layer's matrices whole, decomposed at 60 GFLOP/s"
+        rests_on = "one layer's matrices whole, decomposed at 60 GFLOP/s"
+        return 4 * matrix * (5 * count + 4), work / DECOMPOSING_FLOPS, rests_on
 
 
 class OnData(MergeSettings):
@@ -73,8 +77,8 @@ class OnData(MergeSettings):
         """(bytes held beside the stream, seconds beside it, what that rests on) for models like this one."""
         if self.on is None:
             return 0, 0.0, ""
-        seconds = 6 * model.parameters * self.passes(model) / CPU_FLOPS
-        return 2 * 4 * model.parameters, seconds, "two models in float32 and text read on a CPU at 60 GFLOP/s"
+        seconds = 6 * model.parameters * self.passes(model) / cpu_flops()
+        return 2 * 4 * model.parameters, seconds, f"two models in float32 and text read {on_this_cpu()}"
 
     def data_of(self, model: str) -> str:
         """The data set that is read for a model."""

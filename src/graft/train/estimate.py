@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import os
+
 from graft.train.memory import CONVENTIONS, PROCESS, Dimensions, activation_bytes, model_states
 from graft.train.settings import TrainSettings
 from graft.verb import Estimate
 
-CPU_FLOPS = 60e9
-"""Guess: floating-point operations a second that training small models reaches on a few CPU cores."""
+CORE_FLOPS = 35e9
+"""Guess: floating-point operations a second that training small models in fp32 reaches on a core.
+
+Trainings of small models on 4 cores of an AMD EPYC with AVX2 reached 33e9 to 52e9 a core (the latter is that of
+bench/training.py: 10.1M parameters), which could do about 96e9: two fused multiply-adds of 8 numbers in each of 3e9
+cycles a second. Wider models and cores with AVX-512 do more, cores that are shared with other work less.
+"""
+
+
+def threads() -> int:
+    """Threads that torch will compute with: `OMP_NUM_THREADS` where it is set, else the cores this process may use."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdecimal() and int(given) > 0:
+        return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_flops() -> float:
+    """Guess: floating-point operations a second that training reaches here, CORE_FLOPS for each thread."""
+    return CORE_FLOPS * threads()
+
+
+def on_this_cpu() -> str:
+    """What such estimates of time rest on, in words."""
+    return f"on a CPU at {cpu_flops() / 1e9:.0f} GFLOP/s"
 
 
 def training_estimate(
@@ -28,8 +53,8 @@ def training_estimate(
     # gradients come as activations go; those of the pieces before stand beside the activations of the next
     passing = max(states.gradients, activations) if settings.accumulate == 1 else states.gradients + activations
     memory = PROCESS + states.weights + states.optimizer + average + passing
-    seconds = None if tokens is None else 6 * parameters * tokens / CPU_FLOPS
-    note = "time for a CPU at 60 GFLOP/s" + ("" if known else "; activations by rule of thumb")
+    seconds = None if tokens is None else 6 * parameters * tokens / cpu_flops()
+    note = f"time {on_this_cpu()}" + ("" if known else "; activations by rule of thumb")
     return Estimate(parameters, 4 * parameters, int(memory), seconds, note)
 
 
