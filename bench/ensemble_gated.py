@@ -1,86 +1,89 @@
-"""Decoding by a mixture whose gate leaves a large member out where it gets too little, beside the plain mixture.
+"""Decoding by a mixture of four members whose gate leaves members out, beside the plain mixture: time by members used.
 
-The gate is made by hand: it sees the small member and gives the large one no weight at a chosen share of the tokens.
+The gate is made by hand: it looks at the first member and needs each of the others at a share of the tokens, drawn by
+chance, so that 1, 2, 3 or 4 members are needed on average. A member that was left out first reads what it has missed,
+in one piece: that is in the time.
 
-OMP_NUM_THREADS=4 python bench/ensemble_gated.py [--needed 0 0.25 0.5 1] [--tokens 64] [--repeats 5]
+OMP_NUM_THREADS=4 python bench/ensemble_gated.py [--members 4] [--used 1 2 3 4] [--tokens 64] [--repeats 3]
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from _side_by_side import Side, measure, report, timed
+from ensemble_decoding import VOCABULARY, member
 from graft.ensemble.gate import Gate
 from graft.ensemble.model import EnsembleConfig, EnsembleForCausalLM, ensemble_of
 
-VOCABULARY = 8192
 
+class ByChance(Gate):
+    """Needs each member but the first at the share `needed` of the steps; the same ones in every run."""
 
-def member(seed: int, layers: int) -> PreTrainedModel:
-    """A random Llama; time does not depend on what the weights are."""
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8}
-    config = LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=layers, bos_token_id=1, eos_token_id=2, **sizes)
-    return LlamaForCausalLM(config).eval()
+    needed = 0.0
 
-
-class ByTurns(Gate):
-    """Needs the large member at the share `needed` of the steps, spread evenly."""
-
-    needed, step = 0.0, 0
+    def begin(self) -> None:
+        """Forget what was drawn."""
+        self.chance, self.steps, self.runs = torch.Generator().manual_seed(0), 0, 0
 
     def decide(self, told: object) -> torch.Tensor:
-        """Weights `[1, 1, 2]` of the small and the large member."""
-        self.step += 1
-        wanted = int(self.step * self.needed) > int((self.step - 1) * self.needed)
-        return torch.tensor([[[0.5, 0.5] if wanted else [1.0, 0.0]]])
+        """Equal weights `[1, 1, members]` of the members that are needed."""
+        wanted = torch.rand(self.outer.out_features, generator=self.chance) < self.needed
+        wanted[0] = True
+        self.steps, self.runs = self.steps + 1, self.runs + int(wanted.sum())
+        return (wanted / wanted.sum())[None, None]
 
 
-def gated(small: PreTrainedModel, large: PreTrainedModel, needed: float) -> EnsembleForCausalLM:
-    """The mixture whose gate needs `large` at so many of the tokens."""
-    plain = ensemble_of({"small": small, "large": large})
-    gate = Gate(2, inputs=2, looks_at=[0])
-    config = EnsembleConfig(plain.config.members, "linear", [0.5, 0.5], {}, gate.plain())
-    made = EnsembleForCausalLM(config, [small, large]).eval()
-    made.gate = ByTurns(2, inputs=2, looks_at=[0])
-    made.gate.needed = needed
+def gated(members: Sequence[PreTrainedModel], used: float) -> EnsembleForCausalLM:
+    """The mixture whose gate needs so many of the members on average."""
+    named = {str(place): model for place, model in enumerate(members)}
+    gate = ByChance(len(named), inputs=2, looks_at=[0])
+    shares = [1 / len(named)] * len(named)
+    config = EnsembleConfig(ensemble_of(named).config.members, "linear", shares, {}, gate.plain())
+    made = EnsembleForCausalLM(config, list(members)).eval()
+    made.gate, gate.needed = gate, (used - 1) / (len(named) - 1)
     return made
 
 
-def decoding(model: PreTrainedModel, prompt: torch.Tensor, tokens: int) -> Callable[[], float]:
-    """A run in which the model decodes the prompt by as many tokens."""
-    given = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-    mask = torch.ones_like(prompt)
-    return timed(lambda: model.generate(prompt, attention_mask=mask, **given))
+def decoding(model: Any, prompt: torch.Tensor, tokens: int) -> Callable[[], None]:
+    """The model decodes the prompt by as many tokens."""
+    given = {"max_new_tokens": tokens, "eos_token_id": None, "do_sample": False, "pad_token_id": 0}
+
+    def run() -> None:
+        if isinstance(model.gate, ByChance):
+            model.gate.begin()
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), **given)
+
+    return run
 
 
 def main() -> None:
-    """One row for each share, beside what small + share · large would be of the plain mixture's time."""
+    """A row for each number of members used, with the share of the plain mixture's time that it should take."""
     words = argparse.ArgumentParser(description=__doc__)
-    words.add_argument("--needed", type=float, nargs="+", default=[0.0, 0.25, 0.5, 1.0])
+    words.add_argument("--members", type=int, default=4)
+    words.add_argument("--used", type=float, nargs="+", default=[1, 2, 3, 4])
     words.add_argument("--tokens", type=int, default=64)
-    words.add_argument("--repeats", type=int, default=5)
+    words.add_argument("--repeats", type=int, default=3)
     asked = words.parse_args()
-    small, large = member(1, 1), member(2, 8)
+    members = [member(seed) for seed in range(asked.members)]
     prompt = torch.randint(3, VOCABULARY, (1, 64), generator=torch.Generator().manual_seed(0))
-    for model in (small, large):
-        decoding(model, prompt, 8)()
-    alone = [decoding(model, prompt, asked.tokens)() for model in (small, large)]
-    plain = ensemble_of({"small": small, "large": large})
-    for needed in asked.needed:
-        expected = (alone[0] + needed * alone[1]) / sum(alone)
+    plain = ensemble_of({str(place): model for place, model in enumerate(members)})
+    for used in asked.used:
+        model = gated(members, used)
         sides = [
-            Side("gated", decoding(gated(small, large, needed), prompt, asked.tokens)),
-            Side("plain mixture", decoding(plain, prompt, asked.tokens)),
+            Side("gated", timed(decoding(model, prompt, asked.tokens))),
+            Side("plain mixture", timed(decoding(plain, prompt, asked.tokens))),
         ]
-        what = (
-            f"decoding, a large member needed at {needed:.0%} of {asked.tokens} tokens (members used: {expected:.2f})"
-        )
-        report(what, measure(sides, asked.repeats), unit="s", packages=["graft", "torch", "transformers"])
+        found = measure(sides, asked.repeats)
+        mean = model.gate.runs / model.gate.steps
+        what = f"gated decoding, {mean:.2f} of {asked.members} members used at each of {asked.tokens} tokens"
+        what += f" (in proportion: {mean / asked.members:.3f} of the time)"
+        report(what, found, unit="s", packages=["graft", "torch", "transformers"])
 
 
 if __name__ == "__main__":
