@@ -1,19 +1,26 @@
 """Merging beside mergekit and `cp`: whole processes, seconds and resident memory, bfloat16 models, page cache warm.
 
     sh bench/venv_mergekit.sh
-    python bench/merging.py [--size 1.1B] [--models 3] [--methods linear ties] [--repeats 3] [--alone]
+    python bench/merging.py [--sizes 1.1B] [--models 3] [--methods linear ties] [--repeats 3] [--alone]
+    python bench/merging.py --alone --methods linear --sizes 0.1B 0.4B 1.1B 3B --models 3 --remove
+    python bench/merging.py --alone --methods linear --sizes 1.1B --models 2 4 6 8
 
-`--size` and `--models` may be several: how time grows. `--alone` leaves mergekit out. The family (one base and so many
-models) stays in bench/work/merging for the next run. `cp` reads all the bytes that a merge reads and writes as many.
+`--sizes` and `--models` may be several: how time grows. `--alone` leaves mergekit out. `cp` reads all the bytes that a
+merge reads and writes as many. A last table has a line for each method, size and number of models, with its floor: the
+bytes that it moves (tensors that are read twice count twice) at the speed at which `cp` moved its own. The family (one
+base and so many models) is made when it is needed and stays in bench/work/merging for the next run, or goes with
+`--remove` when its size is done.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
 import shutil
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -43,36 +50,63 @@ class Case:
     ours: dict[str, Any] = field(default_factory=dict)
     theirs: dict[str, Any] = field(default_factory=dict)
     each: dict[str, Any] = field(default_factory=dict)
+    passes: int = 1
+    """How often all inputs are read at least: what has to be measured over a tensor first takes one of its own."""
 
 
 HALF = {"density": 0.5}
 CASES = {
     "linear": Case(7, base=False, each={"weight": 1}),
-    "slerp": Case(5, base=False, count=2, ours={"t": 0.5}, theirs={"t": 0.5}),
+    "slerp": Case(5, base=False, count=2, ours={"t": 0.5}, theirs={"t": 0.5}, passes=2),
     "task_arithmetic": Case(5, each={"weight": 1}),
-    "model_stock": Case(5),
-    "karcher": Case(10, base=False),
+    "model_stock": Case(5, passes=2),
+    "karcher": Case(10, base=False, passes=2),
     "dare_ties": Case(20, ours=HALF, each=HALF | {"weight": 1}),
-    "ties": Case(30, ours=HALF, each=HALF | {"weight": 1}),
+    "ties": Case(30, ours=HALF, each=HALF | {"weight": 1}, passes=2),
     "della": Case(30, ours=HALF | {"epsilon": 0.15}, each=HALF | {"weight": 1, "epsilon": 0.15}),
 }
 
 
 WATCH = """
-import json, resource, subprocess, sys, time
-start = time.perf_counter()
-done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-seconds = time.perf_counter() - start
-sys.stderr.buffer.write(done.stderr)
-print(json.dumps({"seconds": seconds, "held": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000}))
-sys.exit(done.returncode)
+import json, subprocess, sys, tempfile, threading, time
+
+def held(process):
+    try:
+        with open(f"/proc/{process}/smaps_rollup") as file:
+            own = sum(int(line.split()[1]) for line in file if line.startswith("Pss:"))
+        with open(f"/proc/{process}/task/{process}/children") as file:
+            return own + sum(map(held, file.read().split()))
+    except (OSError, IndexError):
+        return 0
+
+with tempfile.TemporaryFile() as said:
+    start = time.perf_counter()
+    process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=said)
+    ended, most = threading.Event(), [0]
+
+    def look():
+        while not ended.wait(0.1):
+            most.append(held(process.pid))
+
+    watching = threading.Thread(target=look)
+    watching.start()
+    status = process.wait()
+    seconds = time.perf_counter() - start
+    ended.set()
+    watching.join()
+    said.seek(0)
+    sys.stderr.buffer.write(said.read())
+print(json.dumps({"seconds": seconds, "held": max(most) / 1000}))
+sys.exit(status)
 """
-"""Runs a command from a small process: Linux counts the memory of the process that starts another as that one's too."""
+"""Runs a command and looks, ten times a second, what it and the processes that it has started hold in memory together:
+the sum of their proportional set sizes, in which a page that several share counts once."""
 
 
 @dataclass
 class Process:
-    """A command run whole. Calling it gives seconds; the most it held in memory (MB, mapped files too) is kept."""
+    """A command run whole. Calling it gives seconds; the most that it held in memory (MB, with the processes that it
+    started, mapped files too) is kept."""
 
     command: Sequence[str | Path]
     out: Path
@@ -134,7 +168,44 @@ def room(work: Path, size: str, models: int) -> None:
         )
 
 
-def compare(method: str, size: str, models: int, work: Path, repeats: int, alone: bool) -> None:
+@dataclass(frozen=True)
+class Grown:
+    """A line of the table of growth."""
+
+    method: str
+    size: str
+    models: int
+    moved: float
+    """Bytes that have to be read and written."""
+    floor: float
+    """Seconds for these at the speed at which `cp` moved its own."""
+    seconds: float
+    copied: float
+    """Seconds that `cp` took."""
+    held: float
+
+
+def grown(method: str, size: str, models: int, seconds: Sequence[Measured], held: float) -> Grown:
+    """What one comparison, ours first and `cp` last, says about growth."""
+    case = CASES[method]
+    read = bytes_of(size) * (models + case.base)
+    moved = case.passes * read + bytes_of(size)
+    copied = seconds[-1].median
+    return Grown(method, size, models, moved, moved * copied / (read + bytes_of(size)), seconds[0].median, copied, held)
+
+
+def table(lines: Sequence[Grown]) -> str:
+    """All lines, as Markdown."""
+    head = "| method | size | models | moved, GB | floor, s | graft, s | graft / floor | cp, s | graft, MB |\n"
+    rows = (
+        f"| {one.method} | {one.size} | {one.models} | {one.moved / 1e9:.2f} | {one.floor:.2f} | {one.seconds:.2f} | "
+        f"{one.seconds / one.floor:.1f} | {one.copied:.2f} | {one.held:.0f} |"
+        for one in lines
+    )
+    return head + "|---|---|---|---|---|---|---|---|---|\n" + "\n".join(rows)
+
+
+def compare(method: str, size: str, models: int, work: Path, repeats: int, alone: bool) -> Grown:
     """Rows for one method: seconds, then memory."""
     room(work, size, models)
     folders, case = family(work, size, models), CASES[method]
@@ -154,23 +225,28 @@ def compare(method: str, size: str, models: int, work: Path, repeats: int, alone
         times = seconds[1].median / seconds[0].median
         print(json.dumps({"method": method, "faster": round(times, 2), "goal": case.goal}), file=sys.stderr)
     shutil.rmtree(out)
+    return grown(method, size, len(names), seconds, statistics.median(made["graft"].held[-repeats:]))
 
 
 def main() -> None:
-    """Two rows for each method, size and number of models."""
+    """Two rows for each method, size and number of models; then the table of growth."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", nargs="+", choices=WIDTHS, default=["1.1B"])
+    parser.add_argument("--sizes", "--size", nargs="+", choices=WIDTHS, default=["1.1B"])
     parser.add_argument("--models", nargs="+", type=int, default=[3])
     parser.add_argument("--methods", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--alone", action="store_true", help="without mergekit")
+    parser.add_argument("--remove", action="store_true", help="remove each size's family when it is done")
     parser.add_argument("--work", type=Path, default=HERE / "work" / "merging")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    for size in args.size:
-        for models in args.models:
-            for method in args.methods:
-                compare(method, size, models, args.work, args.repeats, args.alone)
+    lines: list[Grown] = []
+    for size in args.sizes:
+        for models, method in itertools.product(args.models, args.methods):
+            lines += [compare(method, size, models, args.work, args.repeats, args.alone)]
+        if args.remove:
+            shutil.rmtree(args.work / size)
+    print(table(lines))
 
 
 if __name__ == "__main__":
