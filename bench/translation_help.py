@@ -82,7 +82,7 @@ def recipe(steps: int) -> dict[str, Any]:
     }
     small = {
         "data": "everyday", "architecture": "encoder-decoder", "hidden": 160, "layers": 2, "length": 64,
-        "budget": f"{steps} steps", "batch_size": 64, "learning_rate": 2e-3,
+        "budget": f"{steps} steps", "batch_size": 32, "learning_rate": 2e-3,
     }  # fmt: skip
     like = {"tokenizer": {"of": "translator"}}
     outside = {
