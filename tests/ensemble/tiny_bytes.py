@@ -3,6 +3,7 @@
 import functools
 import math
 
+import numpy as np
 import torch
 from tiny_members import llama
 from tokenizers import Tokenizer, decoders, models
@@ -84,8 +85,9 @@ def told(model, words, text, cover=EXACT, **options):
     reader = ByteModel(model, words, cover, **options)
     forest = Forest(reader.reader)
     state = reader.begin(forest)
-    nexts, last = reader.follow(forest, state, text)
-    return torch.cat([torch.tensor(state.next)[None], torch.tensor(nexts)]), last
+    nexts = [state.next]
+    last = reader.follow(forest, state, text, lambda place, state: nexts.append(state.next))
+    return torch.tensor(np.stack(nexts)), last
 
 
 def stepwise(reader, text):

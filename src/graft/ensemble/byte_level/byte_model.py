@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import numpy as np
-
-from graft.ensemble.byte_level.cover import Born, Hypothesis, State, Told, again, chosen, fresh, grown, state_of
+from graft.ensemble.byte_level.cover import (
+    Born,
+    Hypothesis,
+    State,
+    Told,
+    again,
+    chosen,
+    fresh,
+    grown,
+    state_of,
+    step_of,
+)
 from graft.ensemble.byte_level.forest import Forest, Reader
 from graft.ensemble.byte_level.leaf import UNREAD, Leaf
 from graft.ensemble.byte_level.spelling import spelling_of
@@ -18,9 +27,9 @@ from graft.ensemble.configuration import context_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-AHEAD = 128
+AHEAD = 64
 """Tokens that are read ahead at once where the text is known."""
-SCOUT, NEAR = 256, 16
+SCOUT, NEAR = 128, 64
 """Bytes behind the first sequence that must be read, in which others are looked for: the first time, and again."""
 PROMOTED = 0.1
 """Share of the mass from which on a sequence that was not read is."""
@@ -42,6 +51,16 @@ class Cover:
 
 
 EXACT = Cover(drop=0.0, join=0.0, most=None)
+
+
+class Plan(NamedTuple):
+    """What is followed of a state one byte on: what goes on (`moved`) and what is complete (`born`), whether that stays
+    unread (`rough`), and the log-probability of the byte (`step`)."""
+
+    moved: list[Hypothesis]
+    born: list[Born]
+    rough: bool
+    step: float
 
 
 class ByteModel:
@@ -85,22 +104,25 @@ class ByteModel:
     def advance(self, forest: Forest, states: Sequence[State], data: Sequence[int]) -> list[State]:
         """Each state one byte on, what is new read in one go. A byte that the model cannot write changes nothing."""
         plans = [self._plan(forest, state, byte) for state, byte in zip(states, data, strict=True)]
-        read = iter(forest.read([(each.leaf, each.token) for _, born, rough in plans for each in born if not rough]))
+        read = iter(forest.read([(each.leaf, each.token) for plan in plans if not plan.rough for each in plan.born]))
         made = []
-        for state, byte, (moved, born, rough) in zip(states, data, plans, strict=True):
+        for state, (moved, born, rough, step) in zip(states, plans, strict=True):
             alone = self.reader.alone([each.token for each in born] if rough else [])
             found = [_rough(*pair) for pair in zip(born, alone, strict=True)] if rough else []
             found += [] if rough else [_sure(next(read), each) for each in born]
-            made.append(_next_state(state, byte, [*moved, *found]))
+            made.append(_next_state(state, [*moved, *found], step))
         return made
 
-    def follow(self, forest: Forest, state: State, data: bytes) -> tuple[np.ndarray, State]:
-        """`[len(data), 257] float64`: what comes behind each byte of a known text, and the state at its end.
+    def chance(self, state: State, byte: int) -> float:
+        """The log-probability of a byte behind a state."""
+        return step_of(state, *grown(state, byte))
+
+    def follow(self, forest: Forest, state: State, data: bytes, note: Callable[[int, State], None]) -> State:
+        """The state at the end of a known text; `note` is given the state behind each of its bytes, in order.
 
         The sequence that the tokenizer makes is read ahead in one go. Others are looked for as if they were rough,
         read together, and the bytes behind the first of them are gone through again.
         """
-        nexts = np.empty((len(data), 257))
         done = 0
         while done < len(data):
             held = self._read_ahead(forest, state, data[done:])
@@ -109,29 +131,29 @@ class ByteModel:
             while done < stop:
                 horizon = SCOUT if done >= seen else NEAR
                 seen = max(seen, min(done + horizon, stop))
-                done, state, wanted = self._pass(forest, state, data[:stop], done, horizon, nexts)
+                done, state, wanted = self._pass(forest, state, data[:stop], done, horizon, note)
                 held += forest.catch_up(wanted)
-        return nexts, state
+        return state
 
     def _spelt(self, leaf: Leaf) -> bytes:
         spelt = self.spelling.first if leaf.depth == 1 else self.spelling.later
         return spelt[leaf.token] or b""
 
     def _pass(
-        self, forest: Forest, state: State, data: bytes, begin: int, horizon: int, nexts: np.ndarray
+        self, forest: Forest, state: State, data: bytes, begin: int, horizon: int, note: Callable[[int, State], None]
     ) -> tuple[int, State, list[Leaf]]:
         """Go on from byte `begin` as long as all is known; returns how far, the state there, what is to be read.
 
         Behind the first byte that something is lacking for, what stands for it is a guess: only to see what else is.
         """
         here, reached, exact = state, begin, True
-        wanted: list[Leaf] = []
+        wanted: dict[int, Leaf] = {}
         single: list[int] = []
         for place in range(begin, len(data)):
-            moved, born, rough = self._plan(forest if exact else None, here, data[place], wanted)
+            moved, born, rough, step = self._plan(forest, here, data[place], None if exact else wanted)
             known = list(moved)
             for each in born:
-                found = None if rough else forest.find(each.leaf.now, each.token)
+                found = None if rough else forest.find(each.leaf, each.token)
                 if found:
                     known.append(_sure(found, each))
                     continue
@@ -139,24 +161,24 @@ class ByteModel:
                 known.append(_rough(each, told))
                 exact = exact and rough and sure
                 single += [] if sure else [each.token]
-                wanted += [] if rough else [known[-1].leaf]
-            here = _next_state(here, data[place], known)
+                if not rough:
+                    wanted[id(known[-1].leaf)] = known[-1].leaf
+            here = _next_state(here, known, step)
             if exact:
                 reached, state = place + 1, here
-                nexts[place] = here.next
+                note(place, here)
             elif place - reached > horizon or len(wanted) > AHEAD:
                 break
         self.reader.alone(single if self.cover.drop > 0 else [])
-        return reached, state, wanted
+        return reached, state, list(wanted.values())
 
-    def _plan(
-        self, forest: Forest | None, state: State, byte: int, wanted: list[Leaf] | None = None
-    ) -> tuple[list[Hypothesis], list[Born], bool]:
-        """What is followed of a state one byte on, before the model is asked; whether what is born stays unread.
+    def _plan(self, forest: Forest, state: State, byte: int, wanted: dict[int, Leaf] | None = None) -> Plan:
+        """What is followed of a state one byte on, before the model is asked.
 
-        Where `forest` is given, what has become likely of what was not read is read now, else it goes to `wanted`.
+        What has become likely of what was not read is read now; where `wanted` is given, it goes there.
         """
         moved, born = grown(state, byte)
+        step = step_of(state, moved, born)
         if self.cover.tokenisations == "canonical" and born:
             kept = [each for each in born if self._canonical(each)]
             born = kept if kept or moved else born
@@ -165,16 +187,17 @@ class ByteModel:
         moved, born, rough = chosen(moved, born, self.cover.drop, join, self.cover.most)
         if any(each.rough for each in moved):
             likely = PROMOTED * (sum(each.mass for each in moved) + sum(each.mass for each in born))
-            due = [each.rough and each.mass > likely for each in moved]
-            if forest is not None:
-                moved = [self._promoted(forest, each) if now else each for each, now in zip(moved, due, strict=True)]
-            elif wanted is not None:
-                wanted += [each.leaf for each, now in zip(moved, due, strict=True) if now and each.leaf.twin is None]
-        if forest is not None and not rough:
+            moved = [
+                self._promoted(forest, each, wanted) if each.rough and each.mass > likely else each for each in moved
+            ]
+        if wanted is None and not rough:
             born = [self._grounded(forest, each) for each in born]
-        return moved, born, rough
+        return Plan(moved, born, rough, step)
 
-    def _promoted(self, forest: Forest, rough: Hypothesis) -> Hypothesis:
+    def _promoted(self, forest: Forest, rough: Hypothesis, wanted: dict[int, Leaf] | None) -> Hypothesis:
+        if wanted is not None and not forest.recall(rough.leaf):
+            wanted[id(rough.leaf)] = rough.leaf
+            return rough
         leaf, told = self._read(forest, rough.leaf)
         return again(rough, leaf, told, leaf.true)
 
@@ -266,14 +289,14 @@ def _sure(found: tuple[Leaf, Told], born: Born) -> Hypothesis:
     return fresh(leaf, told, born.log, leaf.true)
 
 
-def _next_state(before: State, byte: int, open_: Sequence[Hypothesis]) -> State:
+def _next_state(before: State, open_: Sequence[Hypothesis], step: float) -> State:
     """The state of what is left. Where nothing is, no sequence writes this byte: it is left out of what is read.
 
     Where the next one cannot be written either, the bytes of tokens that are not complete are left out as well.
     """
-    if open_ and any(each.mass > 0 for each in open_):
-        return state_of(open_, before.log + math.log(before.next[byte]))
+    if any(each.mass > 0 for each in open_):
+        return state_of(open_, before.log + step, step)
     if not before.stuck:
-        return replace(before, stuck=True)
+        return replace(before, step=-math.inf, stuck=True)
     again_ = [fresh(each.leaf, each.told, math.log(each.mass), -math.inf, each.rough) for each in before.open]
-    return state_of(again_, before.log)
+    return state_of(again_, before.log, -math.inf)

@@ -25,27 +25,48 @@ class Told:
     """What a model gives the token behind a sequence: `logs [tokens] float32` in the order of `trie`, and `root [257]
     float64`, the probabilities of its first byte and of the end."""
 
-    __slots__ = ("__weakref__", "logs", "root", "trie")
+    __slots__ = ("__weakref__", "_running", "logs", "root", "trie", "whole")
 
     def __init__(self, trie: Trie, logs: np.ndarray, root: np.ndarray):
         self.trie, self.logs, self.root = trie, logs, root
+        self.whole = float(root.sum())
+        self._running: dict[int, np.ndarray] = {}
 
     def log(self, token: int) -> float:
         """The log-probability of a token."""
-        return float(self.logs[int(np.flatnonzero(self.trie.ids == token)[0])])
+        return self.logs.item(self.trie.place[token])
+
+    def behind(self, node: Node) -> float:
+        """The probability of all tokens that go on behind a node, those that end there left out."""
+        begin, end = node.low + node.own, node.high
+        if end - begin < 2:
+            return math.exp(self.logs.item(begin)) if begin < end else 0.0
+        if node.depth == 1:
+            whole = self.root.item(node.first)
+            found = whole - math.fsum(math.exp(self.logs.item(at)) for at in range(node.low, begin))
+        else:
+            low = node.top.low
+            running = self._running.get(low)
+            if running is None:
+                running = self._running[low] = np.cumsum(np.exp(self.logs[low : node.top.high], dtype=np.float64))
+            whole = running.item(-1)
+            found = running.item(end - 1 - low) - (running.item(begin - 1 - low) if begin > low else 0.0)
+        return found if found > CANCELLED * whole else float(np.exp(self.logs[begin:end], dtype=np.float64).sum())
+
+
+CANCELLED = 1e-6
+"""A difference of sums that is less than this share of them is summed anew: it would have lost its digits."""
 
 
 class Hypothesis(NamedTuple):
-    """`leaf`: the sequence; `log`: its log-probability in the state's measure, in which are also `sums`, the
-    probability of each of `node.bytes`, `end`, that of the end, and `mass`, that of all of them. `true`: its exact
-    log-probability, -inf where that is not known; `rough`: `told` is not what the model gives behind all of it."""
+    """`leaf`: the sequence; `log`: its log-probability in the state's measure, in which `mass` is the probability of
+    all that goes on behind `node`. `true`: its exact log-probability, -inf where that is not known; `rough`: `told` is
+    not what the model gives behind all of it."""
 
     leaf: Any
     told: Told
     node: Node
     log: float
-    sums: np.ndarray
-    end: float
     mass: float
     true: float
     rough: bool
@@ -67,13 +88,26 @@ class Born(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """All hypotheses for a text. `next [257] float64`: probability of each next byte and of the end. `log`: the sum of
-    the logs of what the states before gave the bytes of the text. `stuck`: no sequence wrote the byte before."""
+    """All hypotheses for a text, which have `total` mass together. `log`: the log-probability that a text begins with
+    these bytes, as the states before saw it, `step`: what the last byte added to it, -inf where no sequence writes
+    that one, `stuck` where it is left out."""
 
     open: tuple[Hypothesis, ...]
-    next: np.ndarray
+    total: float
     log: float = 0.0
+    step: float = 0.0
     stuck: bool = False
+
+    @property
+    def next(self) -> np.ndarray:
+        """`[257] float64`: the probability of each next byte and of the end."""
+        after = np.zeros(END + 1)
+        for each in self.open:
+            if each.node.depth:
+                after[each.node.bytes] += each.node.sums(each.told.logs, each.log)
+            else:
+                after += each.told.root * math.exp(each.log)
+        return after / after.sum()
 
     @property
     def lost(self) -> float:
@@ -88,40 +122,30 @@ class State:
 
 def fresh(leaf: Any, told: Told, log: float, true: float, rough: bool = False) -> Hypothesis:
     """The hypothesis of a sequence that spells the whole text."""
-    scale = math.exp(log)
-    sums, end = told.root[told.trie.root.bytes] * scale, float(told.root[END]) * scale
-    return Hypothesis(leaf, told, told.trie.root, log, sums, end, float(sums.sum()) + end, true, rough)
+    return Hypothesis(leaf, told, told.trie.root, log, told.whole * math.exp(log), true, rough)
 
 
 def again(rough: Hypothesis, leaf: Any, told: Told, true: float) -> Hypothesis:
     """A rough hypothesis with what the model gives behind all of it; its mass stays as it is."""
-    sums = rough.node.sums(told.logs, rough.log)
-    end = float(told.root[END]) * math.exp(rough.log) if rough.node.depth == 0 else 0.0
-    mass = float(sums.sum()) + end
-    if not mass > 0:
+    behind = told.behind(rough.node) if rough.node.depth else told.whole
+    if not behind * math.exp(rough.log) > 0:
         return rough
-    part = rough.mass / mass
-    log = rough.log + math.log(part)
-    return Hypothesis(leaf, told, rough.node, log, sums * part, end * part, rough.mass, true, False)
+    return Hypothesis(leaf, told, rough.node, math.log(rough.mass / behind), rough.mass, true, False)
 
 
 def grown(state: State, byte: int) -> tuple[list[Hypothesis], list[Born]]:
     """What one more byte leaves of a state: sequences whose next token goes on, and those that it completes."""
     moved: list[Hypothesis] = []
     born: list[Born] = []
-    for each in state.open:
-        node = each.node.next(byte)
-        if node is None:
+    for leaf, told, node, log, _, true, rough in state.open:
+        after = node.next(byte)
+        if after is None:
             continue
-        logs = each.told.logs
-        for at in range(node.low, node.low + node.own):
-            step = float(logs[at])
-            true = -math.inf if each.rough else each.true + step
-            born.append(Born(each.leaf, int(each.told.trie.ids[at]), each.log + step, true))
-        if len(node.starts):
-            sums = node.sums(logs, each.log)
-            mass = float(sums.sum())
-            moved.append(Hypothesis(each.leaf, each.told, node, each.log, sums, 0.0, mass, each.true, each.rough))
+        for at in range(after.low, after.low + after.own):
+            step = told.logs.item(at)
+            born.append(Born(leaf, told.trie.ids.item(at), log + step, -math.inf if rough else true + step))
+        if after.high > after.low + after.own:
+            moved.append(Hypothesis(leaf, told, after, log, math.exp(log) * told.behind(after), true, rough))
     return moved, born
 
 
@@ -160,21 +184,21 @@ def chosen(
     return list(moved), ordered, rough
 
 
+def step_of(state: State, moved: Sequence[Hypothesis], born: Sequence[Born]) -> float:
+    """The log-probability of the byte that left this of a state."""
+    mass = sum([each.mass for each in moved]) + sum([each.mass for each in born])
+    return math.log(mass / state.total) if mass > 0 else -math.inf
+
+
 LEAST = 1e-60
 """A state whose hypotheses have together less than this in their measure gets a new one."""
 
 
-def state_of(hypotheses: Sequence[Hypothesis], log: float = 0.0) -> State:
-    """The state of these hypotheses; `log` as in the state."""
-    after = np.zeros(END + 1)
-    for each in hypotheses:
-        after[each.node.bytes] += each.sums
-        after[END] += each.end
-    total = float(after.sum())
-    if total < LEAST:
+def state_of(hypotheses: Sequence[Hypothesis], log: float = 0.0, step: float = 0.0) -> State:
+    """The state of these hypotheses; `log` (with the step) and `step` as in the state."""
+    total = sum([each.mass for each in hypotheses])
+    if 0 < total < LEAST:
         shift = math.log(total)
-        hypotheses = [
-            each._replace(log=each.log - shift, sums=each.sums / total, end=each.end / total, mass=each.mass / total)
-            for each in hypotheses
-        ]
-    return State(tuple(hypotheses), after / total, log)
+        hypotheses = [each._replace(log=each.log - shift, mass=each.mass / total) for each in hypotheses]
+        total = 1.0
+    return State(tuple(hypotheses), total, log, step)

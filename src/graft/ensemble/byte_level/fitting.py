@@ -76,6 +76,6 @@ def _spread(reader: ByteModel, data: Sequence[bytes], stride: int) -> torch.Tens
     """`[bytes kept, 257] float32` log-probabilities before every `stride`-th byte of all texts."""
     kept, seen = [], 0
     for text in data:
-        kept.append(torch.from_numpy(distributions(reader, text)[0][-seen % stride :: stride]).log().float())
+        kept.append(torch.from_numpy(distributions(reader, text)[-seen % stride :: stride]).log().float())
         seen += len(text)
     return torch.cat(kept)

@@ -175,9 +175,16 @@ class Forest:
 
     def find(self, parent: Leaf, token: int) -> tuple[Leaf, Told] | None:
         """What is known of a token behind a leaf, or None."""
+        parent = parent.now if self.recall(parent) else parent
         leaf = self._known.get((id(parent.again or parent), token))
         told = leaf.told() if leaf is not None and leaf.told is not None else None
         return (leaf, told) if leaf is not None and told is not None else None
+
+    def recall(self, leaf: Leaf) -> bool:
+        """Whether it is known what comes behind a leaf, which may have been read since it was left out."""
+        if not leaf.read and leaf.twin is None and leaf.parent is not None:
+            leaf.twin = self.find(leaf.parent, leaf.token)
+        return leaf.read or leaf.twin is not None
 
     @torch.inference_mode()
     def read(self, wanted: Sequence[tuple[Leaf, int]]) -> list[tuple[Leaf, Told]]:

@@ -7,7 +7,7 @@ Each member gives exact probabilities of the next byte (`byte_model.py`), which 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +169,7 @@ class EnsembleOverBytes(Ensemble, GenerationMixin):
         for begin, stop in _runs(ids):
             data = [token for token in ids[begin:stop] if token < EOS]
             if data:
-                behind, state = reader.follow(own, state, bytes(data))
-                nexts[begin:stop] = behind
+                state = reader.follow(own, state, bytes(data), _noting(nexts[begin:stop]))
             else:
                 state = state if ids[begin] == PAD else reader.begin(own)
                 nexts[begin:stop] = state.next
@@ -223,6 +222,15 @@ def _runs(ids: Sequence[int]) -> Iterator[tuple[int, int]]:
             stop += 1
         yield begin, stop
         begin = stop
+
+
+def _noting(nexts: np.ndarray) -> Callable[[int, State], None]:
+    """What writes down the next byte's probabilities behind each byte, `[bytes, 257]`."""
+
+    def note(place: int, state: State) -> None:
+        nexts[place] = state.next
+
+    return note
 
 
 def _log_probs(nexts: np.ndarray, keep: int | torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graft.ensemble.byte_level.byte_model import ByteModel
+from graft.ensemble.byte_level.cover import END, State
 from graft.ensemble.byte_level.forest import Forest
 from graft.progress import Progress
 
@@ -37,18 +38,33 @@ def score(model: ByteModel, texts: Sequence[str | bytes]) -> list[ByteDocument]:
     data = [text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text for text in texts]
     with Progress("scoring", sum(map(len, data)), "bytes") as progress:
         for text in data:
-            before, lost = distributions(model, text)
-            with np.errstate(divide="ignore"):
-                gold = np.log(before[np.arange(len(text)), np.frombuffer(text, np.uint8)])
-            made.append(ByteDocument(gold, lost))
+            made.append(_document(model, text))
             progress.advance(len(text))
     return made
 
 
-def distributions(model: ByteModel, text: bytes) -> tuple[np.ndarray, float]:
-    """`[bytes, 257] float64`: what the model gives each byte of a text (and the end) before it comes; the nats lost."""
+def _document(model: ByteModel, text: bytes) -> ByteDocument:
+    gold = np.empty(len(text))
+
+    def note(place: int, state: State) -> None:
+        gold[place] = state.step
+
+    forest = Forest(model.reader)
+    last = model.follow(forest, model.begin(forest), text[:-1], note)
+    if text:
+        gold[-1] = model.chance(last, text[-1])
+    return ByteDocument(gold, last.lost)
+
+
+def distributions(model: ByteModel, text: bytes) -> np.ndarray:
+    """`[bytes, 257] float64`: what the model gives each byte of a text (and the end) before it comes."""
     forest = Forest(model.reader)
     state = model.begin(forest)
-    first = state.next[None]
-    behind, last = model.follow(forest, state, text[:-1])
-    return np.concatenate([first, behind])[: len(text)], last.lost
+    nexts = np.empty((len(text), END + 1))
+    nexts[:1] = state.next
+
+    def note(place: int, state: State) -> None:
+        nexts[place + 1] = state.next
+
+    model.follow(forest, state, text[:-1], note)
+    return nexts

@@ -9,12 +9,15 @@ import numpy as np
 
 class Node:
     """The tokens `low … high` begin with the same `depth` bytes; `own` of them are just these, the others go on with
-    `bytes [k]`, those with the j-th beginning at `low + own + starts[j]`."""
+    `bytes [k]`, those with the j-th beginning at `low + own + starts[j]`. `first`: the byte that all begin with, `top`:
+    the node of their first two bytes, where there are as many."""
 
-    __slots__ = ("_next", "_trie", "bytes", "depth", "high", "low", "own", "starts")
+    __slots__ = ("_next", "_trie", "bytes", "depth", "first", "high", "low", "own", "starts", "top")
 
-    def __init__(self, trie: Trie, low: int, high: int, depth: int):
+    def __init__(self, trie: Trie, low: int, high: int, depth: int, top: Node | None = None):
         self._trie, self.low, self.high, self.depth = trie, low, high, depth
+        self.first = int(trie.letters[low, 0]) if depth else -1
+        self.top = self if top is None or depth < 3 else top
         self.own = int(np.searchsorted(trie.lengths[low:high] > depth, True))
         column = trie.letters[low + self.own : high, depth] if low + self.own < high else trie.letters[:0, 0]
         self.starts = np.flatnonzero(np.concatenate(([True], column[1:] != column[:-1]))) if len(column) else _NONE
@@ -32,7 +35,7 @@ class Node:
                 return None
             begin = self.low + self.own
             end = self.high if place + 1 == len(self.starts) else begin + int(self.starts[place + 1])
-            found = self._next[byte] = Node(self._trie, begin + int(self.starts[place]), end, self.depth + 1)
+            found = self._next[byte] = Node(self._trie, begin + int(self.starts[place]), end, self.depth + 1, self.top)
         return found
 
     def sums(self, logs: np.ndarray, log: float) -> np.ndarray:
@@ -51,11 +54,12 @@ _NONE = np.zeros(0, np.int64)
 
 
 class Trie:
-    """`ids [tokens]` in the order of their bytes; `root` is the node that all stand behind."""
+    """`ids [tokens]` in the order of their bytes, and the `place` of each; `root` is the node that all stand behind."""
 
     def __init__(self, spelt: Sequence[bytes | None]):
         pairs = sorted((each, i) for i, each in enumerate(spelt) if each is not None)
         self.ids = np.array([i for _, i in pairs], np.int64)
+        self.place = {i: place for place, (_, i) in enumerate(pairs)}
         self.lengths = np.array([len(each) for each, _ in pairs], np.int64)
         self.letters = np.zeros((len(pairs), int(self.lengths.max(initial=0)) + 1), np.uint8)
         for place, (each, _) in enumerate(pairs):
