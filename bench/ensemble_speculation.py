@@ -28,9 +28,9 @@ data:
   prose: {source: python-library, keep: docstrings, limit: 4000}
   mixed: {mix: {code: 0.5, prose: 0.5}}
 models:
-  base:   {pretrain: {data: mixed, size: 3M, length: 128, budget: 1.5M tokens}}
-  coder:  {tune: {from: base, data: code, budget: 300K tokens}}
-  writer: {tune: {from: base, data: prose, budget: 300K tokens}}
+  base:   {pretrain: {data: mixed, size: 2M, length: 128, budget: 800K tokens}}
+  coder:  {tune: {from: base, data: code, budget: 200K tokens}}
+  writer: {tune: {from: base, data: prose, budget: 200K tokens}}
 """
 WORK = Path(__file__).parent / "work" / "speculation"
 PROMPTS = [

@@ -10,6 +10,7 @@ from test_classification import bert
 from test_ensemble_folder import facts, family, letters, made, run  # noqa: F401
 from test_gate import gated
 from test_seq2seq import bart, source, t5
+from test_union import UNION
 from tiny_members import gpt2, llama, prompts, qwen
 from typer.testing import CliRunner
 
@@ -108,6 +109,37 @@ def test_a_context_longer_than_a_member_was_made_for(rule):
     given = {"tokenizer": letters()} if rule == "least_risk" else {}
     with pytest.raises(RequestError, match=r"member 'near' was made for 64 tokens, found a context of \d+: shorten it"):
         ensemble.generate(ids, max_new_tokens=20, eos_token_id=None, **given)
+
+
+def test_sources_and_targets_longer_than_a_translator_was_made_for():
+    near = bart(3, max_position_embeddings=64)
+    ensemble = ensemble_of({"far": t5(1), "near": near})
+    long, short = prompts(1, 70, ())[0], prompts(1, 7, ())[0]
+    words = r"member 'near' was made for 64 tokens, found a context of \d+: shorten it"
+    with pytest.raises(RequestError, match=words):
+        ensemble.generate(long, max_new_tokens=2)
+    with pytest.raises(RequestError, match=words):
+        ensemble(input_ids=short, decoder_input_ids=long)
+    with pytest.raises(RequestError, match=words):
+        ensemble.generate(short, max_new_tokens=80, eos_token_id=None)
+    assert ensemble_of({"far": t5(1), "other": t5(2)}).generate(long, max_new_tokens=2).shape[0] == 1
+
+
+def test_a_union_refuses_what_other_ensembles_refuse():
+    members = {"left": llama(1, tokens=9), "right": llama(2, tokens=9)}
+    ensemble = ensemble_of(members, [0.5, 0.5], union=UNION)
+    with pytest.raises(RequestError, match="expected a token in every prompt"):
+        ensemble.generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=2)
+    with pytest.raises(RequestError, match=r"member '\w+' was made for 64 tokens, found a context of \d+"):
+        ensemble(input_ids=torch.full((1, 70), 3))
+    # a token of the left member's is two of the right one's
+    with pytest.raises(RequestError, match="member 'right' was made for 64 tokens, found a context of 80 of its own"):
+        ensemble(input_ids=torch.full((1, 40), UNION.tokens.index("cd")))
+    with pytest.raises(RequestError, match="speculation needs members of one vocabulary, found a union"):
+        ensemble.speculate(torch.tensor([[3]]), max_new_tokens=2)
+    broken(members["right"])
+    with pytest.raises(RunError, match=r"member 'right' .*gives NaN logits"):
+        ensemble(input_ids=torch.tensor([[1, 3]]))
 
 
 @pytest.mark.parametrize("rule", ["linear", "majority"])

@@ -1,5 +1,6 @@
 """Ensembles of encoder-decoders: against brute force over the members, with beams, padding and caches."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -29,18 +30,26 @@ ENDS = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1}
 PLAIN = {"max_new_tokens": 8, "eos_token_id": None}
 
 
-def t5(seed, layers=2, size=16):
+def t5(seed, layers=2, size=16, tokens=37):
     config = T5Config(
-        vocab_size=37, d_model=size, d_kv=8, d_ff=24, num_layers=layers, num_decoder_layers=layers, num_heads=2, **ENDS
+        vocab_size=tokens,
+        d_model=size,
+        d_kv=8,
+        d_ff=24,
+        num_layers=layers,
+        num_decoder_layers=layers,
+        num_heads=2,
+        **ENDS,
     )
     return sharp(T5ForConditionalGeneration(config), seed)
 
 
-def bart(seed):
+def bart(seed, **settings):
     sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
     config = BartConfig(
-        vocab_size=37, d_model=24, encoder_ffn_dim=24, decoder_ffn_dim=24, forced_eos_token_id=None, **sizes, **ENDS
-    )
+        vocab_size=37, d_model=24, encoder_ffn_dim=24, decoder_ffn_dim=24, forced_eos_token_id=None, **sizes, **ENDS,
+        **settings,
+    )  # fmt: skip
     model = sharp(BartForConditionalGeneration(config), seed)
     model.generation_config.forced_eos_token_id = None
     return model
@@ -97,6 +106,43 @@ def test_decoding_with_a_cache_is_decoding_without(ensemble, way):
     cached = ensemble.generate(ids, attention_mask=mask, **PLAIN, **way)
     torch.manual_seed(3)
     assert torch.equal(cached, ensemble.generate(ids, attention_mask=mask, use_cache=False, **PLAIN, **way))
+
+
+@torch.no_grad()
+def test_beam_search_finds_the_best_of_all_translations():
+    pair = {"a": t5(5, tokens=5), "b": t5(6, layers=1, tokens=5)}
+    source_ids = torch.tensor([[3, 4, 3]])
+    every = torch.tensor(list(itertools.product(range(5), repeat=3)))
+    begun = torch.cat([torch.ones(len(every), 1, dtype=torch.long), every], 1)
+    given = {"input_ids": source_ids.expand(len(every), -1), "decoder_input_ids": begun}
+    probs = sum(0.5 * model(**given).logits.double().softmax(-1) for model in pair.values())
+    scores = probs[:, :3].gather(-1, every[..., None]).log().sum((1, 2))
+    how = {"num_beams": 25, "max_new_tokens": 3, "eos_token_id": None, "length_penalty": 0.0}
+    found = ensemble_of(pair).generate(source_ids, **how)
+    assert found[0, 1:].tolist() == every[scores.argmax()].tolist()
+
+
+@torch.no_grad()
+def test_samples_follow_the_mixture_of_translators():
+    pair = {"a": t5(5, tokens=5), "b": t5(6, tokens=5)}
+    ensemble, ids = ensemble_of(pair, [0.7, 0.3]), torch.tensor([[3, 4, 3]])
+    torch.manual_seed(0)
+    many = ids.expand(4000, -1)
+    drawn = ensemble.generate(many, do_sample=True, top_k=0, max_new_tokens=1, eos_token_id=None)[:, -1]
+    expected = ensemble(input_ids=ids, decoder_input_ids=torch.tensor([[1]])).logits[0, -1].exp() * 4000
+    # chi-square with 4 degrees of freedom is below 23.5 with probability 0.9999
+    assert ((torch.bincount(drawn, minlength=5) - expected) ** 2 / expected).sum() < 23.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["linear", "log_linear"])
+def test_copies_of_a_translator_are_that_translator(members, rule):
+    ids, mask = source()
+    target = prompts(padded=())[0]
+    one = members["deep"](input_ids=ids, attention_mask=mask, decoder_input_ids=target).logits.log_softmax(-1)
+    copies = ensemble_of({str(n): members["deep"] for n in range(3)}, None, rule)
+    found = copies(input_ids=ids, attention_mask=mask, decoder_input_ids=target).logits
+    assert torch.allclose(found, one, atol=1e-4)
 
 
 def test_an_ensemble_of_one_is_that_member(members):

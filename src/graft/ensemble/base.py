@@ -117,12 +117,13 @@ class Ensemble(PreTrainedModel):
         self._check_outputs(mixed, every, mask)
         return mixed
 
-    def _check_inputs(self, input_ids: torch.Tensor, cache: Cache | None) -> None:
+    def _check_inputs(self, input_ids: torch.Tensor, cache: Cache | None, places: Sequence[int] | None = None) -> None:
+        """Raises RequestError for an empty prompt, and for a context longer than that of a member in `places` (all)."""
         length = input_ids.shape[-1]
         if length == 0:
             raise RequestError("expected a token in every prompt, found none: begin it with bos_token")
         total = length + (int(cache.get_seq_length()) if cache is not None else 0)
-        for place in self.active:
+        for place in self.active if places is None else places:
             limit = self.limits[place]
             if limit is not None and total > limit:
                 name = self.config.members[place]["name"]

@@ -126,8 +126,8 @@ def _layers(config: dict[str, Any]) -> int:
 
 def context_of(config: dict[str, Any]) -> int | None:
     """Tokens that a model of this configuration was made for; None where it names no limit."""
-    if config.get("is_encoder_decoder"):
-        return None
+    if config.get("is_encoder_decoder"):  # of source and target; relative positions have no limit
+        return _first(config, "max_position_embeddings")
     if config.get("model_type") == EnsembleConfig.model_type:
         return min((n for n in (context_of(entry["config"]) for entry in config["members"]) if n), default=None)
     return _first(config, "max_position_embeddings", "n_positions", "max_seq_len")

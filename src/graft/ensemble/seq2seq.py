@@ -59,8 +59,12 @@ class EnsembleForSeq2SeqLM(Ensemble, GenerationMixin):
         return Encoders([self.members[place].get_encoder() for place in self.translators])  # type: ignore[operator]
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As of any `transformers` model. Raises RequestError where a row of the batch is all padding."""
+        """As of any `transformers` model. Raises RequestError where a row of the batch is all padding, and for a source
+        longer than a member reads."""
         self._check_prompts(kwargs.get("attention_mask"))
+        source = inputs if inputs is not None else kwargs.get("input_ids")
+        if source is not None:
+            self._check_inputs(source, None, self.translators)
         if self.choose is not None:
             return chosen_outputs(self, inputs if inputs is not None else kwargs.pop("input_ids"), **kwargs)
         return super().generate(inputs, **kwargs)  # type: ignore[misc]
@@ -81,13 +85,20 @@ class EnsembleForSeq2SeqLM(Ensemble, GenerationMixin):
         use_cache: bool | None = None,
         **_: Any,
     ) -> Seq2SeqLMOutput:
-        """Combined log-probabilities `[batch, target length, vocabulary]`; with `labels` their mean cross entropy."""
+        """Combined log-probabilities `[batch, target length, vocabulary]`; with `labels` their mean cross entropy.
+
+        Raises RequestError for a source or target longer than a member's limit; RunError naming a member that gives
+        NaN.
+        """
         if encoder_outputs is None:
+            if input_ids is not None:
+                self._check_inputs(input_ids, None, self.translators)
             encoder_outputs = self.get_encoder()(input_ids, attention_mask)
         if decoder_input_ids is None and labels is not None:
             decoder_input_ids = _shifted(labels, self.config)
         if decoder_input_ids is None:
             raise RequestError("expected decoder_input_ids or labels, found neither")
+        self._check_inputs(decoder_input_ids, past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
         given = {
