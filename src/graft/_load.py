@@ -11,12 +11,10 @@ from pydantic import Field
 
 from graft.adapters.facts import adapted_base, place_base
 from graft.errors import RequestError
+from graft.hub import fetch
 from graft.lora import base_folder, is_lora, name_base
 from graft.settings import Settings, parse
 from graft.verb import Estimate, Facts, Job, Verb
-
-FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
-"""What is taken from a model on the hub: weights, configuration, tokenizer; never pickles, never code."""
 
 
 class LoadSettings(Settings):
@@ -88,15 +86,7 @@ class Load(Verb[LoadSettings]):
 
 def fetched(settings: LoadSettings) -> Path:
     """Where the model lies; downloaded first where it is on the hub. Raises RequestError where the hub has none."""
-    if not settings.hub:
-        return Path(settings.path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(settings.path, revision=settings.revision, allow_patterns=list(FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
-        raise RequestError(f"{settings.path}: expected a model on the hub, found none ({error})") from None
+    return fetch(settings.path, settings.revision) if settings.hub else Path(settings.path)
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from graft.checkpoint import ADAPTER, disk_errors, read_headers
 from graft.errors import CheckpointError, RequestError
+from graft.hub import fetch
 from graft.lineage import ADAPTED, GENERAL_TOKENIZERS, check_as_made
 from graft.lora import add_to, base_folder, is_lora
 
@@ -39,9 +40,10 @@ def load_config(path: str | Path, *, hub: bool = False) -> PretrainedConfig:
     """The configuration of a folder, or of a hub id where `hub` allows the network."""
     from transformers import AutoConfig
 
-    if hub or _is_ours(path):
+    path = _place(path, hub)
+    if _is_ours(path):
         _register()
-    config = AutoConfig.from_pretrained(_place(_home(path), hub), local_files_only=not hub, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(_home(path), local_files_only=True, trust_remote_code=False)
     return _frozen_config(config) if config.model_type == ADAPTED else config
 
 
@@ -49,11 +51,12 @@ def load_tokenizer(path: str | Path, *, hub: bool = False) -> PreTrainedTokenize
     """The tokenizer of a folder or hub id. Raises RequestError where it has none."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    path = _place(path, hub)
     # for some model types the Auto class takes the type's own tokenizer, whatever the folder says it was saved from
     path = path if (Path(path) / "tokenizer.json").is_file() else _home(path)
     chosen = PreTrainedTokenizerFast if _saved_class(path) in GENERAL_TOKENIZERS else AutoTokenizer
     try:
-        tokenizer = chosen.from_pretrained(_place(path, hub), local_files_only=not hub, trust_remote_code=False)
+        tokenizer = chosen.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RequestError(f"{path}: expected a tokenizer (tokenizer.json), found none that loads ({error})") from None
     if not getattr(tokenizer, "is_fast", False):
@@ -85,17 +88,17 @@ def load(
     """
     import torch
 
-    check_as_made(Path(path))
+    path = _place(path, hub)
+    check_as_made(path)
     if is_lora(path):
-        return add_to(load(_home(path), dtype=dtype, device=device), Path(path))
-    config = load_config(path, hub=hub)
-    place = _place(path, hub)
-    if (Path(place) / ADAPTER).is_file():
+        return add_to(load(_home(path), dtype=dtype, device=device), path)
+    config = load_config(path)
+    if (path / ADAPTER).is_file():
         from graft.adapters.folder import load as load_adapted
 
-        return load_adapted(place, dtype=dtype, device=device)
-    if Path(place).is_dir() and not config.model_type.startswith("graft_"):
-        read_headers(Path(place))
+        return load_adapted(path, dtype=dtype, device=device)
+    if not config.model_type.startswith("graft_"):
+        read_headers(path)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     # packed weights are made where they shall be: they cannot be moved on every device
     quantised = quantization is not None or getattr(config, "quantization_config", None) is not None
@@ -103,11 +106,11 @@ def load(
     if quantization is not None:
         packed["quantization_config"] = quantization
     try:
-        with _no_bars(hub):
+        with _no_bars():
             model, info = model_class(config).from_pretrained(
-                place,
+                path,
                 dtype=wanted or "auto",
-                local_files_only=not hub,
+                local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
@@ -171,9 +174,12 @@ def _home(path: str | Path) -> str | Path:
     return base
 
 
-def _place(path: str | Path, hub: bool) -> str:
-    if Path(path).is_dir() or hub:
-        return str(path)
+def _place(path: str | Path, hub: bool) -> Path:
+    """The folder itself, or where the model of that id lies once it has been fetched."""
+    if Path(path).is_dir():
+        return Path(path)
+    if hub:
+        return fetch(str(path))
     raise RequestError(
         f"{path}: expected a model's folder, found none; one on the hub needs the network allowed: `hub=True` (--hub)"
     )
@@ -196,13 +202,12 @@ def _register() -> None:
 
 
 @contextmanager
-def _no_bars(keep: bool = False) -> Iterator[None]:
-    """Without the progress bars of `transformers`, shown for every small file; `keep` where a download may come."""
+def _no_bars() -> Iterator[None]:
+    """Without the progress bars of `transformers`, shown for every small file."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
-    if not keep:
-        logging.disable_progress_bar()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
