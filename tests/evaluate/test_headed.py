@@ -199,3 +199,18 @@ def test_the_best_span_is_that_of_trying_all(seed, count, first):
     value, span = best_span(start, end, window)
     assert span == max(tried, key=lambda pair: tried[pair])
     assert value == pytest.approx(tried[span])
+
+
+def test_heads_and_models_that_write_are_compared_over_the_same_labels(family):
+    """Of the head's labels only those of the data count, as for a model that chooses one of the labels by its text."""
+    recipe = RECIPE.replace(
+        "models: [multi, colour]}", "models: [multi, colour], limit: 2, labels: [red, green, blue]}"
+    )
+    recipe += "  - {measure: classification, on: [colours.test], models: [multi], labels: [red, green, blue, mauve]}\n"
+    (family / "labels.yaml").write_text(recipe)
+    graft.run(family / "labels.yaml", family / "run")
+    assert rows(family)["multi", "accuracy"]["value"] > 0.9
+    wrong = recipe.replace("red, green, blue, mauve", "mauve, pink")
+    (family / "labels.yaml").write_text(wrong)
+    with pytest.raises(RequestError, match=r"knows \(blue, green, red\), found mauve, pink"):
+        graft.run(family / "labels.yaml", family / "run")

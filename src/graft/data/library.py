@@ -6,11 +6,14 @@ import ast
 import inspect
 import io
 import keyword
+import textwrap
 import tokenize
 from collections.abc import Iterator
 
 LEAST, MOST = 3, 40
 """Tokens of a statement; shorter and longer ones are left out."""
+OPENING = 120
+"""Characters of an opening: few enough that a label fits behind it into a short context."""
 KINDS = {tokenize.NUMBER: "number", tokenize.STRING: "string", tokenize.OP: "operator"}
 
 
@@ -25,6 +28,12 @@ def docstrings(code: str) -> Iterator[str]:
             text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
             if len(text) >= 80:
                 yield text
+
+
+def openings(code: str) -> Iterator[str]:
+    """The first paragraph of each docstring, on one line and cut at a word's end behind OPENING characters at most."""
+    for text in docstrings(code):
+        yield textwrap.shorten(text.split("\n\n")[0], OPENING, placeholder="")
 
 
 def statements(code: str) -> Iterator[dict[str, list[str]]]:

@@ -63,7 +63,8 @@ class PythonLibrary(Source):
         Literal["code", "docstrings", "tokens", "packages"],
         Field(
             description="`code`: whole files; `docstrings`: their prose, one a document; `tokens`: statements as lists "
-            "of tokens, each tagged with its kind; `packages`: docstrings labelled with the package they stand in."
+            "of tokens, each tagged with its kind; `packages`: what docstrings begin with, labelled with the package "
+            "they stand in."
         ),
     ] = "code"
     packages: Annotated[

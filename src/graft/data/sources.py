@@ -107,7 +107,7 @@ def _python_library(settings: kinds.PythonLibrary, root: Path) -> Iterator[Tagge
             yield from ((None, record) for record in library.statements(text))
         elif settings.keep == "packages":
             package = name.partition("/")[0].removesuffix(".py")
-            yield from ((None, {"text": prose, "label": package}) for prose in library.docstrings(text))
+            yield from ((None, {"text": opening, "label": package}) for opening in library.openings(text))
         else:
             yield from ((None, {"text": prose}) for prose in library.docstrings(text))
 

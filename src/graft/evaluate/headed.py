@@ -13,7 +13,7 @@ from graft import models
 from graft.data.examples import Encoder, LabelledCollate, Window
 from graft.data.objectives import Tokens
 from graft.data.rows import Row
-from graft.errors import RunError
+from graft.errors import RequestError, RunError
 from graft.evaluate import metrics
 from graft.evaluate.items import Scored, Subject, scored_texts
 from graft.evaluate.scorer import longest_context
@@ -61,18 +61,23 @@ class HeadScorer:
         return self._loaded
 
     def _classified(self, subject: Subject, facts: HeadFacts, model: Any, encoder: Encoder) -> list[Scored]:
+        """The most probable of the labels there are to choose from. Raises RequestError where the head knows none."""
+        task = subject.task
+        assert task is not None
+        assert task.choices is not None
+        choices = task.choices(subject.records[0])
+        known = [number for number, label in enumerate(facts.labels) if label in choices]
+        if not known:
+            raise RequestError(
+                f"{subject.on}: expected labels that the head for {facts.task} knows ({', '.join(facts.labels)}), "
+                f"found {', '.join(choices)}"
+            )
         logits = self._read(model, encoder, "classification", encoder.classified(subject.records))
-        found = [facts.labels[int(each.argmax())] for (each,) in logits]
-        wanted = [record["label"] for record in subject.records]
-        classes = sorted({*facts.labels, *wanted})
-        notes = [{"found": a, "label": b} for a, b in zip(found, wanted, strict=True)]
-        assert subject.task is not None
-        made = []
-        for name in subject.task.metrics:
-            guesses, truths = ([classes.index(label) for label in labels] for labels in (found, wanted))
-            metric, sums = metrics.class_metric(name, guesses, truths, len(classes))
-            made.append(Scored(metric, sums, notes))
-        return made
+        found = [facts.labels[known[int(each[known].argmax())]] for (each,) in logits]
+        guesses, truths = [choices.index(label) for label in found], [task.right(r) for r in subject.records]
+        notes = [{"found": a, "label": choices[b]} for a, b in zip(found, truths, strict=True)]
+        scored = (metrics.class_metric(name, guesses, truths, len(choices)) for name in task.metrics)
+        return [Scored(metric, sums, notes) for metric, sums in scored]
 
     def _tagged(self, records: Sequence[Any], facts: HeadFacts, model: Any, encoder: Encoder) -> list[str]:
         """The tags of each record, spaces between them; a word that is cut off has none: `?`."""
