@@ -265,9 +265,11 @@ def token_ids(folder: Path) -> dict[str, int] | None:
 def tokenizer_of(folder: Path) -> frozenset[str] | None:
     """What the tokenizer in a folder has of `text`, `end`, `mask`, `sentinels`; nothing where there is none.
 
-    None where only loading it can tell.
+    An adapter without one has its base's. None where only loading it can tell.
     """
     folder = Path(folder)
+    if is_lora(folder) and not (folder / "tokenizer.json").is_file():
+        folder = lora.base_folder(folder) or folder
     tokens = token_ids(folder)
     if tokens is None:
         return None if any(any(folder.glob(name)) for name in TOKENIZER_FILES) else frozenset()
@@ -348,10 +350,7 @@ def facts_of(folder: Path) -> Facts:
     """
     folder = Path(folder)
     check_as_made(folder)
-    home = folder
-    if is_lora(folder) and not (folder / "tokenizer.json").is_file():
-        home = lora.base_folder(folder) or folder
-    found = replace(_facts_of(folder), tokenizer=tokenizer_of(home), heads=heads_of(folder))
+    found = replace(_facts_of(folder), tokenizer=tokenizer_of(folder), heads=heads_of(folder))
     return replace(found, stored="quantised") if is_quantised(folder) else found
 
 

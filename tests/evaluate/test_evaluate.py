@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -254,6 +255,14 @@ def test_a_missing_field_is_named(tmp_path):
 def test_a_misspelt_measure_is_shown_the_right_one():
     with pytest.raises(SettingsError, match="did you mean 'bits_per_byte'"):
         parse([{"measure": "bits_per_bite", "on": ["a"]}])
+
+
+def test_a_model_without_a_tokenizer_is_named_before_any_is_measured(family, sets, tmp_path):
+    mute = tmp_path / "mute"
+    shutil.copytree(next(iter(family.values())), mute, ignore=shutil.ignore_patterns("*token*"))
+    with pytest.raises(RequestError, match=rf"expected models with a tokenizer, found none in {mute}: put its files"):
+        run({**family, "mute": mute}, [{"measure": "bits_per_byte", "on": ["plain.test"]}], sets, tmp_path)
+    assert not (tmp_path / "out" / "results.jsonl").exists()
 
 
 def test_a_model_that_gives_nan_is_named(tokenizer, sets, tmp_path):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from graft import lineage, models
-from graft.errors import RunError
+from graft.errors import RequestError, RunError
 from graft.evaluate import metrics, statistics
 from graft.evaluate.headed import HeadScorer
 from graft.evaluate.items import Scored, Subject, score, subjects
@@ -42,6 +42,10 @@ def evaluate(
     device: str | None,
 ) -> list[Row]:
     """See `graft.evaluate.evaluate`."""
+    there = [folder for folder in folders.values() if (folder / "config.json").is_file()]
+    mute = [str(folder) for folder in there if lineage.tokenizer_of(folder) == frozenset()]
+    if mute:
+        raise RequestError(f"expected models with a tokenizer, found none in {', '.join(mute)}: put its files there")
     results = Results(out)
     asked = [subject for measure in measures for subject in subjects(measure, data, root)]
     hashes = {name: lineage.hash_model(folder) for name, folder in folders.items()}
