@@ -169,7 +169,8 @@ def _threshold(pieces: Sequence[_Counted], bracket: _Bracket, count: int) -> flo
         return None
     held = np.concatenate([piece.inside for piece in pieces])
     rank = len(held) - (count - above)
-    return float(np.partition(held, rank)[rank])
+    held.partition(rank)
+    return float(held[rank])
 
 
 def _narrower(pieces: Sequence[_Counted], bracket: _Bracket, count: int) -> _Bracket:

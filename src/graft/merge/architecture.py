@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import re
@@ -234,6 +235,8 @@ def _plain(folder: Path) -> str:
 
 
 if __name__ == "__main__":
+    # what is imported stays until the end: there is no garbage worth looking for
+    gc.disable()
     # a name that stands for None is not installed, for all that transformers can tell
     sys.modules.update(dict.fromkeys(NOT_NEEDED))  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as place:
