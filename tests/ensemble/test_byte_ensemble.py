@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from test_seq2seq import t5
 from tiny_bytes import LEFT, RIGHT, by_hand, member, pair, tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -174,6 +175,12 @@ def test_what_cannot_be_done_is_refused():
         EnsembleOverBytes(model.config, list(model.members))(input_ids=ids)
     with pytest.raises(RequestError, match="names no number"):
         ensemble_of({"bytes": model, "other": pair(SOME)})
+
+
+def test_members_that_read_a_source_are_refused_over_bytes():
+    members = {"one": t5(0), "other": t5(1)}
+    with pytest.raises(RequestError, match="member 'one': bytes are for decoders, found encoder-decoders"):
+        ensemble_of(members, tokenizers=[LEFT, LEFT])
 
 
 def saved(folder):

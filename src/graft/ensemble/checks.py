@@ -47,9 +47,11 @@ def problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[st
     found += _several_problems(settings)
     found += _device_problems(settings)
     if settings.show is not None and (
-        settings.rule != "linear" or settings.vocabulary != "same" or models[first].architecture != "decoder"
+        settings.rule != "linear" or settings.vocabulary == "union" or models[first].architecture != "decoder"
     ):
-        found.append("`show` is for mixtures (linear) of decoders of one vocabulary: only there members share a token")
+        found.append(
+            "`show` is for mixtures (linear) of decoders of one vocabulary or over bytes: only there members share"
+        )
     if not isinstance(settings.weights, FittedWeights):
         wrong = method("graft.ensemble", settings.rule).problem(constants(settings))
         found += [wrong] if wrong else []

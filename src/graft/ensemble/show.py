@@ -10,6 +10,8 @@ import torch
 
 from graft import models
 from graft.data.encode import encode_with_places
+from graft.ensemble.byte_level import show as byte_show
+from graft.ensemble.byte_level.model import EnsembleOverBytes
 from graft.ensemble.causal import EnsembleForCausalLM
 from graft.ensemble.gate import Gate, Told
 from graft.ensemble.reading import common_context, distributions, text_items
@@ -24,11 +26,17 @@ if TYPE_CHECKING:
 
 @torch.inference_mode()
 def speaks(folder: Path | str, text: str, *, device: str | None = None) -> Spoken:
-    """Who speaks in `text`. Raises RequestError for what is no mixture over one vocabulary, and for an empty text."""
+    """Who speaks in `text`; over bytes, at which character. Raises RequestError for what is no mixture over one
+    vocabulary or over bytes, and for an empty text."""
+    if not text:
+        raise RequestError("expected a text to show, found none")
     model = models.load(folder, device=device)
+    if isinstance(model, EnsembleOverBytes) and model.config.combine == "linear":
+        return byte_show.speaks(model, text)
     if not isinstance(model, EnsembleForCausalLM) or model.config.combine != "linear" or model.union is not None:
         raise RequestError(
-            f"{folder}: expected a mixture (linear) of decoders of one vocabulary: only there members share"
+            f"{folder}: expected a mixture (linear) of decoders of one vocabulary, or over bytes: only there members "
+            "share"
         )
     tokenizer = models.load_tokenizer(folder)
     ((found_ids, places),) = encode_with_places([text], tokenizer)

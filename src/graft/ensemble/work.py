@@ -65,6 +65,8 @@ def _show(job: Job, settings: EnsembleSettings, sources: list[Source], weights: 
     if reference is None or not _can_be_shown(settings, sources):
         return
     from graft.checkpoint import atomic_write
+    from graft.ensemble.byte_level import show as byte_show
+    from graft.ensemble.byte_level.fitting import cover_of
     from graft.ensemble.fitting import held_out
     from graft.ensemble.show import spoken_by
     from graft.ensemble.spoken import FILE
@@ -73,16 +75,19 @@ def _show(job: Job, settings: EnsembleSettings, sources: list[Source], weights: 
     text = next((text[:SHOWN] for text in texts if text.strip()), None)
     if text is None:
         return
-    spoken = spoken_by(sources, weights, gate, text, job.device)
+    if settings.vocabulary == "bytes":
+        spoken = byte_show.spoken_by(sources, weights, cover_of(settings), text, job.device)
+    else:
+        spoken = spoken_by(sources, weights, gate, text, job.device)
     atomic_write(job.out / FILE, json.dumps({"on": reference, **spoken.plain()}, ensure_ascii=False) + "\n")
 
 
 def _can_be_shown(settings: EnsembleSettings, sources: list[Source]) -> bool:
-    """Whether members share in every token: in mixtures of decoders of one vocabulary."""
+    """Whether members share in every token: in mixtures of decoders of one vocabulary, or over bytes."""
     from graft.ensemble.configuration import kind_of
     from graft.ensemble.members import config_of
 
-    if settings.rule != "linear" or settings.vocabulary != "same":
+    if settings.rule != "linear" or settings.vocabulary == "union":
         return False
     return kind_of([config_of(source.folder) for source in sources]) == "CausalLM"
 

@@ -38,16 +38,22 @@ def fit(
     """
     data = [text.encode("utf-8", "surrogatepass") for text in texts]
     places = np.repeat(np.arange(len(data)), [len(each) for each in data])
-    cover = Cover(**(settings.cover or CoverSettings()).plain())
+    cover = cover_of(settings)
     if settings.rule == "log_linear":
         return _product(sources, data, places, importance, cover, device)
-    told = np.stack([_gold(_reader(source, cover, device), data) for source in sources])
+    told = np.stack([_gold(reader_of(source, cover, device), data) for source in sources])
     share = importance(places)
     found = replace(fit_linear(told, share), correlation=error_correlation(told))
     return found if len(sources) > MOST else replace(found, contributions=contributions(told, NOTHING, share))
 
 
-def _reader(source: Source, cover: Cover, device: str | None) -> ByteModel:
+def cover_of(settings: EnsembleSettings) -> Cover:
+    """The token sequences that an ensemble's settings ask for."""
+    return Cover(**(settings.cover or CoverSettings()).plain())
+
+
+def reader_of(source: Source, cover: Cover, device: str | None) -> ByteModel:
+    """A member, loaded, as a model over bytes."""
     model = source.load(device)
     limit = context_of(model.config.to_dict())
     return ByteModel(model, models.load_tokenizer(home_of(source.folder)), cover, limit=limit, name=source.name)
@@ -67,7 +73,7 @@ def _product(
 ) -> Fit:
     stride = max(1, -(-len(places) * 257 * 4 // BYTES))
     chosen = np.arange(0, len(places), stride)
-    log_probs = [_spread(_reader(source, cover, device), data, stride) for source in sources]
+    log_probs = [_spread(reader_of(source, cover, device), data, stride) for source in sources]
     gold = np.frombuffer(b"".join(data), np.uint8)[chosen].astype(np.int64)
     return fit_log_linear(log_probs, torch.from_numpy(gold), importance(places[chosen]))
 

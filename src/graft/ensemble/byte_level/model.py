@@ -25,7 +25,7 @@ from graft.ensemble.byte_level.configuration import ByteEnsembleConfig
 from graft.ensemble.byte_level.cover import State
 from graft.ensemble.byte_level.forest import Forest
 from graft.ensemble.byte_level.tokenizer import BOS, EOS, PAD, SIZE, byte_tokenizer
-from graft.ensemble.configuration import EnsembleConfig, context_of, kind_of
+from graft.ensemble.configuration import WORDS, EnsembleConfig, context_of, kind_of
 from graft.ensemble.members import home_of
 from graft.errors import RequestError
 
@@ -47,6 +47,7 @@ class EnsembleOverBytes(Ensemble, GenerationMixin):
         members: Sequence[PreTrainedModel] | None = None,
         tokenizers: Sequence[Any] | None = None,
     ):
+        _check_decoders(config)
         super().__init__(config, members)
         self.readers: list[ByteModel] = []
         self.tokenizers: list[Any] = []
@@ -66,8 +67,7 @@ class EnsembleOverBytes(Ensemble, GenerationMixin):
     @classmethod
     def _check_kind(cls, config: EnsembleConfig, folder: Path) -> None:
         """A configuration of its own says it."""
-        if kind_of([entry["config"] for entry in config.members]) != "CausalLM":
-            raise RequestError(f"{folder}: bytes are for decoders, found encoder-decoders")
+        _check_decoders(config)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -211,6 +211,17 @@ class EnsembleOverBytes(Ensemble, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=mixed, labels=labels, vocab_size=SIZE, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=mixed, past_key_values=cache)
+
+
+def _check_decoders(config: EnsembleConfig) -> None:
+    """Raises RequestError, naming the first member of another kind."""
+    for entry in config.members:
+        kind = kind_of([entry["config"]])
+        if kind != "CausalLM":
+            raise RequestError(
+                f"member {entry['name']!r}: bytes are for decoders, found {WORDS[kind]}: members of that kind need one "
+                "vocabulary"
+            )
 
 
 def _runs(ids: Sequence[int]) -> Iterator[tuple[int, int]]:
