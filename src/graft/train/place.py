@@ -74,10 +74,16 @@ def main_first() -> Iterator[None]:
 
     An error in the first one ends it, and the launcher ends the others.
     """
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank() if several else 0
-    if several and rank:
+    rank, world = processes()
+    if rank:
         torch.distributed.barrier()
     yield
-    if several and not rank:
+    if world > 1 and not rank:
         torch.distributed.barrier()
+
+
+def processes() -> tuple[int, int]:
+    """(which process this is, how many there are); (0, 1) where there is one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -26,7 +26,7 @@ from graft.train.loop import DEV_ROWS, Save, row_tokens, train
 from graft.train.meta import EpisodeRows, MetaLoss
 from graft.train.multitask import MultiTask
 from graft.train.on_text import has_dev
-from graft.train.place import main_first
+from graft.train.place import main_first, processes
 from graft.train.settings import Budget
 from graft.tune.settings import TuneSettings
 from graft.tune.tasks import Mixing, Task, unfit
@@ -65,7 +65,7 @@ def train_on_tasks(
 
     def write(trained: MultiTask, folder: Path) -> None:
         (save or (lambda one, place: models.save(one, tokenizer, place)))(trained.root, folder)
-        if heads:
+        if heads and processes()[0] == 0:
             save_heads(heads, facts, tokenizer, folder, model.base_model_prefix)
 
     metrics = _train(job, settings, multi, parts, dev, write)
@@ -86,6 +86,10 @@ def _train(
 ) -> dict[str, Any]:
     """The training itself, and what came out of it for each task."""
     learn, meta = settings.mixing.learn, settings.mixing.meta
+    if meta is not None and processes()[1] > 1:
+        raise RequestError(
+            "meta-learning adapts weights within one process, found several: start it without a launcher"
+        )
     weights = None
     if learn is not None:
         ends = learn.for_ or list(parts)
