@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny_members import five, gpt2, llama, prompts, qwen
 
+from graft.ensemble import causal
 from graft.ensemble.model import ensemble_of
-from graft.ensemble.speculative import _Drawing, speculate
+from graft.ensemble.speculative import _Drawing, instead_of_generate, speculate
 from graft.errors import RequestError, RunError
 
 
@@ -162,6 +163,10 @@ def test_what_cannot_be_speculated_is_refused(ensemble):
         speculate(ensemble, ids, attention_mask=mask * torch.tensor([[1], [0]]), max_new_tokens=3)
     with pytest.raises(RequestError, match="expected a token in every prompt"):
         speculate(ensemble, ids[:, :0], max_new_tokens=3)
+    with pytest.raises(RequestError, match="expected a temperature above zero, found 0"):
+        speculate(ensemble, ids, max_new_tokens=3, do_sample=True, temperature=0)
+    with pytest.raises(RequestError, match="expected a block above zero, found 0"):
+        speculate(ensemble, ids, max_new_tokens=3, block=0)
     chosen = ensemble_of({"a": llama(), "b": qwen()}, [0.5, 0.5], "majority")
     with pytest.raises(RequestError, match="speculation decodes token by token, found majority: use generate"):
         speculate(chosen, ids, max_new_tokens=3)
@@ -177,3 +182,36 @@ def test_nan_logits_name_the_member_whether_it_drafts_or_verifies(draft, sample)
     model = ensemble_of({"fine": llama(), "bad": bad})
     with pytest.raises(RunError, match=r"member 'bad' \(.*\) gives NaN logits: check its weights"):
         model.speculate(ids, draft, attention_mask=mask, max_new_tokens=4, do_sample=sample)
+
+
+def test_an_ensemble_that_names_a_draft_speculates_where_generate_is_greedy(monkeypatch):
+    plain, ensemble = ensemble_of(five()), ensemble_of(five())
+    ensemble.config.draft = "llama"
+    calls = []
+    monkeypatch.setattr(causal, "instead_of_generate", lambda *a: calls.append(instead_of_generate(*a)) or calls[-1])
+    ids, mask = prompts()
+    greedy = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False, "num_beams": 1, "stopping_criteria": []}
+    end = int(plain.generate(ids, eos_token_id=None, **greedy)[0, -3])
+    for own in ({}, {"eos_token_id": None}, {"eos_token_id": end, "pad_token_id": 0}):
+        found, expected = ensemble.generate(ids, **greedy, **own), plain.generate(ids, **greedy, **own)
+        assert torch.equal(found, expected)
+        assert calls[-1] is not None
+    for own in ({"num_beams": 3}, {"repetition_penalty": 1.3}, {"return_dict_in_generate": True}):
+        found, expected = (m.generate(ids, **{**greedy, **own}) for m in (ensemble, plain))
+        assert torch.equal(getattr(found, "sequences", found), getattr(expected, "sequences", expected))
+        assert calls[-1] is None
+    for model in (ensemble, plain):
+        model.generation_config.no_repeat_ngram_size = 2
+    assert torch.equal(ensemble.generate(ids, **greedy), plain.generate(ids, **greedy))
+    assert calls[-1] is None
+    torch.manual_seed(0)
+    assert ensemble.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=True).shape[0] == 3
+    assert calls[-1] is None
+
+
+def test_a_draft_of_weight_zero_leaves_generate_as_it_is():
+    ensemble = ensemble_of({"a": llama(), "b": qwen()}, [1.0, 0.0])
+    ensemble.config.draft = "b"
+    ids, mask = prompts()
+    given = {"attention_mask": mask, "max_new_tokens": 5, "eos_token_id": None, "do_sample": False}
+    assert torch.equal(ensemble.generate(ids, **given), ensemble.members[0].generate(ids, **given))

@@ -18,7 +18,7 @@ from graft.ensemble.caches import CacheView, Text, grown_text
 from graft.ensemble.configuration import EnsembleConfig
 from graft.ensemble.gate import Told, last_state
 from graft.ensemble.outputs import chosen_outputs
-from graft.ensemble.speculative import Speculated, speculate
+from graft.ensemble.speculative import Speculated, instead_of_generate, speculate
 from graft.ensemble.union import Union
 from graft.errors import RequestError
 
@@ -35,10 +35,15 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
         return attention_mask
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As of any `transformers` model. Raises RequestError where a row of the batch is all padding."""
+        """As of any `transformers` model. Raises RequestError where a row of the batch is all padding.
+
+        An ensemble that names a `draft` speculates where plain greedy decoding is asked for: the same tokens, sooner.
+        """
         self._check_prompts(kwargs.get("attention_mask"))
         if self.choose is not None:
             return chosen_outputs(self, inputs if inputs is not None else kwargs.pop("input_ids"), **kwargs)
+        if self.config.draft is not None and (found := instead_of_generate(self, inputs, kwargs)) is not None:
+            return found
         if self.union is not None:
             kwargs["use_cache"] = False
         return super().generate(inputs, **kwargs)  # type: ignore[misc]

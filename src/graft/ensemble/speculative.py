@@ -8,9 +8,9 @@ computes a column of the kept text twice. In a batch each row goes on as far as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -52,10 +52,12 @@ def speculate(
 
     A batch is padded on the left (`attention_mask`). `draft` names the member of non-zero weight that begins each
     round, and `block` how many tokens it drafts; None: what gives most tokens for the cost, from how many drafts were
-    kept so far. Raises RequestError for other members, an empty prompt, a context longer than a member's, a union of
-    vocabularies, and rules that choose among whole outputs; RunError naming a member whose logits are NaN.
+    kept so far. Raises RequestError for other members, a temperature or block that is not above zero, an empty
+    prompt, a context longer than a member's, a union of vocabularies, and rules that choose among whole outputs;
+    RunError naming a member whose logits are NaN.
     """
     drafts = _drafts(model, draft)
+    _check_above_zero(temperature=temperature, block=block)
     ids, starts = _begin(model, input_ids, attention_mask, max_new_tokens)
     sizes = [float(sum(weight.numel() for weight in model.members[place].parameters())) for place in model.active]
     free = THREAD * torch.get_num_threads() if model.device.type == "cpu" else ACCELERATOR
@@ -72,6 +74,47 @@ def speculate(
                 break
     new = [answers.rows[row][ids.shape[1] - start :] if max_new_tokens > 0 else [] for row, start in enumerate(starts)]
     return Speculated(_behind(input_ids, new, _pad(model, pad_token_id, ends)), turns.drafted, turns.held)
+
+
+def instead_of_generate(
+    model: EnsembleForCausalLM, input_ids: torch.Tensor | None, options: Mapping[str, Any]
+) -> torch.Tensor | None:
+    """What `generate` would give with these options, where they are those of plain greedy decoding; else None."""
+    ids = options.get("input_ids") if input_ids is None else input_ids
+    known = {"input_ids", "attention_mask", "max_new_tokens", "eos_token_id", "pad_token_id", *_GREEDY}
+    other = any(value not in _GREEDY[name] for name, value in options.items() if name in _GREEDY)
+    if ids is None or other or not set(options) <= known or options.get("max_new_tokens") is None:
+        return None
+    active = [model.config.members[place]["name"] for place in model.active]
+    if model.union is not None or model.config.draft not in active or (model.gate is not None and model.gate.skips):
+        return None
+    own = model.generation_config
+    mask = options.get("attention_mask")
+    said = {name for name, value in own.to_diff_dict().items() if value not in (None, False)}
+    if not said <= _UNHEARD or (mask is not None and bool((mask.long().diff(dim=-1) < 0).any())):
+        return None
+    tokens = {name: options.get(name, getattr(own, name)) for name in ("eos_token_id", "pad_token_id")}
+    count = options["max_new_tokens"]
+    return speculate(model, ids, model.config.draft, attention_mask=mask, max_new_tokens=count, **tokens).sequences
+
+
+_GREEDY: dict[str, tuple[Any, ...]] = {
+    "do_sample": (None, False),
+    "num_beams": (None, 1),
+    "stopping_criteria": (None, []),
+    "use_cache": (None, True),
+}
+"""Options of `generate` with the values that change nothing in greedy decoding."""
+_UNHEARD = {"transformers_version", "_from_model_config", "max_length", "use_cache"} | {
+    f"{name}_token_id" for name in ("bos", "eos", "pad")
+}
+"""What a generation configuration may say without changing it."""
+
+
+def _check_above_zero(**numbers: float | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number <= 0:
+            raise RequestError(f"expected a {name} above zero, found {number}")
 
 
 def _drafts(model: EnsembleForCausalLM, draft: str | None) -> list[int]:
