@@ -37,7 +37,7 @@ class Facts:
     trained_on: frozenset[str] = frozenset()
     """Fingerprints of the data (with split) that went into the weights, ancestors' included."""
     stored: Literal["safetensors", "adapter", "pickle", "quantised"] = "safetensors"
-    """How the weights lie on disk; `adapter`: factors in the form of peft, to be added to a base; `quantised`: packed."""
+    """How the weights lie on disk; `adapter`: factors in the form of peft, added to a base; `quantised`: packed."""
     tokenizer: frozenset[str] | None = None
     """What its tokenizer has of `text`, `end`, `mask` and `sentinels`: nothing where there is none; None: not known."""
     heads: Mapping[str, str] = field(default_factory=dict)

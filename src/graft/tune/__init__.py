@@ -76,7 +76,7 @@ class Tune(Verb[TuneSettings]):
         if start.stored == "quantised" and ("full" in settings.method or settings.fold):
             wish = "folding into packed weights" if settings.fold else "full tuning"
             return [
-                f"{settings.from_} is quantised, and {wish} needs plain ones: train an adapter on it and leave it apart "
+                f"{settings.from_} is quantised, and {wish} needs plain ones: train an adapter and leave it apart "
                 f"(`fold: false`), or unpack it first ({{quantize: {{from: {settings.from_}, bits: 16}}}})"
             ]
         needing = next((name for name in ("further", "fusion") if name in settings.method), None)
