@@ -25,7 +25,7 @@ def plain_weight(module: nn.Module) -> torch.Tensor:
         return dequantize_4bit(weight.data, weight.quant_state)
     from bitsandbytes.functional import int8_vectorwise_dequant
 
-    state: Any = module.state  # type: ignore[union-attr]
+    state: Any = module.state
     codes = state.CB if state.CB is not None else weight.CB
     scales = state.SCB if state.SCB is not None else weight.SCB
     return int8_vectorwise_dequant(codes, scales)

@@ -50,7 +50,7 @@ def packed(folder: Any, settings: QuantizeSettings, device: str | None = None) -
 
 def unpacked(model: PreTrainedModel) -> PreTrainedModel:
     """A plain model of the same class whose weights are those that the packed ones stand for."""
-    values = model.dequantize().state_dict()  # type: ignore[operator]
+    values = model.dequantize().state_dict()
     config = type(model.config)(
         **{key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
     )
@@ -72,5 +72,5 @@ def weight_bytes(model: torch.nn.Module) -> int:
     constants = [
         t for s in states if s is not None for t in (s.absmax, s.code, *((s.state2.absmax,) if s.nested else ()))
     ]
-    scales = [p.SCB for p in found.values() if getattr(p, "SCB", None) is not None]
+    scales = [scale for p in found.values() if (scale := getattr(p, "SCB", None)) is not None]
     return sum(t.numel() * t.element_size() for t in [*found.values(), *constants, *scales])

@@ -97,7 +97,7 @@ class Dimensions:
         """From a configuration of transformers; None where it does not say enough."""
 
         width, layers = _first(config, WIDTHS), _first(config, LAYERS)
-        heads = _first(config, ("num_attention_heads", "n_head", "num_heads", "n_heads"))
+        heads = _first(config, HEADS)
         if not (width and layers and heads):
             return None
         hidden = _first(config, ("intermediate_size", "n_inner", "d_ff", "ffn_dim", "hidden_dim")) or 4 * width
@@ -108,7 +108,8 @@ class Dimensions:
 
 
 WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
-LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers")
+HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads", "encoder_attention_heads")
 
 
 def _first(config: Mapping[str, Any], names: Sequence[str]) -> Any:
