@@ -163,4 +163,6 @@ def _parameters(out: Path) -> int:
 
     if not list(out.glob("*.safetensors")) or (out / ADAPTER).is_file():
         return 0
-    return parameters_in(read_headers(out).values(), read_config(out))
+    # an adapter in the form of peft has no configuration of a model
+    config = read_config(out) if (out / "config.json").is_file() else {}
+    return parameters_in(read_headers(out).values(), config)
