@@ -28,6 +28,8 @@ EXAMPLES = (13, 25, 250)
 """Of each domain, that weights are fitted on."""
 FITTED_ON = 240
 """Characters of an example."""
+MEDICS = {"medic": "2M tokens", "novice": "500k tokens"}
+"""Small models of medical text, and how much of it they read."""
 
 
 def family() -> tuple[dict[str, Any], dict[str, str]]:
@@ -68,24 +70,27 @@ def domains(data: Mapping[str, Any], finished: Path) -> dict[str, Any]:
     return {
         "family": "domains_ensembled",
         "data": dict(data),
-        "models": {**models, **medical_pair()},
+        "models": {**models, **medical_pairs()},
         "evaluate": evaluate,
     }
 
 
-def medical_pair() -> dict[str, Any]:
-    """A small model that has read medical text only, and what it makes of the larger, general base."""
-    small = {
-        "data": "medical_text", "architecture": "decoder", "size": "1M", "tokenizer": {"of": "base"},
-        "budget": "2M tokens", "learning_rate": 2e-3, "batch_size": 16,
-    }  # fmt: skip
-    pair = {"members": ["base", "medic"]}
-    return {
-        "medic": {"pretrain": small},
-        "pair_uniform": {"ensemble": pair},
-        "pair_for_medical": {"ensemble": {**pair, "weights": {"fit": "medical.dev", "documents": 100}}},
-        "pair_for_mixture": {"ensemble": {**pair, "weights": {"fit": "mixed.dev", "documents": 25}}},
-    }
+def medical_pairs() -> dict[str, Any]:
+    """Small models that have read medical text only, more and less of it, each beside the larger, general base."""
+    found: dict[str, Any] = {}
+    for name, budget in MEDICS.items():
+        small = {
+            "data": "medical_text", "architecture": "decoder", "size": "1M", "tokenizer": {"of": "base"},
+            "budget": budget, "learning_rate": 2e-3, "batch_size": 16,
+        }  # fmt: skip
+        pair, fits = {"members": ["base", name]}, {"medical": ("medical.dev", 100), "mixture": ("mixed.dev", 25)}
+        found[name] = {"pretrain": small}
+        found[f"{name}_uniform"] = {"ensemble": pair}
+        for place, (text, count) in fits.items():
+            found[f"{name}_for_{place}"] = {"ensemble": {**pair, "weights": {"fit": text, "documents": count}}}
+        gated = {"fit": "mixed.dev", "documents": 250, "gate": {"hidden_states": True}}
+        found[f"{name}_gated"] = {"ensemble": {**pair, "weights": gated}}
+    return found
 
 
 def members(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,22 +120,21 @@ def report_domains(run: Path) -> list[str]:
     _, experts = family()
     columns = {domain: [f"{domain}.test"] for domain in experts.values()}
     columns["mixture"] = [place for places in columns.values() for place in places]
-    names = [path.name for path in run.joinpath("models").iterdir()]
-    singles = ["base", *experts]
-    order = ("uniform_linear", "uniform_log_linear", "linear_", "log_linear_", "gated_")
-    combined = sorted(
-        (name for name in names if name.startswith(order)), key=lambda n: (n.rstrip("0123456789"), len(n), n)
-    )
-    pairs = ["pair_uniform", "pair_for_medical", "pair_for_mixture"]
+    recipe = domains({}, Path())["models"]
+    singles, pairs = ["base", *experts], [name for name in medical_pairs() if name not in MEDICS]
+    combined = [name for name in recipe if name not in (*singles, *MEDICS, *pairs)]
     scores = Scores(run)
     general = {column: columns[column] for column in ("medical", "mixture")}
-    return [
+    lines = [
         *score_table(scores, [*singles, *combined], columns), "",
         *difference_table(scores, combined, singles, columns), "",
         *weights(run, [*combined, *pairs]), "",
-        *score_table(scores, ["base", "medic", *pairs], general), "",
-        *difference_table(scores, pairs, ["base", "medic"], general),
+        *score_table(scores, ["base", *medical_pairs()], general), "",
     ]  # fmt: skip
+    for name in MEDICS:
+        own = [pair for pair in pairs if pair.startswith(name)]
+        lines += [*difference_table(scores, own, ["base", name], general), ""]
+    return lines
 
 
 def weights(run: Path, names: list[str]) -> list[str]:
