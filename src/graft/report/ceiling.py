@@ -79,7 +79,7 @@ def draw_ceiling(run: Run) -> Markup:
         text(x(v), HEIGHT - BOTTOM + 18, f"{marks.label(v)} %", class_="tick", text_anchor="middle")
         for v in marks.values
     ]
-    grid.append(line(x(low), y(low), x(high), y(high), class_="leader"))
+    grid.append(line(x(low), y(low), x(high), y(high), class_="frontier"))
     words = "gain of the ensemble over the best parent"
     grid.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, words, class_="quiet", text_anchor="middle"))
     return picture(WIDTH, HEIGHT, *grid, *_dots(found, x, y), label="averaging against ensembling")
