@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graft.errors import CheckpointError, DiskError, GraftError
+from graft.machine import cores
 
 if TYPE_CHECKING:
     import torch
@@ -332,7 +333,7 @@ def check_weights(folder: Path, *, threads: int | None = None, piece: int = 1 <<
             count += int((~torch.isfinite(values)).sum())
         return f"{header.name} ({count} of {header.count} values, {header.file.name})" if count else None
 
-    with TensorReader(folder) as reader, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+    with TensorReader(folder) as reader, ThreadPoolExecutor(threads or cores()) as pool:
         floats = [h for _, h in sorted(reader.headers.items()) if h.dtype in FLOATS]
         found = [text for text in pool.map(bad, floats) if text]
     if found:

@@ -23,6 +23,7 @@ from typing import Protocol, TypeVar
 from graft import verbs
 from graft.errors import GraftError, RequestError, RunError
 from graft.lineage import Manifest
+from graft.machine import share_of_cores
 from graft.making import Work, make
 
 
@@ -83,7 +84,7 @@ class Processes:
             [sys.executable, "-P", "-m", "graft._worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | _threads(self.slots),
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | share_of_cores(self.slots),
         )
         self._running.add(process)
         try:
@@ -154,14 +155,6 @@ class Launched(Here):
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             self._process.wait()
-
-
-def _threads(slots: int) -> dict[str, str]:
-    """Each process's share of the cores, unless the user has set it."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return {}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"OMP_NUM_THREADS": str(max(1, cores // slots))}
 
 
 def attempt(make: Callable[[], T]) -> T | Failure:

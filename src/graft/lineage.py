@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import time
 from collections.abc import Iterable, Mapping
@@ -21,6 +20,7 @@ from graft import lora
 from graft.checkpoint import ADAPTER, INDEX, WIDTH, TensorHeader, TensorReader, atomic_write, read_headers, weight_files
 from graft.errors import CheckpointError, DiskError, RequestError
 from graft.lora import is_lora
+from graft.machine import cores
 from graft.pickles import hash_pickles, is_pickled, pickled_bytes
 from graft.settings import Settings
 from graft.verb import Facts
@@ -123,7 +123,7 @@ def hash_weights(folder: Path) -> str:
 
 @lru_cache(maxsize=128)
 def _hash_files(folder: Path, stamps: tuple[tuple[str | int, ...], ...]) -> str:
-    with TensorReader(folder) as reader, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with TensorReader(folder) as reader, ThreadPoolExecutor(cores()) as pool:
         digests = pool.map(lambda name: _hash_tensor(reader, name), reader.names)
         whole = hashlib.sha256()
         for digest in digests:

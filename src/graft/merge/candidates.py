@@ -28,6 +28,7 @@ from graft.evaluate.judge import Judge
 from graft.evaluate.results import Results, key_of
 from graft.evaluate.unseen import check_unseen
 from graft.lineage import hash_file
+from graft.machine import share_of_cores
 from graft.merge.engine import COMPANIONS, files_beside, prepare, stamps, stream, unrelated
 from graft.merge.inputs import Input, inputs
 from graft.merge.judged import Judged
@@ -292,9 +293,8 @@ class _Helper:
     """Judges in another process, which has its share of the cores and ends with this one."""
 
     def __init__(self, job: Job, judged: Judged, number: int, jobs: int):
-        cores = len(os.sched_getaffinity(0))
         own = {"GRAFT_QUIET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        own |= {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
+        own |= share_of_cores(jobs)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "graft.merge.candidates"],
             stdin=subprocess.PIPE,

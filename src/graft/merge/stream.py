@@ -10,7 +10,6 @@ stream of its own, and writes what comes back, so that reading and writing overl
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from graft.checkpoint import TORCH_NAMES, WIDTH, TensorReader, TensorWriter
 from graft.errors import CheckpointError
+from graft.machine import cores
 
 PIECE = 1 << 17
 """Elements of a piece: those of a few models, in float32, lie in a core's cache."""
@@ -79,8 +79,7 @@ class Workers:
 
     def __init__(self, threads: int | None = None, device: str = "cpu"):
         self.device = torch.device(device)
-        cores = len(os.sched_getaffinity(0))
-        self.threads = threads or (cores if self.near else min(cores, FAR_THREADS))
+        self.threads = threads or (cores() if self.near else min(cores(), FAR_THREADS))
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="merge")
         self._own = threading.local()
         self._whole = threading.Lock()

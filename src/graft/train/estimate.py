@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from graft.machine import cores
 from graft.train.memory import CONVENTIONS, PROCESS, Dimensions, activation_bytes, model_states
 from graft.train.settings import TrainSettings
 from graft.verb import Estimate
@@ -22,7 +23,7 @@ def threads() -> int:
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given.isdecimal() and int(given) > 0:
         return int(given)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores()
 
 
 def cpu_flops() -> float:
