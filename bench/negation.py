@@ -80,11 +80,11 @@ def write(name: str, records: Sequence[dict[str, str]]) -> None:
     (OUT / "data" / name).write_text("".join(json.dumps(record) + "\n" for record in shuffled))
 
 
-def prompts(count: int, words: int) -> list[str]:
-    """The first words of clean test texts that are longer than that."""
+def prompts(count: int, words: int) -> list[tuple[str, str]]:
+    """The first words of clean test texts that are longer than that, and the rest of each."""
     lines = (OUT / "data" / "clean-test.jsonl").read_text().splitlines()
     split = [json.loads(line)["text"].split() for line in lines]
-    return [" ".join(some[:words]) for some in split if len(some) > words][:count]
+    return [(" ".join(some[:words]), " ".join(some[words:])) for some in split if len(some) > words][:count]
 
 
 @torch.inference_mode()
@@ -147,13 +147,18 @@ def main() -> None:
     graft.run(HERE / "negation.yaml", OUT / "run")
     run, folders = read_run(OUT / "run"), OUT / "run" / "models"
     judge = Scorer(models.load(folders / "judge"), models.load_tokenizer(folders / "judge"))
-    starts = prompts(given.texts, given.words)
+    starts, rests = zip(*prompts(given.texts, given.words), strict=True)
     shown = [name for name in run.models if name != "judge"]
     found = {name: toxicity(judge, continuations(folders / name, starts, given.tokens)) for name in shown}
     print("### task negation\n")
     print("\n".join(table(run, found)))
     right = {column.metric: row for (name, column), row in run.scores.items() if name == "judge"}["accuracy"]
-    print(f"\nThe judge is right on {right['value']:.3f} ({right['low']:.3f} to {right['high']:.3f}) of test texts.")
+    print(
+        f"\nThe judge is right on {right['value']:.3f} ({right['low']:.3f} to {right['high']:.3f}) of test texts; by it"
+    )
+    print(
+        f"the rest of the clean texts that are gone on from has a mean toxicity of {toxicity(judge, rests).mean():.3f}."
+    )
     minutes = (time.perf_counter() - started) / 60
     print(f"`{shlex.join(['python', *sys.argv])}`: {minutes:.1f} minutes. {machine()}.")
     print(f"{versions(['graft', 'torch', 'transformers'])}; {datetime.date.today().isoformat()}.")
