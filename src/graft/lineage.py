@@ -31,6 +31,8 @@ ADAPTED = "graft_adapted"
 """The `model_type` of a folder of adapters, and the key of what `config.json` says of them."""
 GENERAL_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """Names under which a tokenizer is saved that is all in its `tokenizer.json`."""
+CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+"""Names in configurations for how many tokens a model reads at once."""
 TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "tekken.json")
 """Files that a tokenizer may be in that is not in `tokenizer.json`."""
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from graft.ensemble.settings import MOVE
 from graft.errors import RequestError
+from graft.lineage import CONTEXTS
 
 
 class EnsembleConfig(PretrainedConfig):
@@ -130,7 +131,7 @@ def context_of(config: dict[str, Any]) -> int | None:
         return _first(config, "max_position_embeddings")
     if config.get("model_type") == EnsembleConfig.model_type:
         return min((n for n in (context_of(entry["config"]) for entry in config["members"]) if n), default=None)
-    return _first(config, "max_position_embeddings", "n_positions", "max_seq_len")
+    return _first(config, *CONTEXTS)
 
 
 def spans_of(layers: Sequence[int], first: int = 0) -> list[tuple[int, int]]:

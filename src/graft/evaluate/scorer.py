@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from graft.errors import RequestError, RunError
 from graft.evaluate.sharing import Request, Row, plan
+from graft.lineage import CONTEXTS
 from graft.progress import Progress
 
 if TYPE_CHECKING:
@@ -465,7 +466,7 @@ def most_tokens(config: Any, tokenizer: Any) -> int:
 
 
 def _lengths(config: Any) -> list[int]:
-    found = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")]
+    found = [getattr(config, name, None) for name in CONTEXTS]
     return [size for size in found if isinstance(size, int) and size > 0]
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from graft.data.objectives import ObjectiveSettings
+from graft.lineage import CONTEXTS
 from graft.settings import DataRef, ModelRef
 from graft.train.settings import TrainSettings
 from graft.tune.tasks import Mixing, Task, problems
@@ -88,5 +89,5 @@ LONGEST = 1024
 
 def longest(config: Mapping[str, Any], *others: Any) -> int:
     """The longest context that a configuration (and `others`, if whole numbers) names, 1024 at most."""
-    named = [config.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    named = [config.get(name) for name in CONTEXTS]
     return min([LONGEST, *(count for count in (*named, *others) if isinstance(count, int) and count > 0)])
