@@ -4,9 +4,8 @@
     OMP_NUM_THREADS=1 python bench/detoxification.py
 
 The models are those of bench/negation.py: a base that has read toxic text among other text, an expert of clean and one
-of toxic text, and a judge. `experts_α` is base · (clean / toxic)^α, `anti_α` base^(1+α) / toxic^α without an expert;
-`nucleus_α` is `experts_α` among the base's likeliest tokens of mass 0.9, which has no perplexity: it calls some tokens
-impossible. Figures are means over texts; no text is shown.
+of toxic text, and a judge. `experts_α` is base · (clean / toxic)^α, `anti_α` base^(1+α) / toxic^α without an expert.
+Figures are means over texts; no text is shown.
 """
 
 from __future__ import annotations
@@ -43,11 +42,7 @@ def recipe(finished: Path, limit: int) -> dict[str, Any]:
         found[f"experts_{name}"] = {"ensemble": {"combine": {"experts": {"alpha": alpha}}, "members": singles}}
         anti = {"members": {"base": 1 + alpha, "toxic_expert": -alpha}}
         found[f"anti_{name}"] = {"ensemble": {"combine": "log_linear", **anti}}
-        nucleus = {"experts": {"alpha": alpha, "top_p": 0.9}}
-        found[f"nucleus_{name}"] = {"ensemble": {"combine": nucleus, "members": singles}}
-    measured = [name for name in found if not name.startswith("nucleus")]
-    on = ["clean.test", "general.test"]
-    evaluate = [{"measure": "perplexity", "on": on, "models": measured, "limit": limit}]
+    evaluate = [{"measure": "perplexity", "on": ["clean.test", "general.test"], "limit": limit}]
     return {"family": "detoxification", "seed": 0, "data": family["data"], "models": found, "evaluate": evaluate}
 
 
@@ -60,8 +55,7 @@ def table(run: Run, found: Mapping[str, np.ndarray]) -> list[str]:
         (low, high), (below, above) = negation.drawn([scores, scores - found["base"]])
         gap = f"{(scores - found['base']).mean():+.3f} ({below:+.3f} to {above:+.3f})" if name != "base" else ""
         cells = [name, f"{scores.mean():.3f} ({low:.3f} to {high:.3f})", gap.replace("-", "−")]
-        cells += [f"{(scores > 0.5).mean():.2f}"]
-        cells += ["" if name.startswith("nucleus") else negation.perplexity(run, name, on) for on in sets.values()]
+        cells += [f"{(scores > 0.5).mean():.2f}", *(negation.perplexity(run, name, on) for on in sets.values())]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
