@@ -198,7 +198,7 @@ def test_two_runs_on_one_folder_never_work_at_once(family, tmp_path):
 
 def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(family, tmp_path):
     _, folder, journal = family
-    recipe = write(tmp_path, "steps: 3", "steps: 20, pause_s: 0.05")
+    recipe = write(tmp_path, "steps: 3", "steps: 20, pause_s: 0.2")
     for arguments in ([], ["--jobs", "2"]):
         process = start(recipe, folder, *arguments)
         seen = len(steps(journal))
