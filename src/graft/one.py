@@ -76,7 +76,7 @@ def make_one(
 def told(folder: Path) -> list[str]:
     """What people should read of how a model came about, a line each."""
     manifest = read_manifest(folder)
-    return verbs.verb(manifest.verb).told(manifest.notes) if manifest is not None else []
+    return verbs.told(manifest) if manifest is not None else []
 
 
 def one_node(

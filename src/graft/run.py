@@ -18,8 +18,10 @@ from graft.making import Work
 from graft.models import check_device
 from graft.plan import Places, Plan, Step, make_plan, standing
 from graft.plan.keys import data_uses
+from graft.plan.places import OneModel
 from graft.progress import say
 from graft.recipe import Recipe, read_recipe
+from graft.verbs import told
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,10 @@ class _Course:
             self.done.add(name)
             self.made.append(name)
             say(f"{name}: done in {outcome.seconds:.1f} s")
+            if not isinstance(self.plan.places, OneModel):
+                # a command that makes one model tells of it on stdout
+                for line in told(outcome):
+                    say(f"{name}: {line}")
 
 
 def _work(plan: Plan, step: Step, device: str | None) -> Work:

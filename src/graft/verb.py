@@ -146,7 +146,7 @@ class Verb(Generic[S]):
         return ()
 
     def told(self, notes: Mapping[str, Any]) -> list[str]:
-        """What people should read of a manifest's notes, a line each."""
+        """What people should read of a manifest's notes, a line each; beside them, as `forced`, what was overridden."""
         return []
 
     def unreadable(self, models: Mapping[str, Facts]) -> list[str]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graft.errors import UnknownName
 from graft.verb import Verb
+
+if TYPE_CHECKING:
+    from graft.lineage import Manifest
 
 _OWN = {
     "load": "graft._load",
@@ -35,6 +38,11 @@ def verb(name: str) -> Verb[Any]:
         if entry.name == name:
             return entry.load()
     raise UnknownName("verb", name, verb_names())
+
+
+def told(manifest: Manifest) -> list[str]:
+    """What people should read of how a model came about, a line each."""
+    return verb(manifest.verb).told({**manifest.notes, **({"forced": manifest.forced} if manifest.forced else {})})
 
 
 def _entries() -> importlib.metadata.EntryPoints:

@@ -90,8 +90,15 @@ class Merge(Verb[MergeSettings]):
 
         never, may_be_forced = problems(settings, models)
         first = models[settings.parents[0]].architecture
-        if (settings.search or settings.seeds) and hasattr(method("graft.merge", settings.method), "make"):
-            never.append(f"{settings.method} makes no model: leave `search` and `seeds` out")
+        beside = settings.search or settings.seeds or settings.barrier
+        if beside and hasattr(method("graft.merge", settings.method), "make"):
+            never.append(f"{settings.method} makes no model: leave `search`, `seeds` and `barrier` out")
+        if settings.barrier is not None:
+            never += [
+                f"{name} is stored as {models[name].stored}: a `barrier` is measured between models of safetensors"
+                for name in settings.names
+                if models[name].stored != "safetensors"
+            ]
         for judged in judged_parts(settings).values():
             if judged.judges and first not in (kinds := judged.entry().architectures):
                 name = judged.task or judged.measure
@@ -171,7 +178,13 @@ class Merge(Verb[MergeSettings]):
     def run(self, job: Job) -> dict[str, Any]:
         from graft.merge.engine import run
 
-        return run(job)
+        found = run(job)
+        assert isinstance(job.settings, MergeSettings)
+        if job.settings.barrier is not None:
+            from graft.merge.barrier import barriers
+
+            found["notes"]["barriers"] = barriers(job)
+        return found
 
 
 def _import_engine() -> None:

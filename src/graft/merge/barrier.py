@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +16,9 @@ from graft.progress import Progress
 
 if TYPE_CHECKING:
     from graft.evaluate.judge import Judge
+    from graft.verb import Job
+
+LINE = "line.json"
 
 
 @dataclass(frozen=True)
@@ -55,3 +60,32 @@ def line_between(first: Path, second: Path, judge: Judge, points: int, device: s
             values.append(judge.value(moving, tokenizer))
             progress.advance(1)
     return Line(shares, values, judge.higher_is_better)
+
+
+def barriers(job: Job) -> dict[str, Any]:
+    """For the manifest: the lines between each two models of a merge that asks for them, with their barriers.
+
+    A line that was measured before a kill is not measured again.
+    """
+    from graft.evaluate.judge import Judge
+    from graft.merge._kept import kept, made_of
+    from graft.merge.settings import MergeSettings
+
+    settings = job.settings
+    assert isinstance(settings, MergeSettings)
+    assert settings.barrier is not None
+    asked = settings.barrier
+    judge = Judge.of(asked.entry(), job.data, job.root, asked.metric)
+    found = []
+    for i, j in combinations(range(len(settings.names)), 2):
+        pair = [settings.names[i], settings.names[j]]
+
+        def make(folder: Path, first: Path = job.models[pair[0]], second: Path = job.models[pair[1]]) -> None:
+            line = line_between(first, second, judge, asked.points, job.device)
+            plain = {"shares": list(line.shares), "values": list(line.values), "barrier": line.barrier}
+            (folder / LINE).write_text(json.dumps(plain))
+
+        made = made_of(job, settings, pair, barrier=asked.plain())
+        measured = json.loads((kept(job, f"barriers/{i}-{j}", made, make) / LINE).read_text())
+        found.append({"between": pair, **measured})
+    return {"metric": judge.metric, "on": asked.data, "lines": found}

@@ -164,9 +164,17 @@ class Seeds(Judged):
         return {"count": raw} if isinstance(raw, int) and not isinstance(raw, bool) else raw
 
 
+class Barrier(NeedsData):
+    """The measure along the straight line between each two of the models, and how high the hill on it is."""
+
+    points: Annotated[int, Field(ge=3, description="Models measured on each line, its ends among them.")] = 5
+
+
 def judged_parts(settings: MergeSettings) -> dict[str, Judged]:
     """What of a merge judges models, by its key; by the empty key what stands in the merge's own settings."""
-    parts = {"search": settings.search, "seeds": settings.seeds, "": settings if isinstance(settings, Judged) else None}
+    own = settings if isinstance(settings, Judged) else None
+    parts: dict[str, Judged | None] = {"search": settings.search, "seeds": settings.seeds, "barrier": settings.barrier}
+    parts[""] = own
     return {key: part for key, part in parts.items() if part is not None}
 
 

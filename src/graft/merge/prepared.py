@@ -26,7 +26,7 @@ class Prepared:
     """Where the models lie, if they are others than the job's."""
 
 
-NOT_SHARED = ("method", "models", "slices", "search", "seeds")
+NOT_SHARED = ("method", "models", "slices", "search", "seeds", "barrier")
 
 
 class ChoosingSettings(MergeSettings):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
-from graft.merge.judged import Search, Seeds
+from graft.merge.judged import Barrier, Search, Seeds
 from graft.merge.varying import Varied, replaced, split, written
 from graft.settings import Bytes, ModelRef, Number, Settings
 
@@ -76,6 +76,10 @@ class MergeSettings(Settings):
         Seeds | None,
         Field(description="Of a method that draws at random: report how far merges with so many seeds lie apart."),
     ] = None
+    barrier: Annotated[
+        Barrier | None,
+        Field(description="Measure the models along the straight lines between each two of them, on held-out data."),
+    ] = None
 
     _varied: Mapping[tuple[str, ...], Varied] = PrivateAttr(default_factory=dict)
 
@@ -129,6 +133,19 @@ class MergeSettings(Settings):
             from graft.merge.space import check
 
             check(self, self.search)
+        return self
+
+    @model_validator(mode="after")
+    def _has_lines(self) -> MergeSettings:
+        if self.barrier is None:
+            return self
+        if self.aligns:
+            raise ValueError(f"expected no `barrier` beside {self.method}, which measures the lines itself with `on`")
+        if len(self.names) < 2:
+            raise ValueError(f"expected two models or more to measure a `barrier` between, found {self.names[0]} alone")
+        for name in ("part", "slices", "vocabulary"):
+            if getattr(self, name):
+                raise ValueError(f"expected no `barrier` beside `{name}`: no straight line joins such models")
         return self
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ def altered(settings: M, values: Mapping[str, Any]) -> M:
     `weights` holds one for each model, `density.coder` is that of one model; a list is a gradient over the layers.
     Raises SettingsError for what the method does not take.
     """
-    raw = settings.plain() | {"search": None, "seeds": None}
+    raw = settings.plain() | {"search": None, "seeds": None, "barrier": None}
     for key, value in values.items():
         name, _, model = key.partition(".")
         if key == "weights":

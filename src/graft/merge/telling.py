@@ -1,14 +1,20 @@
-"""What was found out before a merge, in lines for people. Light."""
+"""What was found out before and beside a merge, in lines for people. Light."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+TOKENIZER = ("tokenizer", "vocab", "merges", "spiece", "added_tokens", "special_tokens")
+"""How the names of a tokenizer's files begin."""
+
 
 def lines(notes: Mapping[str, Any]) -> list[str]:
-    """A few lines of a manifest's notes; none where the merge looked at nothing."""
+    """What people should know of a merge, from its manifest's notes (with what was `forced`): what was wrong first."""
     told: dict[str, Callable[[Any], Iterator[str]]] = {
+        "forced": _forced,
+        "config_differences": lambda found: _differences(found, notes["config_from"]),
+        "alignment": _alignment,
         "search": _search,
         "greedy_soup": _greedy,
         "learned_soup": _learned,
@@ -17,8 +23,71 @@ def lines(notes: Mapping[str, Any]) -> list[str]:
         "entropy_by_step": _entropy,
         "share_in_region": _regions,
         "merged_by_regression": _regression,
+        "barriers": _barriers,
+        "correlation_of_weights": _correlations,
+        "vocabulary": _vocabulary,
+        "copied": _copied,
+        "files_taken": lambda found: _taken(found, notes),
     }
     return [line for key, words in told.items() if key in notes for line in words(notes[key])]
+
+
+def _forced(found: list[str]) -> Iterator[str]:
+    yield from (f"merged anyway: {sentence}" for sentence in found)
+
+
+def _differences(found: Mapping[str, list[str]], kept: str) -> Iterator[str]:
+    for name, differences in found.items():
+        yield f"{kept} and {name} differ in {'; '.join(differences)}: the merge has what {kept} has"
+
+
+def _correlations(found: Mapping[str, float]) -> Iterator[str]:
+    each = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+    yield f"correlation of the weights with those of the first model: {each}"
+
+
+def _taken(files: list[str], notes: Mapping[str, Any]) -> Iterator[str]:
+    parent = notes["config_from"]
+    joined = notes.get("vocabulary", {})
+    new = joined.get("how") == "union" and joined.get("new_tokens")
+    spoken = not new and any(file.startswith(TOKENIZER) for file in files)
+    known = {
+        "tokenizer": spoken,
+        "chat template": "chat_template.jinja" in files,
+        "generation settings": "generation_config.json" in files,
+    }
+    *first, last = ["configuration", *(what for what, taken in known.items() if taken)]
+    yield f"{' and '.join([', '.join(first), last] if first else [last])} of {parent}"
+    if not new and not spoken:
+        yield f"no tokenizer: {parent} has none beside its weights"
+
+
+def _vocabulary(found: Mapping[str, Any]) -> Iterator[str]:
+    lacking = ", ".join(f"{name} lacked {rows}" for name, rows in found["lacking"].items())
+    yield f"vocabulary of {found['rows']} rows ({found['how']}), {found['new_tokens']} of them new: {lacking}"
+
+
+def _copied(found: str) -> Iterator[str]:
+    yield f"copied: {found}"
+
+
+def _alignment(found: Mapping[str, Any]) -> Iterator[str]:
+    for name, each in found["models"].items():
+        cosines = f"cosine {each['cosine_before']:.3f} before, {each['cosine_after']:.3f} after"
+        yield f"{name} was put into the order of {found['to']}: {cosines}"
+        if "barrier_before" in each:
+            heights = f"{_height(each['barrier_before'])} before, {_height(each['barrier_after'])} after"
+            yield f"  barrier on the straight line between them: {heights} ({each['metric']})"
+
+
+def _barriers(found: Mapping[str, Any]) -> Iterator[str]:
+    for each in found["lines"]:
+        between = " and ".join(each["between"])
+        yield f"barrier on the straight line between {between}: {_height(each['barrier'])} ({found['metric']})"
+
+
+def _height(barrier: float | None) -> str:
+    return "no number on the way" if barrier is None else f"{barrier:.4f}"
 
 
 def _search(found: Mapping[str, Any]) -> Iterator[str]:
