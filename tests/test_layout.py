@@ -39,6 +39,7 @@ ALLOWED_LATER = {
     ("_register", "ensemble"): "the Auto classes learn of ensembles when transformers has been imported",
     ("models", "ensemble"): "the class of a model that is an ensemble, when one is loaded",
     ("making", "plan"): "the hash of a parent's weights",
+    ("report", "deltas"): "task vectors of merges, measured when a report is written for the first time",
 }
 
 

@@ -122,7 +122,7 @@ def test_an_unknown_section_does_not_hide_what_else_is_wrong(recipe):
           a: {grow: {parents: [x]}}
         """)
     ) == [
-        "line 3: modles: unknown key (did you mean 'models'?); there are: family, seed, data, models, evaluate",
+        "line 3: modles: unknown key (did you mean 'models'?); there are: family, seed, data, models, evaluate, report",
         "line 5: models.a.grow.parents.0: unknown model 'x'; there are: a",
     ]
 
@@ -139,7 +139,7 @@ def test_a_misspelt_section_is_read_as_the_one_it_is_nearest_to(recipe):
         "line 2: models: this key is required and missing",
         "line 2: models.a.grow.parents.0: unknown model 'x'; there are: a",
         "line 3: seed: input should be a valid integer, unable to parse string as an integer, found 'many'",
-        "line 4: modles: unknown key (did you mean 'models'?); there are: family, seed, data, models, evaluate",
+        "line 4: modles: unknown key (did you mean 'models'?); there are: family, seed, data, models, evaluate, report",
     ]
 
 
@@ -269,8 +269,8 @@ def test_a_broken_model_is_a_problem_with_a_line_as_any_other(recipe, tmp_path):
     ("text", "expected"),
     [
         ("family: f\nmodels: [1\nb: 2", "line 3: this is not YAML: while parsing a flow sequence, expected ',' or ']'"),
-        ("- a\n- b", "line 1: expected the sections family, seed, data, models, evaluate, found list"),
-        ("", "expected the sections family, seed, data, models, evaluate, found NoneType"),
+        ("- a\n- b", "line 1: expected the sections family, seed, data, models, evaluate, report, found list"),
+        ("", "expected the sections family, seed, data, models, evaluate, report, found NoneType"),
         ("family: f", "line 1: models: this key is required and missing"),
         ("family: a/b\nmodels: {a: {grow: }}", "line 1: family: expected a name of letters, digits, - and _"),
         ("family: f\nmodels: {a.dev: {grow: }}", "line 2: models.a.dev: expected a name of letters, digits, - and _"),

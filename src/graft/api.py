@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from graft import tree as trees
 from graft.chatting import Talk
 from graft.checkpoint import atomic_write
+from graft.errors import RequestError
 from graft.models import check_device, load
 from graft.one import data_at, make_one
 from graft.plan import Places, Plan, make_plan
@@ -207,6 +208,7 @@ def deltas(
     measure: str = "bits_per_byte",
     limit: int = 100,
     points: int = 5,
+    merge: Mapping[str, Any] | str | None = None,
     data_sets: Mapping[str, Any] | None = None,
     root: Path | str = ".",
     page: Path | str | None = None,
@@ -214,11 +216,18 @@ def deltas(
 ) -> tuple[Deltas, Advice, Outcome | None]:
     """What models learned away from their base, what to try first, and (with `on`) how they, their mean and their
     ensemble do on held-out data and along the lines between them. `page` writes the pictures as HTML there.
+
+    `merge`: a method, or settings with a method among them, measured on `on` beside the mean. Raises RequestError for a
+    merge without `on`.
     """
     from graft.data import parse, split_ref
 
     check_device(device)
+    if merge is not None and on is None:
+        raise RequestError("expected held-out data to measure the merge on (`on`, --on), found none")
     room, folders = importlib.import_module("graft.deltas"), _named(models)
+    written = {"method": merge} if isinstance(merge, str) else merge
+    wanted = None if written is None else room.merge_of(folders, Path(base), written)
     found = room.deltas(base, folders)
     seen = None
     if on is not None:
@@ -227,7 +236,8 @@ def deltas(
         sets = {name: parse(value, ("data", name)) for name, value in raw.items()}
         (asked,) = importlib.import_module("graft.evaluate").parse([{"measure": measure, "on": [on], "limit": limit}])
         judged = judge.of(asked, sets, Path(root))
-        seen = room.outcome(folders, judged, base=Path(base), points=points, device=device)
+        more = {"merge": wanted, "sets": data_sets, "root": Path(root)}
+        seen = room.outcome(folders, judged, base=Path(base), points=points, device=device, **more)
     advice = room.advise(found)
     if page is not None:
         atomic_write(Path(page), importlib.import_module("graft.deltas.page").page(found, advice, seen))

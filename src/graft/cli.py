@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 import graft
-from graft._verb_command import VerbCommand, methods_of, requested, rows_table
+from graft._verb_command import VerbCommand, assigned, methods_of, requested, rows_table
 from graft.errors import GraftError
 
 app = typer.Typer(
@@ -210,6 +210,10 @@ def deltas(
     on: Annotated[str | None, typer.Option(help="Held-out data: a file, with its split if it has some.")] = None,
     measure: Annotated[str, typer.Option(help="What is measured there.")] = "bits_per_byte",
     limit: Annotated[int, typer.Option(help="At most so many documents or items.")] = 100,
+    method: Annotated[str | None, typer.Option(help="A merge to measure there too, beside the mean.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of that merge.")
+    ] = None,
     page: Annotated[Path | None, typer.Option(help="Write the pictures into this HTML file.")] = None,
     device: Device = None,
     json_: Json = False,
@@ -221,7 +225,12 @@ def deltas(
     from graft import api
     from graft.deltas.page import tables
 
-    found, advice, seen = api.deltas(base, models, on=on, measure=measure, limit=limit, page=page, device=device)
+    merge: dict[str, object] = {"method": method} if method is not None else {}
+    for word in settings or []:
+        assigned(merge, word)
+    found, advice, seen = api.deltas(
+        base, models, on=on, measure=measure, limit=limit, merge=merge or None, page=page, device=device
+    )
     if json_:
         told = {"deltas": found.plain(), "advice": advice.plain(), "outcome": seen.plain() if seen else None}
         typer.echo(json.dumps(told))
@@ -374,7 +383,6 @@ def evaluate(
     Example: [bold]graft eval models/coder models/soup --on held-out.jsonl[/bold]
     """
     from graft import report as reports
-    from graft._verb_command import assigned
     from graft.api import evaluate as measure_all
     from graft.one import yaml_file
 

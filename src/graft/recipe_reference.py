@@ -37,6 +37,7 @@ seed: 0
 data:      {NAME: {source: …} or {mix: …}, …}
 models:    {NAME: {VERB: SETTINGS}, …}
 evaluate:  [{measure: …}, …]
+report:    {ceiling: true}
 ```
 
 A *model* is the name of another node of `models:`; a *data set* is a name of `data:`, where it makes sense with a split
@@ -49,6 +50,7 @@ def reference() -> str:
     """The whole reference as Markdown."""
     from graft.data.settings import SOURCES, Mixture
     from graft.evaluate import MEASURES
+    from graft.recipe.sections import Reported
     from graft.train.settings import TrainSettings
     from graft.verbs import verb, verb_names
 
@@ -68,6 +70,7 @@ def reference() -> str:
         section("Training settings", TrainSettings),
         "## Measures\n",
         *measures,
+        section("Report", Reported, level=2),
         "## Settings inside settings\n",
         *(section(f"`{cls.__name__}`", cls) for cls in sorted(parts, key=lambda cls: cls.__name__)),
     ]

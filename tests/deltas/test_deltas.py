@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from itertools import combinations
 
@@ -132,6 +133,63 @@ def test_held_out_data_show_parents_mean_ensemble_and_barriers(trained, tmp_path
     written = page.read_text()
     assert written.count("<svg") >= 5
     assert "http" not in written.replace("http://www.w3.org", "")
+
+
+def test_a_merge_that_is_asked_for_is_measured_beside_the_mean(trained):
+    root, folders = trained
+    named = {name: folders[name] for name in ("up", "down")}
+    asked = {"on": str(root / "all.jsonl"), "points": 3, "limit": 10}
+    seen = {
+        scale: graft.deltas(folders["base"], named, merge={"method": "task_arithmetic", "scale": scale}, **asked)[
+            2
+        ].scores
+        for scale in (0.5, 0.0)
+    }
+    # half the sum of two task vectors is their mean, and none of it the base
+    assert seen[0.5]["task_arithmetic"] == pytest.approx(seen[0.5]["mean of the weights"], rel=1e-5)
+    assert seen[0.0]["task_arithmetic"] == pytest.approx(seen[0.0]["base"], rel=1e-6)
+    assert graft.deltas(folders["base"], named, merge="slerp", **asked)[2].scores["slerp"] > 0
+
+
+def test_a_merge_that_cannot_be_is_refused_before_weights_are_read(trained, monkeypatch):
+    root, folders = trained
+    named = {name: folders[name] for name in ("up", "down")}
+    monkeypatch.setattr(importlib.import_module("graft.deltas"), "deltas", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(RequestError, match="expected held-out data"):
+        graft.deltas(folders["base"], named, merge="ties")
+    on = str(root / "all.jsonl")
+    with pytest.raises(RequestError, match="unknown"):
+        graft.deltas(folders["base"], named, merge="tise", on=on)
+    with pytest.raises(RequestError, match="did you mean 'density'"):
+        graft.deltas(folders["base"], named, merge={"method": "ties", "denisty": 0.2}, on=on)
+    with pytest.raises(RequestError, match="expected a method"):
+        graft.deltas(folders["base"], named, merge={"density": 0.2}, on=on)
+
+
+def test_the_command_measures_a_merge_with_its_settings(trained):
+    root, folders = trained
+    words = ["deltas", *(str(folders[name]) for name in ("base", "up", "down")), "--on", str(root / "all.jsonl")]
+    words += ["--limit", "4", "--method", "ties", "--set", "density=0.4", "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["outcome"]["scores"]["ties"] > 0
+
+
+def test_a_sample_stands_for_the_whole(folders, found):
+    named = {name: folders[name] for name in "abc"}
+    every = deltas(folders["base"], named, sample=1 << 12)
+    assert dataclasses.replace(every, notes={}) == found, "no tensor has more values than the sample"
+    some = deltas(folders["base"], named, sample=128)
+    assert some.whole.elements == found.whole.elements
+    assert some.whole.relative == pytest.approx(found.whole.relative, rel=0.1)
+    assert some.whole.conflicts == pytest.approx(found.whole.conflicts, abs=0.05)
+    assert [(part.layer, part.kind) for part in some.parts] == [(part.layer, part.kind) for part in found.parts]
+    assert some.notes == {"sample": 128}
+
+
+def test_findings_are_read_again_under_other_names(found):
+    again = Deltas.from_plain(json.loads(json.dumps(found.plain())), "below", ["x", "y", "z"])
+    assert again == dataclasses.replace(found, base="below", models=["x", "y", "z"])
 
 
 def test_the_command_prints_tables_or_one_json_value(folders):

@@ -2,6 +2,6 @@
 
 from graft.deltas.advice import Advice, advise, common_base, explain
 from graft.deltas.measure import Deltas, Part, deltas
-from graft.deltas.outcome import Outcome, outcome
+from graft.deltas.outcome import Outcome, merge_of, outcome
 
-__all__ = ["Advice", "Deltas", "Outcome", "Part", "advise", "common_base", "deltas", "explain", "outcome"]
+__all__ = ["Advice", "Deltas", "Outcome", "Part", "advise", "common_base", "deltas", "explain", "merge_of", "outcome"]

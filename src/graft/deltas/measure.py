@@ -11,12 +11,15 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graft.checkpoint import FLOATS, TensorReader
+from graft.checkpoint import FLOATS
 from graft.progress import Progress
+
+if TYPE_CHECKING:
+    from graft.merge.stream import Tensors
 
 KINDS = {
     "attention": ("attn", "attention"),
@@ -29,6 +32,8 @@ LARGEST = 0.2
 """Share of the largest values whose weight in a task vector is told."""
 SAMPLE = 1 << 14
 """Values of each tensor that this is told by."""
+RUN = 1 << 12
+"""Values that lie side by side in a sample of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,14 @@ class Sums:
             self.shared + other.shared,
             self.conflicts + other.conflicts,
         )
+
+    def standing_for(self, elements: int) -> Sums:
+        """As if what was seen went on alike over so many elements."""
+        if elements == self.elements:
+            return self
+        times = elements / self.elements
+        shared, conflicts = round(times * self.shared), round(times * self.conflicts)
+        return Sums(elements, times * self.base, times * self.gram, shared, conflicts)
 
 
 @dataclass(frozen=True)
@@ -89,10 +102,21 @@ class Deltas:
         """As JSON-ready values."""
         return asdict(self)
 
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any], base: str, models: Sequence[str]) -> Deltas:
+        """Of `plain()`, with the names that base and models have now."""
+        parts = [Part(**part) for part in plain["parts"]]
+        own = {"base": base, "models": list(models), "whole": Part(**plain["whole"]), "parts": parts}
+        return cls(**{**plain, **own})
 
-def deltas(base: Path | str, models: Mapping[str, Path | str]) -> Deltas:
-    """Reads base and models once. Raises CannotCombine where their tensors do not correspond, and CheckpointError for
-    damaged weights, NaN and Inf."""
+
+def deltas(base: Path | str, models: Mapping[str, Path | str], *, sample: int | None = None) -> Deltas:
+    """Reads base and models once; with `sample` so many values of each tensor at most, in runs spread over it, from
+    which the whole is judged.
+
+    Raises CannotCombine where their tensors do not correspond, and CheckpointError for damaged weights, NaN and Inf.
+    """
+    from graft.merge.inputs import inputs
     from graft.merge.preflight import layout
     from graft.merge.stream import Source, Tensors, Workers
     from graft.merge.task_arithmetic import Settings
@@ -103,7 +127,7 @@ def deltas(base: Path | str, models: Mapping[str, Path | str]) -> Deltas:
     found: dict[tuple[int | None, str], list[Sums]] = {}
     samples: list[list[np.ndarray]] = [[] for _ in models]
     with ExitStack() as opened:
-        readers = {name: opened.enter_context(TensorReader(folder)) for name, folder in folders.items()}
+        readers = {n: opened.enter_context(part.open()) for n, part in inputs(settings, folders).items()}
         workers = opened.enter_context(Workers())
         floats = [name for name, (dtype, _) in plan.tensors.items() if dtype in FLOATS]
         with Progress("comparing", len(floats), "tensors") as progress:
@@ -111,16 +135,16 @@ def deltas(base: Path | str, models: Mapping[str, Path | str]) -> Deltas:
                 places = {model: Source(model, readers[model], place) for model, place in plan.places[name].items()}
                 shape = plan.tensors[name][1]
                 tensors = Tensors(name, shape, [places[m] for m in models], places["base"], workers)
-                found.setdefault(placed(name), []).extend(tensors.map(_sums))
+                found.setdefault(placed(name), []).extend(_measured(tensors, sample))
                 for held, delta in zip(samples, tensors.read(0, min(SAMPLE, tensors.count)).deltas(), strict=True):
                     held.append(np.square(delta.numpy().astype(np.float64)))
                 progress.advance(1)
-    sums = {place: reduce(Sums.__add__, each) for place, each in found.items()}
+    sums = {place: reduce(Sums.__add__, each) for place, each in found.items() if each}
     parts = [_part(*place, each) for place, each in sorted(sums.items(), key=_order)]
-    whole = _part(None, "all", reduce(Sums.__add__, sums.values()))
-    return Deltas(
-        str(base), list(models), whole, parts, [_held(each) for each in samples], 1 - 2.0 ** (1 - len(models))
-    )
+    total = _part(None, "all", reduce(Sums.__add__, sums.values()))
+    notes = {} if sample is None else {"sample": sample}
+    largest = [_held(each) for each in samples]
+    return Deltas(str(base), list(models), total, parts, largest, 1 - 2.0 ** (1 - len(models)), notes)
 
 
 def placed(name: str) -> tuple[int | None, str]:
@@ -129,6 +153,21 @@ def placed(name: str) -> tuple[int | None, str]:
     kinds = ("norms", "attention", "feed-forward", "embeddings")
     kind = next((kind for kind in kinds if any(word in name for word in KINDS[kind])), "other")
     return (int(layer[1]) if layer else None), kind
+
+
+def _measured(tensors: Tensors, sample: int | None) -> list[Sums]:
+    """Those of the whole tensor; none where it is empty."""
+    pieces = tensors.workers.map(lambda span: _sums(tensors.read(*span)), _spans(tensors, sample))
+    return [reduce(Sums.__add__, pieces).standing_for(tensors.count)] if pieces else []
+
+
+def _spans(tensors: Tensors, sample: int | None) -> list[tuple[int, int]]:
+    """(first element, number) of what is read of a tensor: all pieces, or runs evenly over it."""
+    if sample is None or tensors.count <= sample:
+        return tensors.spans()
+    run = min(RUN, sample)
+    starts = np.linspace(0, tensors.count - run, max(sample // run, 1)).astype(np.int64)
+    return [(int(start), run) for start in starts]
 
 
 def _order(item: tuple[tuple[int | None, str], Sums]) -> tuple[int, str]:

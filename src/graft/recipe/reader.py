@@ -12,6 +12,7 @@ from graft import data as data_room
 from graft import verbs
 from graft.data import DataSettings, split_ref
 from graft.errors import RecipeError, RequestError, nearest
+from graft.recipe.ceilings import PLACE, Ceilings, ceilings
 from graft.recipe.measures import Measures, check_formats, check_models, check_unseen, parts_of, read_measures
 from graft.recipe.order import ordered
 from graft.recipe.problems import Problems, Where
@@ -55,6 +56,7 @@ class _Reader:
         self.problems = Problems(document.problems)
         self.unsure: set[str] = set()
         """Nodes of which only a part can be read: what they name is looked for, but they are judged no further."""
+        self.ceilings = Ceilings({}, {})
 
     def read(self, text: str) -> Recipe | None:
         outline = self._outline()
@@ -64,6 +66,8 @@ class _Reader:
         nodes = {name: n for name, raw in outline.models.items() if (n := self._node(name, raw, outline.seed))}
         measures, unsure = read_measures(outline.evaluate, self.root, self.problems)
         self._names(outline, sets, nodes, measures)
+        self.ceilings = ceilings(outline, nodes, self.problems)
+        nodes, measures = {**nodes, **self.ceilings.nodes}, self.ceilings.beside(measures)
         measures = {place: measure for place, measure in measures.items() if place not in unsure}
         formats = check_formats(sets, nodes, measures, self.root, self.problems)
         check_unseen(sets, nodes, measures, self.problems)
@@ -141,6 +145,7 @@ class _Reader:
         placed: list[tuple[Where, Settings]] = [(("data", name), settings) for name, settings in sets.items()]
         placed += [(("models", name, node.verb.name), node.settings) for name, node in nodes.items()]
         placed += [(("evaluate", place), measure) for place, measure in measures.items()]
+        placed.append((("report",), outline.report))
         models = [*outline.models, *self.outside]
         for start, settings in placed:
             for kind, name, path in references(settings, start):
@@ -170,10 +175,19 @@ class _Reader:
                 *([] if faults else node.verb.check_data(node.settings, models, formats)),
             ]
             for message in wrong:
-                self.problems.note(path, message)
+                self._note(name, path, message)
             # a model that cannot be made has the facts it would have: what is made from it is judged all the same
             heard = Problems() if wrong else self.problems
             facts = heard.attempt(path, lambda: node.verb.facts(node.settings, models, name))  # noqa: B023
             if facts is not None:
                 found[name] = replace(facts, tokenizer=None) if wrong else facts
         return found
+
+    def _note(self, name: str, path: Where, message: str) -> None:
+        """What is wrong with a node, or with the ensemble that a merge is to be measured beside."""
+        merge = self.ceilings.merge_of(name)
+        if merge is None:
+            self.problems.note(path, message)
+        else:
+            words = "name the merges that have one: `ceiling: [NAME, …]`"
+            self.problems.note(PLACE, f"there is no ensemble of the models of {merge}: {message}; {words}")

@@ -11,8 +11,28 @@ from pydantic import Field
 
 from graft.data import DataSettings
 from graft.errors import SettingsError, closest
-from graft.settings import Settings, keys_of, parse, references
+from graft.settings import ModelRef, Settings, keys_of, parse, references
 from graft.verb import Facts, Verb
+
+
+class Reported(Settings):
+    """What the report of a run shows beside the scores."""
+
+    deltas: Annotated[
+        bool,
+        Field(
+            description="What the models of each merge learned away from their base: measured of a sample of every "
+            "tensor when the report is written, once."
+        ),
+    ] = True
+    ceiling: Annotated[
+        bool | list[ModelRef],
+        Field(
+            description="Make and measure the ensemble of the same models, each with the same weight, for every merge, "
+            "or for these: `[soup]`. Where a merge is measured, so is its ensemble, `soup-ceiling`; merges of the same "
+            "models share one."
+        ),
+    ] = False
 
 
 class Outline(Settings):
@@ -23,6 +43,7 @@ class Outline(Settings):
     data: Annotated[dict[str, Any], Field(description="Data sets by name.")] = {}
     models: Annotated[dict[str, Any], Field(min_length=1, description="Models by name.")]
     evaluate: Annotated[list[Any], Field(description="Measures, taken of every model.")] = []
+    report: Annotated[Reported, Field(description="What the report shows beside the scores.")] = Reported()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from graft.report.judge import decimals
 from graft.report.labels import SIZE, dot_box, place
-from graft.report.read import Column, Model, Run
+from graft.report.read import Column, Run
 from graft.report.svg import Scale, element, fit, line, linear, padded, picture, text, ticks, title
 from graft.report.words import fixed
 
@@ -33,18 +33,12 @@ def twins(run: Run) -> Iterator[Twin]:
     """Every merge that has an ensemble of the same models, on every measure that all of them have."""
     ensembles = [model for model in run.models.values() if model.verb == "ensemble"]
     for merge in (model for model in run.models.values() if model.verb == "merge"):
-        ours = _combined(merge)
+        ours = set(merge.combined)
         for ensemble in (model for model in ensembles if set(model.parents) == ours):
             for column in run.columns:
                 twin = _twin(run, column, merge.name, ensemble.name, sorted(ours))
                 if twin is not None:
                     yield twin
-
-
-def _combined(merge: Model) -> set[str]:
-    """The models that a merge combines, the base that they are measured from not among them."""
-    base = (merge.manifest.get("settings") or {}).get("base")
-    return {parent for parent in merge.parents if parent != base}
 
 
 def _twin(run: Run, column: Column, merge: str, ensemble: str, parents: list[str]) -> Twin | None:

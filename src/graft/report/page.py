@@ -16,6 +16,7 @@ from graft.report.ceiling import draw_ceiling, said
 from graft.report.colours import VERBS, verb_class
 from graft.report.cost import COSTS, cost_panel
 from graft.report.curves import draw_curves
+from graft.report.hills import hills
 from graft.report.judge import (
     best,
     decimals,
@@ -32,6 +33,7 @@ from graft.report.read import Column, Model, Row, Run, is_number
 from graft.report.scores import difference_bar, difference_reach, flag_class, score_panel
 from graft.report.speakers import speakers
 from graft.report.tree import draw_tree
+from graft.report.vectors import vectors
 from graft.report.words import bytes_text, fixed, rate_text, seconds_text, si
 
 
@@ -68,6 +70,8 @@ def render_page(run: Run) -> str:
         costs=[(c, drawn) for c in run.columns if (drawn := [p for cost in COSTS if (p := cost_panel(run, c, cost))])],
         ceiling=draw_ceiling(run),
         ceiling_said=said(run),
+        vectors=vectors(run),
+        hills=list(hills(run)),
         curves=draw_curves(run),
         speakers=list(speakers(run)),
         pairs=[(c, *_by_kinship(rows)) for c in run.columns if (rows := list(_pairs(run, c)))],

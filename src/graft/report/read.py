@@ -80,6 +80,12 @@ class Model:
         return len(self.parents) > 1
 
     @property
+    def combined(self) -> list[str]:
+        """Its parents without those that the others are only measured from, or stand on."""
+        settings = self.manifest.get("settings") or {}
+        return [parent for parent in self.parents if parent not in (settings.get("base"), settings.get("adapters_of"))]
+
+    @property
     def kind(self) -> str:
         """Verb and method: `merge linear`; of a finished model without a manifest where it lies."""
         if self.place and not self.made:
@@ -119,6 +125,8 @@ class Run:
     scores: dict[tuple[str, Column], Row]
     comparisons: list[tuple[Column, Row]]
     problems: list[str]
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    """What the recipe says under `report:`."""
 
     def row(self, model: str, column: Column) -> Row | None:
         """The score of `model` in `column`, or None."""
@@ -176,7 +184,9 @@ def read_run(folder: Path) -> Run:
     scores = _scores(rows, models, problems)
     columns = list(dict.fromkeys(column for _, column in scores))
     family = str(recipe.get("family") or folder.resolve().name)
-    return Run(folder, family, models, columns, scores, _comparisons(rows, models, columns), problems)
+    asked = recipe.get("report")
+    compared = _comparisons(rows, models, columns)
+    return Run(folder, family, models, columns, scores, compared, problems, asked if isinstance(asked, dict) else {})
 
 
 def _finished(name: str, newest: Mapping[str, Row]) -> Model:
@@ -314,7 +324,10 @@ def _unlike(scores: Mapping[tuple[str, Column], Row]) -> Iterator[str]:
     """Columns whose models were measured with different task versions or settings."""
     ways: dict[Column, set[str]] = {}
     for (_, column), row in scores.items():
-        ways.setdefault(column, set()).add(json.dumps([row.get("task_version"), row.get("settings")], sort_keys=True))
+        settings = row.get("settings")
+        # of which other models it is taken as well changes nothing
+        how = {key: value for key, value in settings.items() if key != "models"} if _is_table(settings) else settings
+        ways.setdefault(column, set()).add(json.dumps([row.get("task_version"), how], sort_keys=True))
     for column, seen in ways.items():
         if len(seen) > 1:
             yield f"{column.title}: measured with {len(seen)} different task versions or settings; compare with care"
