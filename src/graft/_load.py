@@ -66,7 +66,8 @@ class Load(Verb[LoadSettings]):
 
     def run(self, job: Job) -> dict[str, Any]:
         """Copy the model's files, so that the artifact stays what it is when the original changes."""
-        from graft.checkpoint import check_weights, disk_errors
+        from graft.checkpoint import disk_errors
+        from graft.finite import check_weights
 
         assert isinstance(job.settings, LoadSettings)
         folder = fetched(job.settings)

@@ -311,6 +311,22 @@ def _json(path: Path, what: str) -> dict[str, Any]:
         raise CheckpointError(f"{path}: the {what} is damaged ({error})") from None
 
 
+def parts_of(folder: Path) -> list[Path]:
+    """Folders of the models that one is loaded from beside its own weights: an ensemble's members, an adapter's base.
+
+    One that is not there is left out.
+    """
+    folder = Path(folder)
+    if is_lora(folder):
+        found = [lora.base_folder(folder)]
+    else:
+        config = read_config(folder)
+        named = [member for member in config.get("members", ()) if isinstance(member, dict) and member.get("path")]
+        named += [config[ADAPTED]["base"]] if ADAPTED in config else []
+        found = [folder / one["path"] for one in named]
+    return [place for place in found if place is not None and place.is_dir()]
+
+
 HEADS = {
     "classification": "ForSequenceClassification",
     "tagging": "ForTokenClassification",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from graft.checkpoint import ADAPTER, disk_errors, read_headers
 from graft.errors import CheckpointError, RequestError
+from graft.finite import check_folder, check_loaded
 from graft.hub import fetch
 from graft.lineage import ADAPTED, GENERAL_TOKENIZERS, check_as_made
 from graft.lora import add_to, base_folder, is_lora
@@ -84,14 +85,16 @@ def load(
 
     `dtype` None keeps the stored one. `quantization`: a configuration of transformers to pack plain weights by.
     Raises RequestError for a folder that is no model's and CheckpointError for weights that are truncated, corrupt,
-    missing, of another shape than the configuration says, or others than the folder's manifest tells of.
+    missing, NaN or Inf, of another shape than the configuration says, or others than the folder's manifest tells of.
     """
     import torch
 
     path = _place(path, hub)
     check_as_made(path)
     if is_lora(path):
-        return add_to(load(_home(path), dtype=dtype, device=device), path)
+        added = add_to(load(_home(path), dtype=dtype, device=device), path)
+        check_loaded(added, path)
+        return added
     config = load_config(path)
     if (path / ADAPTER).is_file():
         from graft.adapters.folder import load as load_adapted
@@ -103,6 +106,8 @@ def load(
     # packed weights are made where they shall be: they cannot be moved on every device
     quantised = quantization is not None or getattr(config, "quantization_config", None) is not None
     packed: dict[str, Any] = {"device_map": {"": device or "cpu"}} if quantised else {}
+    if quantised:  # what is packed cannot be looked at in memory
+        check_folder(path)
     if quantization is not None:
         packed["quantization_config"] = quantization
     try:
@@ -128,6 +133,8 @@ def load(
     if quantised:
         _exact_on_cpu(model)
         return model.eval()
+    if not config.model_type.startswith("graft_"):
+        check_loaded(model, path)
     return model.to(device).eval() if device else model.eval()
 
 

@@ -5,10 +5,11 @@ import shutil
 import pytest
 import torch
 
-from graft import checkpoint, data, lineage, models
+from graft import data, lineage, models
 from graft.data.bootstrap import weights_of
 from graft.data.settings import Shares
 from graft.errors import RequestError
+from graft.finite import check_weights
 from graft.pretrain import VERB, TokenizerAt
 from graft.verb import Job
 
@@ -52,7 +53,7 @@ def test_every_architecture_becomes_a_complete_folder(tmp_path, raw, name):
     assert found["dev_loss"] > 0
     assert (tmp_path / "out" / "log.jsonl").exists()
     assert (tmp_path / "out" / "generation_config.json").exists() == model.can_generate()
-    checkpoint.check_weights(tmp_path / "out")
+    check_weights(tmp_path / "out")
 
 
 def test_the_same_settings_and_seed_give_the_same_bytes_and_another_seed_does_not(tmp_path):

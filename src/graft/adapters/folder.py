@@ -22,6 +22,7 @@ from graft.adapters.point import Point
 from graft.adapters.stack import Adapters, Sites, adapters_of, adopt, free_name
 from graft.checkpoint import ADAPTER, atomic_write, disk_errors, read_file_headers
 from graft.errors import CheckpointError, RequestError
+from graft.finite import check_tensors
 from graft.lineage import ADAPTED
 from graft.lora import is_lora
 from graft.settings import parse
@@ -192,7 +193,9 @@ def _read(folder: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{folder}: expected the adapters' weights in {ADAPTER}, found no such file")
     read_file_headers(path)
-    return load_file(path)
+    found = load_file(path)
+    check_tensors(found, path)
+    return found
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from graft.adapters.point import Point
 from graft.adapters.stack import Adapters, adapters_of, adopt
 from graft.checkpoint import atomic_write, disk_errors, read_file_headers
 from graft.errors import CheckpointError, RequestError
+from graft.finite import check_tensors
 from graft.lora import scale_of
 
 if TYPE_CHECKING:
@@ -97,7 +98,9 @@ def _weights(folder: Path) -> Weights:
         hint = f"; {pickle.name} is a pickle, which is not read: save it as safetensors" if pickle.exists() else ""
         raise CheckpointError(f"{folder}: expected {WEIGHTS}, found no such file{hint}")
     read_file_headers(path)
-    return load_file(path)
+    found = load_file(path)
+    check_tensors(found, path)
+    return found
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from graft.ensemble.byte_level.work import configuration as byte_configuration
 from graft.ensemble.checks import constants
 from graft.ensemble.settings import EnsembleSettings, FittedWeights
 from graft.ensemble.sources import Source, sources_of
+from graft.finite import check_folder
 from graft.verb import Job
 
 TOKENIZER_FILES = (
@@ -25,10 +26,15 @@ TOKENIZER_FILES = (
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Write the ensemble's folder into `job.out`; returns the weights and, where fitted, the losses (nats a token)."""
+    """Write the ensemble's folder into `job.out`; returns the weights and, where fitted, the losses (nats a token).
+
+    Raises CheckpointError for members whose weights are NaN or Inf.
+    """
     settings = job.settings
     assert isinstance(settings, EnsembleSettings)
     sources = sources_of(settings, job.models, job.seed)
+    for folder in dict.fromkeys(source.folder for source in sources):
+        check_folder(folder)
     names = [source.name for source in sources]
     if not isinstance(settings.weights, FittedWeights):
         weights = [constants(settings)[source.entry] * source.share for source in sources]

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from graft.checkpoint import TORCH_NAMES, WIDTH, TensorReader, TensorWriter
 from graft.errors import CheckpointError
+from graft.finite import finite
 from graft.machine import cores
 
 PIECE = 1 << 17
@@ -260,11 +261,6 @@ class Tensors:
             writer.write(self.name, span[0] * WIDTH[stored], bytes_)
 
         self.workers.map(make, self.spans())
-
-
-def finite(values: Tensor) -> bool:
-    """Whether there is no NaN and no Inf. A sum finds them; only where it is not finite itself is each looked at."""
-    return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all())
 
 
 def same_bytes(sources: Sequence[Source]) -> bool:
