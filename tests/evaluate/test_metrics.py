@@ -1,12 +1,24 @@
 """Metrics by hand and against the libraries they are named after."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import sacrebleu
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from graft.errors import UnknownName
-from graft.evaluate.metrics import class_metric, exact_match, normalise, text_metric, token_f1
+from graft.evaluate.metrics import (
+    TEXT_METRICS,
+    class_metric,
+    exact_match,
+    metric_of,
+    normalise,
+    text_metric,
+    token_f1,
+)
+from graft.evaluate.settings import ClassMetric, TagMetric, TextMetric
+from graft.evaluate.tasks import CHOICE_METRICS
 
 OUTPUTS = ["the cat sat on the mat", "hello there", "a b c d e"]
 TARGETS = [["the cat sat on a mat"], ["hello here", "hello there you"], ["a b c d e"]]
@@ -88,3 +100,21 @@ def test_accuracy_counts_the_right_ones():
 def test_an_unknown_metric_lists_the_known_ones():
     with pytest.raises(UnknownName, match="did you mean 'bleu'"):
         text_metric("blue", OUTPUTS, TARGETS)
+
+
+def test_every_metric_is_found_again_by_its_name():
+    """As models are compared: from statistics that were read from a file."""
+    made = {name: text_metric(name, OUTPUTS, TARGETS) for name in TEXT_METRICS}
+    made |= {name: class_metric(name, [0, 1, 2, 2], [0, 1, 1, 2], 3) for name in get_args(ClassMetric)}
+    for name, (metric, sums) in made.items():
+        again = metric_of(name, sums.shape[1])
+        assert (again.name, again.unit, again.proportion) == (name, metric.unit, metric.proportion)
+        assert value(again, sums) == value(metric, sums)
+    assert {name for name in made if made[name][0].proportion} == {"exact_match", "span_exact_match", "accuracy"}
+
+
+def test_every_metric_that_may_be_asked_for_is_known():
+    for name in (*CHOICE_METRICS, *get_args(ClassMetric), *get_args(TextMetric), *get_args(TagMetric), "perplexity"):
+        assert metric_of(name, 6).name == name
+    with pytest.raises(UnknownName, match="unknown metric 'blue'"):
+        metric_of("blue")

@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, norm
 
-from graft.evaluate.statistics import bootstrap, mcnemar, paired, paired_bootstrap, redrawn, wilson
+from graft.evaluate.statistics import bootstrap, mcnemar, paired, redrawn, wilson
 
 
 def mean_of(values):
     values = np.asarray(values, float)
     return lambda counts: counts @ values / len(values)
+
+
+def compared(first, second, items):
+    """(low, high, p) of two scores on the same resampled items, as pairs of models are compared."""
+    return paired(*redrawn([first, second], items, seed=0), items)
 
 
 def test_wilson_is_scipys():
@@ -58,7 +63,7 @@ def test_the_bootstrap_of_few_items_is_the_exact_distribution():
 def test_pairing_sees_a_small_steady_difference_that_intervals_hide():
     random = np.random.default_rng(5)
     hard = random.normal(size=100) * 10
-    low, high, p = paired_bootstrap(mean_of(hard + 0.3 + 0.1 * random.normal(size=100)), mean_of(hard), 100, seed=0)
+    low, high, p = compared(mean_of(hard + 0.3 + 0.1 * random.normal(size=100)), mean_of(hard), 100)
     assert 0 < low < 0.3 < high < 0.5
     assert p < 0.01
 
@@ -69,12 +74,11 @@ def test_scores_are_redrawn_alike():
     one, two, again = redrawn([first, second, first], 30, seed=0, draws=100)
     np.testing.assert_array_equal(one, again)
     np.testing.assert_array_equal(two, redrawn([second], 30, seed=0, draws=100)[0])
-    assert paired(one, two, 30) == paired_bootstrap(first, second, 30, seed=0, draws=100)
 
 
 def test_equal_models_do_not_differ():
     values = mean_of(np.random.default_rng(6).normal(size=50))
-    assert paired_bootstrap(values, values, 50, seed=0) == (0.0, 0.0, 1.0)
+    assert compared(values, values, 50) == (0.0, 0.0, 1.0)
 
 
 def test_mcnemar_is_the_binomial_test_on_what_only_one_got_right():
@@ -88,4 +92,4 @@ def test_mcnemar_is_the_binomial_test_on_what_only_one_got_right():
 def test_few_items_prove_little_however_far_apart_two_models_are(items):
     """One model ahead on every item: no test of signs can give less than 2^(1 - items)."""
     first, second = mean_of(np.ones(items)), mean_of(np.arange(items) + 5.0)
-    assert paired_bootstrap(first, second, items, seed=0)[2] == 2.0 ** (1 - items)
+    assert compared(first, second, items)[2] == 2.0 ** (1 - items)

@@ -51,8 +51,9 @@ class HeadScorer:
         encoder = Encoder(tokenizer, longest_context(model.config), facts.labels)
         if measure.kind == "classification":
             return self._classified(subject, facts, model, encoder)
-        find = self._tagged if measure.kind == "tagging" else self._spans
-        return scored_texts(subject, task, find(subject.records, facts, model, encoder))
+        if measure.kind == "tagging":
+            return scored_texts(subject, task, self._tagged(subject.records, facts, model, encoder))
+        return scored_texts(subject, task, self._spans(subject.records, model, encoder))
 
     def _load(self, facts: HeadFacts) -> tuple[HeadFacts, Any, Any]:
         if self._loaded is None or self._loaded[0] != facts:
@@ -89,7 +90,7 @@ class HeadScorer:
             found.append(" ".join(facts.labels[int(best[t])] if t >= 0 else "?" for t in tokens))
         return found
 
-    def _spans(self, records: Sequence[Any], facts: HeadFacts, model: Any, encoder: Encoder) -> list[str]:
+    def _spans(self, records: Sequence[Any], model: Any, encoder: Encoder) -> list[str]:
         """The most probable span of the context of each record, over all its windows."""
         windows = [(place, window) for place, record in enumerate(records) for window in encoder.windows(record)]
         windows = [(place, window) for place, window in windows if len(window.places)]

@@ -196,8 +196,8 @@ def _choose(subject: Subject, task: Task, before: str, scorer: Scorer) -> list[S
     for name in task.metrics:
         kind = {"accuracy_per_byte": "byte", "accuracy_per_token": "token"}.get(name, "raw")
         plain = "accuracy" if name.startswith("accuracy") else name
-        metric, sums = metrics.class_metric(plain, guesses[kind], truths, classes)
-        made.append(Scored(metrics.renamed(metric, name), sums, notes))
+        _, sums = metrics.class_metric(plain, guesses[kind], truths, classes)
+        made.append(Scored(metrics.metric_of(name, sums.shape[1]), sums, notes))
     return made
 
 

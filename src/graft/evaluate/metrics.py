@@ -11,6 +11,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,6 @@ import numpy as np
 from graft.errors import UnknownName
 
 Outputs = Sequence[Any]
-
-TEXT_METRICS = (
-    "exact_match", "token_f1", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "token_accuracy", "entity_f1",
-    "span_exact_match",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,9 +42,14 @@ BITS_PER_BYTE = Metric("bits_per_byte", "bits/byte", False, ratio)
 PERPLEXITY = Metric("perplexity", "", False, lambda sums: np.exp(ratio(sums)))
 
 
-def mean(name: str, *, proportion: bool = False) -> Metric:
+def _mean(name: str, _: int) -> Metric:
     """The mean of a per-item score, statistics (score, 1)."""
-    return Metric(name, "", True, ratio, proportion)
+    return Metric(name, "", True, ratio)
+
+
+def _right_or_wrong(name: str, _: int) -> Metric:
+    """The share of items that are right, statistics (0 or 1, 1)."""
+    return Metric(name, "", True, ratio, proportion=True)
 
 
 def mean_items(scores: Sequence[float]) -> np.ndarray:
@@ -130,42 +131,56 @@ def share(sums: np.ndarray) -> np.ndarray:
 ENTITY_F1 = Metric("entity_f1", "", True, share)
 
 
+SCORES: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "exact_match": exact_match,
+    "span_exact_match": span_exact_match,
+    "token_f1": token_f1,
+    **{name: partial(rouge, name) for name in ("rouge1", "rouge2", "rougeL")},
+}
+"""Metrics of text that are means over the items: from an output and its targets to the item's score."""
+COUNTS = {"token_accuracy": token_accuracy, "entity_f1": entity_f1}
+"""Those that are the ratio of two sums over the items."""
+CORPUS = ("bleu", "chrf")
+TEXT_METRICS = (*SCORES, *COUNTS, *CORPUS)
+
+
 def text_metric(name: str, outputs: Sequence[str], targets: Sequence[Sequence[str]]) -> tuple[Metric, np.ndarray]:
     """A metric of generated text with its per-item statistics. `targets[i]` are the acceptable answers of item i."""
-    if name == "exact_match":
-        scores = [exact_match(o, t) for o, t in zip(outputs, targets, strict=True)]
-        return mean(name, proportion=True), mean_items(scores)
-    if name == "span_exact_match":
-        scores = [span_exact_match(o, t) for o, t in zip(outputs, targets, strict=True)]
-        return mean(name, proportion=True), mean_items(scores)
-    if name in ("token_accuracy", "entity_f1"):
-        count = token_accuracy if name == "token_accuracy" else entity_f1
-        sums = np.array([count(o, t) for o, t in zip(outputs, targets, strict=True)], np.float64)
-        return (mean(name) if name == "token_accuracy" else ENTITY_F1), sums
-    if name == "token_f1":
-        return mean(name), mean_items([token_f1(o, t) for o, t in zip(outputs, targets, strict=True)])
-    if name in ("rouge1", "rouge2", "rougeL"):
-        return mean(name), mean_items([rouge(name, o, t) for o, t in zip(outputs, targets, strict=True)])
-    if name in ("bleu", "chrf"):
+    pairs = list(zip(outputs, targets, strict=True))
+    if name in CORPUS:
         return _sacrebleu(name, outputs, targets)
-    raise UnknownName("metric", name, TEXT_METRICS)
+    if name in COUNTS:
+        return metric_of(name), np.array([COUNTS[name](*pair) for pair in pairs], np.float64)
+    if name not in SCORES:
+        raise UnknownName("metric", name, TEXT_METRICS)
+    return metric_of(name), mean_items([SCORES[name](*pair) for pair in pairs])
 
 
 def _sacrebleu(name: str, outputs: Sequence[str], targets: Sequence[Sequence[str]]) -> tuple[Metric, np.ndarray]:
     """BLEU (Papineni et al. 2002) or chrF (Popović 2015) as sacrebleu counts them; per-item counts add up."""
-    from sacrebleu.metrics import BLEU, CHRF
-
-    metric: Any = BLEU() if name == "bleu" else CHRF()
+    scorer = _corpus_scorer(name)
     most = max(len(t) for t in targets)
     references = [[t[i] if i < len(t) else None for t in targets] for i in range(most)]
-    score = metric.corpus_score(list(outputs), references)
-    counts = np.asarray(metric._extract_corpus_statistics(list(outputs), references), np.float64)
+    score = scorer.corpus_score(list(outputs), references)
+    counts = np.asarray(scorer._extract_corpus_statistics(list(outputs), references), np.float64)
+    metric = replace(metric_of(name), signature=str(scorer.get_signature()))
+    assert abs(float(metric.value(counts.sum(0, keepdims=True))[0]) - score.score) < 1e-6
+    return metric, counts
+
+
+def _corpus_scorer(name: str) -> Any:
+    from sacrebleu.metrics import BLEU, CHRF
+
+    return BLEU() if name == "bleu" else CHRF()
+
+
+def _of_corpus(name: str, _: int) -> Metric:
+    scorer = _corpus_scorer(name)
 
     def value(sums: np.ndarray) -> np.ndarray:
-        return np.array([metric._compute_score_from_stats(row.tolist()).score for row in sums])
+        return np.array([scorer._compute_score_from_stats(row.tolist()).score for row in sums])
 
-    assert abs(float(value(counts.sum(0, keepdims=True))[0]) - score.score) < 1e-6
-    return Metric(name, "", True, value, signature=str(metric.get_signature())), counts
+    return Metric(name, "", True, value)
 
 
 def class_metric(name: str, found: Sequence[int], wanted: Sequence[int], classes: int) -> tuple[Metric, np.ndarray]:
@@ -173,17 +188,15 @@ def class_metric(name: str, found: Sequence[int], wanted: Sequence[int], classes
     meant and guessed, `[items, 3 · classes]`."""
     guesses, truths = np.asarray(found), np.asarray(wanted)
     if name == "accuracy":
-        return mean(name, proportion=True), mean_items((guesses == truths).astype(float).tolist())
-    if name not in ("f1_macro", "f1_micro", "mcc"):
-        raise UnknownName("metric", name, ("accuracy", "f1_macro", "f1_micro", "mcc"))
+        return metric_of(name), mean_items((guesses == truths).astype(float).tolist())
+    if name not in _OF_CLASSES:
+        raise UnknownName("metric", name, ("accuracy", *_OF_CLASSES))
     counts = np.zeros((len(truths), 3, classes))
     items = np.arange(len(truths))
     counts[items, 0, truths] = guesses == truths
     counts[items, 1, truths] = 1
     counts[items, 2, guesses] = 1
-    compute = {"f1_macro": _f1_macro, "f1_micro": _f1_micro, "mcc": _mcc}[name]
-    flat = counts.reshape(len(truths), 3 * classes)
-    return Metric(name, "", True, lambda sums: compute(*sums.reshape(-1, 3, classes).swapaxes(0, 1))), flat
+    return metric_of(name, 3 * classes), counts.reshape(len(truths), 3 * classes)
 
 
 def _f1_macro(right: np.ndarray, meant: np.ndarray, guessed: np.ndarray) -> np.ndarray:
@@ -206,6 +219,30 @@ def _mcc(right: np.ndarray, meant: np.ndarray, guessed: np.ndarray) -> np.ndarra
     return np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
 
 
-def renamed(metric: Metric, name: str) -> Metric:
-    """The same metric under another name."""
-    return replace(metric, name=name)
+_OF_CLASSES = {"f1_macro": _f1_macro, "f1_micro": _f1_micro, "mcc": _mcc}
+"""Metrics of how often each class was right, meant and guessed."""
+
+
+def _of_classes(name: str, columns: int) -> Metric:
+    compute = _OF_CLASSES[name]
+    return Metric(name, "", True, lambda sums: compute(*sums.reshape(-1, 3, columns // 3).swapaxes(0, 1)))
+
+
+_METRICS: dict[str, Callable[[int], Metric]] = {
+    "bits_per_byte": lambda _: BITS_PER_BYTE,
+    "perplexity": lambda _: PERPLEXITY,
+    "entity_f1": lambda _: ENTITY_F1,
+    **{name: partial(_right_or_wrong, name) for name in ("exact_match", "span_exact_match")},
+    **{name: partial(_right_or_wrong, name) for name in ("accuracy", "accuracy_per_byte", "accuracy_per_token")},
+    **{name: partial(_mean, name) for name in ("token_accuracy", "token_f1", "rouge1", "rouge2", "rougeL")},
+    **{name: partial(_of_corpus, name) for name in CORPUS},
+    **{name: partial(_of_classes, name) for name in _OF_CLASSES},
+}
+"""The metric behind each name, from how many columns its statistics have."""
+
+
+def metric_of(name: str, columns: int = 2) -> Metric:
+    """The metric of this name for statistics `[items, columns]`. Raises UnknownName."""
+    if name not in _METRICS:
+        raise UnknownName("metric", name, _METRICS)
+    return _METRICS[name](columns)

@@ -22,16 +22,6 @@ def bootstrap(
     return _ends(redrawn([score], items, seed, draws=draws)[0], confidence)
 
 
-def paired_bootstrap(
-    first: Score, second: Score, items: int, seed: int, *, draws: int = DRAWS, confidence: float = CONFIDENCE
-) -> tuple[float, float, float]:
-    """(low, high, p) of first - second, both on the same resampled items; of one item nothing is known."""
-    if items < 2:
-        return float("nan"), float("nan"), float("nan")
-    one, two = redrawn([first, second], items, seed, draws=draws)
-    return paired(one, two, items, confidence=confidence)
-
-
 def redrawn(scores: Sequence[Score], items: int, seed: int, *, draws: int = DRAWS) -> np.ndarray:
     """[scores, draws]: each score on the same resampled items, which are drawn once for all of them."""
     blocks = [[score(counts) for score in scores] for counts in _resamples(items, seed, draws)]

@@ -23,7 +23,6 @@ from graft.evaluate.items import Scored, Subject, score, subjects
 from graft.evaluate.results import Results, Row, key_of
 from graft.evaluate.scorer import Scorer
 from graft.evaluate.settings import Measure
-from graft.lora import base_folder, is_lora
 
 VERSION = 3
 """Counted up when the same model and items give other numbers."""
@@ -67,8 +66,8 @@ def evaluate(
             scored[name, number] = found
             rows += found
         del scorer, headed
-    for number, subject in enumerate(asked):
-        rows += _compared(results, subject, [scored[n, number] for n in folders if (n, number) in scored], seed)
+    for number in range(len(asked)):
+        rows += _compared(results, [scored[n, number] for n in folders if (n, number) in scored], seed)
     return rows
 
 
@@ -191,26 +190,26 @@ class _Redrawn:
     metric: metrics.Metric
 
 
-def _compared(results: Results, subject: Subject, by_model: Sequence[Sequence[Row]], seed: int) -> list[Row]:
+def _compared(results: Results, by_model: Sequence[Sequence[Row]], seed: int) -> list[Row]:
     """Every pair of models, metric by metric, on the same items."""
-    return [row for of_metric in zip(*by_model, strict=True) for row in _pairs(results, subject, of_metric, seed)]
+    return [row for of_metric in zip(*by_model, strict=True) for row in _pairs(results, of_metric, seed)]
 
 
-def _pairs(results: Results, subject: Subject, of_metric: Sequence[Row], seed: int) -> list[Row]:
+def _pairs(results: Results, of_metric: Sequence[Row], seed: int) -> list[Row]:
     redrawn: dict[str, _Redrawn] | None = None
     rows = []
     for a, b in itertools.combinations(of_metric, 2):
         key = key_of(first=a["key"], second=b["key"], kind="comparison", version=COMPARED)
         row = results.get(key)
         if row is None:
-            redrawn = _redrawn(results, subject, of_metric, seed) if redrawn is None else redrawn
+            redrawn = _redrawn(results, of_metric, seed) if redrawn is None else redrawn
             if a["key"] in redrawn and b["key"] in redrawn:
                 row = _compare(results, a, b, redrawn[a["key"]], redrawn[b["key"]], key)
         rows += [row] if row else []
     return rows
 
 
-def _redrawn(results: Results, subject: Subject, rows: Sequence[Row], seed: int) -> dict[str, _Redrawn]:
+def _redrawn(results: Results, rows: Sequence[Row], seed: int) -> dict[str, _Redrawn]:
     """Rows that have a value and the same items, resampled alike, by their keys."""
     read = {row["key"]: results.read_items(row) for row in rows if row["value"] is not None}
     whole = {key: items for key, items in read.items() if items is not None}
@@ -218,7 +217,7 @@ def _redrawn(results: Results, subject: Subject, rows: Sequence[Row], seed: int)
         return {}
     ids = next(iter(whole.values()))[0]
     same = {key: sums for key, (own, sums) in whole.items() if own == ids}
-    metric = _metric_of(subject, rows[0]["metric"], next(iter(same.values())))
+    metric = metrics.metric_of(rows[0]["metric"], next(iter(same.values())).shape[1])
     scores = [_resampled(metric, sums) for sums in same.values()]
     drawn = statistics.redrawn(scores, len(ids), seed) if len(ids) > 1 else [None] * len(same)
     return {key: _Redrawn(sums, drew, metric) for (key, sums), drew in zip(same.items(), drawn, strict=True)}
@@ -251,36 +250,21 @@ def _compare(results: Results, a: Row, b: Row, first: _Redrawn, second: _Redrawn
     )
 
 
-def _metric_of(subject: Subject, name: str, sums: np.ndarray) -> metrics.Metric:
-    """The metric behind statistics that were read from a file."""
-    if name == "bits_per_byte":
-        return metrics.BITS_PER_BYTE
-    if name == "perplexity":
-        return metrics.PERPLEXITY
-    if name == "entity_f1":
-        return metrics.ENTITY_F1
-    if name in ("bleu", "chrf"):
-        return metrics.text_metric(name, ["a"], [["a"]])[0]
-    if name in ("f1_macro", "f1_micro", "mcc"):
-        return metrics.class_metric(name, [0], [0], sums.shape[1] // 3)[0]
-    return metrics.mean(name, proportion=name.startswith("accuracy") or "exact_match" in name)
-
-
 def disk_bytes(folder: Path) -> int:
-    """Bytes of the model's files; an ensemble's are those of its members, an adapter's those of its base as well."""
-    own = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file() and "checkpoints" not in p.parts)
-    if is_lora(folder):
-        base = base_folder(Path(folder))
-        return own + (disk_bytes(base) if base is not None else 0)
-    config = lineage.read_config(folder)
-    outside = [
-        folder / m["path"]
-        for m in config.get("members", [])
-        if isinstance(m, dict) and not m["path"].startswith("members/")
-    ]
-    if lineage.ADAPTED in config:
-        outside.append(folder / config[lineage.ADAPTED]["base"]["path"])
-    return own + sum(disk_bytes(place) for place in outside if place.is_dir())
+    """Bytes of the model's files; an ensemble's are those of its members, an adapter's those of its base as well.
+
+    What several of them share is counted once; checkpoints are no part of the model.
+    """
+    files: set[Path] = set()
+    seen: set[Path] = set()
+    waiting = [Path(folder)]
+    while waiting:
+        place = waiting.pop().resolve()
+        if place not in seen:
+            seen.add(place)
+            files |= {file for file in place.rglob("*") if "checkpoints" not in file.relative_to(place).parts}
+            waiting += lineage.parts_of(place)
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 class PeakMemory:
