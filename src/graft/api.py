@@ -15,7 +15,7 @@ from graft.models import check_device, load
 from graft.one import data_at, make_one
 from graft.plan import Places, Plan, make_plan
 from graft.recipe import read_recipe
-from graft.run import RunResult, run
+from graft.run import RunResult, locked, run
 
 if TYPE_CHECKING:
     from graft.deltas import Advice, Deltas, Outcome
@@ -139,12 +139,14 @@ def evaluate(
     out: Path | str = "runs/eval",
     root: Path | str = ".",
     seed: int = 0,
+    wait: bool = True,
     device: str | None = None,
 ) -> list[dict[str, Any]]:
     """Measure models (folders) side by side and return the rows; what was measured before is not measured again.
 
     `measures` are those of `evaluate:` in a recipe. Data sets are names of `data_sets` (settings as in a recipe) or
-    files. The rows are also in `out/results.jsonl`.
+    files. The rows are also in `out/results.jsonl`. `wait`: wait for another run, or measuring, in `out` rather than
+    refuse (Locked).
     """
     from graft import data
     from graft.data import split_ref
@@ -157,17 +159,17 @@ def evaluate(
     named = {split_ref(ref)[0] for m in parsed for kind, ref, _ in references(m) if kind == "data"}
     raw = {**(data_sets or {}), **{name: data_at(name) for name in sorted(named - set(data_sets or {}))}}
     sets = {name: data.parse(value, ("data", name)) for name, value in raw.items()}
-    where = Path(out)
-    where.mkdir(parents=True, exist_ok=True)
-    return room.evaluate(
-        folders,
-        parsed,
-        data=sets,
-        root=Path(root),
-        out=where,
-        seed=seed,
-        device=device,
-    )
+    places = Places(Path(out))
+    with locked(places, wait=wait):
+        return room.evaluate(
+            folders,
+            parsed,
+            data=sets,
+            root=Path(root),
+            out=places.folder,
+            seed=seed,
+            device=device,
+        )
 
 
 def _named(models: Sequence[Path | str] | Mapping[str, Path | str]) -> dict[str, Path]:

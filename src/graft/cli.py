@@ -375,6 +375,7 @@ def evaluate(
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of results.jsonl.")] = Path("runs/eval"),
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    wait: Wait = True,
     device: Device = None,
     json_: Json = False,
 ) -> None:
@@ -396,7 +397,7 @@ def evaluate(
     measures = asked or family.get("evaluate", [])
     rows = measure_all(
         models, measures, data_sets=family.get("data"), out=out, root=recipe.parent if recipe else ".", seed=seed,
-        device=device,
+        wait=wait, device=device,
     )  # fmt: skip
     typer.echo(json.dumps(rows)) if json_ else _print(reports.table(out))
 
