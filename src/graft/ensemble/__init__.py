@@ -33,6 +33,7 @@ ROOMS = (
     "model",
     "outputs",
     "pending",
+    "possible",
     "reading",
     "seq2seq",
     "settings",

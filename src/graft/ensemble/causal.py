@@ -18,6 +18,7 @@ from graft.ensemble.caches import CacheView, Text, grown_text
 from graft.ensemble.configuration import EnsembleConfig
 from graft.ensemble.gate import Told, last_state
 from graft.ensemble.outputs import chosen_outputs
+from graft.ensemble.possible import watched
 from graft.ensemble.speculative import Speculated, instead_of_generate, speculate
 from graft.ensemble.union import Union
 from graft.errors import RequestError
@@ -35,7 +36,8 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
         return attention_mask
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As of any `transformers` model. Raises RequestError where a row of the batch is all padding.
+        """As of any `transformers` model. Raises RequestError where a row of the batch is all padding, and RunError
+        where the options forbid every token that the rule leaves possible.
 
         An ensemble that names a `draft` speculates where plain greedy decoding is asked for: the same tokens, sooner.
         """
@@ -46,6 +48,7 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
             return found
         if self.union is not None:
             kwargs["use_cache"] = False
+        kwargs = watched(self.config.combine, self.generation_config, kwargs)
         return super().generate(inputs, **kwargs)  # type: ignore[misc]
 
     def speculate(self, input_ids: torch.Tensor, draft: str | None = None, **options: Any) -> Speculated:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     import torch
 
 
+WIDER = "set `plausibility` of the rule nearer to 0"
+"""What leaves more tokens possible."""
+
+
 class Settings(settings.Settings):
     """Which tokens compete."""
 

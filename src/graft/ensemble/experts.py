@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     import torch
 
 
+WIDER = "set `top_p` of the rule nearer to 1"
+"""What leaves more tokens possible."""
+
+
 class Settings(settings.Settings):
     """How far the base is moved, and among which tokens."""
 

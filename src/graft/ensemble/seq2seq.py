@@ -20,6 +20,7 @@ from graft.ensemble.caches import CacheView, grown_text
 from graft.ensemble.configuration import EnsembleConfig
 from graft.ensemble.gate import Told, last_state
 from graft.ensemble.outputs import chosen_outputs
+from graft.ensemble.possible import watched
 from graft.errors import RequestError
 
 
@@ -60,13 +61,14 @@ class EnsembleForSeq2SeqLM(Ensemble, GenerationMixin):
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """As of any `transformers` model. Raises RequestError where a row of the batch is all padding, and for a source
-        longer than a member reads."""
+        longer than a member reads; RunError where the options forbid every token that the rule leaves possible."""
         self._check_prompts(kwargs.get("attention_mask"))
         source = inputs if inputs is not None else kwargs.get("input_ids")
         if source is not None:
             self._check_inputs(source, None, self.translators)
         if self.choose is not None:
             return chosen_outputs(self, inputs if inputs is not None else kwargs.pop("input_ids"), **kwargs)
+        kwargs = watched(self.config.combine, self.generation_config, kwargs)
         return super().generate(inputs, **kwargs)  # type: ignore[misc]
 
     def speculate(self, *_: Any, **__: Any) -> Any:
