@@ -8,15 +8,18 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import graft
+from graft._callable import COMMANDS as CALLED
 from graft._verb_command import fields_of, models_field, requested
 from graft.cli import app
 from graft.errors import RequestError
 from graft.verbs import verb
 
-COMMANDS = ["run", "plan", "tree", "relate", "report", "pretrain", "tune", "merge", "ensemble", "eval", "gains", "chat"]
+COMMANDS = sorted(typer.main.get_command(app).commands)
+"""All there are: one that is added is tested like the others."""
 
 
 def invoke(*words, input=""):
@@ -167,18 +170,44 @@ def test_debug_may_stand_anywhere(family):
     assert "raise TrainingError" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "words", [["tree", "nowhere"], ["report", "nowhere"], ["chat", "nowhere", "-p", "x"], ["plan", "nowhere.yaml"],
-              ["tune", "out", "--from", "nowhere", "--data", "x.jsonl"], ["merge"],
-              ["eval", "nowhere", "--on", "x.jsonl"]],
-    ids=lambda words: words[0],
-)  # fmt: skip
-def test_every_command_refuses_what_is_not_there_with_2(words, tmp_path, monkeypatch):
+NOWHERE = {
+    "run": ["nowhere.yaml"],
+    "plan": ["nowhere.yaml"],
+    "tree": ["nowhere"],
+    "report": ["nowhere"],
+    "relate": ["nowhere", "nobody"],
+    "deltas": ["nowhere", "nobody"],
+    "show": ["nowhere", "--text", "x"],
+    "chat": ["nowhere", "-p", "x"],
+    "eval": ["nowhere", "--on", "x.jsonl"],
+    "gains": ["nowhere", "nobody", "--on", "x.jsonl"],
+    "pretrain": ["out", "--data", "x.jsonl", "--budget", "1 steps"],
+    "tune": ["out", "--from", "nowhere", "--data", "x.jsonl"],
+    "adapt": ["out", "nowhere", "nobody"],
+    "head": ["out", "--from", "nowhere", "--task", "topic"],
+    "merge": ["out", "nowhere", "nobody"],
+    "ensemble": ["out", "nowhere", "nobody"],
+    "quantize": ["out", "--from", "nowhere"],
+}
+"""A request of each command for what is not there."""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_refuses_what_is_not_there_with_2_as_a_sentence_or_as_json(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = invoke(*words)
+    result = invoke(name, *NOWHERE[name])
     assert result.exit_code == 2, result.output
+    assert result.stdout == ""
     assert result.stderr.startswith("graft: ")
     assert "expected" in result.stderr
+    told = json.loads(invoke(name, *NOWHERE[name], "--json").stdout)
+    assert told["exit_code"] == 2
+    assert result.stderr == f"graft: {told['error']}\n"
+
+
+def test_what_can_be_called_from_python_is_a_command_and_the_other_way_round():
+    """`explain` is an option of merge; what `load` gives is of use in Python only."""
+    assert {"evaluate" if name == "eval" else name for name in COMMANDS} == set(CALLED) - {"explain", "load"}
 
 
 def test_options_of_a_verb_become_settings():
