@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,7 +156,7 @@ def test_what_is_written_in_pieces_from_threads_loads_elsewhere(tmp_path, shard_
 
 
 def test_too_little_room_is_said_before_the_first_byte(tmp_path):
-    with pytest.raises(DiskError, match=r"needs .* GB and the disk has"):
+    with pytest.raises(DiskError, match=r"needs 400 TB and the disk has"):
         TensorWriter(tmp_path, {"a": ("F32", (10**14,))})
     assert list(tmp_path.iterdir()) == []
 
@@ -164,6 +165,12 @@ def test_free_space_counts_what_is_written_already(tmp_path):
     free_space(tmp_path, 1)
     with pytest.raises(DiskError):
         free_space(tmp_path, 10**18)
+
+
+def test_too_little_room_is_told_in_units_that_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=34_816))
+    with pytest.raises(DiskError, match=r"needs 263 kB and the disk has 34\.8 kB free"):
+        free_space(tmp_path, 262_588)
 
 
 def test_a_folder_is_there_whole_or_not_at_all(tmp_path):

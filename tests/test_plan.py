@@ -8,10 +8,11 @@ import pytest
 from rich.console import Console
 
 from graft.errors import SettingsError
+from graft.machine import size
 from graft.plan import Places, make_plan, plain, render
 from graft.plan.fit import fits, memory_limit, told
 from graft.plan.keys import keys_of
-from graft.plan.table import clock, count, size
+from graft.plan.table import clock, count
 from graft.recipe import read_recipe
 from graft.run import run
 from graft.train.estimate import cpu_flops

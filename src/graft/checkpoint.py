@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graft.errors import CheckpointError, DiskError, GraftError
+from graft.machine import cores, size
 
 if TYPE_CHECKING:
     import torch
@@ -320,6 +322,25 @@ def _shards(layout: Mapping[str, tuple[str, tuple[int, ...]]], shard_bytes: int)
     return shards
 
 
+def check_weights(folder: Path, *, threads: int | None = None, piece: int = 1 << 22) -> None:
+    """Read all floating-point weights; raise CheckpointError naming each tensor that holds NaN or Inf."""
+    import torch
+
+    def bad(header: TensorHeader) -> str | None:
+        count = 0
+        for start in range(0, header.count, piece):
+            values = reader.read(header.name, start, min(piece, header.count - start))
+            count += int((~torch.isfinite(values)).sum())
+        return f"{header.name} ({count} of {header.count} values, {header.file.name})" if count else None
+
+    with TensorReader(folder) as reader, ThreadPoolExecutor(threads or cores()) as pool:
+        floats = [h for _, h in sorted(reader.headers.items()) if h.dtype in FLOATS]
+        found = [text for text in pool.map(bad, floats) if text]
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise CheckpointError(f"{folder}: NaN or Inf in {', '.join(found[:5])}{more}")
+
+
 @contextmanager
 def disk_errors(place: Path) -> Iterator[None]:
     """Turns a full disk, a missing permission and the like into a DiskError that names `place`.
@@ -360,7 +381,7 @@ def free_space(folder: Path, needed: int, *, reuse: Path | None = None) -> None:
     if reuse is not None:
         free += sum(p.stat().st_blocks * 512 for p in reuse.iterdir() if p.is_file())
     if free < needed:
-        raise DiskError(f"{folder}: needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free")
+        raise DiskError(f"{folder}: needs {size(needed)} and the disk has {size(free)} free")
 
 
 @contextmanager

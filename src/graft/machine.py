@@ -1,4 +1,4 @@
-"""What of this machine a process may use."""
+"""What of this machine a process may use, and how its bytes are told."""
 
 from __future__ import annotations
 
@@ -13,3 +13,11 @@ def cores() -> int:
 def share_of_cores(processes: int) -> dict[str, str]:
     """Environment in which each of `processes` computes with its share of the cores, unless the user has set it."""
     return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores() // processes))}
+
+
+def size(number: float) -> str:
+    """Bytes in words: `12.4 MB`."""
+    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= factor:
+            return f"{number / factor:.3g} {unit}"
+    return f"{number:.0f} B"

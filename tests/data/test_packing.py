@@ -14,7 +14,7 @@ def stream_of(lengths, first=10):
     """Documents of these lengths; no token occurs twice."""
     ids = np.arange(first, first + sum(lengths))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return TokenStream(ids, offsets, np.asarray(lengths), None)
+    return TokenStream(ids, offsets, None)
 
 
 def answers_of(lengths, answers):
@@ -23,7 +23,7 @@ def answers_of(lengths, answers):
     trained = np.zeros(sum(lengths), np.uint8)
     for end, count in zip(stream.offsets[1:], answers, strict=True):
         trained[end - count : end] = 1
-    return TokenStream(stream.ids, stream.offsets, stream.bytes, trained)
+    return TokenStream(stream.ids, stream.offsets, trained)
 
 
 def tokens(row):

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from graft.checkpoint import atomic_folder
 from graft.data.corpus import AnyCorpus, Corpus
-from graft.data.stream import TokenStream, open_stream, stream_name, tokenize
+from graft.data.stream import Batch, TokenStream, open_stream, stream_name, tokenize, write_stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,25 +35,16 @@ def bootstrap_stream(
     folder = cache / "streams" / hashlib.sha256(json.dumps(name).encode()).hexdigest()[:32]
     if not (folder / "stream.json").exists():
         with atomic_folder(folder, keep_existing=True) as out:
-            _write(plain, np.repeat(np.arange(plain.documents), times_drawn(plain.documents, seed, part)), out)
+            drawn = np.repeat(np.arange(plain.documents), times_drawn(plain.documents, seed, part))
+            write_stream(out, str(plain.ids.dtype), _chosen(plain, drawn), masked=plain.trained is not None)
     return open_stream(folder)
 
 
-def _write(stream: TokenStream, drawn: np.ndarray, folder: Path) -> None:
-    """The documents `drawn`, in this order, as a stream of their own."""
-    starts, ends = stream.offsets[:-1][drawn], stream.offsets[1:][drawn]
-    with open(folder / "ids.bin", "wb") as ids:
-        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-            stream.ids[start:end].tofile(ids)
-    if stream.trained is not None:
-        with open(folder / "trained.bin", "wb") as trained:
-            for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-                stream.trained[start:end].tofile(trained)
-    offsets = np.concatenate([[0], np.cumsum(ends - starts)]).astype(np.int64)
-    offsets.tofile(folder / "offsets.bin")
-    stream.bytes[drawn].astype(np.int64).tofile(folder / "bytes.bin")
-    facts = {"dtype": str(stream.ids.dtype), "tokens": int(offsets[-1])}
-    (folder / "stream.json").write_text(json.dumps(facts))
+def _chosen(stream: TokenStream, drawn: np.ndarray) -> Iterator[Batch]:
+    """The documents `drawn`, in this order."""
+    for first, last in zip(stream.offsets[:-1][drawn].tolist(), stream.offsets[1:][drawn].tolist(), strict=True):
+        trained = None if stream.trained is None else stream.trained[first:last]
+        yield stream.ids[first:last], trained, np.array([last - first])
 
 
 def described(

@@ -27,11 +27,10 @@ VERSION = 3
 
 @dataclass(frozen=True)
 class Rendered:
-    """One document: `ids [n]` token ids, `trained [n] bool` the tokens to be produced, `bytes` of its UTF-8 text."""
+    """One document: `ids [n]` token ids, `trained [n] bool` the tokens to be produced."""
 
     ids: np.ndarray
     trained: np.ndarray
-    bytes: int
 
 
 def prompt_and_answer(record: dict[str, Any]) -> tuple[str, str]:
@@ -62,31 +61,30 @@ def render(records: Sequence[dict[str, Any]], format: str, tokenizer: PreTrained
 def _texts(records: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerFast) -> Iterator[Rendered]:
     texts = [record["text"] for record in records]
     start, end = ends(tokenizer)
-    for text, ids in zip(texts, encode(texts, tokenizer), strict=True):
+    for ids in encode(texts, tokenizer):
         whole = _array([*start, *ids, *end])
-        yield Rendered(whole, _all_but_first(len(whole)), len(text.encode("utf-8", "surrogatepass")))
+        yield Rendered(whole, _all_but_first(len(whole)))
 
 
 def _answers(records: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerFast) -> Iterator[Rendered]:
     pairs = [prompt_and_answer(record) for record in records]
     start, end = ends(tokenizer)
     prompts, answers = (encode(side, tokenizer) for side in zip(*pairs, strict=True))
-    for (_, answer), head, tail in zip(pairs, prompts, answers, strict=True):
+    for head, tail in zip(prompts, answers, strict=True):
         ids = _array([*start, *head, *tail, *end])
         trained = np.arange(len(ids)) >= max(len(start) + len(head), 1)
-        yield Rendered(ids, trained, len(answer.encode("utf-8", "surrogatepass")))
+        yield Rendered(ids, trained)
 
 
 def _chats(chats: Sequence[list[dict[str, str]]], tokenizer: PreTrainedTokenizerFast) -> Iterator[Rendered]:
     texts = [chat_text(messages, tokenizer) for messages in chats]
-    for messages, text, (ids, places) in zip(chats, texts, encode_with_places(texts, tokenizer), strict=True):
-        spans = assistant_spans(messages, tokenizer)
+    for messages, (ids, places) in zip(chats, encode_with_places(texts, tokenizer), strict=True):
         starts, ends = places.T
         trained = np.zeros(len(ids), dtype=bool)
-        for first, last in spans:
+        for first, last in assistant_spans(messages, tokenizer):
             trained |= (starts >= first) & (ends <= last) & (ends > starts)
         trained[:1] = False
-        yield Rendered(ids, trained, sum(len(text[first:last].encode()) for first, last in spans))
+        yield Rendered(ids, trained)
 
 
 def ends(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:

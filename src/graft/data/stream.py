@@ -1,7 +1,7 @@
 """Token streams: a split of a corpus as token ids on disk, made once and memory-mapped, so that memory stays flat.
 
 A stream's folder holds `ids.bin` (uint16 or uint32), `trained.bin` (uint8; absent where all but first tokens are
-trained on), `offsets.bin` (int64 [documents + 1]), `bytes.bin` (int64 [documents]) and `stream.json`.
+trained on), `offsets.bin` (int64 [documents + 1]) and `stream.json`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
+Batch = tuple[np.ndarray, np.ndarray | None, np.ndarray]
+"""Of some documents: `ids [tokens]`, `trained [tokens]` (None: all but firsts), `lengths [documents]`."""
 
 BATCH_CHARACTERS = 1 << 20
 """Text that is tokenised in one call: enough for all cores, little enough to hold."""
@@ -38,11 +41,10 @@ AHEAD = 2
 
 @dataclass(frozen=True)
 class TokenStream:
-    """`ids [tokens]`, `offsets [documents + 1]`, `bytes [documents]`, and `trained [tokens]` (None: all but firsts)."""
+    """`ids [tokens]`, `offsets [documents + 1]`, and `trained [tokens]` (None: all but firsts)."""
 
     ids: np.ndarray
     offsets: np.ndarray
-    bytes: np.ndarray
     trained: np.ndarray | None
 
     @property
@@ -97,7 +99,6 @@ def open_stream(folder: Path) -> TokenStream:
     return TokenStream(
         _mapped(folder / "ids.bin", facts["dtype"]),
         _mapped(folder / "offsets.bin", "int64"),
-        _mapped(folder / "bytes.bin", "int64"),
         _mapped(trained, "uint8") if trained.exists() else None,
     )
 
@@ -107,34 +108,42 @@ def _mapped(path: Path, dtype: str) -> np.ndarray:
 
 
 def _write(corpus: Corpus, split: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
     plain = corpus.format == "text"
+
+    def batches() -> Iterator[Batch]:
+        rendered = _ahead(
+            lambda batch: list(render.render(batch, corpus.format, tokenizer)), _batches(corpus.records(split))
+        )
+        with Progress(f"tokenising {corpus.name}.{split}", None, "tokens") as progress:
+            for done in rendered:
+                ids = np.concatenate([r.ids for r in done])
+                progress.advance(len(ids))
+                trained = None if plain else np.concatenate([r.trained for r in done])
+                yield ids, trained, np.array([len(r.ids) for r in done])
+
+    dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
+    if write_stream(folder, dtype, batches(), masked=not plain) == 0:
+        raise DataError(f"{corpus.name}.{split}: expected text, found only empty documents")
+
+
+def write_stream(folder: Path, dtype: str, batches: Iterable[Batch], *, masked: bool) -> int:
+    """Write a stream, some documents at a time, and return its number of tokens; `masked`: they come with a mask."""
     total = 0
     with (
-        open(folder / "ids.bin", "wb") as ids,
-        open(folder / "trained.bin", "wb") as trained,
-        open(folder / "offsets.bin", "wb") as offsets,
-        open(folder / "bytes.bin", "wb") as sizes,
-        Progress(f"tokenising {corpus.name}.{split}", None, "tokens") as progress,
+        open(folder / "ids.bin", "wb") as to_ids,
+        open(folder / "trained.bin", "wb") if masked else nullcontext() as to_trained,
+        open(folder / "offsets.bin", "wb") as to_offsets,
     ):
-        np.zeros(1, np.int64).tofile(offsets)
-        for done in _ahead(
-            lambda batch: list(render.render(batch, corpus.format, tokenizer)), _batches(corpus.records(split))
-        ):
-            np.concatenate([r.ids for r in done]).astype(dtype).tofile(ids)
-            if not plain:
-                np.concatenate([r.trained for r in done]).astype(np.uint8).tofile(trained)
-            ends = total + np.cumsum([len(r.ids) for r in done])
-            ends.astype(np.int64).tofile(offsets)
-            np.array([r.bytes for r in done], np.int64).tofile(sizes)
-            progress.advance(int(ends[-1]) - total)
-            total = int(ends[-1])
-    if total == 0:
-        raise DataError(f"{corpus.name}.{split}: expected text, found only empty documents")
-    if plain:
-        (folder / "trained.bin").unlink()
-    facts = {"name": corpus.name, "split": split, "dtype": dtype, "tokens": total}
-    (folder / "stream.json").write_text(json.dumps(facts))
+        # not by numpy's `tofile`: where a disk is full, that does not say so
+        to_offsets.write(np.zeros(1, np.int64).data)
+        for ids, trained, lengths in batches:
+            to_ids.write(ids.astype(dtype).data)
+            if to_trained is not None and trained is not None:
+                to_trained.write(trained.astype(np.uint8).data)
+            to_offsets.write((total + np.cumsum(lengths, dtype=np.int64)).data)
+            total += int(lengths.sum())
+    (folder / "stream.json").write_text(json.dumps({"dtype": dtype, "tokens": total}))
+    return total
 
 
 def _ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

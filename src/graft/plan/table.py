@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from graft.machine import size
 from graft.plan.steps import Plan, Step
 
 if TYPE_CHECKING:
@@ -74,14 +75,6 @@ def _seconds(plan: Plan) -> float | None:
     """Time of everything still to be made, one after the other; None where a node's time is not known."""
     times = [step.estimate.seconds for step in plan.steps.values() if _to_make(step)]
     return None if None in times else sum(t for t in times if t is not None)
-
-
-def size(number: float) -> str:
-    """Bytes in words: `12.4 MB`."""
-    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= factor:
-            return f"{number / factor:.3g} {unit}"
-    return f"{number:.0f} B"
 
 
 def count(number: float) -> str:
