@@ -9,7 +9,6 @@ import re
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graft.errors import CheckpointError, DiskError, GraftError
-from graft.machine import cores, size
+from graft.machine import size
 
 if TYPE_CHECKING:
     import torch
@@ -222,6 +221,10 @@ class TensorReader:
         flat = torch.frombuffer(buffer, dtype=dtype) if size else torch.empty(0, dtype=dtype)
         return flat.reshape(header.shape) if count is None else flat
 
+    def origin(self, name: str) -> Path:
+        """The file to look at where the tensor's values are no numbers."""
+        return self.headers[name].file
+
     def close(self) -> None:
         """Close the files."""
         while self._files:
@@ -320,25 +323,6 @@ def _shards(layout: Mapping[str, tuple[str, tuple[int, ...]]], shard_bytes: int)
         shards[-1].append(name)
         held += size
     return shards
-
-
-def check_weights(folder: Path, *, threads: int | None = None, piece: int = 1 << 22) -> None:
-    """Read all floating-point weights; raise CheckpointError naming each tensor that holds NaN or Inf."""
-    import torch
-
-    def bad(header: TensorHeader) -> str | None:
-        count = 0
-        for start in range(0, header.count, piece):
-            values = reader.read(header.name, start, min(piece, header.count - start))
-            count += int((~torch.isfinite(values)).sum())
-        return f"{header.name} ({count} of {header.count} values, {header.file.name})" if count else None
-
-    with TensorReader(folder) as reader, ThreadPoolExecutor(threads or cores()) as pool:
-        floats = [h for _, h in sorted(reader.headers.items()) if h.dtype in FLOATS]
-        found = [text for text in pool.map(bad, floats) if text]
-    if found:
-        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-        raise CheckpointError(f"{folder}: NaN or Inf in {', '.join(found[:5])}{more}")
 
 
 @contextmanager
