@@ -112,14 +112,14 @@ def test_figures_are_written_short():
 TRAINED = """
 family: f
 data:
-  d: {source: text, path: d.txt}
+  d: {source: text, document: line, path: d.txt}
 models:
   base: {pretrain: {data: d, size: 5M, length: 512, batch_size: 16, budget: 10 steps}}
 """
 
 
 def test_what_does_not_fit_is_told_the_kindest_change_first_and_each_change_fits(tmp_path):
-    (tmp_path / "d.txt").write_text("text\n")
+    (tmp_path / "d.txt").write_text("".join(f"text {n}\n" for n in range(200)))
     path = tmp_path / "f.yaml"
     path.write_text(TRAINED)
     plan = make_plan(read_recipe(path), Places(tmp_path / "run"))
@@ -143,10 +143,10 @@ def test_what_does_not_fit_is_told_the_kindest_change_first_and_each_change_fits
 
 
 def test_an_ensembles_time_is_that_of_fitting_its_weights_and_its_memory_counts_the_process(tmp_path):
-    (tmp_path / "d.txt").write_text("a\n\nb\n")
+    (tmp_path / "d.txt").write_text("".join(f"text {n}\n" for n in range(200)))
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        "family: f\ndata:\n  d: {source: text, path: d.txt}\nmodels:\n"
+        "family: f\ndata:\n  d: {source: text, document: line, path: d.txt}\nmodels:\n"
         "  base: {pretrain: {data: d, hidden: 64, layers: 2, budget: 1k tokens}}\n"
         "  even: {ensemble: {members: {base: 1}}}\n"
         "  fitted: {ensemble: {members: [base], weights: {fit: d.dev, documents: 10}}}\n"

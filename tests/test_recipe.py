@@ -21,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("growing")
 
 @pytest.fixture
 def recipe(tmp_path):
-    """Writes a recipe, beside a text of two documents (`d.txt`)."""
-    (tmp_path / "d.txt").write_text("a\n\nb\n")
+    """Writes a recipe, beside a text of two hundred lines (`d.txt`)."""
+    (tmp_path / "d.txt").write_text("".join(f"line {n}\n" for n in range(200)))
 
     def write(text):
         path = tmp_path / "recipe.yaml"
@@ -167,7 +167,7 @@ def test_a_bad_data_file_is_found_before_anything_runs(recipe, tmp_path, name):
 
 
 def test_a_measure_must_fit_the_format_of_the_data(recipe, tmp_path):
-    (tmp_path / "d.jsonl").write_text('{"text": "a", "label": "b"}\n')
+    (tmp_path / "d.jsonl").write_text("".join(f'{{"text": "{n}", "label": "b"}}\n' for n in range(200)))
     found = problems(
         recipe("""
         family: f
@@ -193,7 +193,7 @@ def test_a_measure_must_fit_the_architecture_of_the_models_it_is_taken_of(recipe
     path = recipe("""
         family: f
         data:
-          d: {source: text, path: d.txt}
+          d: {source: text, document: line, path: d.txt}
         models:
           left: {pretrain: {data: d, size: 1M}}
           both: {pretrain: {data: d, size: 1M, architecture: encoder}}
@@ -213,7 +213,7 @@ def test_what_is_learned_from_is_not_measured_on(recipe):
     path = recipe("""
         family: f
         data:
-          d: {source: text, path: d.txt}
+          d: {source: text, document: line, path: d.txt}
           m: {mix: {d: 1}}
         models:
           a: {pretrain: {data: d, size: 1M}}
@@ -241,7 +241,7 @@ def test_weights_that_are_no_numbers_are_problems_with_lines(recipe):
 
 
 def test_raw_records_cannot_be_trained_on(recipe, tmp_path):
-    (tmp_path / "d.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "d.jsonl").write_text("".join(f'{{"a": {n}}}\n' for n in range(200)))
     (problem,) = problems(
         recipe("""
         family: f
@@ -312,7 +312,8 @@ def test_measures_are_checked_with_everything_else(recipe):
         "line 6: evaluate.1.limti: unknown key (did you mean 'limit'?); there are: models, limit, on, measure",
         "line 6: evaluate.1.on.0: unknown data set 'note.test'; there are: none",
         "line 7: evaluate.2.on.0: unknown data set 'note.test'; there are: none",
-        f"line 8: evaluate.3.task: expected a task's file at {path.parent / 'trivia.yaml'}",
+        f"line 8: evaluate.3.task: {path.parent / 'trivia.yaml'}: expected a task's file, found none; paths are "
+        "relative to the recipe's folder",
     ]
 
 
@@ -338,7 +339,7 @@ def test_values_can_be_shared_by_anchor_and_keep_the_line_where_they_are_written
 
 
 @pytest.mark.parametrize(
-    "text", ["a: &a [*a]", "a: !!python/object/apply:os.system ['true']", "? [a, b]\n: 1", "a\tb:\n\t- c"]
+    "text", ["a: &a [*a]", "a: !!python/object/apply:os.system ['true']", "? [a, b]\n: 1", "a\tb:\n\t- c", "a: \x07"]
 )
 def test_yaml_that_would_do_harm_is_a_problem(text):
     assert read_yaml(text).problems
@@ -347,7 +348,7 @@ def test_yaml_that_would_do_harm_is_a_problem(text):
 FAMILY = """
 family: f
 data:
-  d: {{source: text, path: d.txt}}
+  d: {{source: text, document: line, path: d.txt}}
   pairs: {{source: jsonl, path: p.jsonl, format: pairs}}
 models:
   base: {{pretrain: {{data: d, hidden: 32, layers: 2, tokenizer: {{size: 300}}, {base}}}}}
@@ -380,7 +381,7 @@ models:
     ],
 )
 def test_what_a_model_that_is_not_made_yet_cannot_take_is_found_before_it_is_made(recipe, tmp_path, child, expected):
-    (tmp_path / "p.jsonl").write_text('{"source": "a", "target": "b"}\n')
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"source": "{n}", "target": "b"}}\n' for n in range(200)))
     path = recipe(FAMILY.format(base="length: 32", child=child))
     if expected is None:
         assert list(read_recipe(path).models) == ["base", "child"]
@@ -396,7 +397,7 @@ def test_an_adapter_on_a_model_that_is_merged_from_models_not_made_yet_is_tried_
     text += "  top: {tune: {from: soup, data: d, method: {lora: {on: [up]}}}}\n"
     text += "  over: {tune: {from: top, data: d, method: {lora: {on: [gate_proj]}}}}\n"
     text += "  folded: {tune: {from: top, data: d, method: {lora: {rank: 99}}, fold: true}}\n"
-    (tmp_path / "p.jsonl").write_text('{"source": "a", "target": "b"}\n')
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"source": "{n}", "target": "b"}}\n' for n in range(200)))
     first, second = problems(recipe(text))
     assert first.startswith("line 11: models.over.tune: GPT2LMHeadModel: expected a place 'gate_proj', found none")
     assert second.startswith("line 12: models.folded.tune: ")
@@ -412,7 +413,7 @@ def test_a_model_without_a_tokenizer_is_not_trained_and_not_measured(recipe, tmp
         recipe("""
         family: f
         data:
-          d: {source: text, path: d.txt}
+          d: {source: text, document: line, path: d.txt}
         models:
           mute: {load: mute}
           further: {tune: {from: mute, data: d}}
@@ -435,7 +436,7 @@ def test_a_tokenizer_in_a_folder_says_what_objectives_it_serves(recipe, tmp_path
         recipe("""
         family: f
         data:
-          d: {source: text, path: d.txt}
+          d: {source: text, document: line, path: d.txt}
         models:
           left: {pretrain: {data: d, hidden: 32, layers: 1, tokenizer: {path: words}}}
           both: {pretrain: {data: d, hidden: 32, layers: 1, tokenizer: {path: words}, architecture: encoder}}
@@ -449,7 +450,7 @@ def test_what_does_not_parse_hides_nothing_else_of_its_node_or_of_others(recipe)
         recipe("""
         family: f
         data:
-          d: {source: text, path: d.txt, splits: {dve: 0.1}}
+          d: {source: text, document: line, path: d.txt, splits: {dve: 0.1}}
           m: {mix: {d: 1, nothing: 1}, temprature: 2}
         models:
           base: {pretrian: {data: d, hidden: 32, layers: 2, lenght: 64, tokenizer: {size: 300}}}
@@ -502,7 +503,7 @@ def test_a_value_that_was_left_out_is_not_asked_for(recipe):
         recipe("""
         family: f
         data:
-          d: {source: text, path: d.txt}
+          d: {source: text, document: line, path: d.txt}
         models:
           a: {pretrain: {data: d, size: none, length: short}}
           b: {tune: {from: 3, data: d, learning_rate: -1}}
@@ -515,3 +516,167 @@ def test_a_value_that_was_left_out_is_not_asked_for(recipe):
         "models.b.tune.learning_rate",
         "models.b.tune.from",
     ]
+
+
+def test_what_does_not_go_together_is_told_beside_what_is_wrong_alone(recipe):
+    found = problems(
+        recipe("""
+        family: f
+        data:
+          d: {source: text, document: line, path: d.txt}
+        models:
+          a: {pretrain: {data: d, size: 60k, batch_size: 6, accumulate: 4, track: [trackio], precision: fp8}}
+          b: {pretrain: {data: dd, size: 60k, batch_size: 6, accumulate: 4}}
+          c: {pretrain: {data: d, size: 60k, batch_size: 6, accumulate: many}}
+        """)
+    )
+    assert [(problem.split(": ")[1], problem.partition(", found")[0].split(": ", 2)[2]) for problem in found] == [
+        ("models.a.pretrain.precision", "input should be 'fp32', 'bf16' or 'fp16'"),
+        (
+            "models.a.pretrain.track",
+            "the tracker trackio needs the package trackio: pip install 'graft[trackio]'",
+        ),
+        ("models.a.pretrain", "expected batch_size to be a multiple of accumulate"),
+        ("models.b.pretrain", "expected batch_size to be a multiple of accumulate"),
+        ("models.b.pretrain.data", "unknown data set 'dd' (did you mean 'd'?); there are: d"),
+        (
+            "models.c.pretrain.accumulate",
+            "input should be a valid integer, unable to parse string as an integer",
+        ),
+    ]
+
+
+def test_a_split_that_is_read_and_empty_is_a_problem_of_its_data_set(recipe, tmp_path):
+    (tmp_path / "one.txt").write_text("a single document\n")
+    path = recipe("""
+        family: f
+        data:
+          one: {source: text, path: one.txt}
+          many: {source: text, document: line, path: d.txt}
+          both: {mix: {one: 1, many: 1}}
+          idle: {source: text, path: one.txt}
+        models:
+          a: {pretrain: {data: both, size: 60k, length: 16, tokenizer: {size: 300}}}
+        evaluate:
+          - {measure: bits_per_byte, on: [one.test, many.test]}
+        """)
+    found = problems(path)
+    assert [problem.partition(" the data set has")[0] for problem in found] == [
+        "line 4: data.one: one.dev: expected at least one document, found none:",
+        "line 4: data.one: one.test: expected at least one document, found none:",
+    ]
+    assert "1 distinct document, split by hash" in found[0]
+    assert "with `splits: {dev: 0}` models are trained without one" in found[0]
+    path.write_text(
+        path.read_text().replace("path: one.txt}", "path: one.txt, splits: {dev: 0}}").replace("one.test", "many.test")
+    )
+    read_recipe(path)
+
+
+def test_a_misspelt_split_is_shown_the_right_one(recipe):
+    path = recipe("""
+        family: f
+        data:
+          code: {source: text, document: line, path: d.txt}
+        models: {a: {grow: }}
+        evaluate:
+          - {measure: bits_per_byte, on: [code.tset, cdoe.test, code.held]}
+        """)
+    assert [problem.partition("unknown data set ")[2] for problem in problems(path)] == [
+        "'code.tset' (did you mean 'code.test'?); there are: code",
+        "'cdoe.test' (did you mean 'code'?); there are: code",
+        "'code.held'; splits are train, dev, test; there are: code",
+    ]
+
+
+TASK = "name: t\ndata: {source: jsonl, format: raw, test: q.jsonl}\nprompt: '{{ q }}'\ntarget: '{{ a }}'\n"
+
+WRONG_TASKS = {
+    "misspelt": (TASK.replace("prompt", "promt"), ["t.yaml, line 3: promt: unknown key (did you mean 'prompt'?)"]),
+    "metric": (TASK + "metrics: [blue]\n", ["t.yaml, line 5: metrics: expected metrics among exact_match, "]),
+    "no data": (TASK.replace("q.jsonl", "gone.jsonl"), ["t.yaml, line 2: data: ", "gone.jsonl: expected a file"]),
+    "field": (TASK.replace("{{ q }}", "{{ qq }}"), ["t.yaml: `prompt`: template '{{ qq }}': 'qq' is undefined"]),
+    "template": (
+        TASK.replace("{{ q }}", "{{ q"),
+        ["t.yaml, line 3: prompt: expected a template (jinja), found '{{ q'"],
+    ),
+    "choices": (TASK + "choices: [no, yes]\n", ["t.yaml: ", "expected the target to be one of ['no', 'yes']"]),
+    "split": (TASK.replace("test: q", "train: q"), ["t.yaml: ", ".test: expected at least one document, found none"]),
+    "yaml": ("name: [t\n", ["t.yaml, line 2: this is not YAML"]),
+    "list": ("- name\n", ["t.yaml: expected a mapping (name, data, prompt, target, …), found list"]),
+    "control": ("name: \x07\n", ["t.yaml: this is not YAML"]),
+    "named": (
+        TASK.replace("{source: jsonl, format: raw, test: q.jsonl}", "dd.test"),
+        ["line 2: data: unknown data set"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TASKS)
+def test_a_task_that_cannot_be_done_is_found_before_anything_runs(recipe, tmp_path, name):
+    content, expected = WRONG_TASKS[name]
+    (tmp_path / "q.jsonl").write_text('{"q": 1, "a": "x"}\n{"q": 2, "a": "y"}\n')
+    (tmp_path / "t.yaml").write_text(content)
+    (problem,) = problems(recipe("family: f\nmodels: {a: {grow: }}\nevaluate:\n- {task: t.yaml}\n"))
+    assert problem.startswith(f"line 4: evaluate.0.task: {tmp_path}/t.yaml")
+    assert all(words in problem for words in expected), problem
+
+
+def test_all_that_is_wrong_with_a_task_is_told_at_once(recipe, tmp_path):
+    wrong = TASK.replace("{{ q }}", "{{ q").replace("q.jsonl", "gone.jsonl") + "metrics: [blue]\nshotz: 1\n"
+    (tmp_path / "t.yaml").write_text(wrong)
+    found = problems(recipe("family: f\nmodels: {a: {grow: }}\nevaluate:\n- {task: t.yaml}\n"))
+    assert sorted(int(p.partition("t.yaml, line ")[2].partition(":")[0]) for p in found) == [2, 3, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("def prompt(r: return 1\n", "t.py, line 2: expected Python, found "),
+        ("1 / 0\n", "t.py: the file raised ZeroDivisionError: division by zero"),
+        ("def prompt(r): return r['word']\n", "t.py: prompt(record) raised KeyError: 'word'; the record has q, a"),
+        ("def prompt(r): return r['q']\n", "t.py: `prompt`: expected text, found int '1'"),
+        (
+            "def prompt(r): return 'x'\ndef choices(r): return []\n",
+            "t.py: `choices`: expected something, found an empty",
+        ),
+    ],
+)
+def test_a_task_in_python_that_fails_is_found_before_anything_runs(recipe, tmp_path, code, expected):
+    (tmp_path / "q.jsonl").write_text('{"q": 1, "a": "x"}\n')
+    data = "{'source': 'jsonl', 'format': 'raw', 'test': 'q.jsonl'}"
+    (tmp_path / "t.py").write_text(f"task = {{'name': 't', 'data': {data}, 'target': '{{{{ a }}}}'}}\n{code}")
+    (problem,) = problems(recipe("family: f\nmodels: {a: {grow: }}\nevaluate:\n- {task: t.py}\n"))
+    assert problem.startswith(f"line 4: evaluate.0.task: {tmp_path}/{expected}")
+
+
+def test_a_task_on_data_of_the_recipe_is_tried_on_them(recipe, tmp_path):
+    (tmp_path / "t.yaml").write_text("name: t\ndata: d\nprompt: '{{ txet }}'\ntarget: x\n")
+    path = recipe("""
+        family: f
+        data:
+          d: {source: text, document: line, path: d.txt}
+        models: {a: {grow: }}
+        evaluate: [{task: t.yaml}]
+        """)
+    (problem,) = problems(path)
+    assert "'txet' is undefined; the record has text" in problem
+    (tmp_path / "t.yaml").write_text("name: t\ndata: d\nprompt: '{{ text }}'\ntarget: x\n")
+    read_recipe(path)
+
+
+def test_the_template_of_a_classification_names_fields_of_its_records(recipe, tmp_path):
+    (tmp_path / "l.jsonl").write_text("".join(f'{{"text": "{n}", "label": "b"}}\n' for n in range(200)))
+    path = recipe("""
+        family: f
+        data:
+          l: {source: jsonl, path: l.jsonl}
+        models: {a: {grow: }}
+        evaluate:
+          - {measure: classification, on: [l.test], prompt: "{{ txet }}"}
+          - {measure: classification, on: [l.test], prompt: "{{ text"}
+          - {measure: classification, on: [l.test], prompt: "{% for n in range(2) %}{{ text }}{% endfor %}"}
+        """)
+    first, second = problems(path)
+    assert first.startswith("line 7: evaluate.0.prompt: expected a template of the fields text, label, found txet in ")
+    assert second.startswith("line 8: evaluate.1.prompt: expected a template (jinja), found '{{ text'")

@@ -139,7 +139,7 @@ def test_a_failed_node_leaves_the_others_made_and_says_what_hangs_on_it(family, 
 
 def test_what_was_made_is_measured_and_reported_although_a_node_failed(family, tmp_path, monkeypatch):
     _, folder, _ = family
-    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "d.jsonl").write_text("".join(f'{{"text": "{n}"}}\n' for n in range(200)))
     recipe = write(tmp_path, "left: {grow: {", "left: {grow: {fails: true, ")
     recipe.write_text(
         recipe.read_text().rstrip()

@@ -3,7 +3,7 @@
 from typing import Annotated
 
 import pytest
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from graft.errors import SettingsError, UnknownName
 from graft.settings import Bytes, DataRef, ModelRef, Parameters, Settings, Tokens, parse, references
@@ -38,6 +38,20 @@ def test_a_misspelt_key_is_an_error_that_shows_the_nearest_right_one():
 def test_a_misspelt_key_in_nested_settings_lists_the_keys_of_those_settings():
     (problem,) = problems({"from": "base", "inner": {"rnak": 4}})
     assert problem == "models.soup.inner.rnak: unknown key (did you mean 'rank'?); there are: rank"
+
+
+class Careful(Example):
+    @model_validator(mode="after")
+    def _check(self):
+        if self.data == "none":
+            raise ValueError("no data, no model")
+        return self
+
+
+def test_a_validator_that_looks_at_all_settings_does_not_show_all_of_them():
+    with pytest.raises(SettingsError) as error:
+        parse(Careful, {"from": "base", "data": "none"}, ("models", "soup"))
+    assert str(error.value) == "models.soup: no data, no model"
 
 
 def test_all_problems_are_reported_at_once():

@@ -157,7 +157,10 @@ def evaluate(
     folders = _named(models)
     parsed = room.parse(list(measures), ("evaluate",))
     named = {split_ref(ref)[0] for m in parsed for kind, ref, _ in references(m) if kind == "data"}
-    raw = {**(data_sets or {}), **{name: data_at(name) for name in sorted(named - set(data_sets or {}))}}
+    raw = {
+        **(data_sets or {}),
+        **{name: data_at(name, data_sets or ()) for name in sorted(named - set(data_sets or {}))},
+    }
     sets = {name: data.parse(value, ("data", name)) for name, value in raw.items()}
     places = Places(Path(out))
     with locked(places, wait=wait):

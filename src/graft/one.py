@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from graft import verbs
 from graft._load import LoadSettings, fetched
-from graft.data import split_ref
+from graft.data import nearest_ref, split_ref
 from graft.errors import DataError, RequestError
 from graft.lineage import read_manifest
 from graft.models import check_device
@@ -107,16 +107,20 @@ def one_node(
     if begin is not None:
         verbs.verb(verb).begin(parsed, folders, begin)
     files = {split_ref(ref)[0] for kind, ref in named if kind == "data"} - set(data)
-    sets = {**data, **{file: data_at(file) for file in sorted(files)}}
+    sets = {**data, **{file: data_at(file, data) for file in sorted(files)}}
     value = {"family": name, "seed": seed, "data": sets, "models": {name: {verb: settings}}}
     return build_recipe(Document(value), root.resolve(), outside=folders)
 
 
-def data_at(place: str) -> dict[str, Any]:
-    """Settings of the data set in a file or folder: by its suffix, or what a YAML file says. Raises DataError."""
+def data_at(place: str, names: Collection[str] = ()) -> dict[str, Any]:
+    """Settings of the data set in a file or folder: by its suffix, or what a YAML file says. Raises DataError.
+
+    `names`: data sets that might have been meant.
+    """
     path = Path(place).expanduser()
     if not path.exists():
-        raise DataError(f"expected a data file, a folder or the name of a data set, found nothing at {place}")
+        meant = f"{nearest_ref(place, names)}; data sets are: {', '.join(names)}" if names else ""
+        raise DataError(f"expected a data file, a folder or the name of a data set, found nothing at {place}{meant}")
     if path.suffix in (".yaml", ".yml"):
         return yaml_file(path)
     if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):

@@ -116,7 +116,7 @@ def _problem(cls: type[BaseModel], error: Any, path: tuple[str | int, ...]) -> P
         message = f"unknown key{nearest(str(place[-1]), valid)}; there are: {', '.join(valid)}"
     elif error["type"] == "missing":
         message = "this key is required and missing"
-    elif not message.startswith("expected"):
+    elif error["type"] != "value_error":  # a validator of ours says what it found
         message = f"{message[0].lower()}{message[1:]}, found {error['input']!r}"
     return Problem(path + place, message)
 

@@ -57,8 +57,8 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^$"), [""])
 def read_yaml(text: str) -> Document:
     """The one document of `text`. Keys that stand twice, broken YAML and tags of other kinds become problems."""
     document = Document()
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is not None:
             document.value = _value(loader, node, (), document, ())
@@ -68,8 +68,6 @@ def read_yaml(text: str) -> Document:
         document.problems.append(Problem((), f"this is not YAML: {words}", mark.line + 1 if mark else None))
     except yaml.YAMLError as error:
         document.problems.append(Problem((), f"this is not YAML: {error}"))
-    finally:
-        loader.dispose()
     return document
 
 

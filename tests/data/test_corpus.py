@@ -69,7 +69,7 @@ def test_one_document_cannot_be_split(tmp_path):
     write(tmp_path / "a.jsonl", ["alone"])
     empty = [split for split, texts in split_texts(opened(tmp_path / "a.jsonl")).items() if not texts]
     assert len(empty) == 2
-    with pytest.raises(DataError, match="1 distinct document, which are split by hash; give it more"):
+    with pytest.raises(DataError, match="1 distinct document, split by hash; give it more"):
         list(opened(tmp_path / "a.jsonl").records(empty[0]))
 
 

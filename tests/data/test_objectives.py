@@ -249,6 +249,18 @@ def test_a_prompt_that_fills_the_row_leaves_nothing_to_train_on(letters, tmp_pat
         objective_rows(corpus, "train", letters, Causal(), length=16, seed=0, cache=tmp_path)
 
 
+@pytest.mark.parametrize("objective", [Causal(), Span()])
+def test_chats_in_which_the_assistant_says_nothing_are_told_apart_from_rows_that_are_too_short(
+    letters, tmp_path, objective
+):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}]}) + "\n")
+    raw = {"source": "jsonl", "train": str(path), "splits": {"dev": 0, "test": 0}}
+    corpus = data.open_corpus({"s": data.parse(raw)}, "s", tmp_path)
+    with pytest.raises(DataError, match=r"s\.train: expected chats with a turn of the role `assistant`.*found none"):
+        objective_rows(corpus, "train", letters, objective, length=64, seed=0, cache=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("architecture", "objective"), [("encoder", Causal()), ("decoder", Masked()), ("encoder-decoder", Prefix())]
 )

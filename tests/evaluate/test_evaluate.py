@@ -230,12 +230,35 @@ def test_drawn_shots_follow_their_seed(family, sets, tmp_path):
             RequestError,
             "expected metrics among exact_match",
         ),
+        ("name: t\ndata: x\nprompt: '{{ a'\ntarget: b\n", RequestError, "line 3: prompt: expected a template"),
+        ("name: [t\n", RequestError, "line 2: this is not YAML"),
+        ("- t\n", RequestError, "expected a mapping .*, found list"),
     ],
 )
-def test_a_wrong_task_says_what_is_wrong(tmp_path, content, error, message):
+def test_a_wrong_task_says_what_is_wrong_and_names_its_file(tmp_path, content, error, message):
     (tmp_path / "t.yaml").write_text(content)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as told:
         load_task(tmp_path / "t.yaml")
+    assert str(told.value).startswith(str(tmp_path / "t.yaml"))
+
+
+@pytest.mark.parametrize("code", ["task = {}\ndef prompt(r: return 1\n", "1 / 0\n", "import nowhere\n", "task = 3\n"])
+def test_code_that_is_wrong_is_a_wrong_request(tmp_path, code):
+    (tmp_path / "t.py").write_text(code)
+    with pytest.raises(RequestError) as told:
+        load_task(tmp_path / "t.py")
+    assert str(told.value).startswith(str(tmp_path / "t.py"))
+
+
+def test_words_of_a_task_are_words_whatever_they_mean_elsewhere(tmp_path):
+    (tmp_path / "t.yaml").write_text("name: t\ndata: x\nprompt: a\nchoices: [yes, no]\ntarget: no\n")
+    assert load_task(tmp_path / "t.yaml").right({}) == 1
+
+
+def test_a_template_that_fails_on_a_record_names_the_file_and_the_template(tmp_path):
+    (tmp_path / "t.yaml").write_text("name: t\ndata: x\nprompt: '{{ n + 1 }}'\ntarget: b\n")
+    with pytest.raises(DataError, match=r"t\.yaml: `prompt`: template '{{ n \+ 1 }}': .*the record has n"):
+        load_task(tmp_path / "t.yaml").prompt({"n": "x"})
 
 
 def test_a_template_may_not_reach_out_of_its_record(tmp_path):

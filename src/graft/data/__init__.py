@@ -1,6 +1,6 @@
 """From settings to rows: sources, formats, splits, mixtures, tokenizers, token streams, packing and objectives."""
 
-from graft.data.corpus import AnyCorpus, Corpus, MixedCorpus, open_corpus, problems, split_ref
+from graft.data.corpus import AnyCorpus, Corpus, MixedCorpus, has_dev, nearest_ref, open_corpus, problems, split_ref
 from graft.data.settings import SPLITS, DataSettings, Mixture, Source, parse
 
 __all__ = [
@@ -11,6 +11,8 @@ __all__ = [
     "MixedCorpus",
     "Mixture",
     "Source",
+    "has_dev",
+    "nearest_ref",
     "open_corpus",
     "parse",
     "problems",

@@ -129,8 +129,11 @@ def padded(arrays: Sequence[np.ndarray], fill: int) -> np.ndarray:
     return made
 
 
-def some(rows: Rows, what: str, length: int) -> Rows:
+def some(rows: Rows, streams: Sequence[tuple[TokenStream, float]], what: str, format: str, length: int) -> Rows:
     """The rows. Raises DataError where there are none."""
-    if len(rows) == 0:
+    if len(rows) > 0:
+        return rows
+    if any(stream.trained is None or stream.trained.any() for stream, _ in streams):
         raise DataError(f"{what}: nothing to train on within {length} tokens: every label is masked; raise `length`")
-    return rows
+    wanted = "chats with a turn of the role `assistant`" if format == "chat" else "answers that are not empty"
+    raise DataError(f"{what}: expected {wanted}, which is what is trained on, found none")

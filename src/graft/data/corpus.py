@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from graft.data import heads, sources
 from graft.data.distinct import Distinct
 from graft.data.settings import FIELDS, SPLITS, DataSettings, Files, HuggingFace, Mixture, Source
-from graft.errors import DataError, UnknownName
+from graft.errors import DataError, UnknownName, closest, nearest
 
 Record = dict[str, Any]
 
@@ -56,27 +56,44 @@ class Corpus:
         if split not in SPLITS:
             raise UnknownName("split", split, SPLITS)
         empty = True
-        for place, record in self._placed():
+        for place, record in self._all():
             if place == split:
                 empty = False
                 yield record
         if empty:
             raise DataError(self._why_empty(split))
 
+    def first(self) -> Iterator[tuple[str, Record]]:
+        """(split, record) of the first records."""
+        return self._placed(heads.Head(self.settings, self.root))
+
+    def lacking(self, splits: Collection[str]) -> list[str]:
+        """A sentence for each of `splits` that is empty, where the first records are all, so that it can be told."""
+        head, missing = heads.Head(self.settings, self.root), set(splits)
+        for place, _ in self._placed(head):
+            missing.discard(place)
+            if not missing:
+                return []
+        return [self._why_empty(split) for split in SPLITS if split in missing and head.whole]
+
     def describe(self) -> dict[str, Any]:
         """Format, and documents and characters of each split; reads everything once."""
         count: dict[str, dict[str, int]] = {split: {"documents": 0, "characters": 0} for split in SPLITS}
-        for place, record in self._placed():
+        for place, record in self._all():
             count[place]["documents"] += 1
             count[place]["characters"] += len(text_of(record))
         return {"name": self.name, "format": self.format, "fingerprint": self.fingerprint, "splits": count}
 
-    def _placed(self) -> Iterator[tuple[str, Record]]:
-        """(split, record) of every record; of exact duplicates only the first is kept, whichever split it is in."""
+    def _all(self) -> Iterator[tuple[str, Record]]:
+        """(split, record) of every record."""
+        return self._placed(sources.read(self.settings, self.root))
+
+    def _placed(self, rows: Iterable[sources.Tagged]) -> Iterator[tuple[str, Record]]:
+        """(split, record) of all rows; of exact duplicates only the first is kept, whichever split it is in."""
         seen, place = Distinct(), "train"
         given = isinstance(self.settings, Files) and {"dev", "test"} & set(self.settings.groups())
         taken = given or set()
-        for split, record in sources.read(self.settings, self.root):
+        for split, record in rows:
             identity = identity_of(record)
             if split != sources.SAME:
                 place = split or _split_of(identity, self.settings, taken)
@@ -85,11 +102,13 @@ class Corpus:
                     yield place, piece
 
     def _why_empty(self, split: str) -> str:
-        documents = sum(1 for _ in self._placed())
+        documents = sum(1 for _ in self._all())
+        without = "; with `splits: {dev: 0}` models are trained without one" if split == "dev" else ""
         return (
             f"{self.name}.{split}: expected at least one document, found none: the data set has {documents} distinct "
-            f"document{'s' * (documents != 1)}, which are split by hash; give it more documents (for text, "
-            f"`document: paragraph` or `line` makes smaller ones), larger `splits`, or a file of its own (`{split}: …`)"
+            f"document{'s' * (documents != 1)}, split by hash; give it more documents (for text, "
+            f"`document: paragraph` or `line` makes smaller ones), larger `splits`, or a file of its own "
+            f"(`{split}: …`){without}"
         )
 
 
@@ -158,6 +177,21 @@ def split_ref(reference: str) -> tuple[str, str]:
     """`mixed.dev` → `("mixed", "dev")`; without a split, train."""
     name, dot, split = reference.rpartition(".")
     return (name, split) if dot and split in SPLITS else (reference, "train")
+
+
+def nearest_ref(reference: str, names: Collection[str]) -> str:
+    """`" (did you mean 'code.test'?)"` where a data set of these names, or its split, is close to `reference`."""
+    name, _, split = reference.rpartition(".")
+    if name not in names:
+        return nearest(split_ref(reference)[0], names)
+    meant = closest(split, SPLITS)
+    return f" (did you mean '{name}.{meant}'?)" if meant else f"; splits are {', '.join(SPLITS)}"
+
+
+def has_dev(corpus: AnyCorpus) -> bool:
+    """Whether all parts of a data set have a dev split, as far as their settings tell."""
+    settings = [part.settings for part, _ in corpus.parts]
+    return all(source.splits.dev > 0 or getattr(source, "dev", None) for source in settings)
 
 
 def problems(settings: DataSettings, root: Path) -> list[str]:

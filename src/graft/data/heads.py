@@ -14,6 +14,24 @@ RECORDS = 1000
 """Read of each file; what stands further down is found, with its line, when it is reached."""
 FILES = 100
 """Looked into, of a data set of many files."""
+CHARACTERS = 1 << 24
+"""Of text in the first records of a data set."""
+
+
+class Head:
+    """The first records of a data set; `whole` once they have turned out to be all that there are."""
+
+    def __init__(self, settings: Source, root: Path):
+        self.settings, self.root, self.whole = settings, root, False
+
+    def __iter__(self) -> Iterator[sources.Tagged]:
+        held = 0
+        for number, (split, record) in enumerate(sources.read(self.settings, self.root)):
+            held += sum(len(value) for value in record.values() if isinstance(value, str))
+            if number == RECORDS or held > CHARACTERS:
+                return
+            yield split, record
+        self.whole = True
 
 
 def problems(settings: Source, root: Path) -> list[str]:

@@ -158,20 +158,20 @@ def objective_rows(
         return bootstrap_stream(part, split, tokenizer, cache, bootstrap, place)
 
     streams = [(stream(place, part), share) for place, (part, share) in enumerate(corpus.parts)]
-    tokens, name = Tokens.of(tokenizer), f"{corpus.name}.{split}"
+    tokens, told = Tokens.of(tokenizer), (streams, f"{corpus.name}.{split}", corpus.format, length)
     if lost := lacking(settings, tokens.has, corpus.format):
         raise DataError(f"{lost}; this one has none")
     whole = corpus.format != "text"
     if isinstance(settings, Span) and whole:
         keep_end = corpus.format == "chat"
         found = answers(streams, length, seed, keep_end=keep_end, start=tokens.start, end=tokens.end)
-        return Mapped(some(found, name, length), lambda row, i: row, PaddedCollate(tokens.pad))
+        return Mapped(some(found, *told), lambda row, i: row, PaddedCollate(tokens.pad))
     together = together and not isinstance(settings, Span)
     rows = pack(streams, length, seed, whole=whole, pad=tokens.pad) if together else pieces(
         streams, length, seed, whole=whole
     )  # fmt: skip
     change = _change(settings, tokens, whole, seed)
-    return Mapped(some(rows, name, length), change, stacked if together else PaddedCollate(tokens.pad))
+    return Mapped(some(rows, *told), change, stacked if together else PaddedCollate(tokens.pad))
 
 
 def lacking(settings: Settings, has: Collection[str], format: str | None) -> str | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from graft.data.settings import FIELDS
 from graft.errors import Problem, SettingsError, UnknownName
 from graft.settings import DataRef, ModelRef, Settings
 from graft.settings import parse as parse_settings
@@ -76,6 +77,15 @@ class Classification(Headed):
     ]
     prompt: Annotated[str, Field(description="Template of what stands before the label.")] = "{{ text }}\n"
     labels: Annotated[list[str] | None, Field(description="The labels; None: all that occur in the data.")] = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _template(cls, text: str) -> str:
+        from graft.evaluate.templates import problem
+
+        if wrong := problem(text, FIELDS["labelled"]):
+            raise ValueError(wrong)
+        return text
 
 
 TextMetric = Literal["exact_match", "token_f1", "bleu", "chrf", "rouge1", "rouge2", "rougeL"]

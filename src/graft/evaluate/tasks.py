@@ -25,15 +25,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field
 
-from graft.errors import DataError, RequestError
+from graft.data import Corpus
+from graft.errors import DataError, Problem, RequestError, SettingsError
 from graft.evaluate.metrics import TEXT_METRICS
+from graft.evaluate.templates import Record, template
 from graft.settings import DataRef, Settings, parse
+from graft.yaml_lines import Document, read_yaml
 
-Record = Mapping[str, Any]
+Functions = Mapping[str, Callable[[Record], Any]]
+"""In the place of templates, by the part of a task that they make."""
 
+PARTS = ("prompt", "choices", "target")
 CHOICE_METRICS = ("accuracy", "accuracy_per_byte", "accuracy_per_token", "f1_macro", "f1_micro", "mcc")
 
 
@@ -66,12 +70,19 @@ class TaskSettings(Settings):
 
 @dataclass(frozen=True)
 class Task:
-    """A task ready to use: its settings, and functions from a record to prompt, choices (or None) and targets."""
+    """A task ready to use: its settings, the place that errors name (its file, where it has one), and functions from a
+    record to prompt, choices (or None) and targets."""
 
     settings: TaskSettings
+    place: str
     prompt: Callable[[Record], str]
     choices: Callable[[Record], list[str]] | None
     target: Callable[[Record], list[str]]
+
+    @property
+    def splits(self) -> set[str]:
+        """Splits of its data that are read."""
+        return {self.settings.split, *([self.settings.shots_from] if self.settings.shots else [])}
 
     @property
     def metrics(self) -> list[str]:
@@ -93,106 +104,154 @@ class Task:
             return stripped.index(target.strip())
         if target.strip().isdigit() and int(target) < len(options):
             return int(target)
-        raise DataError(
-            f"{self.settings.name}: expected the target to be one of {stripped} or its number, found {target!r}"
-        )
+        raise DataError(f"{self.place}: expected the target to be one of {stripped} or its number, found {target!r}")
 
 
 def load_task(path: Path) -> Task:
     """A task from its file. Raises RequestError or SettingsError, naming the file, for what is missing or misspelt."""
+    document, functions = read_task(path)
+    try:
+        return make_task(parse(TaskSettings, document.value), functions, str(path))
+    except SettingsError as error:
+        raise in_file(path, document, error.problems) from None
+
+
+def read_task(path: Path) -> tuple[Document, Functions]:
+    """What a task's file says, as it stands there, and its functions. Raises RequestError, naming the file."""
     if not path.is_file():
         raise RequestError(f"{path}: expected a task's file, found none; paths are relative to the recipe's folder")
-    raw, functions = _python(path) if path.suffix == ".py" else (_yaml(path), {})
-    settings = parse(TaskSettings, raw, (path.name,))
-    return make_task(settings, functions, str(path))
+    document, functions = _python(path) if path.suffix == ".py" else (_yaml(path), {})
+    if document.problems:
+        raise in_file(path, document, document.problems)
+    if not isinstance(document.value, dict):
+        found = type(document.value).__name__
+        raise RequestError(f"{path}: expected a mapping (name, data, prompt, target, …), found {found}")
+    return document, functions
 
 
-def make_task(
-    settings: TaskSettings, functions: Mapping[str, Callable[[Record], Any]] | None = None, place: str = ""
-) -> Task:
-    """A task from settings, with functions in the place of templates where given."""
+def in_file(path: Path, document: Document, problems: Sequence[Problem]) -> SettingsError:
+    """The problems, each with the file and its line there in its message."""
+    located = [document.located(problem) for problem in problems]
+    return SettingsError([Problem((), f"{path}{': ' if p.line is None else ', '}{p}") for p in located])
+
+
+def make_task(settings: TaskSettings, functions: Functions | None = None, place: str = "") -> Task:
+    """A task from settings, with functions in the place of templates where given; errors on records name `place`.
+
+    Raises SettingsError with every problem.
+    """
     functions = functions or {}
-    for name in ("prompt", "target"):
-        if getattr(settings, name) is None and name not in functions:
-            raise RequestError(f"{place or settings.name}: expected `{name}`, found none")
+    made: dict[str, Callable[[Record], Any] | None] = {}
+    problems = []
+    for name in PARTS:
+        try:
+            made[name] = _part(name, settings, functions)
+        except RequestError as error:
+            problems.append(Problem((name,), str(error)))
+            continue
+        if made[name] is None and name != "choices":
+            problems.append(Problem((name,), f"expected `{name}`, found none"))
     if settings.shots and settings.shots_from == settings.split:
-        raise RequestError(
-            f"{place or settings.name}: expected shots from another split than {settings.split}, which is measured on"
-        )
-    prompt = functions.get("prompt") or _template(settings.prompt or "")
-    target = functions.get("target") or _template(settings.target or "")
-    task = Task(settings, prompt, _choices(settings, functions), lambda record: _as_list(target(record)))
-    known = TEXT_METRICS if task.choices is None else CHOICE_METRICS
-    wrong = [name for name in task.metrics if name not in known]
-    if wrong:
-        raise RequestError(
-            f"{place or settings.name}: expected metrics among {', '.join(known)}, found {', '.join(wrong)}"
-        )
-    return task
+        told = f"expected shots from another split than {settings.split}, which is measured on"
+        problems.append(Problem(("shots_from",), told))
+    known = TEXT_METRICS if made.get("choices", settings.choices) is None else CHOICE_METRICS
+    if wrong := [name for name in settings.metrics or () if name not in known]:
+        told = f"expected metrics among {', '.join(known)}, found {', '.join(wrong)}"
+        problems.append(Problem(("metrics",), told))
+    if problems:
+        raise SettingsError(problems)
+    place = place or settings.name
+    return Task(settings, place, **{name: _named(name, part, place) for name, part in made.items()})
 
 
-def _choices(
-    settings: TaskSettings, functions: Mapping[str, Callable[[Record], Any]]
-) -> Callable[[Record], list[str]] | None:
-    if "choices" in functions:
-        return functions["choices"]
-    if settings.choices is None:
+def _part(name: str, settings: TaskSettings, functions: Functions) -> Callable[[Record], Any] | None:
+    """The function that is given for a part, or what its template writes. Raises RequestError for a broken template."""
+    written = getattr(settings, name)
+    if name in functions or written is None:
+        return functions.get(name)
+    if isinstance(written, str):
+        return template(written)
+    templates = [template(text) for text in written]
+    return lambda record: [one(record) for one in templates]
+
+
+def _named(name: str, part: Callable[[Record], Any] | None, place: str) -> Any:
+    """The part with what it gives as text or a list of texts; what it raises names `place`."""
+    if part is None:
         return None
-    if isinstance(settings.choices, list):
-        templates = [_template(choice) for choice in settings.choices]
-        return lambda record: [template(record) for template in templates]
-    template = _template(settings.choices)
-    return lambda record: _as_list(template(record))
+    shaped = _as_text if name == "prompt" else _as_list
+
+    def call(record: Record) -> Any:
+        try:
+            return shaped(part(record))
+        except DataError as error:
+            raise DataError(f"{place}: `{name}`: {error}") from None
+        except Exception as error:  # a function of the task's file, which may raise anything
+            found = f"{type(error).__name__}: {error}; the record has {', '.join(map(str, record))}"
+            raise DataError(f"{place}: {name}(record) raised {found}") from error
+
+    return call
+
+
+def _as_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"expected text, found {type(value).__name__} {str(value)[:60]!r}")
+    return value
 
 
 def _as_list(value: Any) -> list[str]:
-    """A list of strings from a list, or from the text of one."""
+    """A list of strings from a list, or from the text of one. Raises DataError for an empty one."""
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             return [value]
-    return [str(entry) for entry in value] if isinstance(value, list | tuple) else [str(value)]
+    found = [str(entry) for entry in value] if isinstance(value, list | tuple) else [str(value)]
+    if not found:
+        raise DataError("expected something, found an empty list")
+    return found
 
 
-def _template(text: str) -> Callable[[Record], str]:
-    """A template in a sandbox: it sees the record's fields and can do nothing else; a missing field is an error."""
-    from jinja2 import StrictUndefined, UndefinedError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    made = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(text)
-
-    def render(record: Record) -> str:
-        try:
-            return made.render(record)
-        except UndefinedError as error:
-            raise DataError(f"template {text!r}: {error}; the record has {', '.join(map(str, record))}") from None
-
-    return render
-
-
-def _yaml(path: Path) -> Any:
+def _yaml(path: Path) -> Document:
     try:
-        return yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise RequestError(f"{path}: expected YAML ({error})") from None
+        return read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: expected a task's file that can be read ({error})") from None
 
 
-def _python(path: Path) -> tuple[Any, dict[str, Callable[[Record], Any]]]:
+def _python(path: Path) -> tuple[Document, Functions]:
+    """What the mapping `task` of a file says, and the functions, which stand beside it or in it."""
+    module = _module(path)
+    if not isinstance(getattr(module, "task", None), dict):
+        raise RequestError(f"{path}: expected a mapping `task` in the file, found none")
+    given = {name: getattr(module, name, None) for name in PARTS} | {
+        k: v for k, v in module.task.items() if callable(v)
+    }
+    plain = {key: value for key, value in module.task.items() if not callable(value)}
+    return Document(plain), {name: given[name] for name in PARTS if callable(given[name])}
+
+
+def _module(path: Path) -> Any:
+    """The file as a module. Raises RequestError, naming it, for code that cannot be read or fails."""
     spec = importlib.util.spec_from_file_location(f"graft_task_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not isinstance(getattr(module, "task", None), dict):
-        raise RequestError(f"{path}: expected a mapping `task` in the file, found none")
-    names = ("prompt", "choices", "target")
-    # beside the mapping or in it
-    given = {name: getattr(module, name, None) for name in names} | {
-        k: v for k, v in module.task.items() if callable(v)
-    }
-    plain = {key: value for key, value in module.task.items() if not callable(value)}
-    return plain, {name: given[name] for name in names if callable(given[name])}
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise RequestError(f"{error.filename}, line {error.lineno}: expected Python, found {error.msg}") from None
+    except Exception as error:  # code of the user's, which may raise anything
+        raise RequestError(f"{path}: the file raised {type(error).__name__}: {error}") from error
+    return module
+
+
+def try_out(task: Task, corpus: Corpus) -> None:
+    """Prompt and answer of the first records. Raises DataError where one cannot be made."""
+    for split, record in corpus.first():
+        if split in task.splits:
+            task.prompt(record)
+            task.answer(record)
 
 
 def shots(task: Task, examples: Sequence[Record]) -> str:

@@ -18,14 +18,12 @@ Measures = Mapping[int, evaluate.Measure]
 """Measures by their place in the list: some may not have parsed."""
 
 
-def read_measures(raw: Sequence[Any], root: Path, problems: Problems) -> tuple[Measures, set[int]]:
+def read_measures(raw: Sequence[Any], problems: Problems) -> tuple[Measures, set[int]]:
     """What can be read of the measures, and which of them are not all that was meant."""
     found, unsure = {}, set()
     for place, entry in enumerate(raw):
         path = ("evaluate", place)
         measure, sure = problems.salvage(path, lambda raw: evaluate.parse_one(raw, path), entry)  # noqa: B023
-        if isinstance(measure, evaluate.TaskMeasure) and not (root / measure.task).is_file():
-            problems.note((*path, "task"), f"expected a task's file at {root / measure.task}")
         if measure is not None:
             found[place] = measure
         if not sure:

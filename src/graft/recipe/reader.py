@@ -10,13 +10,15 @@ from typing import Any
 
 from graft import data as data_room
 from graft import verbs
-from graft.data import DataSettings, split_ref
+from graft.data import DataSettings, nearest_ref, split_ref
 from graft.errors import RecipeError, RequestError, nearest
 from graft.recipe.ceilings import PLACE, Ceilings, ceilings
 from graft.recipe.measures import Measures, check_formats, check_models, check_unseen, parts_of, read_measures
 from graft.recipe.order import ordered
 from graft.recipe.problems import Problems, Where
 from graft.recipe.sections import Node, Outline, Recipe, readable
+from graft.recipe.splits import check_splits
+from graft.recipe.tasks import Sets, check_tasks
 from graft.settings import Settings, keys_of, parse, references
 from graft.verb import Facts
 from graft.yaml_lines import Document, read_yaml
@@ -64,12 +66,14 @@ class _Reader:
             return None
         sets = {name: s for name, raw in outline.data.items() if (s := self._data(name, raw)) is not None}
         nodes = {name: n for name, raw in outline.models.items() if (n := self._node(name, raw, outline.seed))}
-        measures, unsure = read_measures(outline.evaluate, self.root, self.problems)
+        measures, unsure = read_measures(outline.evaluate, self.problems)
         self._names(outline, sets, nodes, measures)
         self.ceilings = ceilings(outline, nodes, self.problems)
         nodes, measures = {**nodes, **self.ceilings.nodes}, self.ceilings.beside(measures)
         measures = {place: measure for place, measure in measures.items() if place not in unsure}
         formats = check_formats(sets, nodes, measures, self.root, self.problems)
+        check_splits(sets, nodes, measures, formats, self.root, self.problems)
+        check_tasks(measures, Sets(outline.data, sets, formats, self.root), self.problems)
         check_unseen(sets, nodes, measures, self.problems)
         data_order = ordered("data", {name: parts_of(settings) for name, settings in sets.items()}, self.problems)
         order = ordered("models", {name: node.models for name, node in nodes.items()}, self.problems)
@@ -154,7 +158,8 @@ class _Reader:
                     valid = list(outline.data) if kind == "data" else models
                     kind_words = "data set" if kind == "data" else "model"
                     there = ", ".join(sorted(valid)) or "none"
-                    self.problems.note(path, f"unknown {kind_words} {name!r}{nearest(name, valid)}; there are: {there}")
+                    meant = nearest_ref(name, valid) if kind == "data" else nearest(name, valid)
+                    self.problems.note(path, f"unknown {kind_words} {name!r}{meant}; there are: {there}")
 
     def _combinations(self, recipe: Recipe, formats: Mapping[str, str]) -> Mapping[str, Facts]:
         """Ask every verb whether its node can work, given the facts of what it is made from; the facts found."""

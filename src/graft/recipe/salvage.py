@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -39,17 +39,34 @@ def salvaged(parse: Callable[[Any], T], raw: Any, path: Where) -> Salvaged[T]:
             continue
         except SettingsError as error:
             found = error.problems
-        # what is asked for at the place of a value that was left out, or around it, may be that value
-        problems += [p for p in found if not any(gone[: len(p.path)] == p.path for gone in left_out)]
+        problems += [p for p in found if p not in problems and not _owed(p, left_out)]
         mended = [_mend(raw, p.path[len(path) :], p.message) for p in found]
-        left_out += [(*path, *mend) for mend in mended if mend]
-        if not any(mend is not None for mend in mended):
+        left_out += [(*path, *gone) for mend in mended if mend for gone in mend]
+        if all(mend is None for mend in mended):
             return Salvaged(None, problems, False)
 
 
-def _mend(raw: Any, place: Where, message: str) -> Where | None:
-    """Put right what is wrong at `place` of `raw`: an empty place for a name put right, that of a value left out, None
-    where nothing can be done."""
+def _owed(problem: Problem, left_out: Sequence[Where]) -> bool:
+    """Whether a problem may come of a value that was left out: it stands at its place, or around it and names it."""
+    around = len(problem.path)
+    inside = [gone[around:] for gone in left_out if gone[:around] == problem.path]
+    return any(not rest or _names(problem.message, rest[0]) for rest in inside)
+
+
+def _names(message: str, key: str | int) -> bool:
+    """Whether `key` is among the words of a message, be it in the singular."""
+    return re.search(rf"\b{re.escape(str(key).removesuffix('s'))}s?\b", message) is not None
+
+
+def _mend(raw: Any, place: Where, message: str) -> list[Where] | None:
+    """Put right what is wrong at `place` of `raw`: the places of the values that were left out for it (none for a name
+    put right), None where nothing can be done. Of values that do not go together, all that are named are left out."""
+    if not place:
+        asked = message.partition(", found ")[0]
+        together = [key for key in raw if _names(asked, key)] if isinstance(raw, dict) else []
+        for key in together:
+            del raw[key]
+        return [(key,) for key in together] or None
     held, key, walked = _holder(raw, place)
     if held is None:
         return None
@@ -58,13 +75,13 @@ def _mend(raw: Any, place: Where, message: str) -> Where | None:
         value = held.pop(key)
         if meant[1] not in held:
             held[meant[1]] = value
-            return ()
-        return walked
+            return []
+        return [walked]
     if meant and isinstance(held[key], str) and len(walked) == len(place):
         held[key] = meant[1]
-        return ()
+        return []
     del held[key]
-    return walked
+    return [walked]
 
 
 def _rename(raw: Any, name: str, meant: str) -> bool:

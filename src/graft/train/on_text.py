@@ -53,7 +53,7 @@ def train_on_text(
 
     write = save or (lambda trained, folder: models.save(trained, tokenizer, folder))
     with main_first():
-        learned, dev = rows(split, bootstrap), rows("dev") if has_dev(corpus) else None
+        learned, dev = rows(split, bootstrap), rows("dev") if data.has_dev(corpus) else None
     result = train(
         model, learned, TokenLoss(), job.settings, job.out, scratch=job.scratch, seed=job.seed, dev=dev,
         device=job.device, save=write,
@@ -63,9 +63,3 @@ def train_on_text(
     if bootstrap is not None:
         notes = {"notes": {"bootstrap": described(corpus, split, tokenizer, job.cache, bootstrap)}}
     return {**result.metrics, "parameters": model.num_parameters(), **notes}
-
-
-def has_dev(corpus: data.AnyCorpus) -> bool:
-    """Whether all parts of a data set have a dev split, as far as their settings tell."""
-    settings = [part.settings for part, _ in corpus.parts]
-    return all(source.splits.dev > 0 or getattr(source, "dev", None) for source in settings)

@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError, model_serializer, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_serializer, model_validator
 
 from graft.errors import MissingExtra
 from graft.settings import Settings, Tokens
@@ -185,15 +185,25 @@ class TrainSettings(Settings):
     )
     track: list[Tracker] = Field(default_factory=list, description="trackers that get the log as well")
 
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"expected betas from 0 to below 1, found {betas}")
+        return betas
+
+    @field_validator("track")
+    @classmethod
+    def _installed(cls, track: list[Tracker]) -> list[Tracker]:
+        for name in track:
+            if importlib.util.find_spec(name) is None:
+                raise ValueError(str(MissingExtra(name, name, f"the tracker {name}")))
+        return track
+
     @model_validator(mode="after")
     def _check(self) -> TrainSettings:
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"expected batch_size to be a multiple of accumulate, found {self.batch_size} and {self.accumulate}"
             )
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"expected betas from 0 to below 1, found {self.betas}")
-        for name in self.track:
-            if importlib.util.find_spec(name) is None:
-                raise ValueError(str(MissingExtra(name, name, f"the tracker {name}")))
         return self

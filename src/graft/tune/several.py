@@ -25,7 +25,6 @@ from graft.train.learned import LearnedWeights, no_dev
 from graft.train.loop import DEV_ROWS, Save, row_tokens, train
 from graft.train.meta import EpisodeRows, MetaLoss
 from graft.train.multitask import MultiTask
-from graft.train.on_text import has_dev
 from graft.train.place import main_first, processes
 from graft.train.settings import Budget
 from graft.tune.settings import TuneSettings
@@ -56,7 +55,7 @@ def train_on_tasks(
         sources = {name: maker.source(name, task) for name, task in settings.tasks.items()}
         _check_ends(settings, sources)
         parts = {name: maker.rows(source, source.split) for name, source in sources.items()}
-        dev = {name: maker.rows(source, "dev") for name, source in sources.items() if has_dev(source.corpus)}
+        dev = {name: maker.rows(source, "dev") for name, source in sources.items() if data.has_dev(source.corpus)}
     earlier = heads_in(job.models[settings.from_])
     headed = {name: source for name, source in sources.items() if source.kind}
     heads = {name: _head(model, source, tokenizer, earlier.get(name)) for name, source in headed.items()}
@@ -77,7 +76,7 @@ def _check_ends(settings: TuneSettings, sources: Mapping[str, TaskSource]) -> No
     """Raises RequestError for a task without dev data towards which weights are to be learned."""
     learn = settings.mixing.learn
     for name in (learn.for_ or settings.tasks) if learn else ():
-        if not has_dev(sources[name].corpus):
+        if not data.has_dev(sources[name].corpus):
             raise RequestError(no_dev(name))
 
 
@@ -149,7 +148,7 @@ class Maker:
             return TaskSource(name, corpus, split, None, [])
         if wrong := unfit(name, task, corpus.format):
             raise RequestError(wrong)
-        splits = [split, *(["dev"] if has_dev(corpus) else [])]
+        splits = [split, *(["dev"] if data.has_dev(corpus) else [])]
         found = labels_in(task.head, itertools.chain.from_iterable(map(corpus.records, splits)))
         return TaskSource(name, corpus, split, task.head, _labels(name, task, found))
 

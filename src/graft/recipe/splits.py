@@ -1,0 +1,47 @@
+"""Whether the splits that a recipe reads have documents, as far as the first records tell."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+from graft import evaluate
+from graft.data import DataSettings, has_dev, open_corpus, split_ref
+from graft.recipe.measures import Measures
+from graft.recipe.problems import Problems
+from graft.recipe.sections import Node
+from graft.train.settings import TrainSettings
+
+
+def check_splits(
+    sets: Mapping[str, DataSettings],
+    nodes: Mapping[str, Node],
+    measures: Measures,
+    sound: Collection[str],
+    root: Path,
+    problems: Problems,
+) -> None:
+    """Note every data set, of those that are `sound`, without documents in a split that is read; each split once."""
+    read: dict[str, set[str]] = defaultdict(set)
+    for name, split, trains in _named(nodes, measures):
+        if name in sound:
+            corpus = open_corpus(sets, name, root)
+            for part, _ in corpus.parts:
+                read[part.name] |= {split, "dev"} if trains and has_dev(corpus) else {split}
+    for name, splits in read.items():
+        corpus = open_corpus(sets, name, root)
+        for part, _ in corpus.parts:
+            found = problems.attempt(("data", name), lambda: part.lacking(splits))  # noqa: B023
+            for message in found or ():
+                problems.note(("data", name), message)
+
+
+def _named(nodes: Mapping[str, Node], measures: Measures) -> Iterator[tuple[str, str, bool]]:
+    """(data set, split, whether a model is trained on it)."""
+    for node in nodes.values():
+        for reference in node.data:
+            yield *split_ref(reference), isinstance(node.settings, TrainSettings)
+    for measure in measures.values():
+        for reference in measure.on if isinstance(measure, evaluate.OnData) else ():
+            yield *split_ref(reference), False
