@@ -39,7 +39,7 @@ def recipe(tmp_path):
 
 def test_two_processes_make_what_one_makes(recipe, tmp_path):
     one = graft.run(recipe, tmp_path / "one", device="cpu")
-    two = graft.run(recipe, tmp_path / "two", device="cpu", launch=launcher())
+    two = graft.run(recipe, tmp_path / "two", launch=launcher())
     assert one.made == two.made == ["base", "adapted", "duo"]
     ids = torch.arange(3, 40)[None]
     for name in one.made:
@@ -52,7 +52,7 @@ def test_two_processes_make_what_one_makes(recipe, tmp_path):
         p.name for p in (one.folder / "models/base/checkpoints").iterdir()
     ]
     assert not list((two.folder / "work").glob("*/"))
-    again = graft.run(recipe, tmp_path / "two", device="cpu", launch=launcher())
+    again = graft.run(recipe, tmp_path / "two", launch=launcher())
     assert again.made == []
 
 

@@ -1,5 +1,6 @@
 """graft: grow a family of language models, combine it, measure whether that helped."""
 
+import logging
 import os
 
 from graft import _callable, _register
@@ -7,6 +8,9 @@ from graft import _callable, _register
 # Threads that wait for each other's part of a small operation sleep instead of spinning: with another process on the
 # same cores, spinning makes training twenty times slower. Read by OpenMP when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# bitsandbytes warns on every import of a kernel that it can do without
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 __all__ = ["__version__", *_callable.COMMANDS]

@@ -25,17 +25,20 @@ def main() -> None:
     """Take part; the exit status is 0 where this process did its part."""
     from accelerate import PartialState
 
+    from graft.train.place import meet_on_cpu
+
     os.dup2(2, 1)
     threading.Thread(target=stop_with_parent, daemon=True).start()
     work: Work = pickle.loads(Path(sys.argv[1]).read_bytes())
-    place = PartialState(cpu=work.device == "cpu")
+    place = PartialState(cpu=meet_on_cpu(work.device))
     try:
         outcome = attempt(lambda: _first(work) if place.is_main_process else _other(work, place.process_index))
     except KeyboardInterrupt:
         os._exit(130)
     left = Path(f"{sys.argv[2]}.{place.process_index}")
-    left.with_suffix(".part").write_bytes(pickle.dumps(outcome))
-    left.with_suffix(".part").rename(left)
+    part = left.with_name(f".{left.name}")
+    part.write_bytes(pickle.dumps(outcome))
+    part.rename(left)
     # not through the interpreter's end: after a failure the others may wait for this process until it is gone
     os._exit(int(isinstance(outcome, Failure)))
 

@@ -111,7 +111,7 @@ def load(
     if quantization is not None:
         packed["quantization_config"] = quantization
     try:
-        with _no_bars():
+        with no_bars():
             model, info = model_class(config).from_pretrained(
                 path,
                 dtype=wanted or "auto",
@@ -209,7 +209,7 @@ def _register() -> None:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Without the progress bars of `transformers`, shown for every small file."""
     from transformers.utils import logging
 
@@ -226,7 +226,7 @@ def save(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None, folder: Path, *, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Write a complete model folder: configuration, safetensors, generation configuration, tokenizer."""
-    with disk_errors(folder), _no_bars():
+    with disk_errors(folder), no_bars():
         model.save_pretrained(folder, max_shard_size=shard_bytes)
         if getattr(model, "can_generate", lambda: False)():
             model.generation_config.save_pretrained(folder)

@@ -14,6 +14,7 @@ from graft.adapters.forms import Site, oriented
 from graft.adapters.places import sizes
 from graft.adapters.stack import NAME, Adapted, Adapters, adapters_of
 from graft.errors import RequestError
+from graft.models import no_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,7 +71,8 @@ def save_folded(model: PreTrainedModel, folder: Path) -> None:
     whole = {name: value.detach() for name, value in held.items() if not name.startswith(f"{NAME}.")}
     for changed, tensor in folded_tensors(model, stack).items():
         whole.update({name: tensor for name in whole if held[name] is held[changed]})  # shared ones have several names
-    super(Adapted, model).save_pretrained(folder, state_dict=whole)  # type: ignore[misc]
+    with no_bars():
+        super(Adapted, model).save_pretrained(folder, state_dict=whole)  # type: ignore[misc]
     if getattr(model, "can_generate", lambda: False)():
         model.generation_config.save_pretrained(folder)
 

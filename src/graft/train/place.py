@@ -25,7 +25,7 @@ class Place:
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         self.accelerator = Accelerator(
             mixed_precision="no",
-            cpu=several and device == "cpu",
+            cpu=several and meet_on_cpu(device),
             log_with=list(track) or None,
             project_dir=out,
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
@@ -66,6 +66,15 @@ class Place:
     def wait(self) -> None:
         """Until every process is here."""
         self.accelerator.wait_for_everyone()
+
+
+def meet_on_cpu(device: str | None) -> bool:
+    """Whether several processes meet on the CPU: where it is asked for, and where there is nothing else to meet on.
+
+    accelerate must be told the latter; each process would take itself for the only one.
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device == "cpu" or found is None or found.type == "mps"
 
 
 @contextmanager
