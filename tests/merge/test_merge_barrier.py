@@ -11,14 +11,14 @@ from graft.merge import VERB, barrier
 from graft.merge.telling import lines
 from graft.verb import Facts
 
-SETTINGS = {"method": "linear", "models": ["up", "down", "wild"], "barrier": {"on": "all.dev", "points": 3}}
+SETTINGS = {"method": "linear", "models": ["up", "down", "jump"], "barrier": {"on": "all.dev", "points": 3}}
 
 
 def test_the_lines_run_between_each_two_models_and_their_middle_is_the_mean(merge, trained, measured):
     _, notes = merge(SETTINGS)
     found = notes["barriers"]
     assert (found["metric"], found["on"]) == ("bits_per_byte", ["all.dev"])
-    assert [each["between"] for each in found["lines"]] == [["up", "down"], ["up", "wild"], ["down", "wild"]]
+    assert [each["between"] for each in found["lines"]] == [["up", "down"], ["up", "jump"], ["down", "jump"]]
     for each in found["lines"]:
         a, b = each["between"]
         mean, _ = merge({"method": "linear", "models": [a, b]}, f"{a}-{b}")

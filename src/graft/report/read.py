@@ -80,10 +80,16 @@ class Model:
         return len(self.parents) > 1
 
     @property
+    def measured_from(self) -> str | None:
+        """The parent that the others are measured from, by its settings."""
+        base = (self.manifest.get("settings") or {}).get("base")
+        return str(base) if base in self.parents else None
+
+    @property
     def combined(self) -> list[str]:
         """Its parents without those that the others are only measured from, or stand on."""
-        settings = self.manifest.get("settings") or {}
-        return [parent for parent in self.parents if parent not in (settings.get("base"), settings.get("adapters_of"))]
+        stood_on = (self.manifest.get("settings") or {}).get("adapters_of")
+        return [parent for parent in self.parents if parent not in (self.measured_from, stood_on)]
 
     @property
     def kind(self) -> str:

@@ -11,7 +11,7 @@ from graft.report.svg import element, fit, line, linear, padded, path, picture, 
 
 COLOURS = ("#2b76c9", "#c8691a", "#0d8a6f", "#c0417f", "#7d52c4", "#8f7a08", "#b53b2e", "#55677d")
 TOWARDS, AGAINST = COLOURS[0], COLOURS[6]
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, SIZE = 760.0, 240.0, 56.0, 190.0, 12.0, 40.0, 12.5
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, SIZE = 560.0, 240.0, 56.0, 170.0, 12.0, 40.0, 12.5
 SQUARE = 64.0
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
@@ -24,10 +24,12 @@ def plot(series: Series, words: str, *, across: str = "layer") -> Markup:
     ys = [y for points in drawn.values() for _, y in points]
     low, high = padded(min(ys), max(ys))
     x, y = linear(min(xs), max(xs) or 1.0, LEFT, WIDTH - RIGHT), linear(low, high, HEIGHT - BOTTOM, TOP)
-    marks, steps = ticks(low, high, 4), ticks(min(xs), max(xs), 8)
+    marks, steps = ticks(low, high, 4), ticks(min(xs), max(xs), 8).values
+    # there is no half a layer
+    steps = [v for v in steps if across != "layer" or v == round(v)]
     grid = [line(LEFT, y(v), WIDTH - RIGHT, y(v), class_="grid") for v in marks.values]
     grid += [text(LEFT - 8, y(v) + 4, marks.label(v), text_anchor="end", class_="quiet") for v in marks.values]
-    grid += [text(x(v), HEIGHT - BOTTOM + 18, f"{v:g}", text_anchor="middle", class_="quiet") for v in steps.values]
+    grid += [text(x(v), HEIGHT - BOTTOM + 18, f"{v:g}", text_anchor="middle", class_="quiet") for v in steps]
     grid.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, across, text_anchor="middle", class_="quiet"))
     lines = []
     for index, (name, points) in enumerate(drawn.items()):

@@ -49,33 +49,35 @@ def vectors(run: Run) -> list[Vectors]:
     """Of every merge that was made of models that lie here; nothing where the recipe says `report: {deltas: false}`."""
     if run.asked.get("deltas") is False:
         return []
-    shared: dict[tuple[tuple[str, ...], str, str], list[str]] = {}
+    shared: dict[tuple[frozenset[str], str], tuple[list[str], list[str], str]] = {}
     for model in run.models.values():
-        if model.verb == "merge" and model.made and (found := _measured_from(run, model)) is not None:
-            shared.setdefault(found, []).append(model.name)
-    return [_vectors(run, tuple(merges), *found) for found, merges in shared.items()]
+        if model.verb != "merge" or not model.made or (found := _base(run, model)) is None:
+            continue
+        base, why = found
+        models = [name for name in model.combined if name != base]
+        if models:
+            shared.setdefault((frozenset(models), base), ([], models, why))[0].append(model.name)
+    return [_vectors(run, merges, models, base, why) for (_, base), (merges, models, why) in shared.items()]
 
 
-def _measured_from(run: Run, merge: Model) -> tuple[tuple[str, ...], str, str] | None:
-    """(models, base, why it is the base); None where there is nothing to compare."""
-    names, given = merge.combined, (merge.manifest.get("settings") or {}).get("base")
-    common = _common(run, names)
-    if given in merge.parents:
-        base, why = str(given), "their base in the merge"
-    elif common is not None and (common not in names or len(names) > 1):
-        base, why = common, "the model that all of them come from"
-    elif names:
-        base, why = names[0], "the first of them, as no base is known"
-    else:
+def _base(run: Run, merge: Model) -> tuple[str, str] | None:
+    """(what the models of a merge are measured from, why that); None where there is nothing to compare."""
+    names = merge.combined
+    if merge.measured_from is not None:
+        return merge.measured_from, "their base in the merge"
+    if not names:
         return None
-    models = tuple(name for name in names if name != base)
-    return (models, base, why) if models else None
+    common = _common(run, names)
+    if common is not None and (common not in names or len(names) > 1):
+        return common, "the model that all of them come from"
+    for other in run.models.values():
+        if other.verb == "merge" and other.measured_from is not None and set(names) <= set(other.combined):
+            return other.measured_from, f"their base in {other.name}"
+    return names[0], "the first of them, as no base is known"
 
 
 def _common(run: Run, names: Sequence[str]) -> str | None:
     """The youngest model that all of these come from in a line of single parents, or are."""
-    if not names:
-        return None
     lines = [list(_line(run, name)) for name in names]
     return next((name for name in lines[0] if all(name in line for line in lines)), None)
 
@@ -92,12 +94,12 @@ def _line(run: Run, name: str) -> Iterator[str]:
         (name,) = parents
 
 
-def _vectors(run: Run, merges: tuple[str, ...], models: tuple[str, ...], base: str, why: str) -> Vectors:
+def _vectors(run: Run, merges: Sequence[str], models: Sequence[str], base: str, why: str) -> Vectors:
     try:
         found = _kept(run, models, base)
     except (GraftError, OSError) as error:
-        return Vectors(merges, models, base, why, problem=str(error))
-    return Vectors(merges, models, base, why, said(found), list(pictures(found)))
+        return Vectors(tuple(merges), tuple(models), base, why, problem=str(error))
+    return Vectors(tuple(merges), tuple(models), base, why, said(found), list(pictures(found)))
 
 
 def _kept(run: Run, models: Sequence[str], base: str) -> Deltas:
@@ -141,7 +143,7 @@ def pictures(found: Deltas) -> Iterator[tuple[str, Markup]]:
     """(title, picture): lengths by layer for each kind of tensors, contradicting signs by layer, cosines."""
     kinds = [kind for kind in KINDS if any(_by_layer(found, kind).values())]
     for kind in kinds:
-        words = f"Length of the task vectors by layer, {kind} (‖δ‖/‖θ₀‖)"
+        words = f"Length by layer, {kind} (‖δ‖/‖θ₀‖)"
         yield words, plot(_by_layer(found, kind), words)
     conflicts = {kind: _conflicts(found, kind) for kind in kinds}
     if any(conflicts.values()):
