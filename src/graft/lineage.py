@@ -51,6 +51,8 @@ class DataUse(Settings):
     name: str
     split: str
     fingerprint: str
+    commits: dict[str, str] = {}
+    """Of what is read from the hub: the commit, by the name of the data set."""
 
 
 class Manifest(Settings):

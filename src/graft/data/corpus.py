@@ -39,14 +39,23 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the settings and of the content of every file behind them."""
-        digest = hashlib.sha256(json.dumps(_content_settings(self.settings), sort_keys=True).encode())
+        """sha256 of the settings and of the content of every file behind them, or of the commit on the hub."""
+        settings = _content_settings(self.settings)
+        if isinstance(self.settings, HuggingFace):
+            del settings["revision"]
+            settings["commit"] = self.commit
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for split, path in sources.content_files(self.settings, self.root):
             with open(path, "rb") as file:
                 digest.update(f"{split} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
         return digest.hexdigest()
 
     @property
+    @property
+    def commit(self) -> str | None:
+        """The commit on the hub that is read; None for what is on this machine. Raises DataError for no such id."""
+        return sources.commit(self.settings, self.root)
+
     def parts(self) -> list[tuple[Corpus, float]]:
         """The data sets it is mixed from, with their shares: itself alone."""
         return [(self, 1.0)]
@@ -89,14 +98,16 @@ class Corpus:
         return self._placed(sources.read(self.settings, self.root))
 
     def _placed(self, rows: Iterable[sources.Tagged]) -> Iterator[tuple[str, Record]]:
-        """(split, record) of all rows; of exact duplicates only the first is kept, whichever split it is in."""
-        seen, place = Distinct(), "train"
-        given = isinstance(self.settings, Files) and {"dev", "test"} & set(self.settings.groups())
-        taken = given or set()
+        """(split, record) of all rows; of exact duplicates only the first is kept, whichever split it is in.
+
+        Splits that are given come first, and no other record goes into those of them that are dev or test.
+        """
+        seen, place, taken = Distinct(), "train", set[str]()
         for split, record in rows:
             identity = identity_of(record)
             if split != sources.SAME:
                 place = split or _split_of(identity, self.settings, taken)
+                taken.update([split] if split else [])
             if seen.add(identity):
                 for piece in _pieces(record, self.settings.pieces):
                     yield place, piece
@@ -202,10 +213,6 @@ def problems(settings: DataSettings, root: Path) -> list[str]:
         found = sources.content_files(settings, root)
     except DataError as error:
         return [str(error)]
-    if isinstance(settings, HuggingFace) and not found and not settings.hub:
-        return [
-            f"{root / settings.name}: expected a folder; for a data set on the hub write `hub: true` beside its name"
-        ]
     empty = [path for _, path in found if path.stat().st_size == 0 and path.suffix != ".py"]
     return [f"{path}: expected data, found an empty file" for path in empty] or heads.problems(settings, root)
 

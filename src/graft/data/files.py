@@ -19,7 +19,8 @@ SUFFIXES = {
     "csv": (".csv", ".tsv"),
     "parquet": (".parquet",),
 }
-"""What is taken from a folder, by source; `.gz` and `.xz` behind it are welcome too."""
+"""What is taken from a folder, by source; but for parquet, which packs its columns itself, COMPRESSED behind it too."""
+COMPRESSED = (".gz", ".xz")
 DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 """What decompressing raises where a file is damaged."""
 BLOCK = 1 << 18
@@ -45,7 +46,7 @@ def find(path: str, source: str, root: Path) -> list[Path]:
 
 
 def _plain_suffix(path: Path) -> str:
-    return (Path(path.stem).suffix if path.suffix in (".gz", ".xz") else path.suffix).lower()
+    return (Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix).lower()
 
 
 def open_bytes(path: Path) -> IO[bytes]:

@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from graft.data import sources
-from graft.data.settings import Files, Source
+from graft.data import hugging_face, sources
+from graft.data.settings import Files, HuggingFace, Source
 from graft.errors import DataError
 
 RECORDS = 1000
@@ -35,14 +35,21 @@ class Head:
 
 
 def problems(settings: Source, root: Path) -> list[str]:
-    """What is wrong with the first records of the files: a sentence each, naming file and line."""
+    """What is wrong with the first records of the files, or splits: a sentence each, naming file and line."""
+    try:
+        each = list(itertools.islice(_each(settings, root), FILES))
+    except DataError as error:
+        return [str(error)]
+    return [message for one in each if (message := _problem(one, root))]
+
+
+def _each(settings: Source, root: Path) -> Iterator[Source]:
+    """The settings once for each file, or for each split on Hugging Face."""
+    if isinstance(settings, HuggingFace):
+        hugging_face.look_again()
+        yield from (settings.model_copy(update={"split": name}) for name, *_ in hugging_face.splits(settings, root))
     if not isinstance(settings, Files):
-        return []
-    return [message for one in itertools.islice(_each(settings, root), FILES) if (message := _problem(one, root))]
-
-
-def _each(settings: Files, root: Path) -> Iterator[Files]:
-    """The settings once for each file."""
+        return
     groups = list(settings.groups())
     for split, path in sources.content_files(settings, root):
         alone: dict[str, list[str] | None] = dict.fromkeys(groups)
@@ -50,7 +57,7 @@ def _each(settings: Files, root: Path) -> Iterator[Files]:
         yield settings.model_copy(update=alone)
 
 
-def _problem(settings: Files, root: Path) -> str | None:
+def _problem(settings: Source, root: Path) -> str | None:
     try:
         for _ in itertools.islice(sources.read(settings, root), RECORDS):
             pass

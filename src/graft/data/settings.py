@@ -160,7 +160,9 @@ class HuggingFace(Source):
     split: Annotated[
         str | None, Field(description="Read only this split of it and split that by hash; None: its own splits.")
     ] = None
-    revision: Annotated[str | None, Field(description="Commit or tag on the hub.")] = None
+    revision: Annotated[
+        str | None, Field(description="Commit, tag or branch on the hub; None: `main`. Its commit is part of the keys.")
+    ] = None
     hub: Annotated[bool, Field(description="Allow the network.")] = False
     format: Annotated[
         Format | None, Field(description="Format of the records; None: from the fields of the first.")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from graft.data import files, library
+from graft.data import files, hugging_face, library
 from graft.data import settings as kinds
 from graft.errors import DataError
 
@@ -57,16 +57,19 @@ def _groups(settings: kinds.Source) -> Iterator[kinds.Source]:
 def content_files(settings: kinds.Source, root: Path) -> list[tuple[str | None, Path]]:
     """(split it is given to, file) of all files whose content decides what `read` gives.
 
-    Empty where there are none to name (a data set on the hub).
+    Empty where there are none to name: what a data set on the hub holds is decided by its commit (`commit`).
     """
     if isinstance(settings, kinds.PythonLibrary):
         return [(None, path) for _, path in library_files(settings.packages)]
     if isinstance(settings, kinds.Files):
         return list(_placed(settings, root))
     assert isinstance(settings, kinds.HuggingFace)
-    place = root / settings.name
-    found = sorted(p for p in place.rglob("*") if p.is_file() and not p.name.startswith("cache-"))
-    return [(None, path) for path in found]
+    return [(None, path) for path in hugging_face.files(settings, root)]
+
+
+def commit(settings: kinds.Source, root: Path) -> str | None:
+    """The commit on the hub that is read; None for what does not come from there. Raises DataError for no such id."""
+    return hugging_face.commit(settings, root) if isinstance(settings, kinds.HuggingFace) else None
 
 
 def library_files(packages: list[str]) -> list[tuple[str, Path]]:
@@ -210,6 +213,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Record]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if path.suffix in files.COMPRESSED:
+        raise DataError(f"{path}: expected a parquet file as it is, packed inside, found a {path.suffix}; unpack it")
     try:
         file = pq.ParquetFile(path)
         number = 0
@@ -223,32 +228,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Record]]:
 
 def _hugging_face(settings: kinds.HuggingFace, root: Path) -> Iterator[Tagged]:
     shape = Shape(settings.format, settings.fields)
-    for split, rows in _hugging_face_splits(settings, root).items():
-        given = None if settings.split is not None else {"validation": "dev", "valid": "dev"}.get(split, split)
+    for name, split, rows in hugging_face.splits(settings, root):
         for number, row in enumerate(itertools.islice(rows, settings.limit), 1):
-            yield (
-                (given if given in kinds.SPLITS else None),
-                shape.record(dict(row), f"{settings.name}, {split} {number}"),
-            )
-
-
-def _hugging_face_splits(settings: kinds.HuggingFace, root: Path) -> dict[str, Any]:
-    import datasets
-
-    place = root / settings.name
-    if place.is_dir() and ((place / "dataset_dict.json").exists() or (place / "state.json").exists()):
-        loaded = datasets.load_from_disk(str(place))
-    elif place.is_dir() or settings.hub:
-        name = str(place) if place.is_dir() else settings.name
-        loaded = datasets.load_dataset(name, settings.subset, revision=settings.revision, streaming=True)
-    else:
-        raise DataError(f"{place}: expected a folder; for a data set on the hub write `hub: true` beside its name")
-    splits = dict(loaded) if isinstance(loaded, dict) else {"all": loaded}
-    if settings.split is not None:
-        if settings.split not in splits:
-            raise DataError(f"{settings.name}: no split {settings.split!r}; there are: {', '.join(splits)}")
-        return {settings.split: splits[settings.split]}
-    return splits
+            yield split, shape.record(row, f"{settings.name}, {name} {number}")
 
 
 class Shape:

@@ -35,12 +35,14 @@ def keys_of(recipe: Recipe) -> dict[str, str]:
 
 
 def data_uses(recipe: Recipe, node: Node) -> list[DataUse]:
-    """The splits that a node uses, with their fingerprints."""
-    named = [split_ref(ref) for ref in node.data]
-    return [
-        DataUse(name=name, split=split, fingerprint=open_corpus(recipe.data, name, recipe.root).fingerprint)
-        for name, split in named
-    ]
+    """The splits that a node uses, with their fingerprints and the commits of what is read from the hub."""
+    return [_data_use(recipe, *split_ref(ref)) for ref in node.data]
+
+
+def _data_use(recipe: Recipe, name: str, split: str) -> DataUse:
+    corpus = open_corpus(recipe.data, name, recipe.root)
+    commits = {part.name: part.commit for part, _ in corpus.parts if part.commit is not None}
+    return DataUse(name=name, split=split, fingerprint=corpus.fingerprint, commits=commits)
 
 
 def recorded_parents(folder: Path) -> Mapping[str, str]:
