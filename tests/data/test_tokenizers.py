@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graft import data
+from graft.data.encode import encode
 from graft.data.tokenizers import SENTINELS, train_tokenizer
 from graft.errors import SettingsError
 
+SPECIAL = ("<s>", "</s>", "<pad>", "<mask>")
 ALGORITHMS = ("bpe", "unigram", "wordpiece")
 
 
@@ -25,11 +27,21 @@ def trained(corpus):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @settings(max_examples=150, deadline=None)
-@given(text=st.text(max_size=40).filter(lambda t: "<" not in t))
+@given(text=st.lists(st.text(max_size=9) | st.sampled_from(SPECIAL), max_size=5).map("".join))
 def test_every_text_comes_back(trained, algorithm, text):
-    ids = trained[algorithm](text)["input_ids"]
+    (ids,) = encode([text], trained[algorithm])
     assert trained[algorithm].decode(ids) == text
-    assert trained[algorithm].pad_token_id not in ids
+    assert not set(ids) & set(trained[algorithm].all_special_ids)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_long_texts_that_name_special_tokens_come_back(trained, algorithm, monkeypatch):
+    monkeypatch.setattr("graft.data.encode.PIECE", 300)
+    monkeypatch.setattr("graft.data.encode.OVERLAP", 100)
+    text = "".join(f"a line {n} of text {SPECIAL[n % 4]} and more\n" for n in range(60))
+    (ids,) = encode([text], trained[algorithm])
+    assert trained[algorithm].decode(ids) == text
+    assert not set(ids) & set(trained[algorithm].all_special_ids)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -1,4 +1,4 @@
-"""Text to token ids: nothing added, nothing cut off, on all cores, in memory that does not grow with a document.
+"""Text to token ids: nothing added, nothing cut off, no special tokens, on all cores, in memory that stays flat.
 
 A long text is encoded in pieces that overlap. Where two pieces meet, both have read the same characters; the seam goes
 where they agree on the tokens, so the whole is what one call would have given (where a unigram tokenizer finds two
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from graft.data.sealed import sealed
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,8 +30,8 @@ AT_ONCE = 16
 
 
 def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """Token ids of each text."""
-    backend = uncut(tokenizer)
+    """Token ids of each text; none of them is a special token, whatever a text says."""
+    backend = sealed(tokenizer).backend
     short = backend.encode_batch_fast([t for t in texts if len(t) <= PIECE], add_special_tokens=False)
     made = iter(short)
     return [next(made).ids if len(text) <= PIECE else _encode_long(text, backend) for text in texts]
@@ -38,12 +40,11 @@ def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[lis
 def encode_with_places(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Token ids [n] of each text and the characters [n, 2] each token stands for, spaces included."""
-    backend = uncut(tokenizer)
-    if backend.post_processor is not None:
-        # GPT-2's takes the spaces out of a token's place, and with them whole tokens
-        backend = _copy(backend)
-        backend.post_processor = None
+    """Token ids [n] of each text and the characters [n, 2] each token stands for, spaces included.
+
+    Special tokens are those of `sealed_chats`, none otherwise.
+    """
+    backend = sealed(tokenizer).backend
     for encoded in backend.encode_batch(list(texts), add_special_tokens=False):
         yield np.array(encoded.ids, np.int64), np.array(encoded.offsets, np.int64).reshape(-1, 2)
 
@@ -53,14 +54,10 @@ def uncut(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     backend = tokenizer.backend_tokenizer
     if backend.truncation is None and backend.padding is None:
         return backend
-    backend = _copy(backend)
+    backend = type(backend).from_str(backend.to_str())
     backend.no_truncation()
     backend.no_padding()
     return backend
-
-
-def _copy(backend: Tokenizer) -> Tokenizer:
-    return type(backend).from_str(backend.to_str())
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ import numpy as np
 
 from graft.data.chat import assistant_spans, chat_text
 from graft.data.encode import encode, encode_with_places
+from graft.data.sealed import sealed_chats
 from graft.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VERSION = 3
+VERSION = 4
 """Counted up when the same record gives other tokens, or a stream is kept in another form."""
 
 
@@ -78,7 +79,8 @@ def _answers(records: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerFa
 
 def _chats(chats: Sequence[list[dict[str, str]]], tokenizer: PreTrainedTokenizerFast) -> Iterator[Rendered]:
     texts = [chat_text(messages, tokenizer) for messages in chats]
-    for messages, (ids, places) in zip(chats, encode_with_places(texts, tokenizer), strict=True):
+    found = encode_with_places(sealed_chats(chats, texts, tokenizer), tokenizer)
+    for messages, (ids, places) in zip(chats, found, strict=True):
         starts, ends = places.T
         trained = np.zeros(len(ids), dtype=bool)
         for first, last in assistant_spans(messages, tokenizer):

@@ -126,6 +126,7 @@ def _settled_unigram(trained: Tokenizer, corpus: AnyCorpus, special: list[str], 
         made = Tokenizer(models.Unigram(list(zip(tokens, scores, strict=True))))
         made.pre_tokenizer = trained.pre_tokenizer
         made.add_special_tokens(special)
+        made.encode_special_tokens = True  # what a text says of them counts as text
         count: Counter[int] = Counter()
         for batch in _batches(_texts(corpus)):
             for encoded in made.encode_batch_fast(batch, add_special_tokens=False):
