@@ -51,11 +51,11 @@ class Corpus:
         return digest.hexdigest()
 
     @property
-    @property
     def commit(self) -> str | None:
         """The commit on the hub that is read; None for what is on this machine. Raises DataError for no such id."""
         return sources.commit(self.settings, self.root)
 
+    @property
     def parts(self) -> list[tuple[Corpus, float]]:
         """The data sets it is mixed from, with their shares: itself alone."""
         return [(self, 1.0)]
@@ -106,8 +106,8 @@ class Corpus:
         for split, record in rows:
             identity = identity_of(record)
             if split != sources.SAME:
-                place = split or _split_of(identity, self.settings, taken)
                 taken.update([split] if split else [])
+                place = split or _split_of(identity, self.settings, taken)
             if seen.add(identity):
                 for piece in _pieces(record, self.settings.pieces):
                     yield place, piece
