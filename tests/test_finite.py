@@ -192,7 +192,7 @@ def test_an_ensemble_is_looked_at_in_all_its_members(tmp_path, well):
 
 
 def test_talking_with_a_sick_model_and_tuning_it_name_the_weights(tmp_path, sick):
-    (tmp_path / "x.jsonl").write_text('{"text": "x y z"}\n' * 8)
+    (tmp_path / "x.jsonl").write_text("".join(f'{{"text": "x y {n}"}}\n' for n in range(200)))
     for words in (
         ["chat", sick, "-p", "x"],
         ["tune", tmp_path / "out", "--from", sick, "--data", tmp_path / "x.jsonl", "--budget", "1 steps"],
