@@ -112,6 +112,22 @@ def test_a_mixture_keeps_its_shares_exactly_over_every_block():
         assert second == 256
 
 
+@settings(max_examples=60, deadline=None)
+@given(shares=st.lists(st.floats(1e-6, 1), min_size=2, max_size=6), blocks=st.integers(1, 12))
+def test_a_mixture_of_any_shares_reads_every_part_in_order(shares, blocks):
+    """Shares below one row in a block included: such a part gives a row now and then."""
+    rows = pack([(stream_of([8], 10 + 8 * part), share) for part, share in enumerate(shares)], 8, 0, whole=False)
+    count = np.zeros(len(shares), np.int64)
+    for block in range(blocks):
+        rows._arrange(block)
+        for part in range(len(shares)):
+            numbers = np.sort(rows._number[rows._which == part])
+            assert numbers.tolist() == list(range(count[part], count[part] + len(numbers)))
+            count[part] += len(numbers)
+        assert count.sum() == (block + 1) * rows.BLOCK
+    assert np.abs(count - blocks * rows.BLOCK * np.array(shares) / sum(shares)).max() <= len(shares)
+
+
 def test_each_part_of_a_mixture_is_read_through_before_it_is_read_again():
     rows = pack([(stream_of([8] * 30), 0.5), (stream_of([8] * 7, 1000), 0.5)], 8, 3, whole=False)
     firsts = [int(rows[i]["input_ids"][0]) for i in range(200)]

@@ -13,6 +13,7 @@ import numpy as np
 
 from graft.data.rows import Order, Row, Rows, stack
 from graft.data.stream import TokenStream
+from graft.data.turns import Evenly
 
 
 def pack(streams: Sequence[tuple[TokenStream, float]], length: int, seed: int, *, whole: bool, pad: int = 0) -> Rows:
@@ -99,14 +100,13 @@ class WholeDocuments:
 
 
 class MixedRows:
-    """Rows of several parts in proportion to their shares: exact over every block of rows, shuffled inside it."""
+    """Rows of several parts in proportion to their shares, to about a row over any blocks; shuffled inside a block."""
 
     BLOCK = 1024
 
     def __init__(self, parts: Sequence[Rows], shares: Sequence[float], seed: int):
         self.parts, self.seed = list(parts), seed
-        self.bounds = np.concatenate([[0.0], np.cumsum(np.asarray(shares) / np.sum(shares))])
-        self.bounds[-1] = 1.0
+        self.turns = Evenly(shares)
         self._block = -1
         self._which = np.zeros(0, np.int64)
         self._number = np.zeros(0, np.int64)
@@ -119,15 +119,11 @@ class MixedRows:
         self._arrange(block)
         return self.parts[int(self._which[place])][int(self._number[place])]
 
-    def _before(self, row: int) -> np.ndarray:
-        """How many of the rows before `row` each part gives."""
-        return np.diff(np.floor(self.bounds * row + 1e-9)).astype(np.int64)
-
     def _arrange(self, block: int) -> None:
         """Which part gives each row of the block, and the row's number in that part."""
         if block == self._block:
             return
-        before, after = self._before(block * self.BLOCK), self._before((block + 1) * self.BLOCK)
+        before, after = self.turns.before(block * self.BLOCK), self.turns.before((block + 1) * self.BLOCK)
         which = np.repeat(np.arange(len(self.parts)), after - before)
         which = np.random.default_rng([self.seed, block, 2]).permutation(which)
         number = np.zeros(len(which), np.int64)
