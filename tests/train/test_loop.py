@@ -7,11 +7,12 @@ import signal
 import numpy as np
 import pytest
 import torch
-from tiny import LENGTH, ByteLoss, byte_rows, log, run, settings, tiny_model
+from tiny import LENGTH, ByteLoss, Scored, Stops, byte_rows, log, run, settings, tiny_model
 from transformers import AutoModelForCausalLM
 
 from graft.data.rows import ListRows
 from graft.errors import RequestError, SettingsError, TrainingError
+from graft.train import loop
 
 
 def weights(model):
@@ -116,6 +117,69 @@ def test_training_stops_when_the_dev_loss_no_longer_falls(tmp_path):
     assert result.metrics["best_step"] == 2
 
 
+@pytest.mark.parametrize(("least", "steps"), [(0.0, 6), (0.5, 3)])
+def test_a_better_dev_loss_is_one_that_is_better_by_min_delta(tmp_path, least, steps):
+    scores = Scored([5.0, 4.9, 4.8, 4.7, 4.6, 4.5])
+    given = {"evaluate_every": 1, "early_stopping": {"patience": 2, "min_delta": least}}
+    result, _ = run(tmp_path, given, objective=scores, dev=byte_rows(8, skip=100))
+    assert result.steps == steps
+    assert result.metrics["best_dev_loss"] == pytest.approx(5.0 if least else 4.5)
+
+
+class Noted(ListRows):
+    """Dev rows that note which of them are read."""
+
+    def __init__(self, count):
+        super().__init__(byte_rows(count, skip=100).rows, shuffle=False)
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [
+        ({"evaluate_every": 2, "budget": "2 steps"}, 64),  # a fifth of 2 · 8 rows is less
+        ({"evaluate_every": 3, "budget": "3 steps", "batch_size": 160}, 96),  # a fifth of 3 · 160 rows
+    ],
+)
+def test_a_dev_loss_reads_a_fifth_of_the_rows_that_are_trained_on_64_at_least(tmp_path, given, count):
+    dev = Noted(120)
+    run(tmp_path, given, dev=dev)
+    assert dev.read == list(range(count))
+
+
+class NotesPrecision(ByteLoss):
+    """Whether the forward pass runs in half precision, by whether it is of training."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def __call__(self, model, batch):
+        self.seen.add((model.training, torch.is_autocast_enabled("cpu")))
+        return super().__call__(model, batch)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_dev_loss_is_measured_in_the_precision_of_the_training(tmp_path, precision):
+    notes = NotesPrecision()
+    run(tmp_path, {"precision": precision}, objective=notes, dev=byte_rows(8, skip=100))
+    assert notes.seen == {(True, precision == "bf16"), (False, precision == "bf16")}
+
+
+def test_the_speed_in_the_log_is_tokens_over_the_time_between_two_looks(tmp_path, monkeypatch):
+    """With a look behind every step these times share out that of the training."""
+    monkeypatch.setattr(loop, "LOOK_S", 0.0)
+    result, _ = run(tmp_path)
+    entries = log(tmp_path)
+    tokens = np.diff([0, *(entry["tokens"] for entry in entries)])
+    times = tokens / np.array([entry["tokens_per_s"] for entry in entries])
+    assert (times > 0).all()
+    assert times.sum() <= result.metrics["seconds"]
+
+
 class Breaks(ByteLoss):
     """NaN from the third step on."""
 
@@ -194,6 +258,27 @@ def test_tensorboard_gets_the_losses_of_the_log(tmp_path):
     (told,) = (events for path in files if "loss" in (events := EventAccumulator(str(path)).Reload()).Tags()["scalars"])
     losses = [entry["loss"] for entry in log(tmp_path) if "loss" in entry]
     assert [event.value for event in told.Scalars("loss")] == pytest.approx(losses)
+    assert [event.step for event in told.Scalars("loss")] == [1, 2, 3, 4]
+
+
+def test_tensorboard_is_told_every_step_once_though_a_killed_run_was_ahead_of_its_state(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(loop, "LOOK_S", 0.0)
+    given = {"track": ["tensorboard"], "checkpoint_every": "2 steps"}
+    with pytest.raises(Stops):
+        run(tmp_path, given, objective=Scored([], stop=4))
+    run(tmp_path, given)
+    (folder,) = {path.parent for path in (tmp_path / "out").rglob("events.out.tfevents.*") if "loss" in tags(path)}
+    told = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in told.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.value for event in told.Scalars("loss")] == pytest.approx([entry["loss"] for entry in log(tmp_path)])
+
+
+def tags(path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(path)).Reload().Tags()["scalars"]
 
 
 class PressesCtrlC(ByteLoss):

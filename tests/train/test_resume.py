@@ -7,6 +7,7 @@ import time
 import pytest
 import tiny
 import torch
+from tiny import Stops
 
 from graft.errors import DiskError
 from graft.train import loop
@@ -74,10 +75,6 @@ def test_sigkill_at_random_moments_changes_no_byte(tmp_path, start):
     assert without_clock(tmp_path / "killed") == without_clock(tmp_path / "whole")
 
 
-class Stops(Exception):
-    pass
-
-
 class StopsAt(tiny.ByteLoss):
     """Raises in call `stop`, as a kill would."""
 
@@ -127,6 +124,37 @@ def test_the_state_of_another_training_is_not_taken(tmp_path):
     tiny.run(tmp_path / "a", {"checkpoint_every": "1 step"})
     _, other = tiny.run(tmp_path / "a", {"learning_rate": 0.003})
     assert torch.equal(parameters(other), parameters(tiny.run(tmp_path / "b", {"learning_rate": 0.003})[1]))
+
+
+def test_how_often_the_state_is_written_and_who_is_told_do_not_make_another_training(tmp_path):
+    with pytest.raises(Stops):
+        tiny.run(tmp_path, {"checkpoint_every": "1 step"}, objective=StopsAt(5))
+    counts = StopsAt(-1)
+    tiny.run(tmp_path, {"checkpoint_every": "3 steps", "track": ["tensorboard"]}, objective=counts)
+    assert counts.left == -1 - 2
+
+
+def test_the_scale_of_half_precision_goes_on_where_it_stood(tmp_path):
+    given = {"checkpoint_every": "1 step", "precision": "fp16"}
+    with pytest.raises(Stops):
+        tiny.run(tmp_path / "killed", given, objective=StopsAt(4))
+    tiny.run(tmp_path / "killed", given)
+    tiny.run(tmp_path / "whole", given)
+    killed, whole = (read_state(tmp_path / name / "scratch").facts["scaler"] for name in ("killed", "whole"))
+    assert killed == whole
+    assert whole["_growth_tracker"] == 6
+
+
+def test_patience_goes_on_where_it_stood(tmp_path):
+    """The best dev loss is that of step 1; step 4 is the third that is not better."""
+    given = {"checkpoint_every": "1 step", "evaluate_every": 1, "early_stopping": {"patience": 3}}
+    dev = tiny.byte_rows(8, skip=100)
+    with pytest.raises(Stops):
+        tiny.run(tmp_path, given, objective=tiny.Scored([5, 6], stop=3), dev=dev)
+    result, _ = tiny.run(tmp_path, given, objective=tiny.Scored([7, 6, 6, 6]), dev=dev)
+    assert result.steps == 4
+    assert result.metrics["best_step"] == 1
+    assert result.metrics["best_dev_loss"] == pytest.approx(5)
 
 
 def test_a_state_round_trips_and_only_two_stay(tmp_path):
