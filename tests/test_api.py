@@ -99,6 +99,13 @@ def test_measuring_a_folder_that_is_not_there_is_a_wrong_request(tmp_path):
         graft.evaluate([tmp_path / "nobody"], measures, data_sets={"d": library}, out=tmp_path)
 
 
+def test_a_misspelt_split_of_a_data_set_is_shown_the_right_one(tmp_path):
+    library = {"source": "python-library", "packages": ["json"]}
+    measures = [{"measure": "bits_per_byte", "on": ["code.tset"]}]
+    with pytest.raises(DataError, match=r"at code\.tset \(did you mean 'code\.test'\?\); data sets are: code, prose"):
+        graft.evaluate([tmp_path], measures, data_sets={"code": library, "prose": library}, out=tmp_path)
+
+
 def test_a_data_file_is_known_by_its_suffix(tmp_path):
     for name, source in (("a.jsonl", "jsonl"), ("b.csv.gz", "csv"), ("c.txt", "text"), ("d.parquet", "parquet")):
         (tmp_path / name).write_text("x")
