@@ -63,7 +63,7 @@ def told(action):
 
 Path("family.yaml").write_text(
     "family: f\\nmodels:\\n  a: {load: {path: org/one, hub: true}}\\n"
-    "  b: {load: {path: org/two, hub: true, revision: main}}\\n  soup: {merge: {models: [a, b], force: true}}\\n"
+    "  b: {load: {path: org/two, hub: true, revision: main}}\\n  soup: {merge: {models: [a, b], anyway: true}}\\n"
 )
 Path("wrong.yaml").write_text(
     "family: f\\nmodels:\\n  a: {load: {path: org/none, hub: true}}\\n"
@@ -73,7 +73,7 @@ found = {
     "loaded": told(lambda: sorted(graft.load("org/one", hub=True).state_dict())),
     "words": told(lambda: load_tokenizer("org/one", hub=True)("b")["input_ids"]),
     "made": told(lambda: graft.run("family.yaml", "run").made),
-    "merged": told(lambda: str(graft.merge("out", models=["org/one", "org/two"], hub=True, force_=True))),
+    "merged": told(lambda: str(graft.merge("out", models=["org/one", "org/two"], hub=True, anyway=True))),
     "not allowed": told(lambda: graft.load("org/one")),
     "no model": told(lambda: graft.load("org/none", hub=True)),
     "no tokenizer": told(lambda: load_tokenizer("org/none", hub=True)),

@@ -16,7 +16,7 @@ VERBS = {"pretrain", "tune", "adapt", "head", "merge", "ensemble", "quantize", "
 LAYERS = [
     {"errors", "machine", "settings", "progress", "_callable", "_register", "yaml_lines"},
     {"methods", "verb", "hub", "checkpoint", "lora", "pickles", "lineage", "finite", "data"},
-    {"models", "adapters", "multitask"},
+    {"models", "adapters", "multitask", "kinship"},
     {"train", "evaluate"},
     VERBS,
     {"verbs"},

@@ -28,7 +28,27 @@ class VerbCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """The words are kept for the help, which comes before they are looked at."""
         ctx.meta["graft.words"] = list(args)
-        return super().parse_args(ctx, args)
+        return super().parse_args(ctx, list(self._flags_alone(args)))
+
+    def _flags_alone(self, args: Sequence[str]) -> Iterator[str]:
+        """The command's own flags as settings take them: `--hub true` is `--hub`, and `--hub=false` is none."""
+        said: dict[str, tuple[list[str], list[str]]] = {}
+        for flag in self.params:
+            if getattr(flag, "is_flag", False):
+                on, off = flag.opts[:1], flag.secondary_opts[:1]
+                said |= dict.fromkeys(flag.opts, (on, off))
+                said |= dict.fromkeys(flag.secondary_opts, (off, on))
+        rest = list(args)
+        while rest:
+            word = rest.pop(0)
+            name, equals, value = word.partition("=")
+            value = value if equals else "".join(rest[:1])
+            if name not in said or value not in ("true", "false"):
+                yield word
+                continue
+            if not equals:
+                rest.pop(0)
+            yield from said[name][value == "false"]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """The usual help, then the verb's settings: those of one method where it is named, else what all share."""
@@ -195,6 +215,11 @@ def _add_models(verb: str, words: Sequence[str], settings: dict[str, Any]) -> No
     field = models_field(fields_of(verb, settings))
     if field is None:
         raise RequestError(f"expected one folder, found {words[0]!r} as well: {verb} takes its models by option")
+    if field in settings:
+        raise RequestError(
+            f"expected the models behind the folder or as --{field}, found both: {' '.join(words)} and "
+            f"{settings[field]!r}"
+        )
     pairs = [word.rpartition("=") for word in words]
     weights = [text for _, equals, text in pairs if equals]
     if not weights:

@@ -371,7 +371,10 @@ def facts_of(folder: Path) -> Facts:
     folder = Path(folder)
     check_as_made(folder)
     found = replace(_facts_of(folder), tokenizer=tokenizer_of(folder), heads=heads_of(folder))
-    return replace(found, stored="quantised") if is_quantised(folder) else found
+    if is_quantised(folder):
+        return replace(found, stored="quantised", start=None)
+    tells = found.initialisation.startswith("unknown:") and list(folder.glob("*.safetensors")) and not is_lora(folder)
+    return replace(found, start=folder) if tells and ADAPTED not in found.config else found
 
 
 def is_quantised(folder: Path) -> bool:

@@ -60,11 +60,14 @@ def make_one(
     places = beside(target)
     begin = None if target.exists() else places.cache
     recipe = one_node(verb, target.name, settings, data=data or {}, seed=seed, root=Path(root), hub=hub, begin=begin)
+    if used := [ref for ref, folder in recipe.outside.items() if folder.resolve() == target.resolve()]:
+        raise RequestError(f"{target} is {used[0]}, which it is to be made from: choose another folder")
+    (name,) = recipe.models
     with locked(places, wait=wait):
-        plan = make_plan(recipe, places, force=[target.name] if force else [])
-        if target.exists() and plan.steps[target.name].state == "run" and not (target / "graft.json").is_file():
+        plan = make_plan(recipe, places, force=[name] if force else [])
+        if target.exists() and plan.steps[name].state == "run" and not (target / "graft.json").is_file():
             raise RequestError(f"{target} is there already and was not made by graft: choose another folder")
-        if target.exists() and plan.steps[target.name].state == "run" and not force:
+        if target.exists() and plan.steps[name].state == "run" and not force:
             raise RequestError(
                 f"{target} holds a model that was made otherwise (other settings, data or parents): choose another "
                 "folder, or say `force=True` (--force) to replace it"
@@ -92,6 +95,7 @@ def one_node(
 ) -> Recipe:
     """A recipe of one node; the folders it names are models that stand outside of it.
 
+    A node whose `name` is how one of those models is written has the verb in its name as well.
     `begin`: it will be made now, with this folder for its cache.
     """
     parsed = verbs.verb(verb).parse(settings, ())
@@ -104,6 +108,8 @@ def one_node(
             "allowed: `hub=True` (--hub)"
         )
     folders |= {ref: fetched(LoadSettings(path=ref, hub=True)) for ref in missing}
+    while name in folders:
+        name = f"{name}-{verb}"
     if begin is not None:
         verbs.verb(verb).begin(parsed, folders, begin)
     files = {split_ref(ref)[0] for kind, ref in named if kind == "data"} - set(data)

@@ -42,6 +42,8 @@ class Facts:
     """What its tokenizer has of `text`, `end`, `mask` and `sentinels`: nothing where there is none; None: not known."""
     heads: Mapping[str, str] = field(default_factory=dict)
     """Heads for tasks, beside or in the place of its own: the task's name → `classification`, `tagging` or `spans`."""
+    start: Path | None = None
+    """Where weights lie that it grew from, if nothing else tells of its initialisation (`unknown:…`)."""
 
 
 @dataclass(frozen=True)

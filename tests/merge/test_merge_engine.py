@@ -121,14 +121,14 @@ def test_another_vocabulary_is_refused(folders, tmp_path):
     with pytest.raises(CannotCombine, match="different vocabularies"):
         merge({"method": "linear", "models": ["a", "w"]}, other, tmp_path / "out")
     with pytest.raises(CannotCombine, match=r"embed_tokens.weight is \[48, 16\] in a, \[64, 16\] in w"):
-        merge({"method": "linear", "models": ["a", "w"], "force": True}, other, tmp_path / "out")
+        merge({"method": "linear", "models": ["a", "w"], "anyway": True}, other, tmp_path / "out")
 
 
 def test_another_initialisation_is_found_by_the_weights(folders, tmp_path):
     stranger = folders | {"s": save(model(99), tmp_path / "s")}
     with pytest.raises(CannotCombine, match=r"correlation of -?0\.0.*different initialisations.*ensemble"):
         merge({"method": "linear", "models": ["a", "s"]}, stranger, tmp_path / "out")
-    _, found = merge({"method": "linear", "models": ["a", "s"], "force": True}, stranger, tmp_path / "forced")
+    _, found = merge({"method": "linear", "models": ["a", "s"], "anyway": True}, stranger, tmp_path / "forced")
     assert "s and a have a correlation" in found["forced"][0]
     _, found = merge({"method": "linear", "models": ["a", "b"]}, stranger, tmp_path / "fine")
     assert found["notes"]["correlation_of_weights"]["b"] > 0.3
@@ -262,7 +262,7 @@ def test_a_recipe_is_refused_from_facts_alone(other, message, may_be_forced):
     (found,) = check(SOUP, **models)
     assert message in found
     assert "ensemble" in found
-    assert (check(SOUP | {"force": True}, **models) == []) == may_be_forced
+    assert (check(SOUP | {"anyway": True}, **models) == []) == may_be_forced
 
 
 def test_models_of_one_family_are_fine():
@@ -275,7 +275,7 @@ def test_the_facts_of_a_merge():
     models = {"a": facts(trained_on=frozenset("x")), "b": facts(trained_on=frozenset("y"))}
     made = verb.facts(verb.parse(SOUP | {"dtype": "bfloat16"}), models, "key")
     assert (made.initialisation, made.bytes, made.trained_on) == ("of:1", 200, frozenset("xy"))
-    forced = verb.facts(verb.parse(SOUP | {"force": True}), {"a": facts(), "b": facts(initialisation="of:2")}, "key")
+    forced = verb.facts(verb.parse(SOUP | {"anyway": True}), {"a": facts(), "b": facts(initialisation="of:2")}, "key")
     assert forced.initialisation == "of:key"
     assert verb.estimate(verb.parse(SOUP), models).disk_bytes == 400
 

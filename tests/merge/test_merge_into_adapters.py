@@ -1,6 +1,7 @@
 """Adapters out of adapters, and out of the difference of two models; peft loads what is written."""
 
 import json
+import shutil
 
 import peft
 import pytest
@@ -205,7 +206,7 @@ def test_a_turned_model_gives_an_adapter_that_peft_turns(tmp_path):
     other = GPT2LMHeadModel(config)
     other.load_state_dict({n: t + 0.01 * torch.randn_like(t) for n, t in base.state_dict().items()})
     both = {"base": save(base, tmp_path / "base"), "a": save(other, tmp_path / "a")}
-    settings = {"method": "extract_lora", "base": "base", "models": ["a"], "energy": 1.0, "force": True}
+    settings = {"method": "extract_lora", "base": "base", "models": ["a"], "energy": 1.0, "anyway": True}
     merge(settings, both, tmp_path / "out")
     name = "transformer.h.0.attn.c_attn.weight"
     torch.testing.assert_close(folded(both["base"], tmp_path / "out")[name], tensors(both["a"])[name], **CLOSE)
@@ -217,7 +218,7 @@ def test_what_is_wrong_is_said_before_anything_is_read(folders, tmp_path):
         verb.parse({"method": "extract_lora", "base": "base", "models": ["a"]})
     with pytest.raises(CannotCombine, match="do not differ in any layer"):
         settings = {"method": "extract_lora", "base": "base", "models": ["same"], "rank": 2}
-        merge(settings, folders | {"same": folders["base"]}, tmp_path / "out")
+        merge(settings, folders | {"same": shutil.copytree(folders["base"], tmp_path / "same")}, tmp_path / "out")
 
 
 def test_a_recipe_extracts_adds_up_and_measures(folders, tmp_path):

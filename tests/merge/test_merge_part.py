@@ -96,7 +96,7 @@ def test_a_part_may_have_more_tokens_than_the_model_it_is_merged_with(folders, t
     here = folders | {"large": large}
     with pytest.raises(CannotCombine, match="different vocabularies"):
         merge(settings, here, tmp_path / "no")
-    out, _ = merge(settings | {"vocabulary": "base", "force": True}, here, tmp_path / "out")
+    out, _ = merge(settings | {"vocabulary": "base", "anyway": True}, here, tmp_path / "out")
     before, a = tensors(large), tensors(folders["a"])
     for name, there in ((f"{body}embed_tokens.weight", "model.embed_tokens.weight"), (head, "lm_head.weight")):
         torch.testing.assert_close(out[name][:48], (before[name][:48] + a[there]) / 2)

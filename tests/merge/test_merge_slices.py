@@ -72,7 +72,7 @@ def test_task_vectors_are_taken_from_the_bases_layers(folders, tmp_path):
 
 def test_models_of_different_depth_are_stacked(folders, tmp_path):
     slices = [{"small": [0, 2]}, {"a": [2, 4]}]
-    out, _ = merge({"method": "passthrough", "slices": slices, "force": True}, folders, tmp_path / "out")
+    out, _ = merge({"method": "passthrough", "slices": slices, "anyway": True}, folders, tmp_path / "out")
     assert torch.equal(out[layer(1)], tensors(folders["small"])[layer(1)])
     assert torch.equal(out[layer(3)], tensors(folders["a"])[layer(3)])
     assert load(tmp_path / "out").config.num_hidden_layers == 4

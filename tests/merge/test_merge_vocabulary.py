@@ -176,7 +176,7 @@ def test_the_bases_tokens_alone(different, tmp_path):
 def test_rows_behind_the_last_token_stay_those_of_the_first_parent(different, tmp_path):
     padded = speaking(model(7, near=None, vocab_size=60), tmp_path / "padded", A_WORDS)
     here = different | {"padded": padded}
-    settings = {"method": "linear", "models": ["padded", "a"], "force": True}
+    settings = {"method": "linear", "models": ["padded", "a"], "anyway": True}
     out, _ = merge(settings | {"vocabulary": "base"}, here, tmp_path / "out")
     assert torch.equal(out[EMBED][40:], tensors(padded)[EMBED][40:])
     settings["models"] = ["padded", "c"]
@@ -220,7 +220,7 @@ def test_a_model_without_a_tokenizer_is_refused(folders, tmp_path):
     bare = save(model(1), tmp_path / "bare")
     (bare / "tokenizer.json").unlink()
     with pytest.raises(CannotCombine, match=r"bare: its tokens are not known without tokenizer.json"):
-        settings = {"method": "linear", "models": ["a", "bare"], "vocabulary": "base", "force": True}
+        settings = {"method": "linear", "models": ["a", "bare"], "vocabulary": "base", "anyway": True}
         merge(settings, folders | {"bare": bare}, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 

@@ -205,9 +205,9 @@ def test_the_order_of_the_models_changes_nothing(method, merged):
 
 
 @pytest.mark.parametrize("method", ["fisher", "regmean", "regmean_plus"])
-def test_a_model_merged_with_itself_is_that_model(method, merged, tuned):
+def test_a_model_merged_with_itself_is_that_model(method, merged, tuned, tmp_path):
     """Whatever text the two are measured on."""
-    own = {"low": tuned["low"], "again": tuned["low"]}
+    own = {"low": tuned["low"], "again": shutil.copytree(tuned["low"], tmp_path / "again")}
     on = {"low": "low.train", "again": "high.train"}
     made, _, _ = merged({"method": method, "models": {"low": 1, "again": 3}, "on": on}, own=own)
     for name, value in tensors(tuned["low"]).items():

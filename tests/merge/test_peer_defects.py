@@ -36,7 +36,7 @@ def test_rows_of_a_larger_vocabulary_are_never_dropped_silently(folders, tmp_pat
     both = folders | {"large": large}
     with pytest.raises(CannotCombine, match="different vocabularies"):
         merge({"method": "linear", "models": ["a", "large"]}, both, tmp_path / "1")
-    asked = {"method": "linear", "models": ["a", "large"], "vocabulary": "union", "force": True}
+    asked = {"method": "linear", "models": ["a", "large"], "vocabulary": "union", "anyway": True}
     out, _ = merge(asked, both, tmp_path / "2")
     assert out["model.embed_tokens.weight"].shape[0] == 80
 

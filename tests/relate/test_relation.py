@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import graft
 from graft.cli import app
-from graft.errors import RequestError
+from graft.errors import GraftError, RequestError
 from graft.lineage import Manifest, write_manifest
 
 
@@ -156,7 +156,7 @@ def test_weights_that_correlate_outweigh_manifests_that_name_two_starts(family, 
         manifest(folder, folder.name, hash=folder.name)
     found = graft.relate(*folders)
     assert (found.kind, found.weights) == ("same initialisation", "yes")
-    assert "without `force`" in found.evidence
+    assert "without `anyway`" in found.evidence
 
 
 def test_without_a_tokenizer_nothing_is_said_about_tokens(family, tmp_path):
@@ -195,3 +195,18 @@ def test_the_command_prints_a_table_or_one_json_value(family):
     assert "same initialisation" in shown
     assert "yes: any method of merge" in shown
     assert json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)["kind"] == "same initialisation"
+
+
+@pytest.mark.parametrize(("other", "kind"), [("same_text", "other initialisation"), ("channels", "permuted")])
+def test_of_another_start_and_another_vocabulary_only_predictions_can_be_combined(family, tmp_path, other, kind):
+    folder = save(graft.load(family[other]), tmp_path / "other", first="x")
+    found = graft.relate(family["base"], folder)
+    assert (found.kind, found.weights, found.predictions) == (kind, "no", "with vocabulary handling")
+    assert "one vocabulary only" in found.weights_why
+    advice = graft.explain([family["base"], folder])
+    assert (advice.method, list(advice.also)) == (
+        "none",
+        ["an ensemble with `vocabulary: union` (or bytes): graft ensemble OUT MODEL… --vocabulary union"],
+    )
+    with pytest.raises(GraftError, match="different vocabularies"):
+        graft.merge(tmp_path / "out", models=[family["base"], folder], method="rebasin")

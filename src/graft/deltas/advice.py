@@ -15,7 +15,7 @@ from typing import Any
 from graft.deltas.measure import Deltas
 from graft.errors import RequestError
 from graft.lineage import read_manifest
-from graft.relate import relate
+from graft.relate import Relation, relate
 
 ALIKE = 0.5
 """Cosine above which task vectors count as runs of one task."""
@@ -50,13 +50,21 @@ def explain(models: Sequence[Path], base: Path | None) -> Advice:
         found = relate(base or models[0], other)
         if found.weights != "yes":
             why = [f"{other}: {found.kind} ({found.evidence})", found.weights_why]
-            if found.kind in ("permuted", "other initialisation"):
-                return Advice("rebasin", {}, why, ["an ensemble: graft ensemble OUT MODEL…"])
-            return Advice("none", {}, why, ["an ensemble: graft ensemble OUT MODEL…"])
+            aligned = found.kind in ("permuted", "other initialisation") and found.weights == "after alignment"
+            return Advice("rebasin" if aligned else "none", {}, why, _instead(found))
     if base is None:
         why = ["the base is not known (name it: `base`, --base): without it there are no task vectors to look at"]
         return Advice("linear", {}, why, ["slerp", "greedy_soup"])
     return advise(deltas(base, {str(model): model for model in models}))
+
+
+def _instead(found: Relation) -> list[str]:
+    """What works where weights do not."""
+    if found.predictions == "no":
+        return []
+    if found.predictions == "yes":
+        return ["an ensemble: graft ensemble OUT MODEL…"]
+    return ["an ensemble with `vocabulary: union` (or bytes): graft ensemble OUT MODEL… --vocabulary union"]
 
 
 def common_base(models: Sequence[Path]) -> Path | None:

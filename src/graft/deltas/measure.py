@@ -121,7 +121,7 @@ def deltas(base: Path | str, models: Mapping[str, Path | str], *, sample: int | 
     from graft.merge.stream import Source, Tensors, Workers
     from graft.merge.task_arithmetic import Settings
 
-    settings = Settings.model_validate({"base": "base", "models": list(models), "force": True})
+    settings = Settings.model_validate({"base": "base", "models": list(models), "anyway": True})
     folders = {"base": Path(base), **{name: Path(folder) for name, folder in models.items()}}
     plan = layout(settings, folders)
     found: dict[tuple[int | None, str], list[Sums]] = {}

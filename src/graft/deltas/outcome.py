@@ -56,7 +56,7 @@ def outcome(
     named = {**({"base": base} if base is not None else {}), **models}
     with tempfile.TemporaryDirectory() as room:
         paths = [str(path.resolve()) for path in models.values()]
-        forced = {"models": paths, "method": "linear", "force": True}
+        forced = {"models": paths, "method": "linear", "anyway": True}
         named[MEAN] = make_one("merge", Path(room) / "mean", forced, device=device)
         if merge is not None:
             out = Path(room) / "merge"
@@ -81,7 +81,7 @@ def merge_of(models: Mapping[str, Path], base: Path | None, asked: Mapping[str, 
         raise RequestError(f"expected a method for the merge (`method`, --method), found {', '.join(asked) or 'none'}")
     field = VERB.types_of(asked)[str(asked["method"])].model_fields.get("base")
     below = {"base": str(base.resolve())} if base is not None and field is not None and field.is_required() else {}
-    settings = {"models": [str(path.resolve()) for path in models.values()], "force": True, **below, **asked}
+    settings = {"models": [str(path.resolve()) for path in models.values()], "anyway": True, **below, **asked}
     VERB.parse(settings)
     return settings
 

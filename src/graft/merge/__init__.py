@@ -86,7 +86,7 @@ class Merge(Verb[MergeSettings]):
         return []
 
     def check(self, settings: MergeSettings, models: Mapping[str, Facts]) -> list[str]:
-        from graft.merge.preflight import problems
+        from graft.merge.preflight import anyway, problems
 
         never, may_be_forced = problems(settings, models)
         first = models[settings.parents[0]].architecture
@@ -103,7 +103,11 @@ class Merge(Verb[MergeSettings]):
             if judged.judges and first not in (kinds := judged.entry().architectures):
                 name = judged.task or judged.measure
                 never.append(f"{name} is taken of {' or '.join(kinds)} models, found {first}: name another measure")
-        return never if settings.force else never + may_be_forced
+        if not (never or settings.anyway):
+            from graft.merge.related import strangers
+
+            may_be_forced += strangers(settings, models)
+        return [*never, *anyway(settings, may_be_forced)]
 
     def facts(self, settings: MergeSettings, models: Mapping[str, Facts], key: str) -> Facts:
         models = settled(settings, models)
@@ -127,6 +131,7 @@ class Merge(Verb[MergeSettings]):
             trained_on=frozenset().union(*(models[name].trained_on for name in settings.parents)),
             stored="adapter" if settings.makes == "adapter" else "safetensors",
             tokenizer=first.tokenizer,
+            start=first.start if len(grown) == 1 else None,
         )
 
     def estimate(self, settings: MergeSettings, models: Mapping[str, Facts]) -> Estimate:
@@ -159,12 +164,13 @@ class Merge(Verb[MergeSettings]):
 
     def begin(self, settings: MergeSettings, folders: Mapping[str, Path], cache: Path) -> None:
         """Headers are compared; then the architecture is built in another process, and torch imported, while the models
-        are hashed. Raises CannotCombine where the headers differ."""
+        are hashed. Raises CannotCombine where the headers differ or one folder stands for two models."""
         from graft.merge.architecture import begin
-        from graft.merge.inputs import inputs
+        from graft.merge.inputs import inputs, once
         from graft.merge.preflight import agree
 
         try:
+            once(settings, folders)
             parts = inputs(settings, folders)
             agree(settings, parts)
             begin(parts[settings.parents[0]].home, cache)

@@ -48,13 +48,13 @@ def make(job: Job, settings: Settings) -> dict[str, Any]:
     from graft.lineage import facts_of
     from graft.lora import base_folder, is_lora, read_lora
     from graft.merge._write_lora import write_lora
-    from graft.merge.preflight import problems
+    from graft.merge.preflight import anyway, problems
 
     if models := [name for name in settings.names if not is_lora(job.models[name])]:
         raise CannotCombine(f"{models[0]} is a model: `extract_lora` makes an adapter of its difference to a base")
     never, forced = problems(settings, {name: facts_of(folder) for name, folder in job.models.items()})
-    if never or (forced and not settings.force):
-        raise CannotCombine("\n".join([*never, *forced]))
+    if refused := [*never, *anyway(settings, forced)]:
+        raise CannotCombine("\n".join(refused))
     parts = {name: read_lora(job.models[name]) for name in settings.names}
     divisor = sum(settings.weights) if settings.normalise else 1.0
     weights = [weight / divisor for weight in settings.weights]

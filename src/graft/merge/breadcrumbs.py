@@ -12,23 +12,37 @@ if TYPE_CHECKING:
     from graft.merge.stream import Combine, Tensors
 
 
+USUAL = 0.01
+"""The γ that is taken where none is given."""
+ROUNDING = 1e-9
+"""By so much two shares that a search or a gradient worked out may exceed the whole."""
+
+
 class BreadcrumbsSettings(SparseSettings):
     """A base plus task vectors without outliers and without what is small."""
 
     gamma: Annotated[
-        PerModel,
-        Field(description="Share of the largest values that is dropped; less where the density would not be reached."),
-    ] = 0.01
+        PerModel | None,
+        Field(description="Share of the largest values that is dropped; none: 0.01, or what the density leaves."),
+    ] = None
 
     @property
     def gammas(self) -> list[float]:
         """One γ a model."""
+        if self.gamma is None:
+            return [min(USUAL, 1 - density) for density in self.densities]
         return self.each(self.gamma)
 
     @model_validator(mode="after")
     def _outliers(self) -> BreadcrumbsSettings:
-        if wrong := [g for g in self.gammas if not 0 <= g < 1]:
-            raise ValueError(f"expected gamma from 0 and below 1, found {wrong[0]}")
+        for density, gamma in zip(self.densities, self.gammas, strict=True):
+            if not 0 <= gamma < 1:
+                raise ValueError(f"expected gamma from 0 and below 1, found {gamma}")
+            if density + gamma > 1 + ROUNDING:
+                raise ValueError(
+                    f"expected a density and a gamma of at most 1 together, found {density} and {gamma}: what is kept "
+                    "and what is dropped for its size are shares of the same values"
+                )
         return self
 
 

@@ -29,11 +29,12 @@ from graft.evaluate.results import Results, key_of
 from graft.evaluate.unseen import check_unseen
 from graft.lineage import hash_file
 from graft.machine import share_of_cores
-from graft.merge.engine import COMPANIONS, files_beside, prepare, stamps, stream, unrelated
+from graft.merge.engine import COMPANIONS, files_beside, prepare, stamps, stream
 from graft.merge.inputs import Input, inputs
 from graft.merge.judged import Judged
 from graft.merge.preflight import Layout, layout
 from graft.merge.prepared import Prepared
+from graft.merge.related import unrelated
 from graft.merge.settings import MergeSettings
 from graft.merge.stream import Workers
 from graft.progress import say
@@ -286,7 +287,7 @@ def check_parents(job: Job) -> None:
     with ExitStack() as opened:
         parts = inputs(job.settings, job.models)
         readers = {name: opened.enter_context(part.open()) for name, part in parts.items()}
-        unrelated(job.settings, layout(job.settings, job.models), readers, job.models)
+        unrelated(job.settings, layout(job.settings, job.models), readers)
 
 
 class _Helper:

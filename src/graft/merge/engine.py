@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from graft.checkpoint import FLOATS, TensorReader, TensorWriter, atomic_write
 from graft.errors import CannotCombine, RequestError
-from graft.lineage import read_manifest
 from graft.merge.architecture import Check, verify
-from graft.merge.inputs import Input, inputs, unpickled
+from graft.merge.inputs import Input, inputs, once, unpickled
 from graft.merge.journal import Journal
-from graft.merge.preflight import INSTEAD, Layout, layout
+from graft.merge.preflight import Layout, layout
 from graft.merge.prepared import Prepared
-from graft.merge.related import RELATED, correlation, same_names
+from graft.merge.related import unrelated
 from graft.merge.settings import MergeSettings
 from graft.merge.stream import Piece, Source, Tensors, Workers, same_bytes
 from graft.merge.varying import by_tensor
@@ -52,6 +51,7 @@ def run(job: Job) -> dict[str, Any]:
     settings = job.settings
     assert isinstance(settings, MergeSettings)
     check_precision(settings, job.device)
+    once(settings, job.models)
     chosen = method("graft.merge", settings.method)
     job = replace(job, models=unpickled(settings, job.models, job.cache))
     if hasattr(chosen, "make"):
@@ -61,16 +61,16 @@ def run(job: Job) -> dict[str, Any]:
     plan = layout(settings, folders)
     plan.notes.update(prepared.notes)
     parts = inputs(settings, folders)
-    files_beside(plan, parts[settings.parents[0]], job.out)
     with ExitStack() as opened:
         if hasattr(prepared.survey, "close"):
             opened.callback(prepared.survey.close)
-        check = Check(job.out, job.cache)
-        opened.callback(check.close)
         readers = {name: opened.enter_context(part.open()) for name, part in parts.items()}
         with Workers(1):
             # a few small samples: torch's own threads would take longer to meet than to work
-            forced = [*plan.forced, *unrelated(settings, plan, readers, folders)]
+            forced = [*plan.forced, *unrelated(settings, plan, readers)]
+        files_beside(plan, parts[settings.parents[0]], job.out)
+        check = Check(job.out, job.cache)
+        opened.callback(check.close)
         writer = TensorWriter(job.out, plan.tensors, settings.shard, resume=True)
         opened.callback(writer.close)
         what = {"settings": settings.plain(), "seed": job.seed, "parents": stamps(folders)}
@@ -190,35 +190,6 @@ def _copy(tensors: Tensors, writer: TensorWriter) -> None:
     content = bytearray(header.end - header.start)
     sources[0].reader.read_into(sources[0].name, 0, memoryview(content))
     writer.write(tensors.name, 0, memoryview(content))
-
-
-def unrelated(
-    settings: MergeSettings, plan: Layout, readers: Mapping[str, TensorReader], folders: Mapping[str, Path]
-) -> list[str]:
-    """Models without a manifest, compared with the first by their weights: what was overridden, one sentence each.
-
-    Raises CannotCombine where they did not grow from one initialisation and that is not forced.
-    """
-    first, *others = settings.parents
-    if settings.method == "passthrough" or settings.aligns:
-        return []
-    unknown = {name for name, folder in folders.items() if read_manifest(folder) is None}
-    pairs = [name for name in others if name in unknown or first in unknown]
-    tokens = plan.vocabulary.tensors if plan.vocabulary is not None else ()
-    named = [place for tensor, place in plan.places.items() if tensor not in tokens]
-    places = same_names(readers) if settings.slices else named
-    found = {n: correlation(readers[first], readers[n], places, (first, n)) for n in pairs}
-    if found:
-        plan.notes["correlation_of_weights"] = {name: round(value, 4) for name, value in found.items()}
-    wrong = [
-        f"the weights of {name} and {first} have a correlation of {value:.3f}: they grew from different "
-        f"initialisations, and the mean of their weights is no model; {INSTEAD}"
-        for name, value in found.items()
-        if value < RELATED
-    ]
-    if wrong and not settings.force:
-        raise CannotCombine("\n".join(wrong))
-    return wrong
 
 
 def files_beside(plan: Layout, parent: Input, out: Path) -> None:

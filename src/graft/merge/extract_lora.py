@@ -75,9 +75,9 @@ def make(job: Job, settings: Settings) -> dict[str, Any]:
     from contextlib import ExitStack
 
     from graft.merge._write_lora import write_lora
-    from graft.merge.engine import unrelated
     from graft.merge.inputs import inputs
     from graft.merge.preflight import layout
+    from graft.merge.related import unrelated
     from graft.merge.stream import Workers
 
     plan, parts = layout(settings, job.models), inputs(settings, job.models)
@@ -86,7 +86,7 @@ def make(job: Job, settings: Settings) -> dict[str, Any]:
     with ExitStack() as opened:
         readers = {name: opened.enter_context(part.open()) for name, part in parts.items()}
         workers = opened.enter_context(Workers(device=job.device or "cpu"))
-        forced = [*plan.forced, *unrelated(settings, plan, readers, job.models)]
+        forced = [*plan.forced, *unrelated(settings, plan, readers)]
         names = list(plan.tensors)
         each = workers.map(lambda n: _found(n, plan, settings, readers, linear, workers.device), names)
         found = dict(zip(names, each, strict=True))

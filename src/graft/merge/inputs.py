@@ -89,6 +89,15 @@ def inputs(settings: MergeSettings, folders: Mapping[str, Path]) -> dict[str, In
     return {name: Input(folders[name], _home(settings, name, folders)) for name in settings.parents}
 
 
+def once(settings: MergeSettings, folders: Mapping[str, Path]) -> None:
+    """Raises CannotCombine where two names of models, or of the base, lead to one folder."""
+    named: dict[Path, str] = {}
+    for name in settings.parents:
+        first = named.setdefault(folders[name].resolve(), name)
+        if first != name:
+            raise CannotCombine(f"expected each model once, found {first} and {name}, which are one folder")
+
+
 def _home(settings: MergeSettings, name: str, folders: Mapping[str, Path]) -> Path:
     folder = folders[name]
     if not is_lora(folder):

@@ -34,6 +34,9 @@ MEANING_KEYS = (
 Places = Mapping[str, Mapping[str, str]]
 Tied = Mapping[str, Mapping[str, str]]
 INSTEAD = "an ensemble combines their predictions instead: {ensemble: {combine: linear, members: [...]}}"
+BY_TOKEN = "`vocabulary: union` (or base) matches them by token, and so does an ensemble"
+BY_ENSEMBLE = "an ensemble with `vocabulary: union` or `bytes` takes both"
+ANYWAY = "`anyway: true` (--anyway) merges them all the same, and the manifest says so"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Layout:
     notes: dict[str, Any] = field(default_factory=dict)
     forced: Sequence[str] = ()
     """What was wrong and overridden."""
+    facts: Mapping[str, Facts] = field(default_factory=dict)
+    """Of the parents."""
     copied: frozenset[str] = frozenset()
     """Tensors that are taken from the first parent as they are: no part of what is merged."""
     vocabulary: Vocabulary | None = None
@@ -62,7 +67,7 @@ def _whole(facts: Facts) -> str:
 
 
 def problems(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[list[str], list[str]]:
-    """(what forbids this merge, what `force` may override) by the facts of the models, a sentence each."""
+    """(what forbids this merge, what `anyway` may override) by the facts of the models, a sentence each."""
     first, *others = settings.parents
     models = settled(settings, models)
     if lost := [name for name in settings.parents if models[name].architecture == "unknown"]:
@@ -103,7 +108,7 @@ def problems(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[list
         if known and a.vocabulary != b.vocabulary and settings.vocabulary is None:
             forced.append(
                 f"{name} and {first} have different vocabularies: rows of their embeddings stand for different tokens; "
-                "`vocabulary: union` (or base) matches them by token, and so does an ensemble"
+                f"{BY_ENSEMBLE if settings.aligns else BY_TOKEN}"
             )
         if settings.of_one_base and a.initialisation != b.initialisation:
             forced.append(f"{name} and {first} stand on different bases: the sum of their changes belongs to neither")
@@ -115,13 +120,18 @@ def problems(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[list
     return never, forced
 
 
+def anyway(settings: MergeSettings, wrong: Sequence[str]) -> list[str]:
+    """What of `wrong`, which may be overridden, forbids this merge, with the way to override it."""
+    return [] if settings.anyway else [f"{one}; {ANYWAY}" for one in wrong]
+
+
 def _shape_keys(settings: MergeSettings) -> list[str]:
     """What must be alike; models of slices may have different numbers of layers."""
     return [key for key in SHAPE_KEYS if not settings.slices or key not in COUNTS]
 
 
 def related(a: Facts, b: Facts) -> bool:
-    """Whether two models may be of one initialisation: one without a manifest is judged by its weights, later."""
+    """Whether two models may be of one initialisation: one that is not known is judged by the weights, later."""
     unknown = a.initialisation.startswith("unknown:") or b.initialisation.startswith("unknown:")
     return unknown or a.initialisation == b.initialisation
 
@@ -157,9 +167,10 @@ def layout(settings: MergeSettings, folders: Mapping[str, Path]) -> Layout:
     Raises CannotCombine (what is missing or of another shape, and what would work instead) and CheckpointError.
     """
     reference, *others = settings.parents
-    never, forced = problems(settings, {name: facts_of(folder) for name, folder in folders.items()})
-    if never or (forced and not settings.force):
-        raise CannotCombine("\n".join([*never, *forced]))
+    facts = {name: facts_of(folder) for name, folder in folders.items()}
+    never, forced = problems(settings, facts)
+    if refused := [*never, *anyway(settings, forced)]:
+        raise CannotCombine("\n".join(refused))
     parts = inputs(settings, folders)
     headers = {name: part.headers for name, part in parts.items()}
     configs = {name: part.config for name, part in parts.items()}
@@ -194,7 +205,7 @@ def layout(settings: MergeSettings, folders: Mapping[str, Path]) -> Layout:
         notes["copied"] = f"{len(copied)} tensors of {reference}"
     if vocabulary is not None:
         notes["vocabulary"] = dict(vocabulary.notes)
-    return Layout(tensors, places, config, notes, forced, copied, vocabulary)
+    return Layout(tensors, places, config, notes, forced, facts, copied, vocabulary)
 
 
 def _all_places(settings: MergeSettings, headers: Mapping[str, Headers], tied: Tied) -> Places:

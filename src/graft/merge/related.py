@@ -1,52 +1,110 @@
-"""Whether two checkpoints without a manifest grew from one initialisation: judged by a sample of their weights."""
+"""Whether models grew from one initialisation, where only their weights can tell: judged as `graft relate` does."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
-import numpy as np
-
-from graft.checkpoint import FLOATS, TensorReader
-
-MATRICES, VALUES = 24, 1 << 16
-"""So many matrices are looked at, and so many values of each."""
-RELATED = 0.1
-"""Correlation above which two models are of one family. Tuning leaves it near 1; between independent initialisations it
-is about 1/√values for each matrix."""
+from graft.checkpoint import TensorReader
+from graft.errors import CannotCombine
+from graft.kinship.evidence import Evidence, kin
+from graft.merge.inputs import settled
+from graft.merge.preflight import INSTEAD, Layout, anyway
+from graft.merge.settings import MergeSettings
+from graft.verb import Facts
 
 
-def correlation(a: TensorReader, b: TensorReader, places: Sequence[Mapping[str, str]], names: tuple[str, str]) -> float:
-    """Median over matrices of the correlation between the values of two models at the same places.
+class Placed(TensorReader):
+    """The tensors of a parent under the names that they have in the output."""
 
-    `places` says what each tensor is called in each model; vectors (norms, biases) look alike in all models and are
-    left out. 1 where there is no matrix to compare.
+    def __init__(self, reader: TensorReader, places: Mapping[str, str]):
+        self.folder, self.reader, self.places = reader.folder, reader, places
+        self.headers = {name: reader.headers[there] for name, there in places.items()}
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the tensor's bytes from byte `start`."""
+        self.reader.read_into(self.places[name], start, buffer)
+
+    def close(self) -> None:
+        """Nothing: the files are the reader's."""
+
+
+def unrelated(settings: MergeSettings, plan: Layout, readers: Mapping[str, TensorReader]) -> list[str]:
+    """Models that started from weights nobody knows more of, compared with the first: what was overridden, a sentence
+    each.
+
+    Raises CannotCombine where the mean of the weights is no model and that is not overridden.
     """
-    first, second = names
-    matrices = [p for p in places if first in p and second in p and _is_matrix(a, p[first])]
-    found = []
-    for place in matrices[:: max(len(matrices) // MATRICES, 1)]:
-        x, y = _sample(a, place[first]), _sample(b, place[second])
-        spread = x.std() * y.std()
-        if spread > 0:
-            found.append(float(((x - x.mean()) * (y - y.mean())).mean() / spread))
-    return float(np.median(found)) if found else 1.0
+    wrong, found = [], {}
+    for first, name, same_tokens in _pairs(settings, plan.facts):
+        evidence = kin(*_readers(settings, plan, readers, first, name), same_tokens=same_tokens)
+        if evidence.test is not None:
+            found[name] = round(evidence.test.value, 4)
+        if not evidence.mean_is_a_model:
+            wrong.append(_told(name, first, evidence, same_tokens))
+    if found:
+        plan.notes["correlation_of_weights"] = found
+    if refused := anyway(settings, wrong):
+        raise CannotCombine("\n".join(refused))
+    return wrong
 
 
-def same_names(readers: Mapping[str, TensorReader]) -> list[dict[str, str]]:
-    """Places of tensors that have one name and shape wherever they are: for layers that are about to change places."""
-    names = sorted({name for reader in readers.values() for name in reader.headers})
-    places = [{model: name for model, reader in readers.items() if name in reader.headers} for name in names]
-    shapes = [{readers[model].headers[name].shape for model, name in place.items()} for place in places]
-    return [place for place, found in zip(places, shapes, strict=True) if len(found) == 1]
+def strangers(settings: MergeSettings, models: Mapping[str, Facts]) -> list[str]:
+    """What the weights that the models started from say before the models are there, a sentence each."""
+    if settings.part is not None:
+        # what corresponds to what is known when the tensors are placed
+        return []
+    wrong = []
+    for first, name, same_tokens in _pairs(settings, models):
+        starts = [models[model].start for model in (first, name)]
+        if starts[0] is None or starts[1] is None:
+            continue
+        with TensorReader(starts[0]) as a, TensorReader(starts[1]) as b:
+            evidence = kin(a, b, same_tokens=same_tokens)
+        if not evidence.mean_is_a_model:
+            wrong.append(_told(name, first, evidence, same_tokens))
+    return wrong
 
 
-def _is_matrix(reader: TensorReader, name: str) -> bool:
-    header = reader.headers[name]
-    return len(header.shape) > 1 and header.dtype in FLOATS
+def _pairs(settings: MergeSettings, models: Mapping[str, Facts]) -> Iterator[tuple[str, str, bool]]:
+    """(first, another one, whether their tokens are the same) where only the weights tell."""
+    if settings.method == "passthrough" or settings.aligns:
+        return
+    first, *others = settings.parents
+    facts = settled(settings, models)
+    for name in others:
+        a, b = facts[first], facts[name]
+        if a.initialisation != b.initialisation and "unknown" in (_kind(a), _kind(b)):
+            unnamed = any(found.vocabulary.startswith("none:") for found in (a, b))
+            yield first, name, unnamed or a.vocabulary == b.vocabulary
 
 
-def _sample(reader: TensorReader, name: str) -> np.ndarray:
-    """Values from the middle of a tensor, float64."""
-    count = reader.headers[name].count
-    size = min(VALUES, count)
-    return reader.read(name, (count - size) // 2, size).double().numpy()
+def _kind(facts: Facts) -> str:
+    return facts.initialisation.partition(":")[0]
+
+
+def _readers(
+    settings: MergeSettings, plan: Layout, readers: Mapping[str, TensorReader], first: str, name: str
+) -> tuple[TensorReader, TensorReader]:
+    """The two models, what corresponds under one name; layers that are about to change places stay where they are."""
+    if settings.slices:
+        return readers[first], readers[name]
+    both = {tensor: place for tensor, place in plan.places.items() if first in place and name in place}
+    a, b = (Placed(readers[model], {t: place[model] for t, place in both.items()}) for model in (first, name))
+    return a, b
+
+
+def _told(name: str, first: str, evidence: Evidence, same_tokens: bool) -> str:
+    assert evidence.test is not None
+    value = evidence.test.value
+    align = "`method: rebasin` matches their units first, and " if same_tokens else ""
+    if evidence.found == "permuted":
+        return (
+            f"{name} and {first} are related, but {evidence.what}: the mean of their weights is no model; "
+            f"{align}{INSTEAD}"
+        )
+    if evidence.found == "related":
+        return f"only a trace is left of the common start of {name} and {first} (correlation {value:.3f}); {INSTEAD}"
+    return (
+        f"the weights of {name} and {first} have a correlation of {value:.3f}: they grew from different "
+        f"initialisations, and the mean of their weights is no model; {align}{INSTEAD}"
+    )

@@ -36,7 +36,7 @@ class MergeSettings(Settings):
         Literal["float32", "bfloat16", "float16"] | None,
         Field(description="Type of the weights written; none: that of the base, or of the first model."),
     ] = None
-    force: Annotated[
+    anyway: Annotated[
         bool, Field(description="Merge even what is not of one initialisation or vocabulary; the manifest says so.")
     ] = False
     vocabulary: Annotated[

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from graft.checkpoint import TensorReader
+from graft.kinship.evidence import TRACE
 from graft.lineage import ADAPTED, Manifest, architecture_of, read_config, read_manifest, token_ids
-from graft.merge.related import RELATED
 from graft.relate.vocabulary import Overlap, overlap
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from graft.relate.evidence import Evidence
+    from graft.kinship.evidence import Evidence
 
 Kind = Literal[
     "same folder",
@@ -96,7 +96,7 @@ def _kinship(a: Path, b: Path, words: Overlap | None, seed: int) -> Kinship:
 
 
 def _by_weights(a: Path, b: Path, manifests: Sequence[Manifest | None], words: Overlap | None, seed: int) -> Kinship:
-    from graft.relate.evidence import same_weights, weigh
+    from graft.kinship.evidence import same_weights, weigh
 
     with TensorReader(a) as ours, TensorReader(b) as theirs:
         if same_weights(ours, theirs, (a, b)):
@@ -124,7 +124,7 @@ def _said(found: Evidence, common: bool | None) -> Kinship:
     if common and found.found in ("related", "unrelated"):
         return "same initialisation", f"the manifests name one initialisation; {evidence}", value, p
     if common is False:
-        evidence = f"{evidence}; the manifests name two initialisations: without `force`, no merge takes both"
+        evidence = f"{evidence}; the manifests name two initialisations: without `anyway`, no merge takes both"
     return kind, evidence, value, p
 
 
@@ -143,12 +143,17 @@ def _weights(
     match kind:
         case "same folder" | "same weights":
             return "yes", "a mean of the two is either of them: there is nothing to gain"
-        case "same initialisation" if correlation is not None and correlation < RELATED:
+        case "same initialisation" if correlation is not None and correlation < TRACE:
             return "no", f"only a trace of their common start is left (correlation {correlation:.3f})"
         case "same initialisation" if rows_differ:
             return "after alignment", "the rows of their embeddings stand for different tokens or differ in number"
         case "same initialisation":
             return "yes", "any method of merge"
+        case "permuted" | "other initialisation" if rows_differ:
+            return "no", (
+                "a plain mean of their weights is no model, and the merge `rebasin`, which would match their units "
+                "first, takes models of one vocabulary only: an ensemble works"
+            )
         case "permuted":
             return "after alignment", "their units stand in different orders: the merge `rebasin` matches them first"
         case "other initialisation":

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from graft.relate import statistics
+from graft.kinship import statistics
 
 
 def rows(seed, count=40, width=24):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graft.checkpoint import FLOATS, Headers, TensorHeader, TensorReader
-from graft.relate.statistics import unit
+from graft.kinship.statistics import unit
 
 MATRICES, BLOCKS, BLOCK = 24, 8, 32
 """So many matrices are looked at, and of each so many blocks of so many rows."""
@@ -43,7 +43,10 @@ def comparable(a: Headers, b: Headers) -> Comparable | None:
     layers = [n for n in shared if not NOT_LAYERS.search(n) and not OTHER_BASIS.search(n)]
     if not layers:
         return None
-    width = Counter(a[n].shape[-1] for n in layers).most_common(1)[0][0]
+    sizes: Counter[int] = Counter()
+    for name in layers:
+        sizes[a[name].shape[-1]] += a[name].count
+    width = sizes.most_common(1)[0][0]
     embedding = next((n for n in shared if EMBEDDING.search(n) and a[n].shape[-1] == width), None)
     return Comparable(width, [n for n in layers if a[n].shape[-1] == width], embedding)
 

@@ -10,18 +10,25 @@ from typing import Literal
 import numpy as np
 
 from graft.checkpoint import TensorReader
+from graft.kinship import sample, statistics
+from graft.kinship.sample import comparable
+from graft.kinship.statistics import Test
 from graft.lineage import hash_weights, read_manifest
-from graft.relate import sample, statistics
-from graft.relate.sample import comparable
-from graft.relate.statistics import Test
 
 ALPHA = 0.001
 """Of unrelated pairs, so many are taken for relatives by chance."""
+PAIRED, PAIRED_ALPHA = 64, 0.05
+"""So many rows, paired otherwise as seldom as this so well, have not changed places, however far they were trained."""
+IN_PLACE = "the same rows of their matrices correlate"
 MATCHED_ALPHA, MATCHED = 0.01, 0.2
 """A row has been found again where shuffles seldom do as well, and it goes this far from chance to equality."""
 
 FEW_DRAWS = 9
 """Shuffles that tell about what chance gives, where no p-value is wanted."""
+ENOUGH_DRAWS = 999
+"""Shuffles whose least p-value is ALPHA."""
+TRACE = 0.1
+"""Correlation below which so little is left of a common start that the mean of the weights is no model."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,33 @@ class Evidence:
     found: Literal["related", "permuted", "unrelated", "incomparable"]
     test: Test | None = None
     what: str = ""
+
+    @property
+    def mean_is_a_model(self) -> bool:
+        """Whether nothing speaks against the mean of the two: a common start, units in one order, more than a trace."""
+        if self.found == "incomparable":
+            return True
+        return self.found == "related" and self.test is not None and self.test.value >= TRACE
+
+
+def kin(a: TensorReader, b: TensorReader, *, same_tokens: bool, seed: int = 0) -> Evidence:
+    """The verdict of `weigh`, from fewer rows and shuffles where those settle it.
+
+    Where rows of every kind correlate by 1 − MATCHED in place, none can be found again elsewhere by MATCHED more.
+    """
+    parts = comparable(a.headers, b.headers)
+    if parts is not None:
+        pairs = [(sample.some_rows(a, name), sample.some_rows(b, name)) for name in sample.kinds(parts.layers)]
+        if min(_correlation(*pair) for pair in pairs) >= 1 - MATCHED:
+            test = statistics.in_place(statistics.cross(pairs), seed, ENOUGH_DRAWS)
+            if test.p <= ALPHA:
+                return Evidence("related", test, IN_PLACE)
+    return weigh(a, b, same_tokens=same_tokens, seed=seed)
+
+
+def _correlation(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Mean correlation of rows at the same places."""
+    return float((ours * theirs).sum(axis=1).mean())
 
 
 def weigh(a: TensorReader, b: TensorReader, *, same_tokens: bool, seed: int = 0) -> Evidence:
@@ -46,11 +80,11 @@ def weigh(a: TensorReader, b: TensorReader, *, same_tokens: bool, seed: int = 0)
     if test.p <= ALPHA:
         moved = _moved(a, b, parts.layers)
         if not moved:
-            return Evidence("related", test, "the same rows of their matrices correlate")
+            return Evidence("related", test, IN_PLACE)
         again = _matched(a, b, moved, stay, seed)
         if _is_match(again):
             return Evidence("permuted", again, f"rows of {len(moved)} kinds of matrices stand in another order")
-        return Evidence("related", test, "the same rows of their matrices correlate")
+        return Evidence("related", test, IN_PLACE)
     for order in [stay, *([_order(a, b, parts.embedding)] if same_tokens and parts.embedding else [])]:
         again = _matched(a, b, sample.kinds(parts.layers), order, seed)
         if _is_match(again):
@@ -71,11 +105,18 @@ def _moved(a: TensorReader, b: TensorReader, layers: Sequence[str]) -> list[str]
     for name in sample.kinds(layers):
         ours, theirs = sample.some_rows(a, name), sample.some_rows(b, name)
         stay = np.arange(ours.shape[1])
-        here = float((ours * theirs).sum(axis=1).mean())
         best = statistics.matched([ours], [sample.all_rows(b, name, stay)], draws=FEW_DRAWS)
-        if best.excess >= MATCHED and here < best.value - MATCHED:
+        elsewhere = best.excess >= MATCHED and _correlation(ours, theirs) < best.value - MATCHED
+        if elsewhere and not _pairs_tell(a, b, name):
             found.append(name)
     return found
+
+
+def _pairs_tell(a: TensorReader, b: TensorReader, name: str) -> bool:
+    """Whether rows go better with those at the same places than with any others: then they stand where they stood."""
+    count = min(PAIRED, sample.rows_of(a, name))
+    ours, theirs = (sample.some_rows(reader, name, count) for reader in (a, b))
+    return statistics.in_place(ours @ theirs.T, draws=ENOUGH_DRAWS).p <= PAIRED_ALPHA
 
 
 def _matched(a: TensorReader, b: TensorReader, names: Sequence[str], order: np.ndarray, seed: int) -> Test:

@@ -1,0 +1,61 @@
+"""What the command of a merge makes of its words."""
+
+import pytest
+from small_family import family
+from typer.testing import CliRunner
+
+import graft
+from graft._verb_command import requested
+from graft.cli import app
+from graft.errors import RequestError
+from graft.lineage import read_manifest
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return family(tmp_path_factory.mktemp("family"), 2)
+
+
+def invoke(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.mark.parametrize("words", [["a", "--models", "{a: -1}"], ["a=1", "b=2", "--models", "[a]"]])
+def test_models_as_words_and_as_an_option_are_refused(words):
+    with pytest.raises(RequestError, match=r"expected the models behind the folder or as --models, found both: a"):
+        requested("merge", ["o", *words], [])
+    with pytest.raises(RequestError, match="found both: x"):
+        requested("merge", ["o", "x"], ["models.a=2"])
+    assert requested("merge", ["o", "--models", "{a: -1}"], []) == ("o", {"models": {"a": -1}})
+
+
+def test_a_model_may_have_the_name_of_one_it_is_made_from(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(folders["a"].parent)
+    made = invoke("merge", tmp_path / "a", "a", "b")
+    assert (made.exit_code, made.stderr) == (0, made.stderr)
+    found = read_manifest(tmp_path / "a")
+    assert (found.name, [parent.name for parent in found.parents]) == ("a-merge", ["a", "b"])
+    again = invoke("merge", tmp_path / "a", "a", "b")
+    assert (again.exit_code, read_manifest(tmp_path / "a").created) == (0, found.created)
+    assert sorted(graft.tree(tmp_path / "a")) == ["a", "a-merge", "b"]
+
+
+def test_a_model_never_takes_the_place_of_one_it_is_made_from(folders, monkeypatch):
+    monkeypatch.chdir(folders["a"].parent)
+    before = (folders["a"] / "model.safetensors").read_bytes()
+    for target in ("a", "./a"):
+        shown = invoke("merge", target, "a", "b", "--force")
+        assert (shown.exit_code, "which it is to be made from: choose another folder" in shown.stderr) == (2, True)
+    assert (folders["a"] / "model.safetensors").read_bytes() == before
+
+
+def test_flags_of_the_command_may_be_said_as_settings_are(folders, tmp_path):
+    words = ["merge", tmp_path / "o", folders["a"], folders["b"]]
+    for flags in (["--force", "true"], ["--force=false", "--wait", "true"], ["--hub=true", "--no-wait", "false"]):
+        made = invoke(*words, *flags)
+        assert (made.exit_code, made.stderr) == (0, made.stderr)
+        assert [parent.name for parent in read_manifest(tmp_path / "o").parents] == list(map(str, words[2:]))
+    changed = [*words, "--dtype", "bfloat16"]
+    assert invoke(*changed, "--force", "false").exit_code == 2
+    assert invoke(*changed, "--force", "true").exit_code == 0
+    assert read_manifest(tmp_path / "o").settings["dtype"] == "bfloat16"
