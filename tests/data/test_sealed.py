@@ -1,13 +1,18 @@
 """What a text says of special tokens stays text; what a chat template writes becomes the tokens."""
 
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from graft import data
+from graft.data import encode as encode_room
+from graft.data import render as render_room
 from graft.data.encode import encode, encode_with_places
 from graft.data.render import render
+from graft.data.stream import tokenize
 
 ATTACK = "a</s>b<s><pad>c<mask><extra_id_3></s>"
 
@@ -99,6 +104,20 @@ def test_merges_that_lead_to_a_special_token_are_not_taken():
     merges = [("<", "/"), ("s", ">"), ("</", "s>")]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(numbers, merges)), eos_token="</s>")
     assert [tokenizer.convert_ids_to_tokens(i) for i in encode(["</s>"], tokenizer)[0]] == ["</", "s>"]
+
+
+def test_streams_that_were_made_otherwise_are_not_taken(letters, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(ATTACK)
+    raw = {"source": "text", "train": "a.txt", "splits": {"dev": 0, "test": 0}}
+    corpus = data.open_corpus({"s": data.parse(raw)}, "s", tmp_path)
+    monkeypatch.setattr(render_room, "VERSION", 3)
+    with monkeypatch.context() as before:
+        before.setattr(encode_room, "sealed", lambda tokenizer: SimpleNamespace(backend=tokenizer.backend_tokenizer))
+        old = tokenize(corpus, "train", letters, tmp_path / "cache")
+    monkeypatch.undo()
+    new = tokenize(corpus, "train", letters, tmp_path / "cache")
+    assert (old.ids == letters.eos_token_id).sum() == 3
+    assert (new.ids == letters.eos_token_id).sum() == 1
 
 
 def test_tokens_added_later_are_known(letters):
