@@ -6,6 +6,22 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+@pytest.fixture
+def many_pieces(request, monkeypatch):
+    """Pieces so small that every tensor has many; of PIECE elements, where the module of the test says how many."""
+    from graft.merge import stream
+
+    monkeypatch.setattr(stream, "PIECE", getattr(request.module, "PIECE", 20))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """`base` and `a`, `b`, `c` near it: name → folder of a small model."""
+    from small_family import family
+
+    return family(tmp_path_factory.mktemp("family"))
+
+
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):
     """The folder of the trained family's data."""

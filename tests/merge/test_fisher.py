@@ -59,6 +59,7 @@ def test_fisher_merging_is_its_formula(normalise, merged, tuned):
     means = {kind: np.mean(np.concatenate([f.ravel() for f in each.values()])) for kind, each in found.items()}
     assert notes["mean_fisher_information"] == pytest.approx(means, rel=1e-3)
     whole = np.mean(list(means.values()))
+    assert made.keys() == tensors(tuned["low"]).keys()
     for name, value in made.items():
         weights = [
             w * np.maximum(found[kind][name] / (means[kind] if normalise else whole), 1e-2)
@@ -71,5 +72,6 @@ def test_fisher_merging_is_its_formula(normalise, merged, tuned):
 
 def test_a_floor_that_nothing_reaches_makes_fisher_merging_the_mean(merged, tuned):
     made, _, _ = merged({"method": "fisher", "on": "all", "floor": 1e12})
+    assert made.keys() == tensors(tuned["low"]).keys()
     for name, value in made.items():
         np.testing.assert_allclose(value.numpy(), mean(tuned, name), rtol=1e-5, atol=1e-6)

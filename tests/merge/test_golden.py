@@ -63,7 +63,7 @@ def test_agrees_with_mergekit(name, golden, tmp_path):
         m: {k.split("/")[2]: t for k, t in tensors.items() if k.startswith(f"input/{m}/")} for m in ("base", *"abc")
     }
     made = streamed(settings, parents, tmp_path)
+    theirs = {k.removeprefix(f"{name}/"): t for k, t in tensors.items() if k.startswith(f"{name}/")}
+    assert made.keys() == theirs.keys()
     for tensor, values in made.items():
-        torch.testing.assert_close(
-            values, tensors[f"{name}/{tensor}"], **TOLERANCE, msg=lambda m, t=tensor: f"{t}: {m}"
-        )
+        torch.testing.assert_close(values, theirs[tensor], **TOLERANCE, msg=lambda m, t=tensor: f"{t}: {m}")

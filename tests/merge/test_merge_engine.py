@@ -18,11 +18,6 @@ from graft.models import load, load_tokenizer
 from graft.verb import Facts
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return family(tmp_path_factory.mktemp("family"))
-
-
 def test_a_soup_is_the_weighted_mean_and_loads(folders, tmp_path):
     out, found = merge({"method": "linear", "models": {"a": 1, "b": 3}}, folders, tmp_path / "soup")
     a, b = tensors(folders["a"]), tensors(folders["b"])

@@ -20,9 +20,7 @@ TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
 """float32 arithmetic in the engine against float64 in the twins: a few roundings of values around 1."""
 
 
-@pytest.fixture(autouse=True)
-def many_pieces(monkeypatch):
-    monkeypatch.setattr(graft.merge.stream, "PIECE", 20)
+pytestmark = pytest.mark.usefixtures("many_pieces")
 
 
 def merged(settings, parents, tmp_path, **options):
@@ -186,16 +184,11 @@ SYMMETRIC = [n for n in sorted(ONE_EACH) if n not in ("slerp", "nuslerp", "nears
 def test_the_order_of_equal_models_changes_nothing(name, tmp_path):
     parents = relatives(3)
     settings = {"method": name} | ONE_EACH[name] | ({"density": 0.5} if name in SPARSE else {})
-    one = merged(settings | {"models": ["a", "b", "c"]}, parents, tmp_path / "1", seed=3) if _made(tmp_path) else {}
+    one = merged(settings | {"models": ["a", "b", "c"]}, parents, tmp_path / "1", seed=3)
     other = merged(settings | {"models": ["c", "a", "b"]}, parents, tmp_path / "2", seed=3)
+    assert one.keys() == other.keys() == {"w", "v"}
     for tensor in one:
         np.testing.assert_allclose(one[tensor], other[tensor], rtol=1e-5, atol=2e-6)
-
-
-def _made(tmp_path):
-    for name in ("1", "2"):
-        (tmp_path / name).mkdir()
-    return True
 
 
 @pytest.mark.parametrize("name", ["linear", "task_arithmetic", *SPARSE, "multislerp", "karcher"])
@@ -335,13 +328,6 @@ def test_every_method_writes_the_dtype_it_was_told(name, dtype, tmp_path):
     made = streamed({"method": name} | ONE_EACH[name], parents, tmp_path, dtype=dtype)
     wanted = {"BF16": torch.bfloat16, "F16": torch.float16}[dtype]
     assert all(made[tensor].dtype == wanted and torch.equal(made[tensor], exact[tensor].to(wanted)) for tensor in made)
-
-
-def test_identical_half_precision_models_stay_finite(tmp_path):
-    parents = {m: {"w": torch.full((4, 6), 3e-4, dtype=torch.float16)} for m in ("a", "b")}
-    for name in ("slerp", "nuslerp", "multislerp", "karcher"):
-        made = streamed({"method": name, "models": ["a", "b"]}, parents, tmp_path, dtype="F16")
-        torch.testing.assert_close(made["w"], parents["a"]["w"], rtol=1e-3, atol=0)
 
 
 def test_a_zero_tensor_and_a_zero_delta_do_no_harm(tmp_path):

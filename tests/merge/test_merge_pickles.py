@@ -7,18 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_family import family, merge, model, save, tensors
+from small_family import merge, model, save, tensors
 
 import graft
 from graft.errors import CannotCombine, CheckpointError, RecipeError
 from graft.lineage import facts_of
 from graft.models import load
 from graft.recipe import read_recipe
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return family(tmp_path_factory.mktemp("family"), 2)
 
 
 def pickled(folder, out, *, shards=1, legacy=False, content=None):

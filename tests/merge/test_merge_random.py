@@ -6,7 +6,6 @@ import torch
 import twins
 from streaming import relatives, streamed
 
-import graft.merge.stream
 from graft.merge._random import uniform
 
 W = {"a": 0.5, "b": 0.3, "c": 0.4}
@@ -15,9 +14,7 @@ CLOSE = {"rtol": 2e-5, "atol": 2e-6}
 SEED = 11
 
 
-@pytest.fixture(autouse=True)
-def many_pieces(monkeypatch):
-    monkeypatch.setattr(graft.merge.stream, "PIECE", 24)
+pytestmark = pytest.mark.usefixtures("many_pieces")
 
 
 def sparse(method, parents, name, density, rescale):
@@ -57,6 +54,7 @@ def test_one_task_vector_alone_is_added_whole(method, tmp_path):
     more = {} if method == "sce" else {"epsilon": 0}
     more |= {"r": 0} if method == "ramplus_tl" else {}
     made = streamed({"method": method, "base": "base", "models": ["a"]} | more, parents, tmp_path)
+    assert made.keys() == parents["a"].keys()
     for name in made:
         torch.testing.assert_close(made[name], parents["a"][name], rtol=2e-6, atol=5e-7)
 
@@ -82,5 +80,6 @@ def test_ties_that_trims_nothing_of_one_sign_is_the_weighted_mean_of_task_vector
     both = parents | {"b": grown}
     made = streamed({"method": "ties", "density": 1.0} | settings, both, tmp_path)
     plain = streamed({"method": "task_arithmetic"} | settings, both, tmp_path)
+    assert made.keys() == plain.keys() == {"w", "v"}
     for name in made:
         torch.testing.assert_close(made[name], plain[name], rtol=2e-6, atol=5e-7)

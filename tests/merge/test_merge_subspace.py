@@ -20,9 +20,7 @@ CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 """float32 decompositions of values around 0.1 against float64 ones."""
 
 
-@pytest.fixture(autouse=True)
-def many_pieces(monkeypatch):
-    monkeypatch.setattr(graft.merge.stream, "PIECE", 20)
+pytestmark = pytest.mark.usefixtures("many_pieces")
 
 
 def deltas(parents, name="w", weights=(1, 1, 1)):

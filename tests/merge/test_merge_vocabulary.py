@@ -9,8 +9,6 @@ from small_family import CONFIG, merge, model, save, tensors, tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
-import graft.merge
-import graft.merge.stream
 from graft.errors import CannotCombine
 from graft.lineage import facts_of
 from graft.merge.vocabulary import union_tokenizer
@@ -20,9 +18,8 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CLOSE = {"rtol": 1e-6, "atol": 1e-7}
 
 
-@pytest.fixture(autouse=True)
-def many_pieces(monkeypatch):
-    monkeypatch.setattr(graft.merge.stream, "PIECE", 100)
+pytestmark = pytest.mark.usefixtures("many_pieces")
+PIECE = 100
 
 
 def spoken(words):

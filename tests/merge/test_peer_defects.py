@@ -8,18 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_adapters import adapter
-from small_family import family, merge, model, save, tensors
+from small_family import merge, model, save, tensors
 from streaming import relatives, streamed
 
 import graft
 import graft.checkpoint
 from graft.errors import CannotCombine, SettingsError
 from graft.merge import VERB
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return family(tmp_path_factory.mktemp("family"), 2)
 
 
 @pytest.mark.parametrize(
@@ -61,15 +56,18 @@ SPHERES = {
 }
 
 
+@pytest.mark.parametrize("size", [1.0, 3e-4])
 @pytest.mark.parametrize("name", SPHERES)
-def test_equal_tensors_in_half_precision_give_themselves_and_no_nan(name, tmp_path):
-    parents = {model: {n: t.half() for n, t in held.items()} for model, held in relatives(1).items()}
+def test_equal_tensors_in_half_precision_give_themselves_and_no_nan(name, size, tmp_path):
+    """Also where float16 would lose the squares."""
+    parents = {model: {n: (size * t).half() for n, t in held.items()} for model, held in relatives(1).items()}
     parents["b"] = parents["a"]
     made = streamed({"method": name} | SPHERES[name], parents, tmp_path, dtype="F16")
+    assert made.keys() == {"w", "v"}
     for tensor, value in made.items():
         assert value.dtype == torch.float16
-        # one rounding to 11 bits
-        torch.testing.assert_close(value.float(), parents["a"][tensor].float(), rtol=1e-3, atol=1e-4)
+        # one rounding to 11 bits, or to the least that float16 has
+        torch.testing.assert_close(value.float(), parents["a"][tensor].float(), rtol=1e-3, atol=1e-4 * size + 6e-8)
 
 
 def test_small_task_vectors_in_half_precision_are_added_before_they_are_rounded(tmp_path):
@@ -87,14 +85,6 @@ def test_breadcrumbs_without_outliers_keep_the_delta(tmp_path):
     made = streamed(settings, parents, tmp_path)
     kept = made["w"] != parents["base"]["w"]
     assert kept.double().mean() == pytest.approx(0.9, abs=0.02)
-
-
-def test_a_seed_decides_what_is_dropped(tmp_path):
-    settings = {"method": "dare_linear", "base": "base", "models": ["a"], "density": 0.5}
-    parents = relatives(1)
-    one, again, other = (streamed(settings, parents, tmp_path, seed=seed)["w"] for seed in (1, 1, 2))
-    assert torch.equal(one, again)
-    assert not torch.equal(one, other)
 
 
 def test_a_missing_tensor_and_another_meaning_are_told(folders, tmp_path):

@@ -159,6 +159,7 @@ def test_regmean_plus_is_its_formula(merged, tuned):
     expected = twins.regmean_plus(
         loaded, [text_rows(kind) for kind in KINDS], [1, 2, 1], 0.9, [*layers, ("", ["lm_head"])]
     )
+    assert made.keys() == tensors(tuned["low"]).keys()
     for name, value in made.items():
         np.testing.assert_allclose(value.numpy(), expected[name], rtol=2e-2, atol=5e-3, err_msg=name)
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from graft.checkpoint import FLOATS, TensorReader, TensorWriter
+from graft.checkpoint import FLOATS, TensorWriter
 from graft.data.objectives import IGNORED
 from graft.errors import CannotCombine
-from graft.merge._kept import kept, made_of
+from graft.merge._kept import Measured, kept, made_of
 from graft.merge._layers import Layers
 from graft.merge._parameters import as_stored, parameters_of
 from graft.merge._reading import batches, device_of, load, rows_for, what_is_read
@@ -33,21 +33,16 @@ if TYPE_CHECKING:
 MEAN = "mean.json"
 
 
-class Fishers:
+class Fishers(Measured):
     """The Fisher information of every model, on disk; `scales` are what each is multiplied by."""
 
     def __init__(self, folders: Mapping[str, Path], scales: Mapping[str, float]):
+        super().__init__(folders)
         self.scales = scales
-        self._readers = {name: TensorReader(folder) for name, folder in folders.items()}
 
     def read(self, source: Source, start: int, count: int) -> Tensor:
         """`count` values of a model's tensor from element `start`, flat, float32."""
-        return self._readers[source.model].read(source.name, start, count).mul_(self.scales[source.model])
-
-    def close(self) -> None:
-        """Close the files."""
-        for reader in self._readers.values():
-            reader.close()
+        return super().read(source, start, count).mul_(self.scales[source.model])
 
 
 def measured(job: Job, settings: Settings) -> Prepared:

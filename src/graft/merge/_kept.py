@@ -8,14 +8,35 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from graft.checkpoint import atomic_folder
+from graft.checkpoint import TensorReader, atomic_folder
 from graft.merge.inputs import inputs
 from graft.merge.settings import MergeSettings
 from graft.verb import Job
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from graft.merge.stream import Source
+
 MARK = "made_of.json"
+
+
+class Measured:
+    """Tensors that were measured for every model, of the names and shapes of its own, in a folder for each."""
+
+    def __init__(self, folders: Mapping[str, Path]):
+        self._readers = {name: TensorReader(folder) for name, folder in folders.items()}
+
+    def read(self, source: Source, start: int, count: int) -> Tensor:
+        """`count` values for a model's tensor from element `start`: flat, float32."""
+        return self._readers[source.model].read(source.name, start, count).float()
+
+    def close(self) -> None:
+        """Close the files."""
+        for reader in self._readers.values():
+            reader.close()
 
 
 def rooms(job: Job) -> tuple[Path, Path]:

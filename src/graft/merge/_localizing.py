@@ -9,18 +9,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from graft.checkpoint import FLOATS, Headers, TensorReader, TensorWriter
+from graft.checkpoint import FLOATS, Headers, TensorWriter
 from graft.data.objectives import IGNORED
 from graft.data.rows import Rows
 from graft.merge._composed import Composed
-from graft.merge._kept import kept, made_of
+from graft.merge._kept import Measured, kept, made_of
 from graft.merge._parameters import as_stored
 from graft.merge._reading import rows_for, rows_of_step, what_is_read
 from graft.merge._select import Cut
 from graft.merge.inputs import inputs
 from graft.merge.localize_and_stitch import Settings, survey
 from graft.merge.prepared import Prepared
-from graft.merge.stream import Source, Tensors, Workers
+from graft.merge.stream import Tensors, Workers
 from graft.progress import Progress
 from graft.train.losses import TokenLoss
 from graft.verb import Job
@@ -28,20 +28,8 @@ from graft.verb import Job
 SHARE = "share.json"
 
 
-class Regions:
-    """The regions of all models, on disk as a byte an element."""
-
-    def __init__(self, folders: Mapping[str, Path]):
-        self._readers = {name: TensorReader(folder) for name, folder in folders.items()}
-
-    def read(self, source: Source, start: int, count: int) -> Tensor:
-        """1 or 0 for `count` elements of a model's tensor from element `start`: flat, float32."""
-        return self._readers[source.model].read(source.name, start, count).float()
-
-    def close(self) -> None:
-        """Close the files."""
-        for reader in self._readers.values():
-            reader.close()
+class Regions(Measured):
+    """The regions of all models: 1 in them, 0 elsewhere; on disk a byte an element."""
 
 
 def learned(job: Job, settings: Settings) -> Prepared:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -35,6 +35,24 @@ class SubspaceSettings(DeltaSettings):
         work = 20 * 4 * layers * matrix * wide * (count + 2)
         rests_on = "one layer's matrices whole, decomposed at 60 GFLOP/s"
         return 4 * matrix * (5 * count + 4), work / DECOMPOSING_FLOPS, rests_on
+
+
+class RowSettings(MergeSettings):
+    """Vectors that are whole tensors or their rows."""
+
+    by: Annotated[
+        Literal["tensor", "row"], Field(description="What is taken as one vector, with angles of its own.")
+    ] = "tensor"
+
+    @property
+    def in_float64(self) -> bool:
+        """The angles of rows."""
+        return self.by == "row"
+
+
+def by_rows(settings: RowSettings) -> bool:
+    """Whether pieces hold whole rows: only where rows are the vectors."""
+    return settings.by == "row"
 
 
 class OnData(MergeSettings):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from graft.merge._options import OnData
+from graft.merge.settings import PositiveSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from graft.verb import Job
 
 
-class Settings(OnData):
+class Settings(OnData, PositiveSettings):
     """`sum_m w_m F_m θ_m / sum_m w_m F_m`, F the diagonal of the Fisher information: the mean square of the gradient of
     the log-probability of the model's own data, a token."""
 
@@ -38,12 +39,6 @@ class Settings(OnData):
     def _one_vocabulary(self) -> Settings:
         if self.vocabulary is not None:
             raise ValueError("expected models of one vocabulary: Fisher information has the rows of each model's own")
-        return self
-
-    @model_validator(mode="after")
-    def _above_zero(self) -> Settings:
-        if min(self.weights) <= 0:
-            raise ValueError(f"expected weights above 0, found {min(self.weights)}")
         return self
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from graft.merge.settings import MergeSettings
+from graft.merge.settings import PositiveSettings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,18 +14,12 @@ if TYPE_CHECKING:
     from graft.merge.stream import Combine, Tensors
 
 
-class Settings(MergeSettings):
+class Settings(PositiveSettings):
     """The mean of the models' directions on the sphere, tensor by tensor, with the mean of their lengths."""
 
     method: Literal["karcher"] = "karcher"
     iterations: Annotated[int, Field(ge=1, description="Steps of the search, at most.")] = 10
     tolerance: Annotated[float, Field(gt=0, description="The search ends when a step is shorter (radians).")] = 1e-5
-
-    @model_validator(mode="after")
-    def _positive(self) -> Settings:
-        if min(self.weights) <= 0:
-            raise ValueError(f"expected weights above 0, found {min(self.weights)}")
-        return self
 
 
 def factors(gram_mm: np.ndarray, weights: np.ndarray, iterations: int, tolerance: float) -> np.ndarray:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
-
-from graft.merge.settings import MergeSettings
+from graft.merge.settings import NormalisedSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,17 +14,10 @@ if TYPE_CHECKING:
     from graft.merge.stream import Combine, Tensors
 
 
-class Settings(MergeSettings):
+class Settings(NormalisedSettings):
     """The weighted mean: `sum_m w_m θ_m`, the weights made to sum to one."""
 
     method: Literal["linear"] = "linear"
-    normalise: Annotated[bool, Field(description="Divide the weights by their sum.")] = True
-
-    @model_validator(mode="after")
-    def _can_be_normalised(self) -> Settings:
-        if self.normalise and abs(sum(self.weights)) < 1e-9:
-            raise ValueError("expected weights whose sum is not 0, or `normalise: false`")
-        return self
 
 
 def weighted_sum(models: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -42,6 +33,5 @@ def weighted_sum(models: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 def rule(tensors: Tensors, settings: Settings) -> Combine:
     """Element by element, nothing measured before."""
-    whole = sum(settings.weights) if settings.normalise else 1.0
-    weights = [weight / whole for weight in settings.weights]
-    return lambda piece: weighted_sum(piece.models, weights)
+    factors = settings.factors
+    return lambda piece: weighted_sum(piece.models, factors)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from graft.merge._options import WholeModel
-from graft.merge.settings import DeltaSettings, PerModel
+from graft.merge.settings import DensitySettings, PerModel, PositiveSettings
 from graft.settings import DataRef, ModelRef, Number
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from graft.verb import Facts, Job
 
 
-class Settings(WholeModel, DeltaSettings):
+class Settings(WholeModel, DensitySettings, PositiveSettings):
     """`θ₀ + λ sum_m w_m γ_m δ_m / sum_m w_m γ_m`, γ of a model 1 in its region and 0 elsewhere. With `on`, the regions
     are learned: `θ₀ + σ(S) δ` is trained on the model's data, from an S that is `bias` for the largest δ and −`bias`
     elsewhere; the region is where S ends above 0. Without, it is the largest δ of the whole model."""
@@ -38,19 +38,6 @@ class Settings(WholeModel, DeltaSettings):
     l1: Annotated[float, Field(ge=0, description="Factor of the sum of σ(S) in the objective.")] = 0.0
     bias: Annotated[float, Field(gt=0, description="|S| at the beginning.")] = 5.0
     batch_size: Annotated[int, Field(ge=1, description="Rows of a step.")] = 8
-
-    @model_validator(mode="after")
-    def _shares(self) -> Settings:
-        if wrong := [d for d in self.densities if not 0 < d <= 1]:
-            raise ValueError(f"expected a density above 0 and at most 1, found {wrong[0]}")
-        if min(self.weights) <= 0:
-            raise ValueError(f"expected weights above 0, found {min(self.weights)}")
-        return self
-
-    @property
-    def densities(self) -> list[float]:
-        """One density a model."""
-        return self.each(self.density)
 
     def passes(self, model: Facts) -> float:
         """Every step reads a batch."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from graft.merge._options import RowSettings, by_rows
 from graft.merge.settings import DeltaSettings
 from graft.settings import ModelRef
 
@@ -14,23 +15,14 @@ if TYPE_CHECKING:
 
     from graft.merge.stream import Combine, Piece, Tensors
 
+__all__ = ["Settings", "by_rows", "ratio", "rule"]
 
-class Settings(DeltaSettings):
+
+class Settings(RowSettings, DeltaSettings):
     """`t · mean(θ) + (1 − t) · θ₀` with `t = N cos θ / (1 + (N − 1) cos θ)`, θ the mean angle between task vectors."""
 
     method: Literal["model_stock"] = "model_stock"
     models: Annotated[list[ModelRef], Field(min_length=2, description="Two or more models; none weighs more.")]
-    by: Annotated[Literal["tensor", "row"], Field(description="What has an angle of its own.")] = "tensor"
-
-    @property
-    def in_float64(self) -> bool:
-        """The angles of rows."""
-        return self.by == "row"
-
-
-def by_rows(settings: Any) -> bool:
-    """Only where rows have angles of their own."""
-    return settings.by == "row"
 
 
 def ratio(cosine: Tensor, models: int) -> Tensor:

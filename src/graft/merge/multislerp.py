@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from graft.errors import CannotCombine
-from graft.merge.settings import MergeSettings
+from graft.merge.settings import NormalisedSettings
 from graft.settings import ModelRef
 
 if TYPE_CHECKING:
@@ -18,20 +18,13 @@ if TYPE_CHECKING:
 NEARLY_ZERO = 1e-8
 
 
-class Settings(MergeSettings):
+class Settings(NormalisedSettings):
     """The weighted mean in the tangent space at the mean direction, put back on the sphere, tensor by tensor."""
 
     method: Literal["multislerp"] = "multislerp"
     base: Annotated[ModelRef | None, Field(description="Where given, the task vectors from it are what is turned.")] = (
         None
     )
-    normalise: Annotated[bool, Field(description="Divide the weights by their sum.")] = True
-
-    @model_validator(mode="after")
-    def _can_be_normalised(self) -> Settings:
-        if self.normalise and abs(sum(self.weights)) < 1e-9:
-            raise ValueError("expected weights whose sum is not 0, or `normalise: false`")
-        return self
 
 
 def factors(gram_mm: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -67,10 +60,8 @@ def rule(tensors: Tensors, settings: Settings) -> Combine:
 
     from graft.merge._gram import add_up, gram
 
-    weights = np.array(settings.weights)
-    weights = weights / weights.sum() if settings.normalise else weights
     try:
-        return add_up(factors(gram(tensors), weights).tolist())
+        return add_up(factors(gram(tensors), np.array(settings.factors)).tolist())
     except ZeroDivisionError:
         raise CannotCombine(
             f"{tensors.name}: the weighted directions of {', '.join(settings.names)} cancel and have no mean on the "

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from graft.merge.settings import MergeSettings
+from graft.merge._options import RowSettings, by_rows
 from graft.settings import ModelRef
 
 if TYPE_CHECKING:
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from graft.merge.stream import Combine, Piece, Tensors
 
 
+__all__ = ["Settings", "by_rows", "rule", "slerp_rows"]
 PARALLEL = 1 - 1e-12
 """Above this cosine two vectors are parallel; nearer to it than `slerp`, as mergekit's nuslerp has it."""
 
 
-class Settings(MergeSettings):
+class Settings(RowSettings):
     """Slerp with `t = w₂ / (w₁ + w₂)`, between models, or between task vectors where there is a base."""
 
     method: Literal["nuslerp"] = "nuslerp"
     base: Annotated[ModelRef | None, Field(description="Where given, the task vectors from it are interpolated.")] = (
         None
     )
-    by: Annotated[Literal["tensor", "row"], Field(description="What is taken as one vector.")] = "tensor"
 
     @model_validator(mode="after")
     def _two(self) -> Settings:
@@ -35,16 +35,6 @@ class Settings(MergeSettings):
         if abs(sum(self.weights)) < 1e-6:
             raise ValueError("expected weights whose sum is not 0")
         return self
-
-    @property
-    def in_float64(self) -> bool:
-        """The angles of rows."""
-        return self.by == "row"
-
-
-def by_rows(settings: Any) -> bool:
-    """Only where rows are the vectors."""
-    return settings.by == "row"
 
 
 def slerp_rows(a_rc: Tensor, b_rc: Tensor, t: float) -> Tensor:

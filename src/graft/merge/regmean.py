@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from graft.errors import CheckpointError
 from graft.merge._options import OnData
+from graft.merge.settings import PositiveSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from graft.verb import Facts, Job
 
 
-class RegressionSettings(OnData):
+class RegressionSettings(OnData, PositiveSettings):
     """Linear layers by least squares on their inputs; other tensors by their weighted mean."""
 
     alpha: Annotated[
@@ -29,12 +30,6 @@ class RegressionSettings(OnData):
     experts: Annotated[
         bool, Field(description="Experts that lie in one parameter, too, each by its own inputs; false: their mean.")
     ] = True
-
-    @model_validator(mode="after")
-    def _above_zero(self) -> RegressionSettings:
-        if min(self.weights) <= 0:
-            raise ValueError(f"expected weights above 0, found {min(self.weights)}")
-        return self
 
     def passes(self, model: Facts) -> float:
         """Forward only."""

@@ -210,18 +210,44 @@ class MergeSettings(Settings):
         return [*([self.base_name] if self.base_name is not None else []), *self.names]
 
 
+class PositiveSettings(MergeSettings):
+    """Models that all have a weight above 0."""
+
+    @model_validator(mode="after")
+    def _above_zero(self) -> Self:
+        if min(self.weights) <= 0:
+            raise ValueError(f"expected weights above 0, found {min(self.weights)}")
+        return self
+
+
+class NormalisedSettings(MergeSettings):
+    """A sum over models, whose weights may be divided by their sum."""
+
+    normalise: Annotated[bool, Field(description="Divide the weights by their sum.")] = True
+
+    @model_validator(mode="after")
+    def _can_be_normalised(self) -> Self:
+        if self.normalise and abs(sum(self.weights)) < 1e-9:
+            raise ValueError("expected weights whose sum is not 0, or `normalise: false`")
+        return self
+
+    @property
+    def factors(self) -> list[float]:
+        """One a model: its weight, divided by the sum of all where that is asked for."""
+        whole = sum(self.weights) if self.normalise else 1.0
+        return [weight / whole for weight in self.weights]
+
+
 class DeltaSettings(MergeSettings):
     """One model out of a base and the differences (task vectors) of models tuned from it."""
 
     base: Annotated[ModelRef, Field(description="The model that the others were tuned from.")]
 
 
-class SparseSettings(DeltaSettings):
-    """A base plus sparse task vectors."""
+class DensitySettings(DeltaSettings):
+    """A base plus a share of each task vector."""
 
     density: Annotated[PerModel, Field(description="Share of each task vector that is kept, in (0, 1].")] = 0.5
-    scale: Annotated[Number, Field(description="Factor of the combined task vector, λ in the papers.")] = 1.0
-    normalise: Annotated[bool, Field(description="Divide by the sum of the weights that take part.")] = False
 
     @property
     def densities(self) -> list[float]:
@@ -229,7 +255,14 @@ class SparseSettings(DeltaSettings):
         return self.each(self.density)
 
     @model_validator(mode="after")
-    def _shares(self) -> SparseSettings:
+    def _shares(self) -> Self:
         if wrong := [d for d in self.densities if not 0 < d <= 1]:
             raise ValueError(f"expected a density above 0 and at most 1, found {wrong[0]}")
         return self
+
+
+class SparseSettings(DensitySettings):
+    """A base plus sparse task vectors."""
+
+    scale: Annotated[Number, Field(description="Factor of the combined task vector, λ in the papers.")] = 1.0
+    normalise: Annotated[bool, Field(description="Divide by the sum of the weights that take part.")] = False
