@@ -1,9 +1,10 @@
 """Folders of tiny random Llama models of one initialisation, and a merge of them without a recipe."""
 
+import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -67,6 +68,17 @@ def merge(settings, folders, out, seed=0, device=None):
     models = {n: folders[n] for n in named}
     found = graft.merge.VERB.run(Job(out.name, parsed, seed, out, scratch, scratch, models, {}, device=device))
     return tensors(out), found
+
+
+def with_nan(folder, out, ending):
+    """A copy of a folder with one file of weights; the last value of a tensor whose name ends so is NaN."""
+    copy = Path(shutil.copytree(folder, out))
+    (file,) = copy.glob("*.safetensors")
+    held = load_file(file)
+    name = next(name for name in sorted(held) if name.endswith(ending))
+    held[name].view(-1)[-1] = float("nan")
+    save_file(held, file, metadata={"format": "pt"})
+    return copy
 
 
 def tensors(folder):

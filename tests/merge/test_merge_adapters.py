@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_adapters import adapter, folded
-from small_family import family, merge, model, save, tensors, tokenizer
+from small_family import family, merge, model, save, tensors, tokenizer, with_nan
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import graft
@@ -34,9 +34,8 @@ KINDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def many_pieces(monkeypatch):
-    monkeypatch.setattr(graft.merge.stream, "PIECE", 100)
+pytestmark = pytest.mark.usefixtures("many_pieces")
+PIECE = 100
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +142,7 @@ def test_deltas_come_from_the_factors_and_not_from_a_rounded_difference(folders,
     factors = load_file(folders["x"] / "adapter_model.safetensors")
     at = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
     exact = 2.0 * factors[at.format("B")] @ factors[at.format("A")]
-    found = [d for _, d in seen if len(d) == 100 and torch.allclose(d, exact.view(-1)[:100], rtol=1e-4, atol=1e-7)]
+    found = [d for _, d in seen if len(d) == PIECE and torch.allclose(d, exact.view(-1)[:PIECE], rtol=1e-4, atol=1e-7)]
     assert found
 
 
@@ -227,8 +226,24 @@ def test_a_damaged_or_foreign_adapter_is_refused(folders, tmp_path):
         merge({**settings, "adapters_of": "flat"}, {"x": folders["x"], "flat": flat}, tmp_path / "3")
     sick = damaged(folders["x"], tmp_path / "sick", lambda held: {n: t * float("nan") for n, t in held.items()})
     for method in ({"method": "linear"}, {"method": "ties", "base": "base"}):
-        with pytest.raises(CheckpointError, match=r"sick: NaN or Inf in model.layers"):
+        with pytest.raises(CheckpointError, match=r"sick: NaN or Inf in model.layers.*\(.*sick/adapter_model.safetens"):
             merge(method | {"models": ["sick"]}, folders | {"sick": sick}, tmp_path / "4")
+
+
+def test_where_the_base_of_an_adapter_has_nan_its_file_is_named(folders, tmp_path):
+    base = with_nan(folders["base"], tmp_path / "base", "q_proj.weight")
+    here = {"x": folders["x"], "base": base}
+    with pytest.raises(CheckpointError, match=r"x: NaN or Inf in model.layers.*q_proj.*\(.*base/model.safetensors\)"):
+        merge({"method": "linear", "models": ["x"], "adapters_of": "base"}, here, tmp_path / "out")
+
+
+def test_a_nan_in_an_adapter_beside_more_tokens_is_found_in_its_file(folders, tmp_path):
+    """Readers of rows in another order know the file too."""
+    large = save(model(7, near=None, vocab_size=60), tmp_path / "large", words=60)
+    sick = with_nan(folders["x"], tmp_path / "sick", "lora_B.weight")
+    settings = {"method": "linear", "models": ["large", "sick"], "vocabulary": "union", "anyway": True}
+    with pytest.raises(CheckpointError, match=r"sick: NaN or Inf in model.layers.*\(.*sick/adapter_model.safetensors"):
+        merge(settings, {"large": large, "sick": sick}, tmp_path / "out")
 
 
 RECIPE = """

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_adapters import adapter, folded
-from small_family import family, merge, model, save, tensors
+from small_family import family, merge, model, save, tensors, with_nan
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import graft
 import graft.merge
-from graft.errors import CannotCombine, SettingsError
+from graft.errors import CannotCombine, CheckpointError, SettingsError
 from graft.lineage import facts_of
 from graft.lora import read_lora
 from graft.merge._factors import Pair, concatenated, count, factored, refactored
@@ -143,6 +143,42 @@ def test_models_and_foreign_adapters_are_not_added_up(folders, tmp_path):
         merge({"method": "add_adapters", "models": ["x", "z"]}, foreign, tmp_path / "2")
     with pytest.raises(SettingsError, match="expected whole adapters with one weight each"):
         graft.merge.VERB.parse({"method": "add_adapters", "models": {"x": [0, 1]}})
+
+
+@pytest.mark.parametrize(
+    ("added", "ending", "more"),
+    [("x", "lora_A.weight", {}), ("y", "lora_B.weight", {"rank": 2}), ("whole", "lm_head.weight", {"normalise": True})],
+)
+def test_an_adapter_with_nan_is_never_added_up(added, ending, more, folders, tmp_path):
+    here = folders | {"sick": with_nan(folders[added], tmp_path / "sick", ending)}
+    with pytest.raises(CheckpointError, match=rf"sick: NaN or Inf in base_model.*{ending} \(.*sick/adapter_model"):
+        merge({"method": "add_adapters", "models": ["x", "sick"]} | more, here, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("ending", ["down_proj.weight", "norm.weight", "embed_tokens.weight"])
+def test_a_model_with_nan_gives_no_adapter(ending, folders, tmp_path):
+    here = folders | {"sick": with_nan(folders["a"], tmp_path / "sick", ending)}
+    for base, tuned in (("base", "sick"), ("sick", "b")):
+        with pytest.raises(CheckpointError, match=rf"sick: NaN or Inf in model.*{ending} \(.*sick/model.safetensors"):
+            merge({"method": "extract_lora", "base": base, "models": [tuned], "rank": 4}, here, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_what_the_stored_type_cannot_hold_is_not_written(folders, tmp_path):
+    settings = {"method": "add_adapters", "models": {"x": 1e6}, "dtype": "float16"}
+    with pytest.raises(CheckpointError, match=r"lora_B.weight: the adapter has values that float16 cannot hold"):
+        merge(settings, folders, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("option", [{"vocabulary": "union"}, {"part": ["model."]}])
+def test_an_adapter_has_the_tensors_and_rows_of_its_base(option):
+    verb = graft.merge.VERB
+    with pytest.raises(SettingsError, match="expected no `part` and no `vocabulary`"):
+        verb.parse({"method": "add_adapters", "models": ["x"]} | option)
+    with pytest.raises(SettingsError, match="expected no `part` and no `vocabulary`"):
+        verb.parse({"method": "extract_lora", "base": "base", "models": ["a"], "rank": 2} | option)
 
 
 def test_all_of_a_difference_is_extracted_where_nothing_is_cut(folders, tmp_path):

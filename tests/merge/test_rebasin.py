@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 import trained_family
-from small_family import family, merge, model, save
+from small_adapters import adapter, folded
+from small_family import family, merge, model, save, with_nan
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import graft
 import graft.merge
 from graft.checkpoint import TensorReader
-from graft.errors import CannotCombine
+from graft.errors import CannotCombine, CheckpointError, SettingsError
 from graft.evaluate.judge import Judge
 from graft.merge.barrier import Line
 from graft.merge.matching import Matching, write_aligned
@@ -184,6 +185,43 @@ def test_models_of_one_order_merge_as_their_mean(tmp_path):
     aligned, _ = merge({"method": "rebasin", "models": {"a": 1, "b": 3}}, folders, tmp_path / "aligned")
     plain, _ = merge({"method": "linear", "models": {"a": 1, "b": 3}}, folders, tmp_path / "plain")
     assert all(torch.equal(aligned[name], plain[name]) for name in plain)
+
+
+def test_a_parent_with_nan_is_named_with_the_tensor(tmp_path):
+    folders = family(tmp_path, 1)
+    folders["sick"] = with_nan(folders["a"], tmp_path / "sick", "layers.1.mlp.up_proj.weight")
+    for models in (["base", "sick"], ["sick", "base"]):
+        with pytest.raises(CheckpointError, match=r"sick: NaN or Inf in model.layers.1.mlp.up_proj.weight \(.*sick"):
+            merge({"method": "rebasin", "models": models}, folders, tmp_path / "out")
+
+
+def test_several_vocabularies_are_refused_before_work():
+    with pytest.raises(SettingsError, match=r"expected no `vocabulary` beside rebasin.*an ensemble"):
+        graft.merge.VERB.parse({"method": "rebasin", "models": ["a", "b"], "vocabulary": "union"})
+
+
+@pytest.mark.parametrize("order", [["a", "x"], ["x", "a"]])
+def test_an_adapter_is_aligned_as_the_model_that_it_makes(order, tmp_path):
+    folders = family(tmp_path, 1)
+    folders["x"] = adapter(folders["base"], tmp_path / "x", 1)
+    found, _ = merge({"method": "rebasin", "models": order}, folders, tmp_path / "out")
+    plain = model(0)
+    plain.load_state_dict(folded(folders["base"], folders["x"]))
+    stand_in = folders | {"x": save(plain, tmp_path / "folded")}
+    wanted, _ = merge({"method": "rebasin", "models": order}, stand_in, tmp_path / "wanted")
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_an_output_matrix_that_an_adapter_unties_is_aligned_too(tmp_path):
+    folders = {"base": save(model(0, tie_word_embeddings=True), tmp_path / "base")}
+    folders["x"] = adapter(folders["base"], tmp_path / "x", target_modules=["lm_head"])
+    found, _ = merge({"method": "rebasin", "models": ["base", "x"]}, folders, tmp_path / "out")
+    wanted, _ = merge({"method": "linear", "models": ["base", "x"]}, folders, tmp_path / "wanted")
+    assert found.keys() == wanted.keys() >= {"lm_head.weight"}
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

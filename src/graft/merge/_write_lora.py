@@ -14,8 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from graft.checkpoint import LORA, atomic_write, disk_errors
+from graft.errors import CheckpointError
 from graft.lora import CONFIG, START
 from graft.merge._factors import Pair
+from graft.merge.stream import finite
 
 TASKS = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
 
@@ -33,7 +35,8 @@ def write_lora(
 ) -> None:
     """Write `adapter_config.json` and the factors. `pairs`: module → factors, of scale 1; `whole`: tensor → its values.
 
-    `embeddings` are modules that look rows up; `turned`: the base stores weights as [in, out].
+    `embeddings` are modules that look rows up; `turned`: the base stores weights as [in, out]. Raises CheckpointError,
+    naming the tensor, for values that `dtype` cannot hold.
     """
     ranks = Counter(pair.rank for pair in pairs.values())
     common = max(ranks, key=lambda rank: (ranks[rank], rank))
@@ -57,6 +60,8 @@ def write_lora(
         a, b = ("lora_embedding_A", "lora_embedding_B") if name in embeddings else ("lora_A.weight", "lora_B.weight")
         tensors |= {f"{START}{name}.{a}": pair.a, f"{START}{name}.{b}": pair.b}
     cast = {name: values.to(getattr(torch, dtype)).contiguous() for name, values in tensors.items()}
+    if wrong := [name for name, values in cast.items() if not finite(values)]:
+        raise CheckpointError(f"{wrong[0]}: the adapter has values that {dtype} cannot hold")
     with disk_errors(out):
         save_file(cast, out / LORA, metadata={"format": "pt"})
     atomic_write(out / CONFIG, json.dumps(config, indent=2) + "\n")

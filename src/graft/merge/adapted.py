@@ -15,6 +15,8 @@ from graft.lora import Factors, Lora, read_lora, stands_for
 if TYPE_CHECKING:
     from torch import Tensor
 
+PIECE = 1 << 20
+"""Elements that are looked at together."""
 HELD = 4
 """Pairs of factors kept in memory: tensors are worked on one after the other."""
 
@@ -127,6 +129,16 @@ class AdaptedReader(TensorReader):
                 while len(self._held) > HELD:
                     self._held.popitem(last=False)
             return self._held[name]
+
+    def origin(self, name: str) -> Path:
+        """The file to look at where the tensor's values are no numbers: the adapter's, if what it adds is none."""
+        header = self.headers[name]
+        if name not in self._under:
+            return header.file
+        sums = (self._product(name, at, min(PIECE, header.count - at)).sum() for at in range(0, header.count, PIECE))
+        return (
+            header.file if all(bool(each.isfinite()) for each in sums) else self.lora.headers[self._under[name].a].file
+        )
 
     def close(self) -> None:
         """Close the files of both."""

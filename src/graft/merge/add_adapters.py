@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from graft.errors import CannotCombine
-from graft.merge.settings import MergeSettings
+from graft.merge.settings import NormalisedSettings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from graft.verb import Job
 
 
-class Settings(MergeSettings):
+class Settings(NormalisedSettings):
     """`sum_m w_m s_m B_m A_m` as one adapter: exact where neither `rank` nor `energy` is given, its rank being the sum
     of the ranks; else the best of that rank."""
 
@@ -38,8 +38,8 @@ class Settings(MergeSettings):
     def _as_a_whole(self) -> Settings:
         if self.slices or self.varied:
             raise ValueError("expected whole adapters with one weight each, found slices or weights that vary")
-        if self.normalise and abs(sum(self.weights)) < 1e-9:
-            raise ValueError("expected weights whose sum is not 0, or `normalise: false`")
+        if self.part or self.vocabulary:
+            raise ValueError("expected no `part` and no `vocabulary`: adapters are added up as they are")
         return self
 
 
@@ -56,13 +56,11 @@ def make(job: Job, settings: Settings) -> dict[str, Any]:
     if refused := [*never, *anyway(settings, forced)]:
         raise CannotCombine("\n".join(refused))
     parts = {name: read_lora(job.models[name]) for name in settings.names}
-    divisor = sum(settings.weights) if settings.normalise else 1.0
-    weights = [weight / divisor for weight in settings.weights]
     first = parts[settings.names[0]]
     home = job.models[settings.adapters_of] if settings.adapters_of else base_folder(first.folder)
     named = str(home.resolve()) if home is not None else str(first.config.get("base_model_name_or_path"))
-    pairs = sums(parts, weights, settings.rank, settings.energy)
-    whole = _whole(parts, weights, home)
+    pairs = sums(parts, settings.factors, settings.rank, settings.energy)
+    whole = _whole(parts, settings.factors, home)
     write_lora(
         job.out, pairs, whole, base=named, dtype=settings.dtype or "float32", embeddings=_embeddings(parts),
         turned=bool(first.config.get("fan_in_fan_out")), architecture=_task(first),
@@ -78,18 +76,22 @@ def make(job: Job, settings: Settings) -> dict[str, Any]:
 
 
 def sums(parts: Mapping[str, Lora], weights: list[float], rank: int | None, energy: float | None) -> dict[str, Pair]:
-    """Module → factors of the weighted sum. Raises CannotCombine where adapters change a module in other shapes."""
+    """Module → factors of the weighted sum.
+
+    Raises CannotCombine where adapters change a module in other shapes, and CheckpointError, naming adapter and tensor,
+    for NaN and Inf.
+    """
     from graft.merge._factors import concatenated, refactored
 
     modules = {name.removesuffix(".weight"): None for part in parts.values() for name in part.changes}
     made = {}
     for module in sorted(modules):
-        own = {name: part for name, part in parts.items() if f"{module}.weight" in part.changes}
-        found = [
-            _pair(part, module, weight)
+        own = {
+            name: (part, weight)
             for (name, part), weight in zip(parts.items(), weights, strict=True)
-            if name in own
-        ]
+            if f"{module}.weight" in part.changes
+        }
+        found = [_pair(name, part, module, weight) for name, (part, weight) in own.items()]
         shapes = {(pair.b.shape[0], pair.a.shape[1]) for pair in found}
         if len(shapes) > 1:
             raise CannotCombine(f"{', '.join(own)} change {module} in different shapes: they stand on different models")
@@ -99,15 +101,15 @@ def sums(parts: Mapping[str, Lora], weights: list[float], rank: int | None, ener
     return made
 
 
-def _pair(part: Lora, module: str, weight: float) -> Pair:
-    from safetensors import safe_open
-
+def _pair(name: str, part: Lora, module: str, weight: float) -> Pair:
+    from graft.checkpoint import TensorReader
     from graft.merge._factors import Pair
+    from graft.merge.stream import Source
 
     factors = part.changes[f"{module}.weight"]
-    with safe_open(part.headers[factors.a].file, "pt") as file:
-        a, b = file.get_tensor(factors.a).float(), file.get_tensor(factors.b).float()
-    return Pair(a, b * (factors.scale * weight))
+    with TensorReader(part.folder) as reader:
+        a, b = (Source(name, reader, factor).read() for factor in (factors.a, factors.b))
+    return Pair(a, b.mul_(factors.scale * weight))
 
 
 def _embeddings(parts: Mapping[str, Lora]) -> frozenset[str]:
@@ -140,6 +142,7 @@ def _whole(parts: Mapping[str, Lora], weights: list[float], home: Any) -> dict[s
         )
     from graft.checkpoint import TensorReader
     from graft.lora import stands_for
+    from graft.merge.stream import Source
 
     made = {}
     with TensorReader(home) as base:
@@ -147,10 +150,11 @@ def _whole(parts: Mapping[str, Lora], weights: list[float], home: Any) -> dict[s
             there = stands_for(name, base.headers)
             if there is None:
                 raise CannotCombine(f"{home}: expected {name}, which the adapters hold whole, found none")
-            start = base.read(there).float()
-            own = [(w, p) for w, p in zip(weights, parts.values(), strict=True) if name in p.whole]
+            start = Source(str(home), base, there).read()
             made[name] = start.clone()
-            for weight, part in own:
-                with TensorReader(part.folder) as reader:
-                    made[name].add_(reader.read(part.whole[name]).float().sub_(start), alpha=weight)
+            for (adapter, part), weight in zip(parts.items(), weights, strict=True):
+                if name in part.whole:
+                    with TensorReader(part.folder) as reader:
+                        own = Source(adapter, reader, part.whole[name]).read()
+                    made[name].add_(own.sub_(start), alpha=weight)
     return made

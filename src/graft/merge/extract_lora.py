@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from graft.checkpoint import TensorReader
     from graft.merge._factors import Pair
     from graft.merge.preflight import Layout
+    from graft.merge.stream import Source
     from graft.verb import Job
 
 
@@ -57,6 +58,8 @@ class Settings(DeltaSettings):
             raise ValueError("expected `rank`, `energy` or both: how much of the difference is kept")
         if self.slices:
             raise ValueError("expected no slices: an adapter has the layers of its base")
+        if self.part or self.vocabulary:
+            raise ValueError("expected no `part` and no `vocabulary`: an adapter has the tensors and rows of its base")
         return self
 
 
@@ -136,26 +139,27 @@ def _found(
     there: torch.device,
 ) -> Found:
     from graft.merge._factors import factored
+    from graft.merge.stream import Source
 
     place = plan.places[name]
-    before, after = ((readers[model], place[model]) for model in (settings.base, settings.names[0]))
+    before, after = (Source(model, readers[model], place[model]) for model in (settings.base, settings.names[0]))
     squared = _squared_difference(before, after)
     if squared == 0:
         return Found(0.0)
     if name in linear and _wanted(name, settings.on):
-        delta = after[0].read(after[1]).float().sub_(before[0].read(before[1])).to(there)
+        delta = after.read().sub_(before.read()).to(there)
         return Found(squared, factored(delta.T if linear[name].turned else delta, settings.rank, settings.energy))
     keep = any(fnmatchcase(name, pattern) for pattern in settings.whole)
-    return Found(squared, values=after[0].read(after[1]).float() if keep else None)
+    return Found(squared, values=after.read() if keep else None)
 
 
-def _squared_difference(a: tuple[TensorReader, str], b: tuple[TensorReader, str]) -> float:
-    """Squared norm of the difference of two tensors, a piece at a time."""
+def _squared_difference(a: Source, b: Source) -> float:
+    """Squared norm of the difference of two tensors, a piece at a time. Raises CheckpointError for NaN and Inf."""
     from graft.merge.stream import PIECE
 
-    count, total = a[0].headers[a[1]].count, 0.0
+    count, total = a.reader.headers[a.name].count, 0.0
     for start in range(0, count, PIECE):
-        first, second = (reader.read(name, start, min(PIECE, count - start)).float() for reader, name in (a, b))
+        first, second = (source.read(start, min(PIECE, count - start)) for source in (a, b))
         total += float(first.sub_(second).double().square().sum())
     return total
 

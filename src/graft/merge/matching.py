@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from graft.checkpoint import TensorReader, TensorWriter
+from graft.merge.stream import Source
 from graft.merge.symmetry import RESIDUAL, Axis, Symmetries
 
 Order = np.ndarray
@@ -25,6 +26,8 @@ Stamp = tuple[int, ...]
 
 class Matching:
     """Orders of the units of model `b` that make it agree with model `a`; both are read a tensor at a time.
+
+    Raises CheckpointError, naming folder and tensor, where NaN or Inf are read.
 
     What an order follows from, and a tensor's part in the agreement, are read again only where another order in it has
     changed since: the last rounds of a search read little.
@@ -193,7 +196,7 @@ def _assigned(gain: Array) -> Order:
 
 
 def _values(reader: TensorReader, name: str) -> Array:
-    return reader.read(name).float().numpy()
+    return Source(str(reader.folder), reader, name).read().numpy()
 
 
 def _square(reader: TensorReader, names: list[str]) -> float:

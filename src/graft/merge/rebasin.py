@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from graft.merge import linear
 from graft.merge.judged import Judged
@@ -30,19 +30,29 @@ class Settings(linear.Settings, Judged):
     rounds: Annotated[int, Field(ge=1, description="Times that all orders are gone through, at most.")] = 20
     points: Annotated[int, Field(ge=3, description="Models measured on each line, its ends among them.")] = 5
 
+    @model_validator(mode="after")
+    def _of_one_vocabulary(self) -> Settings:
+        if self.vocabulary is not None:
+            raise ValueError(
+                "expected no `vocabulary` beside rebasin, which matches units over the rows of one vocabulary: an "
+                "ensemble with `vocabulary: union` takes models of several"
+            )
+        return self
+
 
 def prepare(job: Job, settings: Settings) -> Prepared:
     """Finds the orders and writes the models in them beside; those are merged.
 
     Weight matching, Ainsworth et al. 2023, arXiv:2209.04836, algorithm 1. Raises CannotCombine for architectures whose
-    order cannot be read.
+    order cannot be read, and CheckpointError for NaN and Inf.
     """
+    from graft.merge.inputs import inputs
     from graft.merge.prepared import Prepared
     from graft.merge.symmetry import symmetries
 
     first, *others = settings.names
-    known = symmetries(job.models[first])
-    folders, notes = {first: job.models[first]}, {}
+    known = symmetries(inputs(settings, job.models)[first].home)
+    folders, notes = dict(job.models), {}
     for name in others:
         folders[name] = _aligned(known, job, settings, name)
         notes[name] = json.loads((folders[name] / AGREEMENT).read_text())
@@ -53,24 +63,27 @@ def prepare(job: Job, settings: Settings) -> Prepared:
 
 def _aligned(known: Symmetries, job: Job, settings: Settings, name: str) -> Path:
     """The folder of a model in the order that agrees with the first, and how well they agree."""
-    from graft.checkpoint import TensorReader
     from graft.merge._kept import kept, made_of
     from graft.merge.engine import COMPANIONS
+    from graft.merge.inputs import inputs
     from graft.merge.matching import Matching, write_aligned
     from graft.merge.symmetry import check_read
 
-    first, second = job.models[settings.names[0]], job.models[name]
+    parts = inputs(settings, job.models)
+    first, second = parts[settings.names[0]], parts[name]
 
     def make(out: Path) -> None:
-        with TensorReader(first) as a, TensorReader(second) as b:
-            check_read(known, a.headers, first)
-            check_read(known, b.headers, second)
+        with first.open() as a, second.open() as b:
+            check_read(known, a.headers, first.folder)
+            check_read(known, b.headers, second.folder)
             matching = Matching(known, a, b)
             reached = matching.search(settings.rounds)
             write_aligned(b, known, matching.orders, out)
-        for path in second.iterdir():
-            if path.name in ("config.json", *COMPANIONS):
-                (out / path.name).write_bytes(path.read_bytes())
+        # two tensors that an adapter made of one that its base ties
+        apart = {"tie_word_embeddings": False} if second.apart else {}
+        (out / "config.json").write_text(json.dumps({**second.config, **apart}))
+        for companion, path in second.beside(COMPANIONS).items():
+            (out / companion).write_bytes(path.read_bytes())
         cosines = {"cosine_before": round(reached[0], 6), "cosine_after": round(reached[-1], 6)}
         (out / AGREEMENT).write_text(json.dumps({**cosines, "rounds": len(reached) - 1}))
 

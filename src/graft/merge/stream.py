@@ -74,6 +74,22 @@ class Source:
     reader: TensorReader
     name: str
 
+    def read(self, start: int = 0, count: int | None = None) -> Tensor:
+        """`count` elements from element `start`, flat; the whole tensor in its shape where `count` is None. float32.
+
+        Raises CheckpointError, naming model, tensor and file, for NaN and Inf.
+        """
+        return self.checked(self.reader.read(self.name, start, count).float())
+
+    def checked(self, values: Tensor) -> Tensor:
+        """What was read of the tensor. Raises CheckpointError, naming model, tensor and file, for NaN and Inf."""
+        if finite(values):
+            return values
+        raise CheckpointError(
+            f"{self.model}: NaN or Inf in {self.name} ({self.reader.origin(self.name)}): "
+            "train or download it anew; a merge would carry it on"
+        )
+
 
 class Workers:
     """A thread a core, each with its own buffers, which are used again for every piece; pieces lie on `device`."""
@@ -221,9 +237,7 @@ class Tensors:
         if on is None or self.base is None or self.base.reader.folder != on.folder:
             return None
         change = source.reader.change(source.name, start, count)  # type: ignore[attr-defined]
-        if change is not None and not finite(change):
-            raise self._not_finite(source)
-        return change if change is None else change.to(self.workers.device)
+        return change if change is None else source.checked(change).to(self.workers.device)
 
     def _on_base(self, slot: object, base: Tensor | None, change: Tensor) -> Tensor:
         assert base is not None
@@ -237,16 +251,7 @@ class Tensors:
         dtype = getattr(torch, TORCH_NAMES[stored])
         into, raw = self.workers.buffer((slot, "stored"), dtype, count)
         source.reader.read_into(source.name, start * WIDTH[stored], into)
-        values = self.workers.floats(raw, slot)
-        if not finite(values):
-            raise self._not_finite(source)
-        return values
-
-    def _not_finite(self, source: Source) -> CheckpointError:
-        return CheckpointError(
-            f"{source.model}: NaN or Inf in {source.name} ({source.reader.headers[source.name].file}): "
-            "train or download it anew; a merge would carry it on"
-        )
+        return source.checked(self.workers.floats(raw, slot))
 
     def write(self, combine: Combine, writer: TensorWriter) -> None:
         """Make every piece and put it into its place, cast once. Raises CheckpointError where NaN or Inf come out."""

@@ -211,6 +211,10 @@ class AlignedReader(TensorReader):
         told = torch.from_numpy(have[base] != LACKS)[:, None]
         return torch.where(told, _gathered(self.readers[base], place[base], have[base], width), mean)
 
+    def origin(self, name: str) -> Path:
+        """The file to look at where the tensor's values are no numbers."""
+        return self.inner.origin(name)
+
     def close(self) -> None:
         """The files belong to the parent's own reader."""
 
