@@ -67,9 +67,21 @@ def tree(place: Path | str) -> dict[str, Member]:
     return trees.family_of(place)
 
 
-def relate(a: Path | str, b: Path | str, *, seed: int = 0) -> Relation:
-    """How the models in two folders are related, and what may therefore be combined; reads a sample of the weights."""
-    return importlib.import_module("graft.relate").relate(a, b, seed=seed)
+def relate(
+    a: Path | str,
+    b: Path | str,
+    *,
+    seed: int = 0,
+    adapters_of: Path | str | None = None,
+    allow_pickle: bool = False,
+) -> Relation:
+    """How the models in two folders are related, and what may therefore be combined; reads a sample of the weights.
+
+    `adapters_of`: the model that adapters in the form of peft stand on, where they do not name it rightly;
+    `allow_pickle` as in a merge.
+    """
+    room = importlib.import_module("graft.relate")
+    return room.relate(a, b, seed=seed, adapters_of=adapters_of, allow_pickle=allow_pickle)
 
 
 def report(folder: Path | str) -> Path:
@@ -249,12 +261,20 @@ def deltas(
     return found, advice, seen
 
 
-def explain(models: Sequence[Path | str], *, base: Path | str | None = None) -> Advice:
+def explain(
+    models: Sequence[Path | str],
+    *,
+    base: Path | str | None = None,
+    adapters_of: Path | str | None = None,
+    allow_pickle: bool = False,
+) -> Advice:
     """Which merge of these models to try first, and why, from their weights alone.
 
-    `base` None: the one model that all of them were made from, where their manifests name one.
+    `base` None: the one model that all of them were made from, where their manifests, or the adapters, name one.
+    `adapters_of` and `allow_pickle` as in a merge.
     """
-    return importlib.import_module("graft.deltas").explain([Path(m) for m in models], Path(base) if base else None)
+    given = [Path(place) if place else None for place in (base, adapters_of)]
+    return importlib.import_module("graft.deltas").explain([Path(m) for m in models], *given, allow_pickle)
 
 
 def show(ensemble: Path | str, text: str, *, page: Path | str | None = None, device: str | None = None) -> Spoken:

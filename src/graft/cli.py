@@ -190,6 +190,10 @@ def relate(
     a: Annotated[Path, typer.Argument(metavar="A", help="The folder of a model.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="The folder of another one.")],
     seed: Annotated[int, typer.Option(help="Seed of the shuffles that chance is measured by.")] = 0,
+    adapters_of: Annotated[
+        Path | None, typer.Option(help="The model that adapters stand on, where they do not name it rightly.")
+    ] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read weights that lie in pickles.")] = False,
     json_: Json = False,
 ) -> None:
     """Say how two models are related and what of them may be combined, and how.
@@ -198,7 +202,7 @@ def relate(
     """
     from graft import relate as kinship
 
-    found = kinship.relate(a, b, seed=seed)
+    found = kinship.relate(a, b, seed=seed, adapters_of=adapters_of, allow_pickle=allow_pickle)
     typer.echo(json.dumps(found.plain())) if json_ else _print(kinship.render(found))
 
 
@@ -265,7 +269,8 @@ def _explain(words: list[str], settings: list[str], as_json: bool) -> None:
     from graft import api
 
     _, written = requested("merge", words, settings)
-    advice = api.explain(list(written.get("models", [])), base=written.get("base"))
+    said = {name: written[name] for name in ("base", "adapters_of", "allow_pickle") if name in written}
+    advice = api.explain(list(written.get("models", [])), **said)
     told = [f"try first: {advice.method} {dict(advice.settings) or ''}".rstrip()]
     told += [f"  because {reason}" for reason in advice.why]
     told += [f"  then: {', '.join(advice.also)}"] if advice.also else []

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import shutil
 from itertools import combinations
 
 import pytest
+import small_adapters
 import small_family
 import torch
 import trained_family
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import graft
@@ -248,6 +251,63 @@ def test_what_does_not_correspond_or_is_damaged_is_named(folders, tmp_path):
     small_family.save(sick, tmp_path / "sick")
     with pytest.raises(CheckpointError, match=r"sick: NaN or Inf in lm_head\.weight"):
         deltas(folders["base"], {"sick": tmp_path / "sick"})
+
+
+@pytest.fixture(scope="module")
+def adapted(folders, tmp_path_factory):
+    """Two adapters on the base, and the models that peft folds them into: name → folder."""
+    root = tmp_path_factory.mktemp("adapted")
+    made = {}
+    for seed, (name, layer) in enumerate({"x": "q_proj", "y": "lm_head"}.items()):
+        made[name] = small_adapters.adapter(folders["base"], root / name, seed, target_modules=[layer, "up_proj"])
+        whole = small_family.model(0)
+        whole.load_state_dict(small_adapters.folded(folders["base"], made[name]))
+        made[f"{name} folded"] = small_family.save(whole, root / f"{name}-folded")
+    return made
+
+
+def test_adapters_have_the_task_vectors_of_the_models_that_they_make(folders, adapted):
+    found = deltas(folders["base"], {"x": adapted["x"], "y": adapted["y"]})
+    wanted = deltas(folders["base"], {"x": adapted["x folded"], "y": adapted["y folded"]})
+    assert found.whole.relative == pytest.approx(wanted.whole.relative, rel=1e-4)
+    assert found.whole.cosines[0][1] == pytest.approx(wanted.whole.cosines[0][1], abs=1e-4)
+    assert [(part.layer, part.kind) for part in found.parts] == [(part.layer, part.kind) for part in wanted.parts]
+    shown = CliRunner().invoke(app, ["deltas", *map(str, (folders["base"], adapted["x"], adapted["y"])), "--json"])
+    assert shown.exit_code == 0, shown.output
+    assert json.loads(shown.stdout)["deltas"]["models"] == ["x", "y"]
+
+
+def test_adapters_are_explained_on_the_base_that_they_name(folders, adapted):
+    both = [adapted["x"], adapted["y"]]
+    assert common_base(both) == folders["base"].resolve()
+    whole = graft.explain([adapted["x folded"], adapted["y folded"]], base=folders["base"])
+    found = graft.explain(both)
+    assert (found.method, dict(found.settings)) == (whole.method, dict(whole.settings))
+
+
+def test_an_adapter_that_names_no_base_here_is_explained_on_the_one_given(folders, adapted, tmp_path):
+    lost = shutil.copytree(adapted["x"], tmp_path / "lost")
+    config = json.loads((lost / "adapter_config.json").read_text())
+    (lost / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/not-here"}))
+    wanted = graft.explain([adapted["x"], adapted["y"]], base=folders["base"])
+    assert graft.explain([lost, adapted["y"]], base=folders["base"]).why == wanted.why
+    assert graft.explain([lost, adapted["y"]], base=folders["base"], adapters_of=folders["base"]).why == wanted.why
+    with pytest.raises(CannotCombine, match="the model it names is not on this machine"):
+        graft.explain([folders["a"], lost])
+
+
+def test_pickles_are_explained_where_they_are_allowed(folders, tmp_path):
+    old = shutil.copytree(folders["a"], tmp_path / "old")
+    torch.save(load_file(old / "model.safetensors"), old / "pytorch_model.bin")
+    (old / "model.safetensors").unlink()
+    words = ["merge", str(tmp_path / "out"), str(old), str(folders["b"]), "--base", str(folders["base"]), "--explain"]
+    refused = CliRunner().invoke(app, words)
+    assert refused.exit_code == 2
+    assert "--allow-pickle" in refused.output
+    told = CliRunner().invoke(app, [*words, "--allow-pickle", "--json"])
+    assert told.exit_code == 0, told.output
+    wanted = graft.explain([folders["a"], folders["b"]], base=folders["base"])
+    assert json.loads(told.stdout)["why"] == list(wanted.why)
 
 
 def test_findings_are_plain_values(found):

@@ -1,18 +1,21 @@
 """Families made for it: what `graft relate` says of each pair, by their weights and by their manifests."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import relatives
 import torch
 from safetensors.torch import load_file, save_file
+from small_adapters import adapter
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import graft
 from graft.cli import app
-from graft.errors import GraftError, RequestError
+from graft.errors import CannotCombine, GraftError, RequestError
 from graft.lineage import Manifest, write_manifest
 
 
@@ -182,6 +185,51 @@ def test_an_ensemble_has_no_weights_to_combine(family, tmp_path):
     manifest(folder, "of:x", mergeable=False)
     found = graft.relate(folder, family["base"])
     assert (found.kind, found.weights, found.predictions) == ("ensemble", "no", "yes")
+
+
+@pytest.fixture(scope="module")
+def adapters(family, tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    return {name: adapter(family["base"], root / name, seed) for seed, name in enumerate("xy")}
+
+
+def test_an_adapter_is_related_as_the_model_that_it_makes_of_its_base(family, adapters, tmp_path):
+    found = graft.relate(adapters["x"], family["one"])
+    assert (found.kind, found.weights, found.predictions) == ("same initialisation", "yes", "yes")
+    assert f"{adapters['x']} is an adapter, read as the model that it makes of {family['base']}" in found.evidence
+    whole = save(graft.load(adapters["x"]), tmp_path / "whole")
+    assert found.correlation == pytest.approx(graft.relate(whole, family["one"]).correlation, abs=1e-5)
+    assert graft.relate(adapters["x"], adapters["y"]).kind == "same initialisation"
+    assert graft.relate(family["same_text"], adapters["x"]).kind == "other initialisation"
+    assert graft.relate(adapters["x"], adapters["x"]).kind == "same folder"
+    assert graft.relate(adapters["x"], shutil.copytree(adapters["x"], tmp_path / "again")).kind == "same weights"
+
+
+def test_an_adapter_on_another_base_is_its_relative(family, adapters, tmp_path):
+    lost = shutil.copytree(adapters["x"], tmp_path / "lost")
+    config = json.loads((lost / "adapter_config.json").read_text())
+    (lost / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/not-here"}))
+    with pytest.raises(CannotCombine, match="the model it names is not on this machine: say which it is"):
+        graft.relate(lost, family["one"])
+    other = graft.relate(lost, family["one"], adapters_of=family["same_text"])
+    assert other.kind == "other initialisation"
+    words = ["relate", str(lost), str(family["one"]), "--adapters-of", str(family["base"]), "--json"]
+    told = CliRunner().invoke(app, words)
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout)["correlation"] == graft.relate(adapters["x"], family["one"]).correlation
+
+
+def test_pickles_are_related_where_they_are_allowed(family, tmp_path):
+    old = shutil.copytree(family["one"], tmp_path / "old")
+    torch.save(load_file(old / "model.safetensors"), old / "pytorch_model.bin")
+    (old / "model.safetensors").unlink()
+    with pytest.raises(RequestError, match=r"old is stored as a pickle.*`allow_pickle` \(--allow-pickle\)"):
+        graft.relate(family["base"], old)
+    found = graft.relate(family["base"], old, allow_pickle=True)
+    assert replace(found, b=str(family["one"])) == graft.relate(family["base"], family["one"])
+    assert graft.relate(family["one"], old, allow_pickle=True).kind == "same weights"
+    told = CliRunner().invoke(app, ["relate", str(family["base"]), str(old), "--allow-pickle"])
+    assert told.exit_code == 0, told.output
 
 
 def test_a_folder_without_a_model_is_an_error_that_says_so(family, tmp_path):

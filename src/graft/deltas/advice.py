@@ -15,6 +15,8 @@ from typing import Any
 from graft.deltas.measure import Deltas
 from graft.errors import RequestError
 from graft.lineage import read_manifest
+from graft.lora import base_folder, is_lora
+from graft.merge.inputs import readable
 from graft.relate import Relation, relate
 
 ALIKE = 0.5
@@ -39,23 +41,44 @@ class Advice:
         return asdict(self)
 
 
-def explain(models: Sequence[Path], base: Path | None) -> Advice:
-    """What to try first with these folders. Raises RequestError where there are fewer than two and no base."""
-    from graft.deltas.measure import deltas
+def explain(
+    models: Sequence[Path], base: Path | None, adapters_of: Path | None = None, allow_pickle: bool = False
+) -> Advice:
+    """What to try first with these folders. `adapters_of`: the model that adapters among them stand on, where they do
+    not name it rightly; pickles are read where `allow_pickle` says so.
 
+    Raises RequestError where there are fewer than two and no base, and where a pickle is not allowed.
+    """
     base = base or common_base(models)
     if len(models) + (base is not None) < 2:
         raise RequestError("expected two models, or one and its `base` (--base), found fewer")
-    for other in models[1:] if base is None else models:
-        found = relate(base or models[0], other)
+    extra = {"base": base, "adapters_of": adapters_of}
+    more = {name: folder for name, folder in extra.items() if folder is not None}
+    with readable([*models, *more.values()], allow_pickle) as folders:
+        at = dict(zip(more, folders[len(models) :], strict=True))
+        named = {str(model): folder for model, folder in zip(models, folders, strict=False)}
+        return _explained(named, at.get("base"), at.get("adapters_of"))
+
+
+def _explained(models: Mapping[str, Path], base: Path | None, adapters_of: Path | None) -> Advice:
+    from graft.deltas.measure import deltas
+
+    first, *rest = models
+    for name in rest if base is None else models:
+        found = relate(base or models[first], models[name], adapters_of=adapters_of or _lost(models[name], base))
         if found.weights != "yes":
-            why = [f"{other}: {found.kind} ({found.evidence})", found.weights_why]
+            why = [f"{name}: {found.kind} ({found.evidence})", found.weights_why]
             aligned = found.kind in ("permuted", "other initialisation") and found.weights == "after alignment"
             return Advice("rebasin" if aligned else "none", {}, why, _instead(found))
     if base is None:
         why = ["the base is not known (name it: `base`, --base): without it there are no task vectors to look at"]
         return Advice("linear", {}, why, ["slerp", "greedy_soup"])
-    return advise(deltas(base, {str(model): model for model in models}))
+    return advise(deltas(base, models, adapters_of=adapters_of))
+
+
+def _lost(model: Path, base: Path | None) -> Path | None:
+    """The base, where the model is an adapter whose own is not on this machine."""
+    return base if is_lora(model) and base_folder(model) is None else None
 
 
 def _instead(found: Relation) -> list[str]:
@@ -68,14 +91,19 @@ def _instead(found: Relation) -> list[str]:
 
 
 def common_base(models: Sequence[Path]) -> Path | None:
-    """The one model that all were made from, by their manifests, where its folder is there."""
-    found = set()
-    for model in models:
-        manifest = read_manifest(model)
-        parents = manifest.parents if manifest is not None else []
-        found.add((model / parents[0].path).resolve() if len(parents) == 1 else None)
+    """The one model that all were made from, by their manifests or as adapters of it, where its folder is there."""
+    found = {_made_from(model) for model in models}
     base = found.pop() if len(found) == 1 else None
     return base if base is not None and (base / "config.json").is_file() else None
+
+
+def _made_from(model: Path) -> Path | None:
+    if is_lora(model):
+        below = base_folder(model)
+        return below.resolve() if below is not None else None
+    manifest = read_manifest(model)
+    parents = manifest.parents if manifest is not None else []
+    return (model / parents[0].path).resolve() if len(parents) == 1 else None
 
 
 def advise(found: Deltas) -> Advice:

@@ -110,9 +110,16 @@ class Deltas:
         return cls(**{**plain, **own})
 
 
-def deltas(base: Path | str, models: Mapping[str, Path | str], *, sample: int | None = None) -> Deltas:
+def deltas(
+    base: Path | str,
+    models: Mapping[str, Path | str],
+    *,
+    sample: int | None = None,
+    adapters_of: Path | None = None,
+) -> Deltas:
     """Reads base and models once; with `sample` so many values of each tensor at most, in runs spread over it, from
-    which the whole is judged.
+    which the whole is judged. An adapter in the form of peft is the model that it makes of the one it names, of
+    `adapters_of` where that is given, else of the base.
 
     Raises CannotCombine where their tensors do not correspond, and CheckpointError for damaged weights, NaN and Inf.
     """
@@ -121,8 +128,11 @@ def deltas(base: Path | str, models: Mapping[str, Path | str], *, sample: int | 
     from graft.merge.stream import Source, Tensors, Workers
     from graft.merge.task_arithmetic import Settings
 
-    settings = Settings.model_validate({"base": "base", "models": list(models), "anyway": True})
+    said = {"adapters_of": "adapters_of"} if adapters_of is not None else {}
+    settings = Settings.model_validate({"base": "base", "models": list(models), "anyway": True, **said})
     folders = {"base": Path(base), **{name: Path(folder) for name, folder in models.items()}}
+    if adapters_of is not None:
+        folders["adapters_of"] = adapters_of
     plan = layout(settings, folders)
     found: dict[tuple[int | None, str], list[Sums]] = {}
     samples: list[list[np.ndarray]] = [[] for _ in models]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from graft.checkpoint import Headers, TensorReader, read_headers
-from graft.errors import CannotCombine
+from graft.errors import CannotCombine, RequestError
 from graft.lineage import read_config
 from graft.lora import base_folder, is_lora, new_rows, read_lora, stands_for
 from graft.pickles import converted, is_pickled
@@ -99,14 +101,17 @@ def once(settings: MergeSettings, folders: Mapping[str, Path]) -> None:
 
 
 def _home(settings: MergeSettings, name: str, folders: Mapping[str, Path]) -> Path:
-    folder = folders[name]
+    other = settings.base_name if settings.base_name != name else None
+    adapters_of, base = (folders[found] if found is not None else None for found in (settings.adapters_of, other))
+    return home_of(name, folders[name], adapters_of, base)
+
+
+def home_of(name: str, folder: Path, adapters_of: Path | None = None, base: Path | None = None) -> Path:
+    """The folder of the model itself, or of the one that an adapter stands on: `adapters_of` where that is said, else
+    the one that the adapter names, else `base`. Raises CannotCombine where there is none of them."""
     if not is_lora(folder):
         return folder
-    if settings.adapters_of is not None:
-        return folders[settings.adapters_of]
-    found = base_folder(folder)
-    if found is None and settings.base_name is not None and settings.base_name != name:
-        found = folders[settings.base_name]
+    found = adapters_of or base_folder(folder) or base
     if found is None:
         raise CannotCombine(homeless(name))
     return found
@@ -114,10 +119,26 @@ def _home(settings: MergeSettings, name: str, folders: Mapping[str, Path]) -> Pa
 
 def unpickled(settings: MergeSettings, folders: Mapping[str, Path], cache: Path) -> dict[str, Path]:
     """The folders, those with pickles replaced by converted ones in `cache`, where that is allowed."""
-    return {
-        name: converted(folder, cache, _tied(folder)) if settings.allow_pickle and is_pickled(folder) else folder
-        for name, folder in folders.items()
-    }
+    return {name: _safe(folder, cache) if settings.allow_pickle else folder for name, folder in folders.items()}
+
+
+@contextmanager
+def readable(folders: Sequence[Path], allow_pickle: bool) -> Iterator[list[Path]]:
+    """The folders; instead of those with pickles converted ones, which are there until the end.
+
+    Raises RequestError for pickles that are not allowed.
+    """
+    if not allow_pickle and (found := [folder for folder in folders if is_pickled(folder)]):
+        raise RequestError(
+            f"{found[0]} is stored as a pickle, which may hold a program: `allow_pickle` (--allow-pickle) reads "
+            "tensors from it and refuses all else; or get the model as safetensors"
+        )
+    with TemporaryDirectory(prefix="graft-") as cache:
+        yield [_safe(folder, Path(cache)) for folder in folders]
+
+
+def _safe(folder: Path, cache: Path) -> Path:
+    return converted(folder, cache, _tied(folder)) if is_pickled(folder) else folder
 
 
 def _tied(folder: Path) -> Mapping[str, str]:

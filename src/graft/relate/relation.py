@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from graft.checkpoint import TensorReader
 from graft.kinship.evidence import TRACE
-from graft.lineage import ADAPTED, Manifest, architecture_of, read_config, read_manifest, token_ids
+from graft.lineage import ADAPTED, Manifest, architecture_of, read_manifest, token_ids
 from graft.relate.vocabulary import Overlap, overlap
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from graft.kinship.evidence import Evidence
+    from graft.merge.inputs import Input
 
 Kind = Literal[
     "same folder",
@@ -57,33 +57,53 @@ class Relation:
         return asdict(self)
 
 
-def relate(a: Path | str, b: Path | str, *, seed: int = 0) -> Relation:
+def relate(
+    a: Path | str,
+    b: Path | str,
+    *,
+    seed: int = 0,
+    adapters_of: Path | str | None = None,
+    allow_pickle: bool = False,
+) -> Relation:
     """How the checkpoints in the folders `a` and `b` are related, and what may therefore be combined.
 
-    Reads configurations, manifests, tokenizers, headers and a sample of the weights; `seed` is that of the shuffles.
-    Raises RequestError for a folder that holds no model and CheckpointError for a damaged one.
+    Reads configurations, manifests, tokenizers, headers and a sample of the weights; `seed` is that of the shuffles. An
+    adapter in the form of peft is read as the model that it makes of its base: the one it names, or `adapters_of`.
+    Pickles are converted whole, where `allow_pickle` says so.
+
+    Raises RequestError for a folder that holds no model and for a pickle that is not allowed, CannotCombine for an
+    adapter without a base or on another one, and CheckpointError for damaged files.
     """
-    one, two = Path(a), Path(b)
-    first, second = token_ids(one), token_ids(two)
+    from graft.merge.inputs import Input, home_of, readable
+
+    named = [Path(a), Path(b), *([Path(adapters_of)] if adapters_of is not None else [])]
+    with readable(named, allow_pickle) as (one, two, *under):
+        first, second = (Input(f, home_of(str(n), f, *under)) for n, f in ((a, one), (b, two)))
+        return _related(str(a), str(b), first, second, seed)
+
+
+def _related(a: str, b: str, one: Input, two: Input, seed: int) -> Relation:
+    first, second = token_ids(one.tokenizer), token_ids(two.tokenizer)
     words = overlap(first, second) if first is not None and second is not None else None
-    kind, evidence, correlation, p = _kinship(one, two, words, seed)
+    same = Path(a).resolve() == Path(b).resolve()
+    kind, evidence, correlation, p = SAME_FOLDER if same else _kinship(one, two, words, seed)
     weights = _weights(kind, correlation, _rows_differ(one, two, words))
-    return Relation(
-        str(a), str(b), kind, evidence, correlation, p, words, *weights, *_predictions(one, two, kind, words)
-    )
+    adapters = {name: part.home for name, part in ((a, one), (b, two)) if part.home != part.folder}
+    said = [f"{name} is an adapter, read as the model that it makes of {home}" for name, home in adapters.items()]
+    evidence = "; ".join([evidence, *said])
+    return Relation(a, b, kind, evidence, correlation, p, words, *weights, *_predictions(one, two, kind, words))
 
 
 Kinship = tuple[Kind, str, float | None, float | None]
+SAME_FOLDER: Kinship = ("same folder", "both paths lead to it", None, None)
 
 
-def _kinship(a: Path, b: Path, words: Overlap | None, seed: int) -> Kinship:
+def _kinship(a: Input, b: Input, words: Overlap | None, seed: int) -> Kinship:
     """(kind, evidence, correlation, p)."""
     from graft.merge.preflight import SHAPE_KEYS, different_keys
 
-    ours, theirs = read_config(a), read_config(b)
-    manifests = [read_manifest(folder) for folder in (a, b)]
-    if a.resolve() == b.resolve():
-        return "same folder", "both paths lead to it", None, None
+    ours, theirs = a.config, b.config
+    manifests = [_manifest(part) for part in (a, b)]
     if ADAPTED in ours or ADAPTED in theirs:
         return "adapter", "what one of them holds lies beside the weights of a frozen model", None, None
     if any(m is not None and not m.mergeable for m in manifests):
@@ -95,11 +115,16 @@ def _kinship(a: Path, b: Path, words: Overlap | None, seed: int) -> Kinship:
     return _by_weights(a, b, manifests, words, seed)
 
 
-def _by_weights(a: Path, b: Path, manifests: Sequence[Manifest | None], words: Overlap | None, seed: int) -> Kinship:
+def _manifest(part: Input) -> Manifest | None:
+    """The model's own; that of its base for an adapter without one."""
+    return read_manifest(part.folder) or read_manifest(part.home)
+
+
+def _by_weights(a: Input, b: Input, manifests: Sequence[Manifest | None], words: Overlap | None, seed: int) -> Kinship:
     from graft.kinship.evidence import same_weights, weigh
 
-    with TensorReader(a) as ours, TensorReader(b) as theirs:
-        if same_weights(ours, theirs, (a, b)):
+    with a.open() as ours, b.open() as theirs:
+        if same_weights(ours, theirs, (a.folder, b.folder)):
             return "same weights", "every tensor is the same", None, None
         found = weigh(ours, theirs, same_tokens=words is None or words.same, seed=seed)
     return _said(found, _common_start(manifests))
@@ -128,13 +153,11 @@ def _said(found: Evidence, common: bool | None) -> Kinship:
     return kind, evidence, value, p
 
 
-def _rows_differ(a: Path, b: Path, words: Overlap | None) -> bool:
+def _rows_differ(a: Input, b: Input, words: Overlap | None) -> bool:
     """Whether the embeddings have other rows, by tokens or by number."""
     from graft.merge.preflight import different_keys
 
-    return (words is not None and not words.same) or bool(
-        different_keys(read_config(a), read_config(b), ("vocab_size",))
-    )
+    return (words is not None and not words.same) or bool(different_keys(a.config, b.config, ("vocab_size",)))
 
 
 def _weights(
@@ -174,9 +197,9 @@ def _weights(
 
 
 def _predictions(
-    a: Path, b: Path, kind: Kind, words: Overlap | None
+    a: Input, b: Input, kind: Kind, words: Overlap | None
 ) -> tuple[Literal["yes", "with vocabulary handling", "no"], str]:
-    first, second = (_family(folder) for folder in (a, b))
+    first, second = (_family(part) for part in (a, b))
     if first != second:
         return "no", f"one is of architecture {first} and the other of {second}"
     if kind in ("same folder", "same weights"):
@@ -188,9 +211,9 @@ def _predictions(
     return "yes", "an ensemble: their tokens are the same"
 
 
-def _family(folder: Path) -> str:
-    manifest = read_manifest(folder)
-    return manifest.architecture if manifest is not None else architecture_of(read_config(folder))
+def _family(part: Input) -> str:
+    manifest = _manifest(part)
+    return manifest.architecture if manifest is not None else architecture_of(part.config)
 
 
 def render(relation: Relation) -> Table:
