@@ -1,5 +1,6 @@
 """Splits never share a document; fingerprints change with the content; mixtures keep their shares."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graft import data
-from graft.data.corpus import text_of
+from graft.data.corpus import identity_of, text_of
 from graft.errors import DataError, UnknownName
 
 
@@ -143,3 +144,9 @@ def test_real_text_splits_without_overlap(shared_data):
     splits = split_texts(data.open_corpus({"s": data.parse(raw)}, "s", Path()))
     assert not set(splits["train"]) & (set(splits["dev"]) | set(splits["test"]))
     assert len(splits["train"]) > 2000
+
+
+@given(st.text(), st.text())
+def test_the_identity_of_one_text_is_that_of_its_json(name, text):
+    plain = json.dumps({name: text}, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    assert identity_of({name: text}) == int.from_bytes(hashlib.sha256(plain).digest()[:8], "little")

@@ -7,6 +7,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +227,17 @@ def text_of(record: Record) -> str:
 
 def identity_of(record: Record) -> int:
     """64 bits of the sha256 of a record's fields: equal for exact duplicates."""
-    plain = json.dumps(record, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    plain = _canonical(record).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.sha256(plain).digest()[:8], "little")
+
+
+def _canonical(record: Record) -> str:
+    """JSON with sorted keys; the usual record, one text, is written without a search for what else may be in it."""
+    if len(record) == 1:
+        ((name, value),) = record.items()
+        if type(value) is str:
+            return f"{{{encode_basestring(name)}: {encode_basestring(value)}}}"
+    return json.dumps(record, sort_keys=True, ensure_ascii=False)
 
 
 def _split_of(identity: int, settings: Source, given: set[str]) -> str:
