@@ -230,7 +230,13 @@ def test_a_killed_run_leaves_no_process_behind(family, tmp_path):
 def start(recipe, folder, *arguments):
     command = [sys.executable, "-c", "from graft.cli import main; main()", "run", str(recipe), "--out", str(folder)]
     return subprocess.Popen(
-        [*command, *arguments], text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+        [*command, *arguments],
+        text=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        # tests that a shell runs in the background hand down that Ctrl-C is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
