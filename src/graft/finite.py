@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +21,19 @@ def finite(values: Tensor) -> bool:
     """Whether there is no NaN and no Inf. A sum finds them; only where it is not finite itself is each looked at."""
     import torch
 
-    return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all())
+    if values.itemsize == 2 and values.device.type == "cpu":
+        return not values.numel() or _finite_bits(values)
+    return math.isfinite(values.sum(dtype=torch.float32).item()) or bool(torch.isfinite(values).all())
+
+
+def _finite_bits(values: Tensor) -> bool:
+    """The same for two bytes a value: NaN and Inf are the largest of all patterns of bits, with either sign."""
+    import numpy as np
+    import torch
+
+    bits = values.detach().view(torch.int16).numpy()
+    infinite = 0x7F80 if values.dtype == torch.bfloat16 else 0x7C00
+    return bool(bits.max() < infinite and bits.view(np.uint16).max() < 0x8000 + infinite)
 
 
 def check_weights(folder: Path, *, threads: int | None = None, piece: int = 1 << 22) -> None:

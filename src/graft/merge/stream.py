@@ -26,8 +26,9 @@ from graft.errors import CheckpointError
 from graft.finite import finite
 from graft.machine import cores
 
-PIECE = 1 << 17
-"""Elements of a piece: those of a few models, in float32, lie in a core's cache."""
+PIECE = 1 << 19
+"""Elements of a piece: those of a few models, in float32, lie in the cores' caches, and the work on them takes longer
+than the threads' waiting for each other between its steps."""
 FAR_PIECE = 1 << 21
 """Elements of a piece on an accelerator: enough work to be worth a start of its kernels."""
 FAR_THREADS = 6
@@ -138,13 +139,19 @@ class Workers:
 
     def buffer(self, slot: object, dtype: torch.dtype, count: int) -> tuple[memoryview, Tensor]:
         """`count` elements of this thread's buffer for `slot`, as bytes and as a tensor over the same memory."""
+        # every call into torch lets go of the interpreter and has to wait for it again: views are kept
+        views: dict[object, tuple[int, memoryview, Tensor]] = self._own.__dict__.setdefault("views", {})
+        if (slot, dtype) not in views or views[slot, dtype][0] != count:
+            found = self._room(slot, count * dtype.itemsize)
+            views[slot, dtype] = count, memoryview(found.numpy()), found.view(dtype)  # type: ignore[arg-type]
+        _, bytes_, values = views[slot, dtype]
+        return bytes_, values
+
+    def _room(self, slot: object, size: int) -> Tensor:
         held: dict[object, Tensor] = self._own.__dict__.setdefault("held", {})
-        size = count * dtype.itemsize
         if slot not in held or len(held[slot]) < size:
-            room = max(size, PIECE * dtype.itemsize)
-            held[slot] = torch.empty(room, dtype=torch.uint8, pin_memory=self._streams)
-        found = held[slot][:size]
-        return memoryview(found.numpy()), found.view(dtype)  # type: ignore[arg-type]
+            held[slot] = torch.empty(max(size, 2 * PIECE), dtype=torch.uint8, pin_memory=self._streams)
+        return held[slot][:size]
 
     def floats(self, raw: Tensor, slot: object) -> Tensor:
         """What was read, as float32 on the device; the memory is that of a buffer of this thread where that will do."""
