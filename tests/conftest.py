@@ -7,6 +7,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GRAFT_QUIET", "1")
+# nothing is kept for the user who runs the tests, nor taken from what is
+os.environ["GRAFT_CACHE"] = ""
 
 import pytest
 

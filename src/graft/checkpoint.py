@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import struct
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -261,6 +262,8 @@ class TensorWriter:
             else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         )
         self._files: dict[Path, int] = {}
+        # the system lets one thread at a time write to a file, and keeps the others busy with waiting
+        self._turn = threading.Lock()
         with disk_errors(self.folder):
             free_space(self.folder, sum(_size(*layout[n]) for n in layout), reuse=self.folder if resume else None)
             for file, tensors in zip(names, shards, strict=True):
@@ -295,17 +298,15 @@ class TensorWriter:
         """Put `piece` at byte `start` of the tensor. Raises DiskError where the disk is full."""
         header = self.headers[name]
         view, done = memoryview(piece).cast("B"), 0
-        with disk_errors(header.file):
+        with disk_errors(header.file), self._turn:
             while done < len(view):
                 done += os.pwrite(self._files[header.file], view[done:], header.start + start + done)
 
     def close(self) -> None:
-        """Bring everything to the disk and close the files."""
+        """Close the files. The system brings them to the disk when it likes to: `sync_folder` waits for that."""
         with disk_errors(self.folder):
             while self._files:
-                _, file = self._files.popitem()
-                os.fsync(file)
-                os.close(file)
+                os.close(self._files.popitem()[1])
 
 
 def _size(dtype: str, shape: tuple[int, ...]) -> int:
@@ -387,9 +388,13 @@ def atomic_folder(target: Path, *, keep_existing: bool = False) -> Iterator[Path
             shutil.rmtree(part, ignore_errors=True)
 
 
-def replace_folder(made: Path, target: Path, *, keep_existing: bool = False) -> None:
-    """Bring `made` to the disk and rename it onto `target`; an older `target` is removed only after that."""
-    sync_folder(made)
+def replace_folder(made: Path, target: Path, *, keep_existing: bool = False, on_disk: bool = True) -> None:
+    """Rename `made` onto `target`; an older `target` is removed only after that.
+
+    `on_disk`: wait until the disk has it, so that it is whole even where the machine goes down.
+    """
+    if on_disk:
+        sync_folder(made)
     old = target.parent / f".{target.name}.{os.getpid()}.old"
     if target.exists():
         if keep_existing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import sys
@@ -505,6 +506,10 @@ def _said(prompt: str | None) -> Iterator[str]:
 
 def main() -> None:
     """Entry point of the `graft` command. `--debug` may stand anywhere."""
+    # imports leave very many objects that stay: to look through them for garbage takes longer than some commands do
+    gc.set_threshold(100_000)
+    # numpy's threads keep their cores busy for a while after each product, others could use them
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     if "--debug" in sys.argv[2:]:
         sys.argv = [sys.argv[0], "--debug", *(word for word in sys.argv[1:] if word != "--debug")]
     app()

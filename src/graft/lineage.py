@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,17 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import graft
-from graft import lora
+from graft import lora, remembered
 from graft.checkpoint import ADAPTER, INDEX, WIDTH, TensorHeader, TensorReader, atomic_write, read_headers, weight_files
 from graft.errors import CheckpointError, DiskError, RequestError
 from graft.lora import is_lora
-from graft.machine import cores
+from graft.machine import boot, cores
 from graft.pickles import hash_pickles, is_pickled, pickled_bytes
 from graft.settings import Settings
 from graft.verb import Facts
 
 MANIFEST = "graft.json"
 SETTLED_NS = 2 * 10**9
+_OWN = threading.local()
 ADAPTED = "graft_adapted"
 """The `model_type` of a folder of adapters, and the key of what `config.json` says of them."""
 GENERAL_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
@@ -72,6 +74,8 @@ class Manifest(Settings):
     hash: str
     files: dict[str, list[int]] = {}
     """Size and time of the last change (ns) of the files of the weights when their hash was taken."""
+    boot: str | None = None
+    """Of the machine's run that wrote the files, where nobody waited until the disk had them."""
     initialisation: str
     vocabulary: str
     architecture: str
@@ -114,7 +118,8 @@ def hash_file(path: Path) -> str:
 def hash_weights(folder: Path) -> str:
     """sha256 of all tensors (name, dtype, shape, bytes), the same however they are sharded.
 
-    A process that asks again gets what it was told, as long as the files are those they were.
+    A process that asks again gets what it was told, as long as the files are those they were; of a folder without a
+    manifest, whose weights nobody vouches for, later processes get it as well until the machine starts anew.
     """
     folder = Path(folder).resolve()
     stats = {path.name: path.stat() for path in [*weight_files(folder), *folder.glob(INDEX)]}
@@ -122,29 +127,54 @@ def hash_weights(folder: Path) -> str:
     newest = max(max(s.st_mtime_ns, s.st_ctime_ns) for s in stats.values())
     # a file that has just been written may change once more within one tick of the file system's clock
     settled = time.time_ns() - newest > SETTLED_NS
-    return (_hash_files if settled else _hash_files.__wrapped__)(folder, stamps)
+    if not settled:
+        return _hash_files(folder)
+    return _hash_once(folder, stamps) if (folder / MANIFEST).exists() else _hash_remembered(folder, stamps)
+
+
+Stamps = tuple[tuple[str | int, ...], ...]
+
+
+def _hash_remembered(folder: Path, stamps: Stamps) -> str:
+    told = json.dumps([stamps, boot()])
+    before, _, found = (remembered.recall("hashes", str(folder)) or "").partition("\n")
+    if before != told or not found:
+        found = _hash_once(folder, stamps)
+        remembered.keep("hashes", str(folder), f"{told}\n{found}")
+    return found
 
 
 @lru_cache(maxsize=128)
-def _hash_files(folder: Path, stamps: tuple[tuple[str | int, ...], ...]) -> str:
+def _hash_once(folder: Path, stamps: Stamps) -> str:
+    return _hash_files(folder)
+
+
+def _hash_files(folder: Path) -> str:
     with TensorReader(folder) as reader, ThreadPoolExecutor(cores()) as pool:
-        digests = pool.map(lambda name: _hash_tensor(reader, name), reader.names)
-        whole = hashlib.sha256()
-        for digest in digests:
-            whole.update(digest)
-    return whole.hexdigest()
+        # the largest first, so that no core is left alone with one of them
+        largest_first = sorted(reader.names, key=lambda name: -reader.headers[name].count)
+        found = pool.map(lambda name: _hash_tensor(reader, name), largest_first)
+        digests = dict(zip(largest_first, found, strict=True))
+    return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
 
 
-def _hash_tensor(reader: TensorReader, name: str, piece: int = 1 << 22) -> bytes:
+def _hash_tensor(reader: TensorReader, name: str) -> bytes:
     header = reader.headers[name]
     digest = hashlib.sha256(json.dumps([name, header.dtype, header.shape]).encode())
     size = header.count * WIDTH[header.dtype]
-    buffer = bytearray(min(piece, size))
-    for start in range(0, size, piece):
-        view = memoryview(buffer)[: min(piece, size - start)]
+    buffer = _buffer()
+    for start in range(0, size, len(buffer)):
+        view = buffer[: min(len(buffer), size - start)]
         reader.read_into(name, start, view)
         digest.update(view)
     return digest.digest()
+
+
+def _buffer() -> memoryview:
+    """This thread's own, which lies in its core's cache."""
+    if not hasattr(_OWN, "buffer"):
+        _OWN.buffer = memoryview(bytearray(1 << 19))
+    return _OWN.buffer
 
 
 def hash_model(folder: Path) -> str:
@@ -187,7 +217,10 @@ def stamps(folder: Path) -> dict[str, list[int]]:
 
 
 def touched(folder: Path, manifest: Manifest) -> bool:
-    """Whether a file that decides what the model computes is another than when its hash was taken, by its stamp."""
+    """Whether a file that decides what the model computes may be another than when its hash was taken: by its stamp, or
+    as the machine has started anew before the disk had it for sure."""
+    if manifest.boot is not None and manifest.boot != boot():
+        return True
     now = stamps(folder)
     if manifest.files:
         return now != manifest.files
@@ -209,7 +242,7 @@ def check_as_made(folder: Path) -> None:
         )
     # a copy has other stamps: noted, where that may be written, so that it is not hashed every time
     with suppress(DiskError, OSError):
-        write_manifest(folder, manifest.model_copy(update={"files": stamps(folder)}))
+        write_manifest(folder, manifest.model_copy(update={"files": stamps(folder), "boot": None}))
 
 
 def _hash_lora(folder: Path) -> str:

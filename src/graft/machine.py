@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def boot() -> str | None:
+    """Another one whenever the machine has started anew; None where the system does not tell."""
+    return BOOT.read_text().strip() if BOOT.exists() else None
 
 
 def share_of_cores(processes: int) -> dict[str, str]:

@@ -32,6 +32,7 @@ from graft.lineage import (
     vocabulary_hash,
     write_manifest,
 )
+from graft.machine import boot
 from graft.settings import Settings
 from graft.verb import Facts, Job
 
@@ -87,7 +88,7 @@ def make(work: Work, run: Callable[[Work], Manifest] = run_verb) -> Manifest:
             manifest = run(work)
         with disk_errors(work.target):
             work.target.parent.mkdir(parents=True, exist_ok=True)
-            replace_folder(work.work / "out", work.target)
+            replace_folder(work.work / "out", work.target, on_disk=manifest.boot is None)
             shutil.rmtree(work.work, ignore_errors=True)
     return manifest
 
@@ -127,6 +128,7 @@ def _manifest(work: Work, found: Mapping[str, Any], seconds: float) -> Manifest:
         code=code_state(),
         data=list(work.uses),
         files=stamps(out),
+        boot=None if verbs.verb(work.verb).on_disk else boot(),
         hash=hash_model(out),
         initialisation=work.facts.initialisation,
         vocabulary=vocabulary_hash(out) if (out / "tokenizer.json").is_file() else work.facts.vocabulary,

@@ -98,6 +98,9 @@ class Verb(Generic[S]):
     together: ClassVar[bool] = False
     """Whether `run` may be called in several processes at once, started together by a launcher, to share the work."""
     stands_for: ClassVar[str] = "model"
+    on_disk: ClassVar[bool] = True
+    """Whether what is made is waited for until the disk has it; else its hash is taken again when the machine has
+    started anew, and it is made anew where that is another one."""
     reads: ClassVar[frozenset[str]] = frozenset({"safetensors", "adapter"})
     """How the weights of the models it is made from may be stored."""
 

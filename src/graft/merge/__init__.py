@@ -51,6 +51,7 @@ class Merge(Verb[MergeSettings]):
     """Combines weights into one model of the same size."""
 
     name = "merge"
+    on_disk = False
     summary = "Combine the weights of several models of one initialisation into one model."
 
     def types(self) -> Mapping[str, type[Settings]]:

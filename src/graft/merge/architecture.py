@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import hashlib
 import json
 import re
 import subprocess
@@ -16,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graft.checkpoint import atomic_write
+from graft import remembered
 from graft.errors import CannotCombine, CheckpointError
 from graft.lineage import read_config
 
@@ -24,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Shapes = Mapping[str, tuple[int, ...]]
+KIND = "architectures"
+"""Of what is kept."""
 NOT_NEEDED = ("scipy", "sklearn", "accelerate", "pandas", "PIL", "torchvision")
 """What transformers imports where it is installed and needs for no names and shapes: time and memory of the process."""
 
@@ -121,7 +121,8 @@ class Building:
     """A process that builds an architecture. `answer()` waits for it."""
 
     def __init__(self, config: str):
-        command = [sys.executable, "-m", "graft.merge.architecture"]
+        # what is imported stays until the end: there is no garbage worth looking for
+        command = [sys.executable, "-c", f"import gc; gc.disable(); import {__name__}; {__name__}.answer()"]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
         assert self._process.stdin is not None
@@ -150,16 +151,15 @@ def started(config: str) -> Building:
     return Building(config)
 
 
-def kept_in(cache: Path, config: str) -> Path:
-    """Where it stands what a configuration (see `meaning`) builds, by this version of `transformers`."""
-    made_of = config.encode() + metadata.version("transformers").encode()
-    return cache / f"architecture-{hashlib.sha256(made_of).hexdigest()[:32]}.json"
+def _by(config: str) -> str:
+    """A configuration (see `meaning`) and who builds it, as text."""
+    return f"{metadata.version('transformers')} {config}"
 
 
 def begin(folder: Path, cache: Path) -> None:
     """Start to build the architecture of `folder`, which a merge will ask for, unless that is no work here."""
     config = meaning(read_config(folder))
-    if "transformers" not in sys.modules and not kept_in(cache, config).exists():
+    if "transformers" not in sys.modules and remembered.recall(KIND, _by(config), cache) is None:
         started(config)
 
 
@@ -167,22 +167,25 @@ class Check:
     """Builds the architecture of a folder beside other work, in a process of its own.
 
     `transformers` takes seconds and hundreds of megabytes to import, which a merge has no other use for; where it is
-    imported already, this process does it. What was found stays in `cache`, named by configuration and version.
+    imported already, this process does it. What was found is kept, named by configuration and version: for all runs, or
+    in `cache` where nothing is kept for all.
     """
 
     def __init__(self, folder: Path, cache: Path):
         self.folder = folder
-        config = meaning(read_config(folder))
-        self._kept = kept_in(cache, config)
+        self.cache = cache
+        self._config = meaning(read_config(folder))
+        self._known = remembered.recall(KIND, _by(self._config), cache)
         self._building: Building | None = None
-        if not self._kept.exists() and "transformers" not in sys.modules:
-            self._building = started(config)
+        if self._known is None and "transformers" not in sys.modules:
+            self._building = started(self._config)
 
     def found(self) -> Architecture | None:
         """The architecture; waits for it. Raises CheckpointError where the configuration does not build a model."""
-        if not self._kept.exists():
-            atomic_write(self._kept, self._built())
-        plain = json.loads(self._kept.read_text())
+        if self._known is None:
+            self._known = self._built()
+            remembered.keep(KIND, _by(self._config), self._known, self.cache)
+        plain = json.loads(self._known)
         if plain is None:
             return None
         return Architecture(**plain | {"shapes": {name: tuple(shape) for name, shape in plain["shapes"].items()}})
@@ -234,9 +237,8 @@ def _plain(folder: Path) -> str:
     return json.dumps(made and asdict(made))
 
 
-if __name__ == "__main__":
-    # what is imported stays until the end: there is no garbage worth looking for
-    gc.disable()
+def answer() -> None:
+    """Print what the configuration on stdin builds."""
     # a name that stands for None is not installed, for all that transformers can tell
     sys.modules.update(dict.fromkeys(NOT_NEEDED))  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as place:
