@@ -1,5 +1,7 @@
 """Methods that draw at random against their twins, with the same draws; and properties that are one method's own."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -83,3 +85,11 @@ def test_ties_that_trims_nothing_of_one_sign_is_the_weighted_mean_of_task_vector
     assert made.keys() == plain.keys() == {"w", "v"}
     for name in made:
         torch.testing.assert_close(made[name], plain[name], rtol=2e-6, atol=5e-7)
+
+
+@pytest.mark.parametrize(("start", "count"), [(0, 8), (3, 100), (8, 1), (1000, 4097)])
+def test_draws_are_the_words_of_the_generator(start, count):
+    name = hashlib.sha256(b"5\0tensor\0model").digest()
+    words = np.random.Philox(key=np.frombuffer(name[:16], dtype=np.uint64)).random_raw((start + count) // 2 + 1)
+    drawn = uniform(5, "tensor", "model", start, count)
+    assert np.array_equal(drawn, words.view(np.uint32)[start : start + count])

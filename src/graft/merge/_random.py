@@ -20,6 +20,7 @@ def uniform(seed: int, tensor: str, model: str, start: int, count: int) -> np.nd
     name = hashlib.sha256(f"{seed}\0{tensor}\0{model}".encode()).digest()
     key = np.frombuffer(name[:16], dtype=np.uint64)
     first = start // DRAWS
-    steps = -(-(start + count) // DRAWS) - first
-    drawn = np.random.Philox(key=key, counter=first).random_raw(steps * DRAWS // 2).view(np.uint32)
-    return drawn[start - first * DRAWS :][:count]
+    skipped = start - first * DRAWS
+    # the generator's own words, as `random_raw` gives them; but other threads may run meanwhile
+    generator = np.random.Generator(np.random.Philox(key=key, counter=first))
+    return generator.integers(0, 2**32, size=skipped + count, dtype=np.uint32)[skipped:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 
 from graft.checkpoint import TensorReader
 from graft.errors import CannotCombine
@@ -11,6 +11,9 @@ from graft.merge.inputs import settled
 from graft.merge.preflight import INSTEAD, Layout, anyway
 from graft.merge.settings import MergeSettings
 from graft.verb import Facts
+
+_VERDICTS: dict[Hashable, Evidence] = {}
+"""What was found out about two models in this process."""
 
 
 class Placed(TensorReader):
@@ -36,7 +39,7 @@ def unrelated(settings: MergeSettings, plan: Layout, readers: Mapping[str, Tenso
     """
     wrong, found = [], {}
     for first, name, same_tokens in _pairs(settings, plan.facts):
-        evidence = kin(*_readers(settings, plan, readers, first, name), same_tokens=same_tokens)
+        evidence = _judged(*_readers(settings, plan, readers, first, name), same_tokens)
         if evidence.test is not None:
             found[name] = round(evidence.test.value, 4)
         if not evidence.mean_is_a_model:
@@ -59,10 +62,24 @@ def strangers(settings: MergeSettings, models: Mapping[str, Facts]) -> list[str]
         if starts[0] is None or starts[1] is None:
             continue
         with TensorReader(starts[0]) as a, TensorReader(starts[1]) as b:
-            evidence = kin(a, b, same_tokens=same_tokens)
+            evidence = _judged(a, b, same_tokens)
         if not evidence.mean_is_a_model:
             wrong.append(_told(name, first, evidence, same_tokens))
     return wrong
+
+
+def _judged(a: TensorReader, b: TensorReader, same_tokens: bool) -> Evidence:
+    """The verdict of `kin`; a merge asks before anything is made and when its tensors are placed."""
+    asked = (_content(a), _content(b), same_tokens)
+    if asked not in _VERDICTS:
+        _VERDICTS[asked] = kin(a, b, same_tokens=same_tokens)
+    return _VERDICTS[asked]
+
+
+def _content(reader: TensorReader) -> Hashable:
+    """What is read under which name, and of which state of the files."""
+    stamps = {file: file.stat().st_mtime_ns for file in {header.file for header in reader.headers.values()}}
+    return frozenset((name, h.file, h.start, stamps[h.file]) for name, h in reader.headers.items())
 
 
 def _pairs(settings: MergeSettings, models: Mapping[str, Facts]) -> Iterator[tuple[str, str, bool]]:
