@@ -7,7 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from graft.errors import SettingsError
+from graft import machine
+from graft.errors import RequestError, SettingsError
 from graft.machine import size
 from graft.plan import Places, make_plan, plain, render
 from graft.plan.fit import fits, memory_limit, told
@@ -140,6 +141,37 @@ def test_what_does_not_fit_is_told_the_kindest_change_first_and_each_change_fits
     assert memory_limit("24GB") == 24 * 10**9
     with pytest.raises(SettingsError, match="expected a size such as 24GB"):
         memory_limit("much")
+
+
+def test_a_training_that_does_not_fit_the_machine_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    (tmp_path / "d.txt").write_text("".join(f"text {n}\n" for n in range(200)))
+    path = tmp_path / "f.yaml"
+    path.write_text(TRAINED)
+    whole = make_plan(read_recipe(path), Places(tmp_path / "run")).steps["base"].estimate.memory_bytes
+    monkeypatch.setattr(machine, "memory", lambda device: int(whole * 0.7))
+    with pytest.raises(RequestError, match=r"expected trainings that fit into .*base: does not fit.*accumulate: 2"):
+        run(path, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run" / "models").exists()
+    assert not list((tmp_path / "run").glob("work/*"))
+
+
+def test_a_machine_tells_its_memory_and_a_container_its_limit(tmp_path, monkeypatch):
+    whole = machine.memory("cpu")
+    assert whole > 2**28
+    (tmp_path / "max").write_text("12345\n")
+    monkeypatch.setattr(machine, "LIMITS", (str(tmp_path / "max"), str(tmp_path / "none")))
+    assert machine.memory("cpu") == 12345
+    (tmp_path / "max").write_text("max\n")
+    assert machine.memory("cpu") >= whole
+
+
+def test_what_the_figures_rest_on_stands_below_the_table(tmp_path):
+    (tmp_path / "d.txt").write_text("".join(f"text {n}\n" for n in range(200)))
+    path = tmp_path / "f.yaml"
+    path.write_text(TRAINED)
+    out = io.StringIO()
+    Console(file=out, width=160).print(render(make_plan(read_recipe(path), Places(tmp_path / "run"))))
+    assert "base: 4+4+K bytes a trained parameter, K = 8 (adamw)" in out.getvalue()
 
 
 def test_an_ensembles_time_is_that_of_fitting_its_weights_and_its_memory_counts_the_process(tmp_path):

@@ -23,6 +23,23 @@ def share_of_cores(processes: int) -> dict[str, str]:
     return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores() // processes))}
 
 
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where a container says how much memory it may use."""
+
+
+def memory(device: str | None = None) -> int:
+    """Bytes of memory of a device; None: the accelerator, or the computer where there is none."""
+    if device != "cpu":
+        import torch
+
+        if torch.cuda.is_available() and (device is None or device.startswith("cuda")):
+            return int(torch.cuda.get_device_properties(device or "cuda").total_memory)
+    import psutil
+
+    said = [Path(place).read_text().strip() for place in LIMITS if Path(place).is_file()]
+    return min([psutil.virtual_memory().total, *(int(words) for words in said if words.isdecimal())])
+
+
 def size(number: float) -> str:
     """Bytes in words: `12.4 MB`."""
     for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):

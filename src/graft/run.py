@@ -11,16 +11,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from graft import machine
 from graft.checkpoint import atomic_write, disk_errors
 from graft.errors import CheckpointError, Locked, RequestError, RunError
 from graft.executors import Executor, Failure, Here, Launched, Outcome, Processes
 from graft.making import Work
 from graft.models import check_device
 from graft.plan import Places, Plan, Step, make_plan, standing
+from graft.plan.fit import fits
+from graft.plan.fit import told as told_of
 from graft.plan.keys import data_uses
 from graft.plan.places import OneModel
 from graft.progress import say
 from graft.recipe import Recipe, read_recipe
+from graft.train.settings import TrainSettings
 from graft.verbs import told
 
 
@@ -139,14 +143,33 @@ def locked(places: Places, *, wait: bool) -> Iterator[None]:
 def execute(plan: Plan, executor: Executor, *, device: str | None = None) -> tuple[list[str], list[str]]:
     """Make what is missing, parents first; (made, cached). What does not hang on a failed node is made all the same.
 
-    Raises CheckpointError for artifacts that were changed after they were made, NodesFailed for nodes that failed.
+    Raises CheckpointError for artifacts that were changed after they were made, RequestError for trainings that do not
+    fit into the memory, NodesFailed for nodes that failed.
     """
     if plan.damaged:
         raise CheckpointError("\n".join(plan.damaged))
     try:
+        if not isinstance(executor, Launched):
+            _check_room(plan, device)
         return _Course(plan, executor, device).follow()
     finally:
         executor.close()
+
+
+SURE = 1.15
+"""Estimates of memory are within 15 % of what was measured (docs/tuning.md): beyond that a training cannot fit."""
+
+
+def _check_room(plan: Plan, device: str | None) -> None:
+    """Raises RequestError for trainings that are to run and need more memory than there is, before anything loads."""
+    steps = [s for s in plan.steps.values() if s.state != "cached" and isinstance(s.node.settings, TrainSettings)]
+    if not steps:
+        return
+    there = machine.memory(device)
+    if all(step.estimate.memory_bytes <= SURE * there for step in steps):
+        return
+    wrong = [told_of(found) for found in fits(plan, there) if found.memory_bytes > SURE * there]
+    raise RequestError(f"expected trainings that fit into {machine.size(there)} of memory, found {'; '.join(wrong)}")
 
 
 class _Course:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -9,17 +10,19 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from graft.plan.steps import Plan, Step
+from graft.plan.steps import Plan
 from graft.settings import Bytes, Settings, parse
 from graft.train.settings import TrainSettings
+from graft.verb import Facts, Verb
 
 CHANGES: dict[str, tuple[Any, ...]] = {
     "accumulate": (2, 4, 8, 16, 32, 64),
     "gradient_checkpointing": (True,),
     "precision": ("bf16",),
+    "optimizer": ("adamw_8bit",),
 }
 """What may be tried, the kindest first: pieces of a step change nothing but time, checkpointing costs a third more of
-it, bf16 changes the numbers a little."""
+it, bf16 and moments of 8 bits change the numbers a little."""
 
 
 @dataclass(frozen=True)
@@ -52,30 +55,35 @@ def fits(plan: Plan, limit: int) -> list[Fit]:
     for name, step in plan.steps.items():
         if step.state == "cached":
             continue
-        needed = step.estimate.memory_bytes
-        changes = [] if needed <= limit else _changes(step, {m: facts[m] for m in step.node.models}, limit)
+        needed, node = step.estimate.memory_bytes, step.node
+        own = {model: facts[model] for model in node.models}
+        changes = [] if needed <= limit else ways(node.verb, node.settings, own, limit)
         found.append(Fit(name, needed, needed <= limit, changes))
     return found
 
 
-def _changes(step: Step, models: Mapping[str, Any], limit: int) -> list[tuple[Mapping[str, Any], int]]:
-    """The first change of each kind of combination that fits."""
-    node = step.node
-    if not isinstance(node.settings, TrainSettings):
+def ways(
+    verb: Verb[Any], settings: Settings, models: Mapping[str, Facts], limit: int
+) -> list[tuple[Mapping[str, Any], int]]:
+    """Changes of `settings` with which the verb's work fits into `limit` bytes, the kindest first, with what it needs.
+
+    Of each kind of combination the first that fits; none where nothing does, or where there is no training.
+    """
+    if not isinstance(settings, TrainSettings):
         return []
     found: dict[tuple[str, ...], tuple[Mapping[str, Any], int]] = {}
-    for change in _combinations(node.settings):
+    for change in _combinations(settings):
         kind = tuple(change)
         if any(set(known) <= set(kind) for known in found):
             continue
-        needed = node.verb.estimate(node.settings.model_copy(update=dict(change)), models).memory_bytes
+        needed = verb.estimate(settings.model_copy(update=dict(change)), models).memory_bytes
         if needed <= limit:
             found[kind] = change, needed
     return list(found.values())
 
 
 def _combinations(settings: TrainSettings) -> Iterator[Mapping[str, Any]]:
-    """Changes of one setting, then of two, then of three."""
+    """Changes of one setting, then of two, and so on."""
     choices = {name: [None, *(v for v in values if _possible(settings, name, v))] for name, values in CHANGES.items()}
     every = [
         {name: value for name, value in zip(choices, values, strict=True) if value is not None}
@@ -90,6 +98,8 @@ def _combinations(settings: TrainSettings) -> Iterator[Mapping[str, Any]]:
 def _possible(settings: TrainSettings, name: str, value: Any) -> bool:
     if name == "accumulate":
         return value > settings.accumulate and settings.batch_size % value == 0
+    if name == "optimizer" and importlib.util.find_spec("bitsandbytes") is None:
+        return False
     return bool(getattr(settings, name) != value)
 
 

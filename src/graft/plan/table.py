@@ -56,7 +56,17 @@ def render(plan: Plan) -> Table:
         state = "forced" if step.forced else STATES[step.state]
         figures = (count(cost.parameters), size(cost.disk_bytes), size(cost.memory_bytes), seconds)
         table.add_row(step.node.name, made_by, state, *figures)
+    table.caption, table.caption_justify = "\n".join(_notes(plan)), "left"
     return table
+
+
+def _notes(plan: Plan) -> list[str]:
+    """What the figures of nodes that are still to be made rest on, each with the nodes."""
+    notes: dict[str, list[str]] = {}
+    for name, step in plan.steps.items():
+        if _to_make(step) and step.estimate.note:
+            notes.setdefault(step.estimate.note, []).append(name)
+    return [f"{', '.join(names)}: {note}" for note, names in notes.items()]
 
 
 def _to_make(step: Step) -> bool:

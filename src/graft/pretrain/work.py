@@ -23,10 +23,12 @@ def run(job: Job) -> dict[str, Any]:
     import torch
 
     from graft.train.on_text import train_on_text
+    from graft.train.optimizer import check_optimizer
     from graft.train.place import main_first
 
     settings = job.settings
     assert isinstance(settings, PretrainSettings)
+    check_optimizer(settings.optimizer, job.device)
     name, split = data.split_ref(settings.data)
     corpus = data.open_corpus(job.data, name, job.root)
     objective = objective_for(settings.architecture, settings.objective)

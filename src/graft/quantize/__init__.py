@@ -15,6 +15,8 @@ from graft.verb import Estimate, Facts, Job, Verb
 LIBRARY = "bitsandbytes"
 BYTES = {4: 4.127 / 8, 8: 1.0}
 """A weight: 4 bits and 0.127 for doubly quantised constants (Dettmers et al. 2023, section 3); 8 bits."""
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a weight that is not packed."""
 THROUGHPUT = 50e6
 """Guess: parameters a second that are read, packed and written on a CPU."""
 
@@ -73,7 +75,9 @@ class Quantize(Verb[QuantizeSettings]):
         if settings.bits == 16:
             return replace(start, config=config, stored="safetensors", bytes=4 * start.parameters)
         config["quantization_config"] = wanted(settings)
-        return replace(start, config=config, stored="quantised", bytes=int(BYTES[settings.bits] * start.parameters))
+        plain = min(embedded(start.config), start.parameters)
+        size = BYTES[settings.bits] * (start.parameters - plain) + WIDTHS[settings.dtype] * plain
+        return replace(start, config=config, stored="quantised", bytes=int(size))
 
     def estimate(self, settings: QuantizeSettings, models: Mapping[str, Facts]) -> Estimate:
         start, made = models[settings.from_], self.facts(settings, models, "")
@@ -99,6 +103,14 @@ def wanted(settings: QuantizeSettings) -> dict[str, Any]:
         "bnb_4bit_compute_dtype": settings.dtype,
         **kept,
     }
+
+
+def embedded(config: Mapping[str, Any]) -> int:
+    """Parameters of the embeddings and of a head of their size, which are not packed; 0 where it cannot be told."""
+    from graft.train.memory import Dimensions
+
+    known = Dimensions.of(config)
+    return 0 if known is None else known.vocabulary * known.width * (1 if config.get("tie_word_embeddings") else 2)
 
 
 VERB = Quantize()

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from graft.machine import cores
-from graft.train.memory import CONVENTIONS, PROCESS, Dimensions, activation_bytes, model_states
+from graft.train.memory import (
+    CONVENTIONS,
+    OPTIMIZER_BYTES,
+    PROCESS,
+    Dimensions,
+    States,
+    activation_bytes,
+    model_states,
+)
 from graft.train.settings import TrainSettings
 from graft.verb import Estimate
 
@@ -37,26 +46,47 @@ def on_this_cpu() -> str:
 
 
 def training_estimate(
-    parameters: int, settings: TrainSettings, length: int, known: Dimensions | None = None, trained: int | None = None
+    parameters: int,
+    settings: TrainSettings,
+    length: int,
+    known: Dimensions | None = None,
+    trained: int | None = None,
+    *,
+    frozen_bytes: float = 4.0,
 ) -> Estimate:
     """Disk, memory (the process, weights, gradients, two moments, activations) and time on a CPU.
 
-    `known` None: activations by rule of thumb. `trained` None: all parameters are. A token costs 6 floating-point
-    operations a parameter (Kaplan et al. 2020, section 2.1). Budgets in epochs have no estimate of time, since that
-    takes reading the data.
+    `known` None: activations by rule of thumb. `trained` None: all parameters are; else so many beside `parameters`,
+    which are frozen and lie in `frozen_bytes` each. A token costs 6 floating-point operations a parameter (Kaplan et
+    al. 2020, section 2.1). Budgets in epochs have no estimate of time, since that takes reading the data.
     """
     step_tokens = settings.batch_size * length
     amount, unit = settings.budget.amount, settings.budget.unit
     tokens = {"tokens": amount, "steps": amount * step_tokens, "epochs": None}[unit]
-    states = model_states(parameters, CONVENTIONS["fp32"], trained=trained, frozen_bytes=4)
+    states = states_of(parameters, settings, trained, frozen_bytes)
     average = 4 * (parameters if trained is None else trained) if settings.ema else 0
     activations = _activations(parameters, settings, step_tokens / settings.accumulate, known)
     # gradients come as activations go; those of the pieces before stand beside the activations of the next
     passing = max(states.gradients, activations) if settings.accumulate == 1 else states.gradients + activations
     memory = PROCESS + states.weights + states.optimizer + average + passing
     seconds = None if tokens is None else 6 * parameters * tokens / cpu_flops()
-    note = f"time {on_this_cpu()}" + ("" if known else "; activations by rule of thumb")
+    note = f"{_convention(settings, trained, frozen_bytes)}; time {on_this_cpu()}"
+    note += "" if known else "; activations by rule of thumb"
     return Estimate(parameters, 4 * parameters, int(memory), seconds, note)
+
+
+def states_of(parameters: int, settings: TrainSettings, trained: int | None, frozen_bytes: float = 4.0) -> States:
+    """Weights, gradients and moments, as `training_estimate` counts them."""
+    convention = replace(CONVENTIONS["fp32"], optimizer=OPTIMIZER_BYTES[settings.optimizer])
+    whole = parameters + (trained or 0)
+    return model_states(whole, convention, trained=trained, frozen_bytes=frozen_bytes)
+
+
+def _convention(settings: TrainSettings, trained: int | None, frozen_bytes: float) -> str:
+    """Bytes a parameter in words: weights + gradients + K, what the optimizer holds."""
+    kept = OPTIMIZER_BYTES[settings.optimizer]
+    frozen = "" if trained is None else f", {frozen_bytes:.2g} a frozen one"
+    return f"4+4+K bytes a trained parameter, K = {kept:.2g} ({settings.optimizer}){frozen}"
 
 
 def _activations(parameters: int, settings: TrainSettings, tokens: float, known: Dimensions | None) -> float:

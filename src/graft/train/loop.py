@@ -32,7 +32,7 @@ from graft.train.ema import MovingAverage
 from graft.train.interrupt import Interrupt
 from graft.train.journal import Journal
 from graft.train.kept import Kept
-from graft.train.optimizer import adamw
+from graft.train.optimizer import adamw, moments, set_moments
 from graft.train.place import Place
 from graft.train.random_state import random_state, seed_all, set_random_state
 from graft.train.schedule import rate
@@ -213,8 +213,7 @@ class Training:
             found.update(
                 {f"average.{name}": t for name, t in zip(self.average.names, self.average.average, strict=True)}
             )
-        for number, moments in self.optimizer.state_dict()["state"].items():
-            found.update({f"optimizer.{number}.{name}": tensor for name, tensor in moments.items()})
+        found.update({f"optimizer.{name}": tensor for name, tensor in moments(self.optimizer).items()})
         return found
 
     def resume(self) -> None:
@@ -241,13 +240,8 @@ class Training:
 
     @torch.no_grad()
     def _load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        moments: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "optimizer":
-                number, _, moment = rest.partition(".")
-                moments.setdefault(int(number), {})[moment] = tensor
-        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        held = {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith("optimizer.")}
+        set_moments(self.optimizer, held)
         for name, target in self.tensors().items():
             if not name.startswith("optimizer."):
                 target.copy_(tensors[name])

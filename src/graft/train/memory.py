@@ -37,6 +37,9 @@ CONVENTIONS = {
     "8-bit optimizer": Convention(2, 2, 2),
 }
 """fp32 is that of graft's own loop, autocast included; `mixed` is 2+2+K with K = 12: master weights, two moments."""
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256, "paged_adamw": 0.0, "paged_adamw_8bit": 0.0}
+"""Bytes of the moments of a trained parameter on the device: two of 32 bits; or of 8, with a constant of 32 for each
+256 (Dettmers et al. 2022, arXiv:2110.02861, section 2); paged ones give way to whatever else needs the room."""
 NF4_BYTES = 4.127 / 8
 """A weight in NF4 with double quantisation: 4 bits and 0.127 for its constants (Dettmers et al. 2023, section 3)."""
 

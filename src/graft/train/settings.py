@@ -146,6 +146,11 @@ class TrainSettings(Settings):
     weight_decay: float = Field(
         0.01, ge=0, description="AdamW weight decay of matrices; biases, norms, embeddings none"
     )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        default="adamw",
+        description="AdamW with moments of 32 bits or of 8 (Dettmers et al. 2022); `paged_…`: moments that give way to "
+        "the computer's memory where that of a CUDA device is full. All but `adamw` need bitsandbytes",
+    )
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW decay rates of the two moments")
     clip: float | None = Field(
         default=1.0, gt=0, description="largest global norm of the gradient; null for no clipping"
@@ -191,6 +196,13 @@ class TrainSettings(Settings):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"expected betas from 0 to below 1, found {betas}")
         return betas
+
+    @field_validator("optimizer")
+    @classmethod
+    def _at_hand(cls, optimizer: str) -> str:
+        if optimizer != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(str(MissingExtra("bitsandbytes", "quantised", f"the optimizer {optimizer}")))
+        return optimizer
 
     @field_validator("track")
     @classmethod

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -98,27 +100,20 @@ class Tune(Verb[TuneSettings]):
 
         if name == "full" and (options["freeze"] or options["only"]):
             return chosen.problems(parameter_names(start.config), options["freeze"], options["only"])
+        if name == "peft":
+            from graft.adapters.foreign import tried
+
+            return [] if is_adapted(start) else tried(start.config, options["config"])[0]
         if name == "fusion" or not hasattr(chosen, "points"):
             return []
         return problems(start.config, chosen.points(chosen.Settings(**options)), fold=settings.fold)
 
     def _trained(self, settings: TuneSettings, start: Facts) -> int | None:
         """Numbers that an adapter trains; None where all weights are, or where it cannot be told yet."""
-        points = self._points(settings, start)
-        if not points:
+        if not start.config.get("architectures"):
             return None
-        from graft.adapters.trial import trained
-
-        return trained(start.config, points)
-
-    @staticmethod
-    def _points(settings: TuneSettings, start: Facts) -> list[Point]:
-        """The adapter's points; none for other methods and for models whose configuration is not known yet."""
-        ((name, options),) = settings.method.items()
-        chosen = method("graft.tune", name)
-        if not hasattr(chosen, "points") or not start.config.get("architectures"):
-            return []
-        return list(chosen.points(chosen.Settings(**options)))
+        said = json.dumps(settings.method, sort_keys=True), json.dumps(dict(start.config), sort_keys=True, default=str)
+        return counted(*said)
 
     def check_data(self, settings: TuneSettings, models: Mapping[str, Facts], formats: Mapping[str, str]) -> list[str]:
         from graft.data import split_ref
@@ -143,14 +138,34 @@ class Tune(Verb[TuneSettings]):
         from graft.train.memory import Dimensions
 
         start = models[settings.from_]
-        length = settings.length or longest(start.config)
-        known = Dimensions.of(start.config)
-        return training_estimate(start.parameters, settings, length, known, self._trained(settings, start))
+        length, known = settings.length or longest(start.config), Dimensions.of(start.config)
+        trained = self._trained(settings, start)
+        frozen = start.bytes / start.parameters if start.stored == "quantised" and start.parameters else 4.0
+        return training_estimate(start.parameters, settings, length, known, trained, frozen_bytes=frozen)
 
     def run(self, job: Job) -> dict[str, Any]:
         from graft.tune.work import run
 
         return run(job)
+
+
+@lru_cache(maxsize=256)
+def counted(said: str, configuration: str) -> int | None:
+    """Numbers that a method (as JSON, as settings have it) trains in the model of a configuration (as JSON).
+
+    None for methods that are no adapters, and where it cannot be tried. A plan asks it of the same again and again.
+    """
+    ((name, options),) = json.loads(said).items()
+    chosen, config = method("graft.tune", name), json.loads(configuration)
+    if name == "peft":
+        from graft.adapters.foreign import tried
+
+        return tried(config, options["config"])[1]
+    if name == "fusion" or not hasattr(chosen, "points"):
+        return None
+    from graft.adapters.trial import trained
+
+    return trained(config, chosen.points(chosen.Settings(**options)))
 
 
 def named_points() -> dict[str, list[Point]]:
