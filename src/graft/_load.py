@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from graft.adapters.facts import adapted_base, place_base
+from graft.adapters.facts import adapted_base, adapter_of_head, place_base
 from graft.errors import RequestError
 from graft.hub import fetch
 from graft.lora import base_folder, is_lora, name_base
@@ -47,6 +47,11 @@ class Load(Verb[LoadSettings]):
             raise RequestError(
                 f"expected a model's folder (with config.json) at {folder}, found none; for a model on the hub write "
                 f"{{load: {{path: {settings.path}, hub: true}}}}"
+            )
+        if (adapter := adapter_of_head(folder)) is not None:
+            raise RequestError(
+                f"{folder} is a head beside an adapter, which cannot stand alone: expected the adapter's folder "
+                f"({adapter.resolve()}), whose heads come along"
             )
         return settings.model_copy(update={"path": str(folder)})
 

@@ -190,15 +190,24 @@ def hash_model(folder: Path) -> str:
     config = read_config(folder)
     if (Path(folder) / ADAPTER).exists():
         parts = [config.get(ADAPTED, {}).get("base", {}).get("hash"), hash_file(Path(folder) / ADAPTER)]
+        parts += [part for path in _heads(folder) for part in (path.parent.name, hash_file(path))]
         said = json.dumps([*parts, {k: v for k, v in config.get(ADAPTED, {}).items() if k != "base"}], sort_keys=True)
         return hashlib.sha256(said.encode()).hexdigest()
+    if "head_of" in config.get(ADAPTED, {}):
+        both = [hash_model(Path(folder) / config[ADAPTED]["head_of"]), hash_file(Path(folder) / "head.safetensors")]
+        return hashlib.sha256(json.dumps(both).encode()).hexdigest()
     if (Path(folder) / "model.safetensors").exists() or (Path(folder) / "model.safetensors.index.json").exists():
-        heads = sorted(path for path in (Path(folder) / "heads").glob("*/head.safetensors"))
+        heads = _heads(folder)
         if not heads:
             return hash_weights(folder)
         parts = [hash_weights(folder), *([path.parent.name, hash_file(path)] for path in heads)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return hash_file(Path(folder) / "config.json")
+
+
+def _heads(folder: Path) -> list[Path]:
+    """Files of the weights of heads in a model's folder."""
+    return sorted((Path(folder) / "heads").glob("*/head.safetensors"))
 
 
 def known_hash(folder: Path) -> str:
@@ -347,7 +356,8 @@ def _json(path: Path, what: str) -> dict[str, Any]:
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """Folders of the models that one is loaded from beside its own weights: an ensemble's members, an adapter's base.
+    """Folders of the models that one is loaded from beside its own weights: an ensemble's members, an adapter's base,
+    the adapter below a head.
 
     One that is not there is left out.
     """
@@ -357,7 +367,8 @@ def parts_of(folder: Path) -> list[Path]:
     else:
         config = read_config(folder)
         named = [member for member in config.get("members", ()) if isinstance(member, dict) and member.get("path")]
-        named += [config[ADAPTED]["base"]] if ADAPTED in config else []
+        said = config.get(ADAPTED, {})
+        named += [said["base"]] if "base" in said else [{"path": said["head_of"]}] if "head_of" in said else []
         found = [folder / one["path"] for one in named]
     return [place for place in found if place is not None and place.is_dir()]
 
@@ -428,6 +439,9 @@ def _facts_of(folder: Path) -> Facts:
             manifest.architecture, manifest.initialisation, manifest.vocabulary, manifest.parameters, 0, config, False,
             frozenset(manifest.trained_on),
         )  # fmt: skip
+    if ADAPTED in config and "head_of" in config[ADAPTED]:
+        own = facts_of(folder / config[ADAPTED]["head_of"])
+        return replace(own, architecture="encoder", config=config, bytes=(folder / "head.safetensors").stat().st_size)
     if ADAPTED in config:
         base = facts_of(folder / config[ADAPTED]["base"]["path"])
         return replace(base, config=config, mergeable=False, bytes=(folder / ADAPTER).stat().st_size)

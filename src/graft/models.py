@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graft.adapters.facts import adapter_of_head
 from graft.checkpoint import ADAPTER, disk_errors, read_headers
 from graft.errors import CheckpointError, RequestError
 from graft.finite import check_folder, check_loaded
@@ -100,6 +101,10 @@ def load(
         from graft.adapters.folder import load as load_adapted
 
         return load_adapted(path, dtype=dtype, device=device)
+    if adapter_of_head(path) is not None:
+        from graft.multitask.adapted import load_head
+
+        return load_head(path, dtype=dtype, device=device)
     if not config.model_type.startswith("graft_"):
         read_headers(path)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype

@@ -8,11 +8,24 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PretrainedConfig,
 )
 
 from graft.lineage import ADAPTED
+
+AUTO: tuple[Any, ...] = (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoModelForQuestionAnswering,
+)
+"""The Auto classes that learn of adapters, those of heads beside adapters included."""
 
 
 class AdaptedConfig(PretrainedConfig):
@@ -42,7 +55,7 @@ class AdaptedModel:
 def register() -> None:
     """Make the Auto classes of `transformers` know adapters."""
     AutoConfig.register(ADAPTED, AdaptedConfig, exist_ok=True)
-    for auto in (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM):
+    for auto in AUTO:
         auto.register(AdaptedConfig, AdaptedModel, exist_ok=True)
 
 

@@ -40,10 +40,24 @@ def frozen_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+HEAD_OF = "head_of"
+"""What `config.json` of a head beside an adapter says: the adapter's folder, relative."""
+
+
+def adapter_of_head(folder: Path) -> Path | None:
+    """The folder of the adapter that the head in `folder` stands on; None where it holds no such head."""
+    if not (folder / "config.json").is_file():
+        return None
+    said = (read_config(folder).get(ADAPTED) or {}).get(HEAD_OF)
+    return None if said is None else folder / said
+
+
 def adapted_base(folder: Path) -> Path | None:
     """The folder of the frozen model that the adapters in `folder` name; None where it holds a model of its own."""
     if not (folder / "config.json").is_file():
         return None
+    if (place := adapter_of_head(folder)) is not None:
+        return adapted_base(place)
     said = read_config(folder).get(ADAPTED)
     return None if said is None else folder / said["base"]["path"]
 

@@ -262,23 +262,29 @@ class Reader:
     """Before every call of the model: reads learned tokens, and moves the text behind what takes up positions."""
 
     def __init__(self, stack: Adapters, model: PreTrainedModel):
-        self.stack, self.model, self.reading = stack, model, False
-        translates = model.config.is_encoder_decoder
-        self.body: Any = model.get_encoder() if translates else model.base_model
-        self.shifts = not translates and "position_ids" in inspect.signature(type(model).forward).parameters
-        # generation calls the encoder of a translator by itself
-        called = self.body if translates else model
-        self.handle = called.register_forward_pre_hook(self.before, with_kwargs=True)
+        self.stack, self.model, self.reading, self.inside = stack, model, False, False
+        self.translates = model.config.is_encoder_decoder
+        self.body: Any = model.get_encoder() if self.translates else model.base_model
+        # generation calls the encoder of a translator by itself, heads for tasks call the body; some models call parts
+        # of their body only
+        called = [self.body] if self.translates or self.body is model else [model, self.body]
+        self.handles = [one.register_forward_pre_hook(self.before, with_kwargs=True) for one in called]
+        self.handles += [one.register_forward_hook(self.behind, always_call=True) for one in called[:1]]
+
+    def behind(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The call that began first is over."""
+        self.inside = False
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Read the active tokens; shift the positions of the text."""
-        if self.reading:
+        if self.reading or self.inside:
             return args, kwargs
+        self.inside = module is self.model
         for name in self.stack.running():
             for site in self.stack.tokens(name):
                 self.read(name, site)
         shift = self._shift(args, kwargs)
-        if shift is None or not self.shifts:
+        if shift is None or self.translates or "position_ids" not in inspect.signature(type(module).forward).parameters:
             return args, kwargs
         positions = kwargs.get("position_ids")
         if positions is None:

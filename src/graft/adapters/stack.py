@@ -283,7 +283,8 @@ class Adapters(nn.Module):
     def release(self, model: PreTrainedModel) -> None:
         """Undo what the adapters changed in the model beside hooks on modules."""
         if self.reader is not None:
-            self.reader.handle.remove()
+            for handle in self.reader.handles:
+                handle.remove()
         for path in self.slots:
             model.get_submodule(path).__dict__.pop("graft_keys", None)
         if self.was is not None:
@@ -320,6 +321,19 @@ class Adapted:
 def adapted_class(cls: type) -> type:
     """`cls` with `Adapted`, under the same name."""
     return cls if issubclass(cls, Adapted) else type(cls.__name__, (Adapted, cls), {"__module__": cls.__module__})
+
+
+def carried(model: PreTrainedModel, head: PreTrainedModel) -> PreTrainedModel:
+    """`head`, which shares the body of `model`, as a model with the adapters that hang on it."""
+    from graft.adapters.foreign import HOLDER
+
+    stack = adapters_of(model)
+    if stack is not None:
+        head.add_module(NAME, stack)
+    if HOLDER in model.__dict__:
+        head.__dict__[HOLDER] = model.__dict__[HOLDER]
+    head.__class__ = adapted_class(type(head))  # type: ignore[arg-type]
+    return head
 
 
 def adapters_of(model: Any) -> Adapters | None:

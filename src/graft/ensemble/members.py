@@ -13,11 +13,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from graft import lineage, models
-from graft.adapters.facts import frozen_config
+from graft.adapters.facts import adapter_of_head, frozen_config
 from graft.checkpoint import atomic_write
 from graft.ensemble.dropout import thinned, twin
 from graft.ensemble.sources import Source
-from graft.errors import CheckpointError
+from graft.errors import CheckpointError, RequestError
 from graft.lora import CONFIG as LORA_CONFIG
 from graft.lora import base_folder, is_lora
 
@@ -72,6 +72,11 @@ def _base_of(folder: Path) -> Path | None:
     """The folder of the model that an adapter's folder names; None for a model of its own."""
     if is_lora(folder):
         return home_of(folder)
+    if adapter_of_head(folder) is not None:
+        raise RequestError(
+            f"{folder} is a head beside an adapter, which cannot stand alone: expected a model of its own, with the "
+            "adapter folded (`fold: true`) and its head split out (graft head)"
+        )
     adapted = lineage.read_config(folder).get(lineage.ADAPTED)
     return None if adapted is None else folder / adapted["base"]["path"]
 

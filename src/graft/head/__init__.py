@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from graft.adapters.facts import is_adapted
 from graft.settings import ModelRef, Settings, parse
 from graft.verb import Estimate, Facts, Job, Verb
 
@@ -34,6 +35,11 @@ class Head(Verb[HeadSettings]):
     def check(self, settings: HeadSettings, models: Mapping[str, Facts]) -> list[str]:
         heads = models[settings.from_].heads
         there = ", ".join(heads) or "none: tune it on `tasks` with a `head`"
+        if is_adapted(models[settings.from_]):
+            return [
+                f"{settings.from_} is an adapter that lies apart, and its heads with it (heads/TASK loads as it is): a "
+                "whole model with one head needs the adapter folded (`fold: true`)"
+            ]
         if settings.task is not None and settings.task not in heads:
             return [f"expected a head of {settings.from_}, found the task {settings.task!r}; it has {there}"]
         if settings.task is None and len(heads) != 1:

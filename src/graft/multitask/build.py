@@ -63,10 +63,12 @@ def add_head(
         )
     for name, child in own.named_children():
         if getattr(body, name, None) is None:
-            setattr(body, name, child)  # what only heads need, such as a pooler
+            setattr(body, name, child.to(model.device))  # what only heads need, such as a pooler
     setattr(made, made.base_model_prefix, body)
+    for child in (child for child in made.children() if child is not body):  # a packed body is not moved
+        child.to(model.device)
     _copy_alike(model, made)
-    return made.to(model.device).train(model.training)
+    return made.train(model.training)
 
 
 def _config(config: Any, labels: Sequence[str], tokenizer: PreTrainedTokenizerFast | None) -> Any:

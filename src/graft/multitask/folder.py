@@ -8,6 +8,7 @@ head has) and an index that names for the weights of the body the files of the m
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,14 +60,21 @@ def _head_of(folder: Path, name: str) -> HeadFacts | None:
     return HeadFacts(folder, kind, said.get("name", name), said.get("data"), ordered)
 
 
+def head_in(folder: Path) -> HeadFacts | None:
+    """The head that a folder is; None where its model has one over the vocabulary."""
+    return _head_of(Path(folder), Path(folder).name)
+
+
 def load_own(model: PreTrainedModel, folder: Path) -> None:
     """Take the weights of a head's folder beside those of its body. Raises CheckpointError if they do not fit."""
     from safetensors.torch import load_file
 
-    file = folder / OWN if (folder / OWN).is_file() else None
-    held = load_file(file) if file else {n: t for path in weight_files(folder) for n, t in load_file(path).items()}
     body = f"{model.base_model_prefix}."
-    own = {name: tensor for name, tensor in held.items() if not name.startswith(body)}
+    if (folder / OWN).is_file():  # beside what stands on the body, parts of it that only heads need, such as a pooler
+        own = load_file(folder / OWN)
+    else:
+        held = {n: t for path in weight_files(folder) for n, t in load_file(path).items()}
+        own = {name: tensor for name, tensor in held.items() if not name.startswith(body)}
     wanted = {name: value.shape for name, value in model.state_dict().items() if not name.startswith(body)}
     if {name: tensor.shape for name, tensor in own.items() if name in wanted} != wanted:
         raise CheckpointError(f"{folder}: expected the weights {', '.join(wanted)} of a head, found {', '.join(own)}")
@@ -112,8 +120,8 @@ def split_files(folder: Path, prefix: str) -> None:
 
 
 def save_heads(
-    heads: dict[str, PreTrainedModel],
-    facts: dict[str, dict[str, Any]],
+    heads: Mapping[str, PreTrainedModel],
+    facts: Mapping[str, dict[str, Any]],
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
     prefix: str,

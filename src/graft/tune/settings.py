@@ -76,10 +76,6 @@ class TuneSettings(TrainSettings):
             found.append(
                 "heads stand on encoders and decoders; an encoder–decoder learns all tasks as text (`head: text`)"
             )
-        if not self.fold and "full" not in self.method:
-            found.append(
-                "heads stand on the weights of a whole model: give the adapter `fold: true`, or use `method: full`"
-            )
         return found
 
 

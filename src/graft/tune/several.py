@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from graft import data, models
+from graft.adapters.folder import base_of
+from graft.checkpoint import ADAPTER
 from graft.data.examples import Encoder, LabelledCollate, labels_in
 from graft.data.objectives import Tokens, objective_rows
 from graft.data.rows import ListRows, Rows
 from graft.data.turns import Phase, TaskRows, Turns, shares_of
 from graft.errors import DataError, RequestError
+from graft.multitask.adapted import save_adapted_heads
 from graft.multitask.build import add_head
 from graft.multitask.folder import HeadFacts, heads_in, load_own, save_heads
 from graft.settings import Settings
@@ -65,11 +68,24 @@ def train_on_tasks(
     def write(trained: MultiTask, folder: Path) -> None:
         (save or (lambda one, place: models.save(one, tokenizer, place)))(trained.root, folder)
         if heads and processes()[0] == 0:
-            save_heads(heads, facts, tokenizer, folder, model.base_model_prefix)
+            _write_heads(heads, facts, tokenizer, folder, model)
 
     metrics = _train(job, settings, multi, parts, dev, write)
     write(multi, job.out)
     return {**metrics, "parameters": sum(p.numel() for p in multi.parameters())}
+
+
+def _write_heads(
+    heads: Mapping[str, PreTrainedModel], facts: Mapping[str, dict[str, Any]], tokenizer: PreTrainedTokenizerFast,
+    folder: Path, model: PreTrainedModel,
+) -> None:  # fmt: skip
+    """Into the folder where the model stands already: beside its weights, or beside adapters that lie apart."""
+    if not (folder / ADAPTER).is_file():
+        save_heads(heads, facts, tokenizer, folder, model.base_model_prefix)
+        return
+    base = base_of(model)
+    assert base is not None
+    save_adapted_heads(heads, facts, tokenizer, folder, base)
 
 
 def _check_ends(settings: TuneSettings, sources: Mapping[str, TaskSource]) -> None:
