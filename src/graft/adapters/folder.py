@@ -31,13 +31,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def base_of(model: PreTrainedModel) -> Path | None:
+    """The folder of the frozen model below the adapters of `model`; None where it lies in none."""
+    stack = adapters_of(model)
+    return stack.base if stack is not None else foreign_base(model)
+
+
 def save(model: PreTrainedModel, folder: Path, *, seen_from: Path | None = None) -> None:
     """Write the adapters of `model` into `folder`; `seen_from` is where that will stand, if elsewhere.
 
     Raises RequestError where the frozen model lies in no folder.
     """
-    stack = adapters_of(model)
-    base = stack.base if stack is not None else foreign_base(model)
+    stack, base = adapters_of(model), base_of(model)
     if base is None:
         raise RequestError(
             "expected a frozen model that was loaded from a folder, found one in memory: save it first and say where "
@@ -52,8 +57,11 @@ def save(model: PreTrainedModel, folder: Path, *, seen_from: Path | None = None)
         },
         **(_said(stack) if stack is not None else foreign_said(model)),
     }
-    config = {**model.config.to_dict(), "model_type": ADAPTED, ADAPTED: entry}
-    config["architectures"] = [type(model).__name__]
+    from graft.multitask.adapted import is_added, save_adapted_heads
+
+    added = is_added(model, base)
+    own = lineage.read_config(base) if added else {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    config = {**own, "model_type": ADAPTED, ADAPTED: entry}
     folder.mkdir(parents=True, exist_ok=True)
     with disk_errors(folder):
         held = weights_of(stack) if stack is not None else foreign_weights(model)
@@ -61,6 +69,9 @@ def save(model: PreTrainedModel, folder: Path, *, seen_from: Path | None = None)
         if getattr(model, "can_generate", lambda: False)():
             model.generation_config.save_pretrained(folder)
     atomic_write(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
+    if added:
+        facts = model.config.graft_task
+        save_adapted_heads({facts["name"]: model}, {facts["name"]: facts}, None, folder, base)
 
 
 def _said(stack: Adapters) -> dict[str, Any]:
@@ -72,7 +83,14 @@ def _said(stack: Adapters) -> dict[str, Any]:
 
 def weights_of(stack: Adapters) -> dict[str, torch.Tensor]:
     """All weights of the adapters by the names they have in files: `NAME.PATH.TENSOR`."""
-    return {key.replace("/", "."): value.detach().cpu().contiguous() for key, value in stack.sites.state_dict().items()}
+    found = dict(stack.sites.state_dict())
+    for name, sites in stack.sites.items():
+        for path, site in sites.items():
+            if hasattr(site, "settled"):  # made by a module that is needed in training only
+                start = f"{name}.{path}."
+                found = {key: value for key, value in found.items() if not key.startswith(start)}
+                found |= {start + part: value for part, value in site.settled().items()}
+    return {key.replace("/", "."): value.detach().cpu().contiguous().clone() for key, value in found.items()}
 
 
 def load(

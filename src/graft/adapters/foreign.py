@@ -18,6 +18,14 @@ HOLDER = "graft_peft"
 """The attribute of a model that holds peft's wrapper around it, and the folder of its frozen weights."""
 
 
+UNABLE = {
+    "ADALORA": "takes ranks away between the steps of a loop of its own: use the method lora",
+    "XLORA": "mixes adapters that are there already: put them together with `adapt`, or learn a `fusion` of them",
+    "POLY": "asks for a task's number with every row, which data of one task have not: use the method lora",
+}
+"""Types that need more than a model and a loss."""
+
+
 def peft_config(settings: Mapping[str, Any]) -> Any:
     """peft's configuration object. Raises MissingExtra without peft, RequestError for what it does not take."""
     if importlib.util.find_spec("peft") is None:
@@ -32,36 +40,61 @@ def peft_config(settings: Mapping[str, Any]) -> Any:
         raise RequestError(
             f"expected a `peft_type` that peft has, found {kind!r}{nearest(kind, known)}; there are: {there}"
         )
+    if kind in UNABLE:
+        raise RequestError(f"peft: {kind} {UNABLE[kind]}")
     try:
-        config = known[kind](**plain)
+        return known[kind](**plain)
     except (TypeError, ValueError) as error:
         raise RequestError(f"peft: {kind} does not take these settings: {error}") from None
-    if config.is_prompt_learning:
-        raise RequestError(
-            f"peft: {kind} puts tokens of its own into every batch, which packed rows have no room for: use the method "
-            "prefix or prompt, which read and write peft's folders"
-        )
-    return config
 
 
-def wrap(model: PreTrainedModel, settings: Mapping[str, Any], base: Path | None) -> PreTrainedModel:
-    """Put a fresh adapter of peft's into `model` (in place) and freeze everything else."""
-    from peft import get_peft_model
+def wrap(
+    model: PreTrainedModel, settings: Mapping[str, Any], base: Path | None, name: str = "adapter"
+) -> PreTrainedModel:
+    """Put a fresh adapter of peft's into `model` (in place) and freeze everything else.
 
+    Types that learn prompts become an adapter of graft's own, called `name`, which peft's modules feed. Raises
+    RequestError for what peft refuses, and MissingExtra without peft.
+    """
+    config = peft_config(settings)
     from graft.adapters.stack import adapted_class, adapters_of
 
-    if adapters_of(model) is not None or HOLDER in model.__dict__:
+    if HOLDER in model.__dict__ or (adapters_of(model) is not None and not config.is_prompt_learning):
         raise RequestError(
             "an adapter of peft's stands alone: expected a model without adapters, found one that has some"
         )
-    config = peft_config(settings)
     try:
+        if config.is_prompt_learning:
+            from graft.adapters.foreign_prompts import put_prompts
+
+            return put_prompts(model, config, base, name)
+        from peft import get_peft_model
+
         wrapper = get_peft_model(model, config)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise RequestError(f"peft: {error}") from None
     model.__dict__[HOLDER] = (wrapper, base, dict(settings))
     model.__class__ = adapted_class(type(model))  # type: ignore[arg-type]
     return model
+
+
+def tried(config: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[list[str], int | None]:
+    """What is wrong with peft's settings for the model of this configuration, and how many numbers they train.
+
+    Tried on the model's skeleton; nothing and None where that cannot be.
+    """
+    from graft.adapters.trial import skeleton
+
+    model = skeleton(config)
+    if model is None:
+        return [], None
+    try:
+        made = wrap(model, settings, None)
+    except RequestError as error:
+        return [str(error)], None
+    except (RuntimeError, AttributeError, KeyError):  # a type that cannot be tried without weights
+        return [], None
+    return [], sum(p.numel() for p in made.parameters() if p.requires_grad)
 
 
 def foreign_base(model: PreTrainedModel) -> Path | None:
@@ -106,7 +139,7 @@ def save_foreign_folded(model: PreTrainedModel, folder: Path) -> None:
     wrapper = copy.deepcopy(model.__dict__[HOLDER][0])
     try:
         whole = wrapper.merge_and_unload()
-    except (AttributeError, NotImplementedError, ValueError) as error:
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
         raise RequestError(f"peft's adapter does not fold: {error}; say `fold: false`") from None
     whole.__class__ = next(cls for cls in type(whole).__mro__ if not issubclass(cls, Adapted))
     whole.save_pretrained(folder)

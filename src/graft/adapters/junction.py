@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from graft.adapters.forms import LowRank, Site
 from graft.adapters.places import Place
@@ -26,6 +27,12 @@ class Junction:
         self.sites: dict[str, list[Site]] = {}
         self.x: torch.Tensor | None = None
         self.gathered: Gathered | None = None
+        self.light: list[tuple[torch.Tensor, torch.Tensor, float]] | None = None
+        """What runs where no gradient is wanted, if all of it is plain low-rank: down, up and scale of each."""
+        self.prepared: Any = None
+        """The active adapters that `light` is of."""
+        self.type: torch.dtype | None = None
+        self.drops = False
         self.place, self.apart = place, place.source != place.target
         target = model.get_submodule(place.target)
         if place.before:
@@ -45,11 +52,33 @@ class Junction:
 
     def change_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The target's output with what the sites do to it; of a tuple, the first."""
+        if not torch.is_grad_enabled():
+            if self.prepared is not self.stack.active:
+                self._prepare()
+            if self.light is not None and self._applies(output):
+                for down, up, scale in self.light:
+                    output = output.add_(linear(linear(args[0], down), up), alpha=scale)
+                return output
         x = self.x if self.apart else args[0] if args else None
         self.x = None
         if isinstance(output, tuple):
             return (self.joined(output[0], x), *output[1:])
         return self.joined(output, x)
+
+    def _prepare(self) -> None:
+        """Whether the active sites may run without more ado: plain low-rank ones of one type beside a linear layer."""
+        self.prepared, self.light = self.stack.active, None
+        active = [(site, weight) for name, weight in self.stack.active for site in self.sites.get(name, ())]
+        plain = [(s, weight) for s, weight in active if isinstance(s, LowRank) and s.plain and not s.after]
+        types = {site.down.dtype for site, _ in plain}
+        if self.place.single and len(plain) == len(active) and len(types) == 1:
+            self.light = [(site.down, site.up, float(site.scale * weight)) for site, weight in plain]
+            self.type, self.drops = types.pop(), any(site.dropout is not None for site, _ in plain)
+
+    def _applies(self, output: Any) -> bool:
+        """Whether the layer computed in the type of the sites, for all rows alike, and nothing is dropped now."""
+        stack = self.stack
+        return output.dtype is self.type and stack.rows is None and not (self.drops and stack.training)
 
     def joined(self, h: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
         """h with all active sites."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from graft.adapters.facts import frozen_config
@@ -48,15 +49,24 @@ def problems(config: Mapping[str, Any], points: Sequence[Point], *, fold: bool =
 
 def trained(config: Mapping[str, Any], points: Sequence[Point]) -> int | None:
     """How many numbers these points train in the model of this configuration; None where that cannot be tried."""
+    return counter(config)(points)
+
+
+def counter(config: Mapping[str, Any]) -> Callable[[Sequence[Point]], int | None]:
+    """`trained` for many choices of points in one model, whose skeleton is built once."""
     from graft.adapters.stack import adopt
 
     model = skeleton(config)
-    if model is None:
-        return None
-    try:
-        return adopt(model, points).count("adapter")
-    except (RequestError, RuntimeError, NotImplementedError):
-        return None
+
+    def count(points: Sequence[Point]) -> int | None:
+        if model is None:
+            return None
+        try:
+            return adopt(copy.deepcopy(model), points).count("adapter")
+        except (RequestError, RuntimeError, NotImplementedError):
+            return None
+
+    return count
 
 
 def parameter_names(config: Mapping[str, Any]) -> list[str]:

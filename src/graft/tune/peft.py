@@ -1,4 +1,4 @@
-"""Any adapter of the package peft that works inside the model: LoHa, LoKr, OFT, VeRA, BOFT, AdaLoRA, …"""
+"""Any adapter of the package peft: LoHa, LoKr, OFT, VeRA, … in the model; p-tuning and other prompts before text."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ class Settings(Base):
         return {"config": raw} if isinstance(raw, dict) and set(raw) != {"config"} else raw
 
 
-def apply(model: PreTrainedModel, settings: Settings, base: Path | None = None) -> PreTrainedModel:
+def apply(
+    model: PreTrainedModel, settings: Settings, base: Path | None = None, name: str = "adapter"
+) -> PreTrainedModel:
     """The model with peft's adapter, which alone is trainable. Raises RequestError for what peft refuses."""
     from graft.adapters.foreign import wrap
 
-    return wrap(model, settings.config, base)
+    return wrap(model, settings.config, base, name)

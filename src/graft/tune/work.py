@@ -24,9 +24,11 @@ def run(job: Job) -> dict[str, Any]:
 
     from graft.adapters.stack import Adapted, adapters_of
     from graft.train.on_text import train_on_text
+    from graft.train.optimizer import check_optimizer
 
     settings = job.settings
     assert isinstance(settings, TuneSettings)
+    check_optimizer(settings.optimizer, job.device)
     start = job.models[settings.from_]
     torch.manual_seed(job.seed)
     model = applied(models.load(start, dtype=torch.float32), settings, job.name, start)
@@ -58,12 +60,12 @@ def applied(model: PreTrainedModel, settings: TuneSettings, name: str, start: Pa
 
     ((how, options),) = settings.method.items()
     chosen = method("graft.tune", how)
-    parsed = chosen.Settings(**options)
+    parsed, earlier = chosen.Settings(**options), adapters_of(model)
+    own = free_name(name, earlier.points if earlier else ())
     if hasattr(chosen, "points"):
-        earlier = adapters_of(model)
-        adopt(model, chosen.points(parsed), free_name(name, earlier.points if earlier else ()), base=start)
+        adopt(model, chosen.points(parsed), own, base=start)
     else:
-        model = chosen.apply(model, parsed, start) if how == "peft" else chosen.apply(model, parsed)
+        model = chosen.apply(model, parsed, start, own) if how == "peft" else chosen.apply(model, parsed)
     stack = adapters_of(model)
     wrong = unfoldable(model, stack) if settings.fold and stack else []
     if wrong:
