@@ -173,6 +173,7 @@ def test_debug_may_stand_anywhere(family):
 NOWHERE = {
     "run": ["nowhere.yaml"],
     "plan": ["nowhere.yaml"],
+    "advise": ["nowhere", "--data", "x.jsonl"],
     "tree": ["nowhere"],
     "report": ["nowhere"],
     "relate": ["nowhere", "nobody"],

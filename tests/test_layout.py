@@ -26,7 +26,7 @@ LAYERS = [
     {"executors"},
     {"_launched", "_worker", "run", "report", "recipe_reference", "relate", "tree"},
     {"one", "chatting"},
-    {"deltas"},
+    {"deltas", "advise"},
     {"api", "_verb_command"},
     {"cli"},
     {"__main__"},

@@ -10,6 +10,7 @@ from typing import Any
 COMMANDS = (
     "run",
     "plan",
+    "advise",
     "tree",
     "relate",
     "deltas",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from graft.recipe import read_recipe
 from graft.run import RunResult, locked, run
 
 if TYPE_CHECKING:
+    from graft.advise import Advice as TuningAdvice
     from graft.deltas import Advice, Deltas, Outcome
     from graft.ensemble.gains import Gains
     from graft.ensemble.show import Spoken
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RunResult",
     "adapt",
+    "advise",
     "chat",
     "deltas",
     "ensemble",
@@ -60,6 +63,41 @@ def plan(
     family = read_recipe(recipe)
     places = Places(Path(out) if out is not None else Path("runs") / family.family)
     return make_plan(family, places, only=only, force=force, verify=verify)
+
+
+def advise(
+    model: Path | str,
+    data: Path | str,
+    *,
+    fit: str | None = None,
+    share: float | None = None,
+    many: bool = False,
+    budget: str = "1 epochs",
+    data_sets: Mapping[str, Any] | None = None,
+    root: Path | str = ".",
+    write: Path | str | None = None,
+) -> TuningAdvice:
+    """Which way of tuning `model` on `data` to try first, on what evidence, and a recipe that checks it.
+
+    `data` is a file, or names one of `data_sets` (settings as in a recipe, with paths from `root`). `fit`: memory, such
+    as `24GB`; `share`: percent of the parameters that may be trained; `many`: adapters for many tasks on one base;
+    `budget`: how long each is trained. `write`: where the recipe goes. Raises RequestError where nothing fits.
+    """
+    from graft.plan.fit import memory_limit
+
+    room = importlib.import_module("graft.advise")
+    if not (Path(model) / "config.json").is_file():
+        raise RequestError(f"{model}: expected a model's folder (with config.json), found none")
+    if share is not None and not 0 < share <= 100:
+        raise RequestError(f"expected a `share` (--share) above 0 and up to 100 percent, found {share:g}")
+    known = dict(data_sets or {})
+    name = str(data) if str(data) in known else re.sub(r"[^A-Za-z0-9_-]", "-", Path(data).stem)
+    sets = known if name in known and str(data) in known else {name: data_at(str(data), known)}
+    limit = memory_limit(fit) if fit is not None else None
+    found = room.advise(Path(model), sets, name, Path(root), limit=limit, share=share, many=many, budget=budget)
+    if write is not None:
+        atomic_write(Path(write), found.yaml())
+    return found
 
 
 def tree(place: Path | str) -> dict[str, Member]:
