@@ -1,9 +1,12 @@
 """One training of a Llama of about 10M parameters by a peer; prints tokens/s as JSON. Also holds model and data.
 
-python _training_peer.py bare|trainer|sft STEPS BATCH
+python _training_peer.py bare|trainer|sft|lora-bare|lora-trainer|lora-sft STEPS BATCH
+
+`lora-…` train peft's LoRA of rank 8 on all linear layers of a frozen Llama of about 25M parameters.
 """
 
 import json
+import resource
 import sys
 import sysconfig
 import tempfile
@@ -23,6 +26,26 @@ def model():
     torch.manual_seed(0)
     shape = {"hidden_size": 320, "intermediate_size": 864, "num_hidden_layers": 6, "num_attention_heads": 5}
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, **shape))
+
+
+RANK = 8
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def wider():
+    """A decoder of about 25M parameters, which adapters are put on."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 512, "intermediate_size": 1365, "num_hidden_layers": 8, "num_attention_heads": 8}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, **shape))
+
+
+def with_lora():
+    """The wider model with peft's LoRA."""
+    import peft
+
+    return peft.get_peft_model(wider(), peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=LINEARS))
 
 
 def tokens(rows):
@@ -47,17 +70,18 @@ class Clock:
         return (len(self.stamps) - 1) * batch * LENGTH / (self.stamps[-1] - self.stamps[0])
 
 
-def bare(steps, batch):
+def bare(steps, batch, make=model):
     """What a person writes by hand: AdamW, clipping, a schedule, no more."""
-    net, ids = model().train(), torch.from_numpy(tokens(steps * batch))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, fused=True)
+    net, ids = make().train(), torch.from_numpy(tokens(steps * batch))
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     clock = Clock()
     for step in range(steps):
         rows = ids[step * batch : (step + 1) * batch]
         logits = net(input_ids=rows, use_cache=False).logits[:, :-1]
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
@@ -83,7 +107,7 @@ def data_set(steps, batch):
     return Dataset.from_dict({"input_ids": tokens(steps * batch).tolist()})
 
 
-def trainer(steps, batch):
+def trainer(steps, batch, make=model):
     """transformers.Trainer, everything else at its defaults."""
     from transformers import Trainer, TrainingArguments
 
@@ -91,11 +115,11 @@ def trainer(steps, batch):
     rows = data_set(steps, batch).map(lambda row: {"labels": row["input_ids"]})
     with tempfile.TemporaryDirectory() as out:
         arguments = TrainingArguments(out, per_device_train_batch_size=batch, max_steps=steps, report_to="none")
-        Trainer(model(), arguments, train_dataset=rows, callbacks=[ticking(clock)]).train()
+        Trainer(make(), arguments, train_dataset=rows, callbacks=[ticking(clock)]).train()
     return clock.rate(batch)
 
 
-def sft(steps, batch):
+def sft(steps, batch, make=model):
     """trl.SFTTrainer, everything else at its defaults (bf16 only where there is a GPU: it refuses it on a CPU)."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -114,7 +138,7 @@ def sft(steps, batch):
             bf16=torch.cuda.is_available(),
         )
         SFTTrainer(
-            model(), args=arguments, train_dataset=data_set(steps, batch), processing_class=tokenizer,
+            make(), args=arguments, train_dataset=data_set(steps, batch), processing_class=tokenizer,
             callbacks=[ticking(clock)],
         ).train()  # fmt: skip
     return clock.rate(batch)
@@ -122,4 +146,7 @@ def sft(steps, batch):
 
 if __name__ == "__main__":
     kind, steps, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    print(json.dumps({"tokens_per_s": {"bare": bare, "trainer": trainer, "sft": sft}[kind](steps, batch)}))
+    make = with_lora if kind.startswith("lora-") else model
+    rate = {"bare": bare, "trainer": trainer, "sft": sft}[kind.removeprefix("lora-")](steps, batch, make)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"tokens_per_s": rate, "peak_bytes": peak}))

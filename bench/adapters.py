@@ -1,17 +1,22 @@
-"""Adapters beside peft: a training step, decoding, many adapters in one batch, saving and loading.
+"""Adapters beside peft: training, its memory, decoding, many adapters in one batch, saving and loading.
 
-    OMP_NUM_THREADS=4 python adapters.py            # all of it
-    OMP_NUM_THREADS=4 python adapters.py --only rows
+    sh bench/venv_trl.sh
+    OMP_NUM_THREADS=4 python bench/adapters.py            # all of it
+    OMP_NUM_THREADS=4 python bench/adapters.py --only rows
 
-Both sides have LoRA of one rank on the same layers of the same weights; a step is forward, backward and AdamW on the
-adapter alone. peft stands in the test extras, so it runs in this environment.
+Both sides have LoRA of one rank on the same layers of the same weights. Whole trainings (`loops`) are processes of
+their own: graft's loop with its log and states, transformers' Trainer and TRL's SFTTrainer with peft. A `step` is
+forward, backward and AdamW on the adapter alone. peft stands in the test extras: all but TRL run in this environment.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
+import resource
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +26,17 @@ import peft
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from _side_by_side import Side, measure, report, timed
+import _training_peer as peers
+from _side_by_side import Side, json_of, measure, report, timed
 from graft import models
-from graft.adapters import adapters_of, adopt
+from graft.adapters import adapters_of, adopt, fold
 from graft.tune import lora, parallel_adapter
 
 PACKAGES = ["graft", "peft", "torch", "transformers"]
-RANK, ROWS = 8, 8
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RANK, ROWS, LINEARS = peers.RANK, 8, peers.LINEARS
+HERE = Path(__file__).resolve().parent
+PEER = HERE / ".venv-trl" / "bin" / "python"
+STEPS, BATCH = 12, 8
 
 
 def base(width: int, layers: int) -> LlamaForCausalLM:
@@ -84,18 +92,79 @@ def decoding(model: Any, rows: int = 1, tokens: int = 48) -> Callable[[], Any]:
     return lambda: model.generate(ids, max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
 
 
-def train(model: Any, repeats: int) -> None:
+def ours() -> dict[str, float]:
+    """Tokens a second of LoRA in graft's loop, with its log and its states, and the peak memory of the process."""
+    from graft.data.rows import ListRows
+    from graft.settings import parse
+    from graft.train.loop import train as loop
+    from graft.train.losses import TokenLoss
+    from graft.train.settings import TrainSettings
+
+    clock = peers.Clock()
+
+    class Ticking(TokenLoss):
+        """The start of a step's forward pass is a tick."""
+
+        def __call__(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            clock.tick()
+            return super().__call__(model, batch)
+
+    net = peers.wider()
+    adopt(net, lora.points(lora.Settings(rank=RANK, alpha=2 * RANK)))
+    rows = ListRows([{"input_ids": row, "labels": row} for row in peers.tokens(STEPS * BATCH)], shuffle=False)
+    given = {"budget": f"{STEPS} steps", "batch_size": BATCH, "learning_rate": peers.LEARNING_RATE, "warmup": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        out, scratch = Path(folder) / "out", Path(folder) / "scratch"
+        loop(net, rows, Ticking(), parse(TrainSettings, given), out, scratch=scratch, seed=0)
+    clock.stamps.pop(0)  # the first step warms up
+    return {"tokens_per_s": clock.rate(BATCH), "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def loops(_: Any, repeats: int) -> None:
+    """Whole trainings of LoRA: tokens a second, and the peak memory of the process."""
+    peer, size = str(HERE / "_training_peer.py"), [str(STEPS), str(BATCH)]
+    commands = {
+        "graft": [sys.executable, str(HERE / "adapters.py"), "--ours"],
+        "peft + transformers.Trainer": [sys.executable, peer, "lora-trainer", *size],
+        "peft + trl.SFTTrainer": [str(PEER), peer, "lora-sft", *size],
+    }
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+
+    def side(name: str) -> Side:
+        def run() -> float:
+            found[name].append(json_of(commands[name]))
+            return float(found[name][-1]["tokens_per_s"])
+
+        return Side(name, run)
+
+    what = f"LoRA on a Llama of {sum(p.numel() for p in peers.wider().parameters()) / 1e6:.1f}M, {BATCH} × 512 tokens"
+    measured = measure([side(name) for name in commands], repeats)
+    report(f"training of {what}", measured, "tokens/s", PACKAGES)
+    peaks = {name: iter([one["peak_bytes"] / 2**30 for one in all_[-repeats:]]) for name, all_ in found.items()}
+    sides = [Side(name, lambda name=name: next(peaks[name])) for name in commands]  # type: ignore[misc]
+    report(f"peak memory, {what}", measure(sides, repeats, warmup=0), "GiB", PACKAGES)
+
+
+def step(model: Any, repeats: int) -> None:
     """A step of each."""
     sides = [("graft, LoRA", with_lora), ("peft, LoRA", with_peft), ("graft, parallel adapter", with_parallel)]
     measured = measure([Side(name, timed(stepping(make(model)))) for name, make in sides], repeats)
     report("a training step of LoRA, 8 × 256 tokens", measured, unit="s", packages=PACKAGES)
 
 
+def folded(model: Any) -> Any:
+    """A copy with graft's LoRA folded in."""
+    return fold(with_lora(model))
+
+
 def decode(model: Any, repeats: int) -> None:
-    """Decoding with adapters that are not folded."""
+    """Decoding with adapters that are not folded, and with folded ones, beside the model alone."""
     sides = [("graft, LoRA", with_lora), ("peft, LoRA", with_peft), ("the model alone", lambda one: one)]
     measured = measure([Side(name, timed(decoding(make(model)))) for name, make in sides], repeats)
     report("48 tokens decoded, LoRA not folded", measured, unit="s", packages=PACKAGES)
+    sides = [("graft, LoRA folded", folded), ("the model alone", lambda one: one)]
+    measured = measure([Side(name, timed(decoding(make(model)))) for name, make in sides], repeats)
+    report("48 tokens decoded, LoRA folded", measured, unit="s", packages=PACKAGES)
 
 
 def rows(model: Any, repeats: int) -> None:
@@ -137,7 +206,7 @@ def disk(model: Any, repeats: int) -> None:
     shutil.rmtree(place)
 
 
-PARTS = {"train": train, "decode": decode, "rows": rows, "disk": disk}
+PARTS = {"loops": loops, "step": step, "decode": decode, "rows": rows, "disk": disk}
 
 
 def main() -> None:
@@ -147,7 +216,11 @@ def main() -> None:
     words.add_argument("--repeats", type=int, default=5)
     words.add_argument("--width", type=int, default=512)
     words.add_argument("--layers", type=int, default=8)
+    words.add_argument("--ours", action="store_true", help="one training of ours, for the script itself")
     said = words.parse_args()
+    if said.ours:
+        print(json.dumps(ours()))
+        return
     model = base(said.width, said.layers)
     for name in said.only or PARTS:
         PARTS[name](model, said.repeats)

@@ -21,9 +21,19 @@ CASES: dict[str, dict[str, Any]] = {
     "llama 25M, bf16": {"width": 512, "layers": 8, "precision": "bf16"},
     "llama 25M, fp32, checkpointing": {"width": 512, "layers": 8, "gradient_checkpointing": True},
     "llama 25M, fp32, accumulate 4": {"width": 512, "layers": 8, "accumulate": 4},
+    "llama 25M, fp32, moments of 8 bits": {"width": 512, "layers": 8, "optimizer": "adamw_8bit", "batch_size": 1},
+    "llama 25M, LoRA": {"width": 512, "layers": 8, "method": "lora"},
+    "llama 25M, parallel adapter": {"width": 512, "layers": 8, "method": "parallel_adapter"},
+    "llama 25M, prefix": {"width": 512, "layers": 8, "method": "prefix"},
+    "llama 25M, LoRA, checkpointing": {"width": 512, "layers": 8, "method": "lora", "gradient_checkpointing": True},
+    "llama 25M in NF4, LoRA": {"width": 512, "layers": 8, "method": "lora", "bits": 4},
     "llama 85M, fp32": {"width": 768, "layers": 12},
+    "llama 85M, fp32, accumulate 8": {"width": 768, "layers": 12, "accumulate": 8},
     "gpt2 25M, fp32": {"kind": "gpt2", "width": 512, "layers": 8},
+    "gpt2 25M, bf16": {"kind": "gpt2", "width": 512, "layers": 8, "precision": "bf16"},
+    "gpt2 25M, LoRA": {"kind": "gpt2", "width": 512, "layers": 8, "method": "lora"},
 }
+SETTINGS = ("precision", "gradient_checkpointing", "accumulate", "optimizer", "batch_size")
 LENGTH, ROWS, VOCABULARY = 512, 8, 8000
 
 
@@ -43,11 +53,37 @@ def config(case: dict[str, Any]) -> Any:
     )  # fmt: skip
 
 
-def one(case: dict[str, Any]) -> dict[str, float]:
+def made(case: dict[str, Any], room: Path) -> tuple[Any, int | None, float]:
+    """The model of a case; numbers that an adapter on it trains (None: it has none), and bytes of a frozen one."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from graft import models
+    from graft.adapters import adopt
+    from graft.methods import method
+    from graft.quantize.work import weight_bytes
+
+    model = AutoModelForCausalLM.from_config(config(case))
+    parameters, frozen = model.num_parameters(), 4.0
+    if "bits" in case:
+        model.save_pretrained(room / "plain")
+        packing = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype="float32",
+        )
+        model = models.load(room / "plain", dtype="float32", quantization=packing)
+        frozen = weight_bytes(model) / parameters
+    if "method" not in case:
+        return model, None, frozen
+    chosen = method("graft.tune", case["method"])
+    return model, adopt(model, chosen.points(chosen.Settings())).count("adapter"), frozen
+
+
+def one(case: dict[str, Any], room: Path) -> dict[str, float]:
     """Train three steps; bytes said and bytes taken."""
     import numpy as np
     from torch.distributed._tools.mem_tracker import MemTracker
-    from transformers import AutoModelForCausalLM
 
     from graft.data.rows import ListRows
     from graft.settings import parse
@@ -57,20 +93,18 @@ def one(case: dict[str, Any]) -> dict[str, float]:
     from graft.train.memory import PROCESS, Dimensions
     from graft.train.settings import TrainSettings
 
-    options = {k: v for k, v in case.items() if k in ("precision", "gradient_checkpointing", "accumulate")}
-    settings = parse(
-        TrainSettings, {"budget": "3 steps", "batch_size": ROWS, "checkpoint_every": "100 steps", **options}
-    )
-    model = AutoModelForCausalLM.from_config(config(case))
+    options = {k: v for k, v in case.items() if k in SETTINGS}
+    given = {"budget": "3 steps", "batch_size": ROWS, "checkpoint_every": "100 steps", **options}
+    settings = parse(TrainSettings, given)
+    model, trained, frozen = made(case, room)
     draw = np.random.default_rng(0)
     rows = []
     for _ in range(ROWS * 3):
         ids = draw.integers(3, VOCABULARY, LENGTH)
         places = {"segments": np.zeros(LENGTH, np.int64), "positions": np.arange(LENGTH)}
         rows.append({"input_ids": ids, "labels": ids, **places})
-    parameters = sum(p.numel() for p in model.parameters())
-    known = Dimensions.of(model.config.to_dict())
-    said = training_estimate(parameters, settings, LENGTH, known).memory_bytes - PROCESS
+    known, parameters = Dimensions.of(model.config.to_dict()), config_parameters(case)
+    said = training_estimate(parameters, settings, LENGTH, known, trained, frozen_bytes=frozen).memory_bytes - PROCESS
     tracker = MemTracker()
     tracker.track_external(model)
 
@@ -81,11 +115,19 @@ def one(case: dict[str, Any]) -> dict[str, float]:
             tracker.reset_mod_stats()
             return super().__call__(model, batch)
 
-    with tempfile.TemporaryDirectory() as room, tracker:
-        place = Path(room)
-        train(model, ListRows(rows), Told(), settings, place / "out", scratch=place / "scratch", seed=0)
+    with tracker:
+        train(model, ListRows(rows), Told(), settings, room / "out", scratch=room / "scratch", seed=0)
     (peak,) = tracker.get_tracker_snapshot("peak").values()
     return {"said": said, "took": peak["Total"], "parameters": parameters}
+
+
+def config_parameters(case: dict[str, Any]) -> int:
+    """Parameters of the plain model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return int(AutoModelForCausalLM.from_config(config(case)).num_parameters())
 
 
 def main() -> None:
@@ -94,7 +136,8 @@ def main() -> None:
     parser.add_argument("--one", help="one case, for the script itself")
     given = parser.parse_args()
     if given.one:
-        print(json.dumps(one(CASES[given.one])))
+        with tempfile.TemporaryDirectory() as room:
+            print(json.dumps(one(CASES[given.one], Path(room))))
         return
     print("### memory of training, said and taken\n")
     print("| case | parameters | said, MB | taken, MB | error |\n|---|---|---|---|---|")
