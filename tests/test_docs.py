@@ -97,6 +97,39 @@ def run_tuning() -> None:
     assert {"low", "keys", "stacked", "weighted", "whole"} <= {path.name for path in Path("models").iterdir()}
 
 
+def three_models(folder: Path) -> None:
+    """Small random models of one vocabulary, whose tokens are the bytes, in `coder`, `writer` and `base`."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    signs = ["<pad>", "<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    inner = Tokenizer(models.BPE(vocab={sign: place for place, sign in enumerate(signs)}, merges=[]))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    words = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    for seed, name in enumerate(("coder", "writer", "base")):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(signs), **shape, **ends)).save_pretrained(folder / name)
+        words.save_pretrained(folder / name)
+
+
+def test_the_page_on_ensembles_runs(workplace):
+    three_models(Path("models"))
+    for name in ("held-out", "test"):
+        lines = [json.dumps({"text": f"{name} line {i}: def add(a, b): return {i % 7}"}) + "\n" for i in range(40)]
+        Path(f"{name}.jsonl").write_text("".join(lines))
+    for language, _, content in blocks((DOCS / "ensembles.md").read_text()):
+        for words in commands(content) if language == "console" else ():
+            graft(words[1:])
+        if language == "python":
+            exec(compile(content, "ensembles.md", "exec"), {})
+    made = {"duo", "fitted", "product", "saved", "far", "careful", "gated", "weighed", "both", "bundle"}
+    assert made <= {path.name for path in Path("models").iterdir()}
+    assert "title=" in Path("fitted.html").read_text()
+
+
 @pytest.mark.parametrize("page", sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("bench/*.md")]))
 def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):

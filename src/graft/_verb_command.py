@@ -7,7 +7,8 @@ import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from typer.core import TyperCommand
+import typer
+from typer.core import TyperCommand, TyperGroup
 
 from graft.errors import RequestError
 
@@ -16,6 +17,31 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from graft.settings import Settings
+
+
+FITTING = {f"--{name}": f"--weights.{name}" for name in ("documents", "gate", "top-k")} | {"--on": "--weights.fit"}
+"""Options of `graft ensemble fit`, as the settings say them."""
+
+
+class Commands(TyperGroup):
+    """What one does with ensembles may be said behind `graft ensemble`: `show`, `gains` and `fit`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that the first words name; `ensemble fit` is `ensemble` with its options under `weights`."""
+        if args[0] == "ensemble" and args[1:2] in (["show"], ["gains"]):
+            args = args[1:]
+        elif args[:2] == ["ensemble", "fit"]:
+            args = ["ensemble", *map(_fitting, args[2:])]
+            if "--help" not in args and not any(word.startswith("--weights.fit") for word in args):
+                raise typer.BadParameter(
+                    "expected text to fit weights on, as in `graft ensemble fit OUT MODEL… --on FILE`"
+                )
+        return super().resolve_command(ctx, args)
+
+
+def _fitting(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return FITTING.get(name, name) + equals + value
 
 
 class VerbCommand(TyperCommand):

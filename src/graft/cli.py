@@ -14,10 +14,11 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 import graft
-from graft._verb_command import VerbCommand, assigned, methods_of, requested, rows_table
+from graft._verb_command import Commands, VerbCommand, assigned, methods_of, requested, rows_table
 from graft.errors import GraftError
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     help=graft.__doc__,
@@ -396,7 +397,10 @@ _add_verb(
 _add_verb(
     "ensemble",
     "Combine the predictions of models: the ensemble is a model too.\n\n"
-    "Example: [bold]graft ensemble models/duo models/coder models/writer[/bold]",
+    "Example: [bold]graft ensemble models/duo models/coder models/writer[/bold]\n\n"
+    "With weights fitted to held-out text: [bold]graft ensemble fit models/duo models/coder models/writer "
+    "--on held-out.jsonl[/bold]; `--documents`, `--top-k` and `--gate` say how\n\n"
+    "Who speaks where: [bold]graft ensemble show models/duo --text 'def add(a, b):'[/bold]",
 )
 
 

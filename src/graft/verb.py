@@ -151,7 +151,8 @@ class Verb(Generic[S]):
         return ()
 
     def told(self, notes: Mapping[str, Any]) -> list[str]:
-        """What people should read of a manifest's notes, a line each; beside them, as `forced`, what was overridden."""
+        """What people should read of a manifest's notes, a line each; beside them, as `forced`, what was overridden,
+        and as `metrics` what was measured."""
         return []
 
     def unreadable(self, models: Mapping[str, Facts]) -> list[str]:

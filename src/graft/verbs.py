@@ -42,7 +42,8 @@ def verb(name: str) -> Verb[Any]:
 
 def told(manifest: Manifest) -> list[str]:
     """What people should read of how a model came about, a line each."""
-    return verb(manifest.verb).told({**manifest.notes, **({"forced": manifest.forced} if manifest.forced else {})})
+    beside = {"forced": manifest.forced} if manifest.forced else {}
+    return verb(manifest.verb).told({**manifest.notes, **beside, "metrics": manifest.metrics})
 
 
 def _entries() -> importlib.metadata.EntryPoints:

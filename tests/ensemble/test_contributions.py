@@ -42,6 +42,30 @@ def test_a_member_that_is_worse_everywhere_is_not_missed():
     assert worse.left_out == pytest.approx(0, abs=1e-4)
 
 
-def test_too_many_members_are_refused():
-    with pytest.raises(ValueError, match="expected 5 members or fewer, found 6"):
-        contributions(columns(6), NOTHING)
+def test_of_many_members_it_is_known_who_is_missed_but_not_the_value_over_all_orders():
+    told = columns(6)
+    found = contributions(told, NOTHING)
+    rest = fit_linear(told[1:]).loss - fit_linear(told).loss
+    assert found[0].left_out == pytest.approx(rest, abs=1e-4)
+    assert all(each.shapley is None for each in found)
+
+
+def test_the_interval_is_that_of_documents_drawn_anew_and_holds_what_is_missed():
+    told, texts = columns(3, 400), np.repeat(np.arange(40), 10)
+    importance = np.random.default_rng(1).uniform(0.5, 2, 400)
+    found = contributions(told, NOTHING, importance, tolerance=1e-9, texts=texts)
+    whole, rest = fit_linear(told, importance), fit_linear(told[[0, 2]], importance)
+    with_it = np.log(whole.weights @ np.exp(told))
+    without = np.log(rest.weights @ np.exp(told[[0, 2]]))
+    draw, gains = np.random.default_rng(5), []
+    for _ in range(2000):
+        chosen = draw.integers(0, 40, 40)
+        at = (chosen[:, None] * 10 + np.arange(10)).ravel()
+        gains.append(np.average((with_it - without)[at], weights=importance[at]))
+    assert found[1].low < found[1].left_out < found[1].high
+    assert (found[1].low, found[1].high) == pytest.approx(np.quantile(gains, [0.025, 0.975]), abs=0.006)
+
+
+@pytest.mark.parametrize("texts", [None, np.zeros(150)])
+def test_without_several_documents_there_is_no_interval(texts):
+    assert {(each.low, each.high) for each in contributions(columns(), NOTHING, texts=texts)} == {(None, None)}

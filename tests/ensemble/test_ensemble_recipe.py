@@ -7,6 +7,8 @@ import pytest
 import graft
 from graft import models
 from graft.data.bootstrap import weights_of
+from graft.report.members import members
+from graft.report.read import read_run
 
 RECIPE = """
 family: members
@@ -66,6 +68,20 @@ def test_the_report_shows_who_speaks(done):
     assert "bags on code.test" in page
     assert "gated on code.dev" in page
     assert "<script" not in page
+
+
+def test_the_report_says_what_members_contribute(done):
+    page = done.report.read_text()
+    section = page[page.index("What members contribute") : page.index("Who speaks")]
+    (found,) = members(read_run(done.folder))
+    assert found.model == "gated"
+    assert found.said in section
+    metrics = manifest(done, "gated")["metrics"]
+    for row in found.rows:
+        part = metrics["contributions"][row[0]]
+        assert row[3] == f"{part['left_out']:+.4f} ({part['low']:+.4f} to {part['high']:+.4f})"
+        assert row[5] == f"{metrics['needed'][row[0]]:.0%}"
+        assert all(f">{cell}<" in section for cell in row)
 
 
 def test_the_ensembles_write(done):

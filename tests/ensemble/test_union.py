@@ -1,20 +1,25 @@
 """A mixture over the union of two vocabularies, against direct enumeration of token strings."""
 
+import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_members import greedy, llama
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from graft import lineage
+from graft import data, lineage
 from graft import models as graft_models
 from graft.ensemble import VERB
 from graft.ensemble.model import ensemble_of
+from graft.ensemble.show import coloured, speaks
+from graft.ensemble.spoken import FILE, Spoken
 from graft.ensemble.union import union_of, unmatched_mass
 from graft.errors import CannotCombine, RequestError
+from graft.evaluate.scorer import Scorer
 from graft.verb import Job
 
 
@@ -110,9 +115,9 @@ def test_tokens_that_cannot_be_read_and_other_kinds_of_tokenizers_are_refused():
         ensemble_of(MEMBERS, [0.5, 0.5], "log_linear", union=UNION)
 
 
-def saved(tmp_path: Path):
+def saved(tmp_path: Path, members=MEMBERS):
     for name, words in (("left", LEFT), ("right", RIGHT)):
-        MEMBERS[name].save_pretrained(tmp_path / name)
+        members[name].save_pretrained(tmp_path / name)
         words.save_pretrained(tmp_path / name)
     return {name: tmp_path / name for name in MEMBERS}
 
@@ -137,3 +142,65 @@ def test_a_recipe_makes_a_union_that_loads_writes_and_reads_text(tmp_path, ensem
     assert words.decode([8, 9, 7]) == "cdbcab"
     assert words("abcd")["input_ids"] == LEFT("abcd")["input_ids"]
     assert math.isclose(float(loaded(input_ids=ids).logits[0, -1].exp().sum()), 1, abs_tol=1e-5)
+
+
+TEXTS = ["abcd", "dcbab", "aabbccd", "bcbcbc", "cdcd", "abab", "dd", "cba"]
+
+
+def union_folder(tmp_path, settings, name="both", members=MEMBERS):
+    """The ensemble's folder and what the manifest would hold, from members that lie beside it."""
+    folders = saved(tmp_path, members)
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 4))
+    source = {"source": "jsonl", "path": str(tmp_path / "text.jsonl"), "splits": {"dev": 0.5, "test": 0.1}}
+    settings = VERB.parse({**settings, "vocabulary": "union"})
+    facts = {name: lineage.facts_of(folder) for name, folder in folders.items()}
+    assert VERB.check(settings, facts) == []
+    out = tmp_path / name
+    out.mkdir()
+    job = Job(name, settings, 0, out, tmp_path / "s", tmp_path / "c", folders, {"text": data.parse(source)}, tmp_path)
+    found = VERB.run(job)
+    records = list(data.open_corpus({"text": data.parse(source)}, "text", tmp_path).records("dev"))
+    return out, found, [record["text"] for record in records]
+
+
+@torch.no_grad()
+def test_weights_of_a_union_are_fitted_in_its_tokens(tmp_path):
+    out, found, texts = union_folder(tmp_path, {"members": ["left", "right"], "weights": {"fit": "text.dev"}})
+    told = {name: [] for name in MEMBERS}
+    for text in texts:
+        tokens = ["<bos>", *(LEFT.convert_ids_to_tokens(LEFT(text)["input_ids"]))]
+        for end in range(1, len(tokens)):
+            told["left"].append(own_next(MEMBERS["left"], LEFT, tokens[:end]).get(tokens[end], 0.0))
+            told["right"].append(own_next(MEMBERS["right"], RIGHT, tokens[:end]).get(tokens[end], 0.0))
+    columns = np.array([told["left"], told["right"]])
+    grid = np.linspace(0, 1, 2001)[1:-1]
+    losses = -np.log(grid[:, None] * columns[0] + (1 - grid[:, None]) * columns[1]).mean(1)
+    assert found["loss"] == pytest.approx(losses.min(), abs=1e-4)
+    assert found["weights"]["left"] == pytest.approx(grid[losses.argmin()], abs=2e-3)
+    loaded = graft_models.load(out)
+    scored = Scorer(loaded, graft_models.load_tokenizer(out)).documents(texts)
+    assert -np.concatenate([each.log_probs for each in scored]).mean() == pytest.approx(found["loss"], abs=1e-4)
+    assert set(found["unmatched_mass"]) == {"left", "right"}
+    assert all(0 < mass < 1 for mass in found["unmatched_mass"].values())
+
+
+def test_a_union_shows_who_speaks_and_how_much_is_not_mixed(tmp_path):
+    given = {"members": {"left": 0.6, "right": 0.4}, "show": "text.dev"}
+    out, found, texts = union_folder(tmp_path, given)
+    kept = Spoken.from_plain(json.loads((out / FILE).read_text()))
+    spoken = speaks(out, texts[0])
+    assert "".join(spoken.tokens) == texts[0] == "".join(kept.tokens)
+    for name in ("shares", "weights", "probs"):
+        assert np.allclose(getattr(spoken, name), getattr(kept, name), atol=1e-5)
+    assert kept.unmatched == pytest.approx(spoken.unmatched, abs=1e-5)
+    assert found["unmatched_mass"] == pytest.approx(
+        dict(zip(("left", "right"), spoken.unmatched, strict=True)), abs=1e-5
+    )
+    assert "on tokens that not all members have: left " in coloured(spoken).plain
+    assert "on tokens that not all members have" in spoken.legend()
+
+
+def test_a_gate_over_a_union_is_refused(tmp_path):
+    facts = {name: lineage.facts_of(folder) for name, folder in saved(tmp_path).items()}
+    raw = {"members": ["left", "right"], "vocabulary": "union", "weights": {"fit": "text.dev", "gate": 0}}
+    assert any("a gate is for members of one vocabulary" in each for each in VERB.check(VERB.parse(raw), facts))

@@ -14,6 +14,7 @@ from graft.train.memory import PROCESS
 from graft.verb import Estimate, Facts, Job, Verb
 
 ROOMS = (
+    "agreed",
     "base",
     "byte_level",
     "caches",
@@ -28,6 +29,8 @@ ROOMS = (
     "fitting",
     "gains",
     "gate",
+    "greedy",
+    "kept",
     "lanes",
     "members",
     "model",
@@ -41,8 +44,10 @@ ROOMS = (
     "sources",
     "speculative",
     "spoken",
+    "telling",
     "turns",
     "union",
+    "union_said",
     "voting",
     "weights",
     "work",
@@ -107,6 +112,11 @@ class Ensemble(Verb[EnsembleSettings]):
     def shown(self, settings: EnsembleSettings) -> Collection[str]:
         fitted = getattr(settings.weights, "fit", None)
         return [settings.show] if settings.show is not None and settings.show != fitted else []
+
+    def told(self, notes: Mapping[str, Any]) -> list[str]:
+        from graft.ensemble.telling import lines
+
+        return lines(notes["metrics"])
 
     def run(self, job: Job) -> dict[str, Any]:
         from graft.ensemble.work import run

@@ -56,6 +56,7 @@ class Ensemble(PreTrainedModel):
         self.gate = Gate.from_plain(config.gate) if config.gate else None
         self.spans = spans_of(layers_of(config.members, config.weights, config.gate), int(keeps_text(config.gate)))
         self.limits = [context_of(entry["config"]) for entry in config.members]
+        self.made_of = list(map(_glimpse, made))
         self.lanes = Lanes()
         self.takes = [set(inspect.signature(type(member).forward).parameters) for member in made]
         self.post_init()
@@ -76,6 +77,12 @@ class Ensemble(PreTrainedModel):
     def dtype(self) -> torch.dtype:
         """Log-probabilities are float32, whatever the members compute in."""
         return torch.float32
+
+    @property
+    def caches(self) -> bool:
+        """Whether what the members keep of a text are layers of keys and values, which one cache can hold. Where they
+        cut it into tokens of their own, or keep a recurrent state, every step reads the whole text."""
+        return self.union is None and all(_keeps_layers(self.members[place]) for place in self.active)
 
     def _told(
         self, read: Callable[[int], Told], mask: torch.Tensor | None, *, every: bool = False
@@ -117,8 +124,16 @@ class Ensemble(PreTrainedModel):
         self._check_outputs(mixed, every, mask)
         return mixed
 
-    def _check_inputs(self, input_ids: torch.Tensor, cache: Cache | None, places: Sequence[int] | None = None) -> None:
-        """Raises RequestError for an empty prompt, and for a context longer than that of a member in `places` (all)."""
+    def _check_inputs(
+        self, input_ids: torch.Tensor | None, cache: Cache | None, places: Sequence[int] | None = None
+    ) -> None:
+        """Raises RequestError for no ids, an empty prompt, and a context longer than that of a member in `places`
+        (all)."""
+        if input_ids is None:
+            raise RequestError(
+                "an ensemble reads input_ids, found none: members have embeddings of their own, so that inputs_embeds "
+                "mean something else to each"
+            )
         length = input_ids.shape[-1]
         if length == 0:
             raise RequestError("expected a token in every prompt, found none: begin it with bos_token")
@@ -130,6 +145,21 @@ class Ensemble(PreTrainedModel):
                 raise RequestError(
                     f"member {name!r} was made for {limit} tokens, found a context of {total}: shorten it"
                 )
+
+    def generate_batch(self, *_: Any, **__: Any) -> Any:
+        """Refused, and so are the other ways into continuous batching: it pages the layers of one model."""
+        raise RequestError(
+            "expected a single model for continuous batching, found an ensemble, whose cache holds the layers of "
+            "several: use generate with a batch that is padded on the left"
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+    def _check_asked(self, asked: dict[str, Any]) -> None:
+        """Raises RequestError for outputs that only a single model has."""
+        for name in ("output_hidden_states", "output_attentions"):
+            if asked.get(name):
+                raise RequestError(f"an ensemble cannot honour {name}: ask one of its `members`, each has its own")
 
     def _check_prompts(self, mask: torch.Tensor | None) -> None:
         """Raises RequestError where a row of a batch is all padding."""
@@ -161,44 +191,55 @@ class Ensemble(PreTrainedModel):
     ) -> None:
         """Write the configuration, which names the members relatively; `self_contained` copies them into the folder.
 
-        Raises RequestError for an ensemble made of models that lie in no folder, unless `self_contained` writes them.
+        Raises RequestError for members that lie in no folder, or have been trained since they were loaded from it,
+        unless `self_contained` writes them.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         config = type(self.config).from_dict(self.config.to_dict())
-        pairs = list(zip(self.config.members, self.members, strict=True))
         copies: dict[Any, str] = {}
         config.members = [
-            self._inside(*pair, folder, copies) if self_contained else self._outside(pair[0], folder) for pair in pairs
+            self._inside(place, folder, copies) if self_contained else self._outside(place, folder)
+            for place in range(len(self.members))
         ]
         config.gate = self.gate.plain() if self.gate is not None else None
         config.save_pretrained(folder)
         if self.writes:
             self.generation_config.save_pretrained(folder)
 
-    def _source(self, entry: dict[str, Any]) -> Path | None:
-        """The folder a member was loaded from."""
-        return (self.folder or Path()) / entry["path"] if entry["path"] else None
+    def _source(self, place: int) -> Path | None:
+        """The folder a member was loaded from, where it still is what that folder holds."""
+        path = self.config.members[place]["path"]
+        source = (self.folder or Path()) / path
+        return source if path and source.is_dir() and not self._changed(place) else None
 
-    def _inside(self, entry: dict[str, Any], member: Any, folder: Path, copies: dict[Any, str]) -> dict[str, Any]:
+    def _changed(self, place: int) -> bool:
+        """Whether a member was trained since it became one: a change of type or device is none."""
+        then, now = self.made_of[place], _glimpse(self.members[place])
+        pairs = zip(then, now, strict=False)
+        return len(then) != len(now) or not all(torch.equal(a.to(b.dtype), b) for a, b in pairs)
+
+    def _inside(self, place: int, folder: Path, copies: dict[Any, str]) -> dict[str, Any]:
         """The entry of a member that is copied into `folder`, unless one with the same weights has been."""
-        source = self._source(entry)
-        if source is not None and source.is_dir():
+        entry, member, source = self.config.members[place], self.members[place], self._source(place)
+        if source is not None:
             path = copied(source, folder, entry["name"], copies)
             return {**entry, "path": path, "hash": lineage.hash_model(folder / path)}
-        same = next(member.parameters()).data_ptr()
+        same = tuple(weight.data_ptr() for weight in member.parameters())
         if same not in copies:
             copies[same] = f"members/{entry['name']}"
             nested = {"self_contained": True} if isinstance(member, Ensemble) else {}
-            member.save_pretrained(folder / copies[same], **nested)
+            member.save_pretrained(folder / copies[same], **nested)  # type: ignore[operator]
         return {**entry, "path": copies[same], "hash": lineage.hash_model(folder / copies[same])}
 
-    def _outside(self, entry: dict[str, Any], folder: Path) -> dict[str, Any]:
+    def _outside(self, place: int, folder: Path) -> dict[str, Any]:
         """The entry of a member as seen from `folder`."""
-        source = self._source(entry)
+        entry, source = self.config.members[place], self._source(place)
         if source is None:
-            raise RequestError(f"member {entry['name']!r} lies in no folder: save it first, or use self_contained=True")
-        return {**entry, "path": os.path.relpath(source.resolve(), folder.resolve())}
+            found = "has been trained since it was loaded" if self._changed(place) else "lies in no folder"
+            raise RequestError(f"member {entry['name']!r} {found}: save it first, or use self_contained=True")
+        path = os.path.relpath(source.resolve(), folder.resolve())
+        return {**entry, "path": path, "hash": entry["hash"] or lineage.hash_model(source)}
 
     def to(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As of any module; a member that has a device of its own stays there."""
@@ -206,6 +247,15 @@ class Ensemble(PreTrainedModel):
         for entry, member in zip(self.config.members, self.members, strict=True):
             if entry.get("device"):
                 member.to(entry["device"])
+        return self
+
+    def train(self, mode: bool = True) -> Any:
+        """As of any module; a member that is frozen stays as it is used, without dropout: what a gate is to learn from
+        is what it will see."""
+        super().train(mode)
+        for member in self.members:
+            if not any(weight.requires_grad for weight in member.parameters()):
+                member.eval()
         return self
 
     @classmethod
@@ -241,6 +291,21 @@ class Ensemble(PreTrainedModel):
         if kwargs.get("output_loading_info"):
             return model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         return model
+
+
+GLIMPSE = 64
+"""Values of each tensor that are looked at to see whether a member was trained: a step of an optimizer changes nearly
+all."""
+
+
+def _glimpse(member: nn.Module) -> list[torch.Tensor]:
+    """A few values of every weight, at even distances, as they are now."""
+    flat = [weight.detach().flatten() for weight in member.parameters()]
+    return [each[:: max(1, len(each) // GLIMPSE)].clone().cpu() for each in flat]
+
+
+def _keeps_layers(member: Any) -> bool:
+    return member.caches if isinstance(member, Ensemble) else not getattr(member, "_is_stateful", False)
 
 
 def _of_the_text(needed: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from graft.ensemble import agreed
 from graft.ensemble.base import Ensemble, to_device
 from graft.ensemble.caches import CacheView, Text, grown_text
 from graft.ensemble.configuration import EnsembleConfig
@@ -39,14 +40,20 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
         """As of any `transformers` model. Raises RequestError where a row of the batch is all padding, and RunError
         where the options forbid every token that the rule leaves possible.
 
-        An ensemble that names a `draft` speculates where plain greedy decoding is asked for: the same tokens, sooner.
+        An ensemble that names a `draft` speculates where plain greedy decoding is asked for: the same tokens, sooner. A
+        union with `boundaries` then combines its members only at common ends of tokens (`agreed.py`).
         """
         self._check_prompts(kwargs.get("attention_mask"))
         if self.choose is not None:
             return chosen_outputs(self, inputs if inputs is not None else kwargs.pop("input_ids"), **kwargs)
         if self.config.draft is not None and (found := instead_of_generate(self, inputs, kwargs)) is not None:
             return found
-        if self.union is not None:
+        if (
+            self.config.boundaries is not None
+            and (found := agreed.instead_of_generate(self, inputs, kwargs)) is not None
+        ):
+            return found
+        if not self.caches:
             kwargs["use_cache"] = False
         kwargs = watched(self.config.combine, self.generation_config, kwargs)
         return super().generate(inputs, **kwargs)  # type: ignore[misc]
@@ -60,29 +67,34 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
 
     def forward(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Combined log-probabilities `[batch, length, vocabulary]`; with `labels` also their mean cross entropy.
 
         Raises RequestError for an empty prompt and for a context longer than a member's; RunError naming the member
         whose logits are NaN.
         """
-        if use_cache and past_key_values is None and self.union is None:
+        self._check_asked(kwargs)
+        if use_cache and past_key_values is None and self.caches:
             past_key_values = DynamicCache(config=self.config)
         self._check_inputs(input_ids, past_key_values)
+        assert input_ids is not None
         given = {"attention_mask": attention_mask, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
-        mixed = self.mixed(*self.told(input_ids, given, past_key_values), attention_mask)
+        cache = past_key_values if self.caches else None
+        mixed = self.mixed(*self.told(input_ids, given, cache), attention_mask)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=mixed, labels=labels, vocab_size=mixed.shape[-1], **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=mixed, past_key_values=past_key_values)
+        found = CausalLMOutputWithPast(loss=loss, logits=mixed, past_key_values=past_key_values)
+        return found.to_tuple() if return_dict is False else found
 
     def told(
         self, input_ids: torch.Tensor, given: dict[str, Any], cache: Cache | None, *, every: bool = False

@@ -43,15 +43,13 @@ def problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[st
         found += _other_than_decoders(settings, "encoder-decoders")
     if settings.vocabulary == "union":
         found += _union_problems(settings)
+    elif settings.boundaries is not None:
+        found.append(f"`boundaries` is for a union of vocabularies, found `vocabulary: {settings.vocabulary}`")
     found += byte_problems(settings)
     found += _several_problems(settings)
     found += _device_problems(settings)
-    if settings.show is not None and (
-        settings.rule != "linear" or settings.vocabulary == "union" or models[first].architecture != "decoder"
-    ):
-        found.append(
-            "`show` is for mixtures (linear) of decoders of one vocabulary or over bytes: only there members share"
-        )
+    if settings.show is not None and (settings.rule != "linear" or models[first].architecture != "decoder"):
+        found.append("`show` is for mixtures (linear) of decoders: only there members share")
     if not isinstance(settings.weights, FittedWeights):
         wrong = method("graft.ensemble", settings.rule).problem(constants(settings))
         found += [wrong] if wrong else []
@@ -80,6 +78,8 @@ def _classifier_problems(settings: EnsembleSettings, models: Mapping[str, Facts]
         found.append("least_risk chooses among texts that members write, found classifiers: use majority or ranked")
     if isinstance(settings.weights, FittedWeights) and settings.weights.gate and settings.weights.gate.hidden_states:
         found.append("a gate sees hidden states of members that write, found classifiers: leave `hidden_states` out")
+    if isinstance(settings.weights, FittedWeights) and settings.weights.top_k is not None:
+        found.append("`top_k` is for products of models with many tokens, found classifiers: leave it out")
     return found
 
 
@@ -95,8 +95,8 @@ def _other_than_decoders(settings: EnsembleSettings, what: str) -> list[str]:
 def _union_problems(settings: EnsembleSettings) -> list[str]:
     if settings.rule != "linear":
         return [NOT_A_MIXTURE.format(settings.rule)]
-    if isinstance(settings.weights, FittedWeights):
-        return ["weights are fitted for members of one vocabulary: give those of a union beside the members"]
+    if isinstance(settings.weights, FittedWeights) and settings.weights.gate is not None:
+        return ["a gate is for members of one vocabulary, found a union: leave the gate out"]
     return []
 
 
@@ -128,6 +128,12 @@ def _fit_problems(settings: EnsembleSettings) -> list[str]:
     if settings.rule != "linear" and settings.weights.gate is not None:
         return [f"a gate gives the weights of a mixture (linear), found {settings.rule!r}: leave the gate out"]
     found = _gate_problems(settings.names, settings.weights.gate)
+    if settings.weights.top_k is not None and (settings.rule != "log_linear" or settings.vocabulary == "bytes"):
+        where = "over bytes" if settings.vocabulary == "bytes" else f"with {settings.rule}"
+        found.append(
+            f"`top_k` is for products (log_linear) of models with many tokens, found it {where}: what those need is "
+            "little already, leave it out"
+        )
     if settings.rule in ("linear", "log_linear"):
         return found
     return [f"weights can be fitted for linear and log_linear, found {settings.rule!r}: give its options"]

@@ -18,6 +18,7 @@ class EnsembleForSequenceClassification(Ensemble):
     """Classifiers whose class probabilities are combined; `logits` are log-probabilities: [batch, classes] float32."""
 
     writes = False
+    accepts_loss_kwargs = False
 
     def __init__(self, config: EnsembleConfig, *args: Any, **kwargs: Any):
         check_labels(config)
@@ -25,21 +26,25 @@ class EnsembleForSequenceClassification(Ensemble):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> SequenceClassifierOutput:
+    ) -> SequenceClassifierOutput | tuple[Any, ...]:
         """Combined log-probabilities `[batch, classes]`; with `labels [batch]` also their mean cross entropy.
 
         Raises RequestError for an empty text and one longer than a member reads; RunError naming a member that gives
         NaN.
         """
+        self._check_asked(kwargs)
         self._check_inputs(input_ids, None)
+        assert input_ids is not None
         given = {"attention_mask": attention_mask, **kwargs}
         mixed = self.mixed(*self._told(lambda number: self._classified(number, input_ids, given), None), None)
         loss = None if labels is None else torch.nn.functional.nll_loss(mixed, labels)
-        return SequenceClassifierOutput(loss=loss, logits=mixed)
+        found = SequenceClassifierOutput(loss=loss, logits=mixed)
+        return found.to_tuple() if return_dict is False else found
 
     def _classified(self, number: int, input_ids: torch.Tensor, given: dict[str, Any]) -> Told:
         place = self.active[number]

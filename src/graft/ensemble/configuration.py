@@ -17,9 +17,11 @@ from graft.lineage import CONTEXTS
 
 class EnsembleConfig(PretrainedConfig):
     """`members`: name, path (relative to the ensemble's folder), hash and configuration of each; `combine`: the rule,
-    `options`: its settings; `weights`: one for each member. A member whose weight is zero is never run. `gate`: weights
-    that follow the context; `weights` are then what it gave on average. `vocabulary`: `same`, or `union` of the
-    members' token strings (`vocab_size` of them). `draft`: the member that drafts where the ensemble speculates."""
+    `options`: its settings; `weights`: one for each member. A member whose weight is zero is never run. `gate`:
+    weights that follow the context; `weights` are then what it gave on average. `vocabulary`: `same`, or `union` of
+    the members' token strings (`vocab_size` of them). `draft`: the member that drafts where the ensemble speculates.
+    `boundaries`: of a union, how many tokens the first member drafts where members are combined only at common
+    boundaries, and where they differ."""
 
     model_type = "graft_ensemble"
 
@@ -33,12 +35,13 @@ class EnsembleConfig(PretrainedConfig):
         vocabulary: str = "same",
         vocab_size: int | None = None,
         draft: str | None = None,
+        boundaries: int | None = None,
         **kwargs: Any,
     ):
         self.members = list(members)
         self.combine, self.options = combine, dict(options or {})
         self.weights = [float(weight) for weight in weights]
-        self.gate, self.draft = gate, draft
+        self.gate, self.draft, self.boundaries = gate, draft, boundaries
         configs = [entry["config"] for entry in self.members]
         self.vocabulary = vocabulary
         smallest = min((int(c["vocab_size"]) for c in configs), default=0)
@@ -47,7 +50,7 @@ class EnsembleConfig(PretrainedConfig):
         self.layer_types = ["full_attention"] * self.num_hidden_layers
         longest = [n for n in map(context_of, configs) if n]
         self.max_position_embeddings = min(longest, default=None)
-        self.hidden_size = max((_first(c, "hidden_size", "n_embd", "d_model") or 0 for c in configs), default=0)
+        self.hidden_size = max(map(width_of, configs), default=0)
         self.num_attention_heads = max(
             (_first(c, "num_attention_heads", "n_head", "n_heads") or 0 for c in configs), default=0
         )
@@ -123,6 +126,11 @@ def _layers(config: dict[str, Any]) -> int:
             f"a member of type {config.get('model_type')!r} names no number of layers: it has no cache to share"
         )
     return found
+
+
+def width_of(config: dict[str, Any]) -> int:
+    """Channels of a model's hidden states; 0 where its configuration does not say."""
+    return _first(config, "hidden_size", "n_embd", "d_model") or 0
 
 
 def context_of(config: dict[str, Any]) -> int | None:

@@ -14,15 +14,17 @@ import torch
 from graft import data, models
 from graft.data.corpus import text_of
 from graft.ensemble.classification import labels_of
-from graft.ensemble.configuration import kind_of
-from graft.ensemble.contributions import MOST, contributions
+from graft.ensemble.configuration import kind_of, width_of
+from graft.ensemble.contributions import contributions
 from graft.ensemble.diversity import error_correlation
-from graft.ensemble.gate import Told, features, fit_gate
+from graft.ensemble.gate import fit_gate
+from graft.ensemble.kept import Kept, columns_of, kept_of, read, stride_of
 from graft.ensemble.linear import Settings, combine
 from graft.ensemble.members import config_of
-from graft.ensemble.reading import Read, classes, common_context, distributions, pair_items, text_items
+from graft.ensemble.reading import Item, Read, classes, common_context, distributions, pair_items, text_items
 from graft.ensemble.settings import EnsembleSettings, FittedWeights, GateSettings
 from graft.ensemble.sources import Source
+from graft.ensemble.union_said import union_said
 from graft.ensemble.weights import Fit, fit_linear, fit_log_linear
 from graft.errors import CannotCombine
 from graft.evaluate.scorer import Scorer
@@ -76,17 +78,23 @@ def fit_weights(settings: EnsembleSettings, weights: FittedWeights, job: Job, so
         names = weights.gate.looks_at or settings.names
         seen = [place for place, source in enumerate(sources) if source.model in names]
         return _fit_gated(sources, text, weights.gate, seen, job.seed)
-    fit = _fit_product if settings.rule == "log_linear" else _fit_mixture
-    return fit(sources, text)
+    if settings.rule == "log_linear":
+        return _fit_product(sources, text, weights.top_k)
+    return _fit_mixture(sources, text, settings.vocabulary == "union")
 
 
-def _fit_mixture(sources: list[Source], text: HeldOut) -> Fit:
-    told, at = columns(sources, text)
+def _fit_mixture(sources: list[Source], text: HeldOut, union: bool) -> Fit:
+    if union:
+        said = union_said(sources, text.texts, text.device)
+        return replace(_mixture(sources, text, said.log_probs, said.texts, said.tokens), unmatched=said.unmatched)
+    return _mixture(sources, text, *columns(sources, text), _choices(sources[0]))
+
+
+def _mixture(sources: list[Source], text: HeldOut, told: np.ndarray, at: np.ndarray, choices: int) -> Fit:
+    """The best constant weights for `told [members, tokens]`, of the records `at [tokens]`; who contributes what."""
     importance = text.importance(at)
-    fit = replace(fit_linear(told, importance), correlation=error_correlation(told))
-    if len(sources) > MOST:
-        return fit
-    return replace(fit, contributions=contributions(told, float(np.log(_choices(sources[0]))), importance))
+    missed = contributions(told, float(np.log(choices)), importance, texts=at)
+    return replace(fit_linear(told, importance), correlation=error_correlation(told), contributions=missed)
 
 
 def _choices(source: Source) -> int:
@@ -98,9 +106,8 @@ def _choices(source: Source) -> int:
 def columns(sources: list[Source], text: HeldOut) -> tuple[np.ndarray, np.ndarray]:
     """Each member's log-probability of what comes `[members, tokens]`, and which record each token is from."""
     if _kind(sources) != "CausalLM":
-        read = _read(sources, text)
-        gold = read[0].gold[:, None]
-        return np.stack([each.log_probs.gather(-1, gold)[:, 0].numpy() for each in read]), read[0].texts.numpy()
+        kept = _kept(sources, text)
+        return np.stack([each.log_probs.numpy() for each in kept]), kept[0].texts.numpy()
     scored = [_token_log_probs(source, text.texts, text.device) for source in sources]
     lengths = [len(column) for column in scored[0]]
     if any([len(c) for c in column] != lengths for column in scored):
@@ -113,25 +120,32 @@ def _kind(sources: list[Source]) -> str:
     return kind_of([config_of(source.folder) for source in sources], "log_linear")
 
 
-def _fit_product(sources: list[Source], text: HeldOut) -> Fit:
-    read = _read(sources, text)
-    importance = text.importance(read[0].texts.numpy())
-    return fit_log_linear([each.log_probs for each in read], read[0].gold, importance)
+def _fit_product(sources: list[Source], text: HeldOut, top_k: int | None) -> Fit:
+    if top_k is None:
+        read = _read(sources, text)
+        importance = text.importance(read[0].texts.numpy())
+        return fit_log_linear([each.log_probs for each in read], read[0].gold, importance)
+    kept = _kept(sources, text, top_k=top_k)
+    found = columns_of(kept, common_context(_folders(sources))[1])
+    importance = text.importance(kept[0].texts.numpy())
+    return fit_log_linear(found.log_probs, found.place, importance, log_counts=found.log_counts)
 
 
 def _fit_gated(sources: list[Source], text: HeldOut, settings: GateSettings, looks_at: list[int], seed: int) -> Fit:
-    read = _read(sources, text, states=looks_at if settings.hidden_states else [])
-    importance, gold = text.importance(read[0].texts.numpy()), read[0].gold
-    looked = [Told(read[number].log_probs, read[number].states) for number in looks_at]
-    inputs = features([each.log_probs for each in looked], [each.state for each in looked])
-    told = torch.stack([each.log_probs.gather(-1, gold[:, None])[:, 0] for each in read])
-    constant = fit_linear(told.numpy(), importance)
+    kept = _kept(sources, text, looks_at if settings.hidden_states else [])
+    importance = text.importance(kept[0].texts.numpy())
+    looked = [kept[number] for number in looks_at]
+    inputs = torch.cat(
+        [*(each.seen for each in looked), *(each.state for each in looked if each.state is not None)], -1
+    )
+    told = torch.stack([each.log_probs for each in kept])
+    constant = _mixture(sources, text, told.numpy(), kept[0].texts.numpy(), _choices(sources[0]))
     share = torch.as_tensor(importance, dtype=torch.float32)
     start = torch.as_tensor(constant.weights, dtype=torch.float32)
     conduct = {"looks_at": looks_at, "states": settings.hidden_states, "skip": settings.skip}
     gate = fit_gate(told, inputs, start, share, hidden=settings.units, seed=seed, **conduct)
     with torch.no_grad():
-        weights = gate.decide(looked)
+        weights = gate.cut(inputs)
         mixed = combine(list(told[..., None]), weights, Settings())[:, 0]
     share = share / share.sum()
     return replace(
@@ -144,26 +158,45 @@ def _fit_gated(sources: list[Source], text: HeldOut, settings: GateSettings, loo
     )
 
 
-def _read(sources: list[Source], text: HeldOut, states: Sequence[int] = ()) -> list[Read]:
-    """What each member says at the same tokens, or of the same texts' classes; those in `states` with hidden states.
+def _read(sources: list[Source], text: HeldOut) -> list[Read]:
+    """Whole distributions of each member at the same tokens, or of the same texts' classes.
 
     Raises CannotCombine where the data says nothing that such members could say.
     """
-    kind, folders = _kind(sources), list(dict.fromkeys(source.folder for source in sources))
-    if kind == "SequenceClassification":
-        _check_format(text.format, ["labelled"], "classifiers")
-        said, labels = ([record[field] for record in text.records] for field in ("text", "label"))
-        return [classes(source, said, labels, text.device) for source in sources]
-    if kind == "Seq2SeqLM":
+    if _kind(sources) == "SequenceClassification":
+        return _classes(sources, text)
+    items, (context, width) = _items(sources, text), common_context(_folders(sources))
+    return [distributions(source, items, context=context, width=width, device=text.device) for source in sources]
+
+
+def _kept(sources: list[Source], text: HeldOut, states: Sequence[int] = (), *, top_k: int | None = None) -> list[Kept]:
+    """What is kept of that: of members in `states` with hidden states, with `top_k` so many likeliest tokens."""
+    if _kind(sources) == "SequenceClassification":
+        return [kept_of(each.log_probs, each.gold, each.texts) for each in _classes(sources, text)]
+    items, (context, width) = _items(sources, text), common_context(_folders(sources))
+    channels = max((width_of(config_of(sources[number].folder)) for number in states), default=0)
+    stride = stride_of(items, context, 3 + channels + 2 * (top_k or 0))
+    given: dict[str, Any] = {"context": context, "width": width, "stride": stride, "device": text.device}
+    return [read(each, items, states=number in states, top_k=top_k, **given) for number, each in enumerate(sources)]
+
+
+def _folders(sources: list[Source]) -> list[Path]:
+    return list(dict.fromkeys(source.folder for source in sources))
+
+
+def _classes(sources: list[Source], text: HeldOut) -> list[Read]:
+    """What classifiers say of the texts."""
+    _check_format(text.format, ["labelled"], "classifiers")
+    said, labels = ([record[field] for record in text.records] for field in ("text", "label"))
+    return [classes(source, said, labels, text.device) for source in sources]
+
+
+def _items(sources: list[Source], text: HeldOut) -> list[Item]:
+    """What the members are asked."""
+    if _kind(sources) == "Seq2SeqLM":
         _check_format(text.format, ["pairs", "completion", "labelled"], "encoder-decoders")
-        items = pair_items(folders, text.records, text.format)
-    else:
-        items = text_items(folders, text.texts)
-    context, width = common_context(folders)
-    return [
-        distributions(source, items, context=context, width=width, device=text.device, states=number in states)
-        for number, source in enumerate(sources)
-    ]
+        return pair_items(_folders(sources), text.records, text.format)
+    return text_items(_folders(sources), text.texts)
 
 
 def _check_format(found: str, wanted: list[str], what: str) -> None:

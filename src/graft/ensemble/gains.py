@@ -116,7 +116,7 @@ def _steps(names: Sequence[str], fit: np.ndarray, measured: np.ndarray, texts: n
         joined.append(min(rest, key=lambda place: fits[place].loss))
         weights = fits[joined[-1]].weights
         then = mixture(measured[joined], weights)
-        low, high = _interval(then - now, texts, seed)
+        low, high = interval(then - now, texts, seed)
         shares = {names[place]: float(weight) for place, weight in zip(joined, weights, strict=True)}
         gain = float((then - now).mean())
         found.append(Step(names[joined[-1]], shares, -float(then.mean()), gain, low, high))
@@ -124,10 +124,16 @@ def _steps(names: Sequence[str], fit: np.ndarray, measured: np.ndarray, texts: n
     return found
 
 
-def _interval(gain: np.ndarray, texts: np.ndarray, seed: int) -> tuple[float, float]:
-    """95 % of the mean gain a token when documents are drawn anew (percentile bootstrap)."""
+def interval(
+    gain: np.ndarray, texts: np.ndarray, seed: int, importance: np.ndarray | None = None
+) -> tuple[float, float]:
+    """95 % of the mean `gain [tokens]` when documents (`texts [tokens]`) are drawn anew (percentile bootstrap).
+
+    `importance [tokens]`: how much each token counts; all alike where None.
+    """
     _, at = np.unique(texts, return_inverse=True)
-    sums, counts = np.bincount(at, gain), np.bincount(at)
+    counts = np.ones(len(gain)) if importance is None else importance
+    sums, counts = np.bincount(at, gain * counts), np.bincount(at, counts)
     drawn = np.random.default_rng(seed).integers(0, len(sums), (DRAWS, len(sums)))
     low, high = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975])
     return float(low), float(high)

@@ -61,7 +61,10 @@ class Gate(nn.Module):
 
     def decide(self, told: Sequence[Told]) -> torch.Tensor:
         """The weights to mix by `[..., members]`, from what the members say that the gate looks at."""
-        seen = features([each.log_probs for each in told], [each.state for each in told])
+        return self.cut(features([each.log_probs for each in told], [each.state for each in told]))
+
+    def cut(self, seen: torch.Tensor) -> torch.Tensor:
+        """The weights to mix by `[..., members]` from features `[..., inputs]`: those of at most `skip` are zero."""
         weights = self(seen.to(self.outer.weight.dtype)).float()
         kept = weights > self.skip
         cut = weights * kept

@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from graft import lineage, models
 from graft.adapters.facts import adapter_of_head, frozen_config
 from graft.checkpoint import atomic_write
+from graft.ensemble.configuration import kind_of
 from graft.ensemble.dropout import thinned, twin
 from graft.ensemble.sources import Source
 from graft.errors import CheckpointError, RequestError
@@ -167,7 +174,12 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 def fresh(config: dict[str, Any]) -> PreTrainedModel:
     """A member with random weights."""
     plain = dict(config)
-    auto = AutoModelForSeq2SeqLM if plain.get("is_encoder_decoder") else AutoModelForCausalLM
+    autos = {
+        "CausalLM": AutoModelForCausalLM,
+        "Seq2SeqLM": AutoModelForSeq2SeqLM,
+        "SequenceClassification": AutoModelForSequenceClassification,
+    }
+    auto = autos[kind_of([plain])]
     return auto.from_config(AutoConfig.for_model(plain.pop("model_type"), **plain))
 
 

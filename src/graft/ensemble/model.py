@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -64,6 +65,8 @@ def ensemble_of(
     chosen = rule.default(len(members), parsed) if weights is None else list(weights)
     if len(chosen) != len(members):
         raise RequestError(f"expected {len(members)} weights, found {len(chosen)}")
+    if not all(map(math.isfinite, chosen)):
+        raise RequestError(f"expected finite weights, found {chosen}")
     if wrong := rule.problem(chosen):
         raise RequestError(wrong)
     entries = [

@@ -19,14 +19,18 @@ OURS = ("num_beams", "num_return_sequences", "do_sample", "temperature", "top_p"
 
 
 @torch.no_grad()
-def chosen_outputs(model: Ensemble, inputs: torch.Tensor, tokenizer: Any = None, **kwargs: Any) -> torch.Tensor:
+def chosen_outputs(
+    model: Ensemble, inputs: torch.Tensor, tokenizer: Any = None, streamer: Any = None, **kwargs: Any
+) -> torch.Tensor:
     """The answer to each row of `inputs [batch, length]` that the rule chooses, `[batch, longest]`, padded behind.
 
     As from `generate`: with the prompt before it for decoders, with the start token for encoder-decoders. `do_sample`
-    and `num_beams` above one in a call go before the rule's `draw`. Raises RequestError where there is no tokenizer to
-    compare texts with, for texts longer than a member reads, and for what only a single model can return.
+    and `num_beams` above one in a call go before the rule's `draw`. A `streamer` gets the answer in one piece. Raises
+    RequestError where there is no tokenizer to compare texts with, for texts longer than a member reads, and for what
+    only a single model can return.
     """
-    refused = [name for name in ("return_dict_in_generate", "past_key_values", "streamer") if kwargs.get(name)]
+    refused = [name for name in ("return_dict_in_generate", "past_key_values") if kwargs.get(name)]
+    refused += ["streamer"] if streamer is not None and len(inputs) > 1 else []
     if refused or kwargs.get("num_return_sequences", 1) > 1:
         name = refused[0] if refused else "num_return_sequences"
         raise RequestError(f"an ensemble that chooses one of its members' outputs cannot honour {name}: leave it out")
@@ -42,6 +46,10 @@ def chosen_outputs(model: Ensemble, inputs: torch.Tensor, tokenizer: Any = None,
         texts = [reads.batch_decode(each[:, begin:], skip_special_tokens=True) for each in own]
         place = choose([[text.strip() for text in each] for each in texts], model.weights.tolist(), model.options)
         rows.append([line for each in own for line in each][place])
+    if streamer is not None:
+        streamer.put(rows[0][:begin].cpu())
+        streamer.put(rows[0][begin:].cpu())
+        streamer.end()
     longest = max(len(line) for line in rows)
     return torch.stack([torch.nn.functional.pad(line, (0, longest - len(line)), value=pad) for line in rows])
 

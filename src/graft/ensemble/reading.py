@@ -100,7 +100,7 @@ def distributions(
         places = torch.arange(-seen % stride, len(target), stride)
         seen += len(target)
         if len(places):
-            found = scorer.model(**_inputs(scorer, item, target, context), **asked)
+            found = scorer.model(**inputs_of(scorer, item, target, context), **asked)
             kept.append(found.logits[0, places.to(scorer.device), :width].float().log_softmax(-1).cpu())
             hidden += [last_state(found, source.name)[0, places.to(scorer.device)].cpu()] if states else []
             gold.append(torch.tensor(target)[places])
@@ -124,14 +124,14 @@ def said(source: Source, items: Sequence[Item], *, context: int, width: int, dev
     for item in items:
         target = item.target[:context]
         if target:
-            logits = scorer.model(**_inputs(scorer, item, target, context)).logits[0, :, :width].float()
+            logits = scorer.model(**inputs_of(scorer, item, target, context)).logits[0, :, :width].float()
             wanted = torch.tensor(target, device=logits.device)[:, None]
             gold.append(logits.log_softmax(-1).gather(-1, wanted)[:, 0].double().cpu().numpy())
             best.append(logits.argmax(-1).cpu().numpy())
     return Said(np.concatenate(gold), np.concatenate(best))
 
 
-def _inputs(scorer: Scorer, item: Item, target: list[int], context: int) -> dict[str, Any]:
+def inputs_of(scorer: Scorer, item: Item, target: list[int], context: int) -> dict[str, Any]:
     """What the model is asked: the target up to each token, for encoder-decoders behind the source."""
     if item.source is None or not scorer.encoder_decoder:
         ids = torch.tensor([[scorer.prefix_token, *target[:-1]]], device=scorer.device)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, GenerationMixin
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from graft.ensemble.base import Ensemble, to_device
@@ -85,16 +86,19 @@ class EnsembleForSeq2SeqLM(Ensemble, GenerationMixin):
         past_key_values: EncoderDecoderCache | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **_: Any,
-    ) -> Seq2SeqLMOutput:
-        """Combined log-probabilities `[batch, target length, vocabulary]`; with `labels` their mean cross entropy.
+        return_dict: bool | None = None,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Seq2SeqLMOutput | tuple[Any, ...]:
+        """Combined log-probabilities `[batch, target length, vocabulary]`; with `labels` their mean cross entropy, or
+        with `num_items_in_batch` its sum over so many labels.
 
         Raises RequestError for a source or target longer than a member's limit; RunError naming a member that gives
         NaN.
         """
+        self._check_asked(kwargs)
         if encoder_outputs is None:
-            if input_ids is not None:
-                self._check_inputs(input_ids, None, self.translators)
+            self._check_inputs(input_ids, None, self.translators)
             encoder_outputs = self.get_encoder()(input_ids, attention_mask)
         if decoder_input_ids is None and labels is not None:
             decoder_input_ids = _shifted(labels, self.config)
@@ -112,13 +116,14 @@ class EnsembleForSeq2SeqLM(Ensemble, GenerationMixin):
         mixed = self.mixed(*self._told(reads, decoder_attention_mask), None)
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(mixed.flatten(0, 1), labels.flatten())
-        return Seq2SeqLMOutput(
+            loss = fixed_cross_entropy(mixed.flatten(0, 1), labels.flatten(), num_items_in_batch)
+        found = Seq2SeqLMOutput(
             loss=loss,
             logits=mixed,
             past_key_values=past_key_values,
             encoder_last_hidden_state=encoder_outputs[0],
         )
+        return found.to_tuple() if return_dict is False else found
 
     def _reader(
         self, encodings: torch.Tensor, given: dict[str, Any], cache: EncoderDecoderCache | None
@@ -128,7 +133,7 @@ class EnsembleForSeq2SeqLM(Ensemble, GenerationMixin):
         A member that a gate has left out reads first what it has missed.
         """
         members: list[Any] = [self.members[place] for place in self.translators]
-        parts = encodings.split([member.config.hidden_size for member in members], -1)
+        parts = encodings.split([_width(member) for member in members], -1)
         own = dict(zip(self.translators, parts, strict=True))
         ids, text = given["decoder_input_ids"], None
         if self.gate is not None and self.gate.skips and cache is not None:
@@ -191,6 +196,13 @@ class EnsembleForSeq2SeqLM(Ensemble, GenerationMixin):
     def _said(self, place: int, found: Any, device: torch.device) -> Told:
         last = last_state(found, self.config.members[place]["name"]).to(device) if self._wants_states else None
         return Told(found.logits[..., : self.config.vocab_size].float().log_softmax(-1).to(device), last)
+
+
+def _width(translator: Any) -> int:
+    """Channels of what a translator's encoder gives: an ensemble's are those of its own translators side by side."""
+    if isinstance(translator, EnsembleForSeq2SeqLM):
+        return sum(_width(translator.members[place]) for place in translator.translators)
+    return int(translator.config.hidden_size)
 
 
 def start_token(config: Any) -> int:

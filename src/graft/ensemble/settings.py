@@ -36,6 +36,14 @@ class FittedWeights(Settings):
 
     fit: Annotated[DataRef, Field(description="Data set and split, such as `mixed.dev`.")]
     documents: Annotated[int, Field(gt=0, description="At most so many documents of each data set are read.")] = 200
+    top_k: Annotated[
+        int | None,
+        Field(
+            gt=0,
+            description="Of a product: so many of each member's likeliest tokens are kept at every token, the others "
+            "as one tail (approximate, but of all tokens of a long text); null: whole distributions.",
+        ),
+    ] = None
     gate: Annotated[
         GateSettings | None,
         Field(description="Weights that follow the context: `0`, a linear gate; `16`, one with so many units."),
@@ -164,6 +172,15 @@ class EnsembleSettings(Settings):
             "members have gets what they give (linear); `bytes`: members with any tokenizers, combined at every byte."
         ),
     ] = "same"
+    boundaries: Annotated[
+        int | None,
+        Field(
+            gt=0,
+            description="Of a union that writes greedily: the first member drafts so many tokens, the others are "
+            "combined with it only where a token of each ends and where they would not write the same. Faster, and "
+            "another text than that of the whole union; null: combined at every token.",
+        ),
+    ] = None
     cover: Annotated[CoverSettings | None, Field(description="Which token sequences count (`vocabulary: bytes`).")] = (
         None
     )

@@ -17,6 +17,8 @@ from graft.ensemble.gate import Gate, Told
 from graft.ensemble.reading import common_context, distributions, text_items
 from graft.ensemble.sources import Source
 from graft.ensemble.spoken import Spoken, colour
+from graft.ensemble.union import unmatched_mass
+from graft.ensemble.union_said import union_said
 from graft.errors import RequestError
 from graft.evaluate.scorer import Scorer
 
@@ -26,17 +28,16 @@ if TYPE_CHECKING:
 
 @torch.inference_mode()
 def speaks(folder: Path | str, text: str, *, device: str | None = None) -> Spoken:
-    """Who speaks in `text`; over bytes, at which character. Raises RequestError for what is no mixture over one
-    vocabulary or over bytes, and for an empty text."""
+    """Who speaks in `text`; over bytes, at which character. Raises RequestError for what is no mixture of decoders, and
+    for an empty text."""
     if not text:
         raise RequestError("expected a text to show, found none")
     model = models.load(folder, device=device)
     if isinstance(model, EnsembleOverBytes) and model.config.combine == "linear":
         return byte_show.speaks(model, text)
-    if not isinstance(model, EnsembleForCausalLM) or model.config.combine != "linear" or model.union is not None:
+    if not isinstance(model, EnsembleForCausalLM) or model.config.combine != "linear":
         raise RequestError(
-            f"{folder}: expected a mixture (linear) of decoders of one vocabulary, or over bytes: only there members "
-            "share"
+            f"{folder}: expected a mixture (linear) of decoders, or over bytes: only there members share"
         )
     tokenizer = models.load_tokenizer(folder)
     ((found_ids, places),) = encode_with_places([text], tokenizer)
@@ -49,7 +50,8 @@ def speaks(folder: Path | str, text: str, *, device: str | None = None) -> Spoke
     told, found = model.told(inputs, given, None, every=True)
     weights = found.expand(len(ids), -1) if model.gate is None else found[0]
     gold = torch.tensor(ids, device=model.device)[:, None]
-    log_probs = torch.cat([each.log_probs[0].gather(-1, gold) for each in told if each is not None], -1)
+    whole = [each.log_probs for each in told if each is not None]
+    log_probs = torch.cat([each[0].gather(-1, gold) for each in whole], -1)
     shares = (log_probs + weights.to(log_probs.device).log()).softmax(-1)
     return Spoken(
         tuple(model.config.members[place]["name"] for place in model.active),
@@ -57,6 +59,7 @@ def speaks(folder: Path | str, text: str, *, device: str | None = None) -> Spoke
         shares.cpu().numpy(),
         weights.cpu().numpy(),
         log_probs.exp().cpu().numpy(),
+        () if model.union is None else tuple(unmatched_mass(model.union, whole)),
     )
 
 
@@ -70,6 +73,8 @@ def coloured(spoken: Spoken) -> Text:
     shown.append("\n\n")
     for member, name in enumerate(spoken.names):
         shown.append(f"{name} {spoken.shares[:, member].mean():.0%}  ", style=f"bold {colour(member)}")
+    if spoken.unmatched:
+        shown.append(f"\n{spoken.lost()}")
     return shown
 
 
@@ -104,11 +109,32 @@ def spoken_by(
     shares = torch.tensor([weights]).expand(len(log_probs), -1)
     if made is not None:
         shares = made.decide([Told(read[n].log_probs, read[n].states) for n in made.looks_at])
-    ((_, places),) = encode_with_places([text], models.load_tokenizer(folders[0]))
+    return _spoken(sources, text, log_probs, shares)
+
+
+def spoken_in_union(
+    sources: Sequence[Source], weights: Sequence[float], text: str, device: str | None = None
+) -> Spoken:
+    """The same of members of several vocabularies, in the tokens of their union."""
+    said = union_said(sources, [text], device)
+    log_probs = torch.from_numpy(said.log_probs.T).float()
+    return _spoken(sources, text, log_probs, torch.tensor([weights]).expand(len(log_probs), -1), tuple(said.unmatched))
+
+
+def _spoken(
+    sources: Sequence[Source],
+    text: str,
+    log_probs: torch.Tensor,
+    shares: torch.Tensor,
+    unmatched: tuple[float, ...] = (),
+) -> Spoken:
+    """Of `log_probs` and weights `[tokens, members]` of the text's tokens, as the first member cuts it."""
+    ((_, places),) = encode_with_places([text], models.load_tokenizer(sources[0].folder))
     return Spoken(
         tuple(source.name for source in sources),
         tuple(text[start:end] for start, end in places[: len(log_probs)]),
         (log_probs + shares.log()).softmax(-1).numpy(),
         shares.numpy(),
         log_probs.exp().numpy(),
+        unmatched,
     )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from graft.ensemble.greedy import behind, pad_of, plain_greedy
 from graft.ensemble.members import nan_words
 from graft.ensemble.pending import Pending, Verdict
 from graft.ensemble.turns import ACCELERATOR, THREAD, Turns
@@ -73,42 +74,20 @@ def speculate(
             if not any(pending.by):
                 break
     new = [answers.rows[row][ids.shape[1] - start :] if max_new_tokens > 0 else [] for row, start in enumerate(starts)]
-    return Speculated(_behind(input_ids, new, _pad(model, pad_token_id, ends)), turns.drafted, turns.held)
+    return Speculated(behind(input_ids, new, pad_of(model, pad_token_id, ends)), turns.drafted, turns.held)
 
 
 def instead_of_generate(
     model: EnsembleForCausalLM, input_ids: torch.Tensor | None, options: Mapping[str, Any]
 ) -> torch.Tensor | None:
     """What `generate` would give with these options, where they are those of plain greedy decoding; else None."""
-    ids = options.get("input_ids") if input_ids is None else input_ids
-    known = {"input_ids", "attention_mask", "max_new_tokens", "eos_token_id", "pad_token_id", *_GREEDY}
-    other = any(value not in _GREEDY[name] for name, value in options.items() if name in _GREEDY)
-    if ids is None or other or not set(options) <= known or options.get("max_new_tokens") is None:
-        return None
+    asked = plain_greedy(model, input_ids, options)
     active = [model.config.members[place]["name"] for place in model.active]
-    if model.union is not None or model.config.draft not in active or (model.gate is not None and model.gate.skips):
+    if asked is None or not model.caches or model.config.draft not in active:
         return None
-    own = model.generation_config
-    mask = options.get("attention_mask")
-    said = {name for name, value in own.to_diff_dict().items() if value not in (None, False)}
-    if not said <= _UNHEARD or (mask is not None and bool((mask.long().diff(dim=-1) < 0).any())):
+    if model.gate is not None and model.gate.skips:
         return None
-    tokens = {name: options.get(name, getattr(own, name)) for name in ("eos_token_id", "pad_token_id")}
-    count = options["max_new_tokens"]
-    return speculate(model, ids, model.config.draft, attention_mask=mask, max_new_tokens=count, **tokens).sequences
-
-
-_GREEDY: dict[str, tuple[Any, ...]] = {
-    "do_sample": (None, False),
-    "num_beams": (None, 1),
-    "stopping_criteria": (None, []),
-    "use_cache": (None, True),
-}
-"""Options of `generate` with the values that change nothing in greedy decoding."""
-_UNHEARD = {"transformers_version", "_from_model_config", "max_length", "use_cache"} | {
-    f"{name}_token_id" for name in ("bos", "eos", "pad")
-}
-"""What a generation configuration may say without changing it."""
+    return speculate(model, draft=model.config.draft, **asked).sequences
 
 
 def _check_above_zero(**numbers: float | None) -> None:
@@ -121,6 +100,8 @@ def _drafts(model: EnsembleForCausalLM, draft: str | None) -> list[int]:
     """Numbers of the members that may begin a round, among the active ones."""
     if model.union is not None:
         raise RequestError("speculation needs members of one vocabulary, found a union: use generate")
+    if not model.caches:
+        raise RequestError("speculation needs members whose cache is layers, found a recurrent state: use generate")
     if model.choose is not None:
         raise RequestError(f"speculation decodes token by token, found {model.config.combine}: use generate")
     names = [model.config.members[place]["name"] for place in model.active]
@@ -210,18 +191,6 @@ class _Answers:
             return False
         self.rows[row] = pending.text[place, pending.starts[place] : firm].tolist() + new[:end]
         return True
-
-
-def _pad(model: EnsembleForCausalLM, given: int | None, ends: frozenset[int]) -> int:
-    """What stands behind an answer that ends before others."""
-    return next((each for each in (given, model.config.pad_token_id, *sorted(ends)) if isinstance(each, int)), 0)
-
-
-def _behind(prompts: torch.Tensor, new: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
-    """The prompts as they came and behind them the new tokens, padded to the longest."""
-    longest = max(map(len, new))
-    rows = [[*each, *[pad] * (longest - len(each))] for each in new]
-    return torch.cat([prompts, torch.tensor(rows, dtype=prompts.dtype, device=prompts.device)], 1)
 
 
 @dataclass(frozen=True)

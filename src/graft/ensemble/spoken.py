@@ -17,13 +17,15 @@ FILE = "speaks.json"
 @dataclass(frozen=True)
 class Spoken:
     """`shares [tokens, members]`: the part of a token's probability that is a member's, λᵢ pᵢ / Σ λⱼ pⱼ; `weights` and
-    `probs` of the same shape are what it is made of."""
+    `probs` of the same shape are what it is made of. `unmatched [members]`: of a union of vocabularies the mean mass
+    that each member gives to tokens which not all members have."""
 
     names: tuple[str, ...]
     tokens: tuple[str, ...]
     shares: np.ndarray
     weights: np.ndarray
     probs: np.ndarray
+    unmatched: tuple[float, ...] = ()
 
     def plain(self) -> dict[str, Any]:
         """JSON-ready values: each token with each member's weight, probability and share; the mean shares."""
@@ -32,22 +34,34 @@ class Spoken:
             columns = zip(self.names, self.weights[place], self.probs[place], self.shares[place], strict=True)
             parts = {n: {"weight": float(w), "probability": float(p), "share": float(s)} for n, w, p, s in columns}
             tokens.append({"token": token, "members": parts})
-        return {"mean_shares": dict(zip(self.names, map(float, self.shares.mean(0)), strict=True)), "tokens": tokens}
+        lost = {"unmatched_mass": dict(zip(self.names, self.unmatched, strict=True))} if self.unmatched else {}
+        means = dict(zip(self.names, map(float, self.shares.mean(0)), strict=True))
+        return {"mean_shares": means, **lost, "tokens": tokens}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Spoken:
         """What `plain` gave. Raises KeyError, TypeError or ValueError for anything else."""
         names = tuple(plain["mean_shares"])
         kinds = ("share", "weight", "probability")
-        parts = [[[each["members"][n][kind] for n in names] for each in plain["tokens"]] for kind in kinds]
-        return cls(names, tuple(str(each["token"]) for each in plain["tokens"]), *(np.array(p, float) for p in parts))
+        parts = [
+            np.array([[each["members"][n][kind] for n in names] for each in plain["tokens"]], float) for kind in kinds
+        ]
+        lost = tuple(map(float, plain.get("unmatched_mass", {}).values()))
+        tokens = tuple(str(each["token"]) for each in plain["tokens"])
+        return cls(names, tokens, parts[0], parts[1], parts[2], lost)
 
     def legend(self) -> str:
         """The members in their colours with their mean shares, as HTML."""
-        return " ".join(
+        members = " ".join(
             f'<b style="color:{colour(member)}">{html.escape(name)} {self.shares[:, member].mean():.0%}</b>'
             for member, name in enumerate(self.names)
         )
+        return f"{members} <small>{html.escape(self.lost())}</small>" if self.unmatched else members
+
+    def lost(self) -> str:
+        """How much of a union's mass is passed on rather than mixed, in words."""
+        told = ", ".join(f"{name} {mass:.1%}" for name, mass in zip(self.names, self.unmatched, strict=True))
+        return f"on tokens that not all members have: {told}"
 
     def words(self) -> str:
         """The text as HTML, each token in the colour of the member with most share in it; hovering shows every part."""

@@ -39,6 +39,8 @@ class Union:
 
     tokens: tuple[str, ...]
     sides: tuple[Side, ...]
+    tokenizers: tuple[PreTrainedTokenizerFast, ...]
+    """The members' own."""
 
     def shared(self) -> torch.Tensor:
         """Mask `[union]` of the tokens that every member has."""
@@ -97,7 +99,7 @@ def union_of(tokenizers: Sequence[PreTrainedTokenizerFast]) -> Union:
     for token, place in ids.items():
         tokens[place] = token
     sides = [_side(tokenizer, known, ids, tokens) for tokenizer, known in zip(tokenizers, names, strict=True)]
-    return Union(tuple(tokens), tuple(sides))
+    return Union(tuple(tokens), tuple(sides), tuple(tokenizers))
 
 
 def _check_alike(tokenizers: Sequence[PreTrainedTokenizerFast]) -> None:

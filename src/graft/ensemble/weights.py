@@ -34,7 +34,10 @@ class Fit:
     correlation: np.ndarray | None = None
     """Of the members' surprise at each token, `[members, members]`, where it was computed."""
     contributions: Sequence[Any] = ()
-    """What each member contributes (`contributions.Contribution`); empty where that was not computed."""
+    """What each member contributes (`contributions.Contribution`); empty where that was not computed. Of a gate, to the
+    mixture with the best constant weights."""
+    unmatched: Sequence[float] = ()
+    """Of a union of vocabularies: the mass that each member gives to tokens which not all members have."""
 
 
 def fit_linear(
@@ -78,6 +81,7 @@ def fit_log_linear(
     gold: torch.Tensor,
     importance: np.ndarray | None = None,
     *,
+    log_counts: torch.Tensor | None = None,
     tolerance: float = 1e-8,
     most_steps: int = 50,
 ) -> Fit:
@@ -85,14 +89,15 @@ def fit_log_linear(
 
     `log_probs`: `[tokens, vocabulary] float32` of each member; `gold [tokens]`. The loss is convex (a log-sum-exp less
     a linear term), so Newton's method with halved steps finds its minimum: the product is at most as bad as any member.
-    Probabilities below the smallest float32 count as that.
+    Probabilities below the smallest float32 count as that. `log_counts [tokens, vocabulary]`: the log of how many
+    tokens each stands for (one where None), such as all that no member finds likely.
     """
     share = torch.full((len(gold),), 1 / len(gold), dtype=torch.float64)
     if importance is not None:
         share = torch.as_tensor(importance, dtype=torch.float64) / float(np.sum(importance))
     floored = [each.clamp(min=FLOOR) for each in log_probs]
     weights = torch.full((len(floored),), 1 / len(floored), dtype=torch.float64)
-    now = _moments(floored, gold, share, weights)
+    now = _moments(floored, gold, share, weights, log_counts)
     gap, steps = np.inf, 0
     while steps < most_steps:
         step = torch.linalg.lstsq(now.curvature, now.gradient[:, None], driver="gelsd").solution[:, 0]
@@ -100,10 +105,10 @@ def fit_log_linear(
         gap = slope / 2
         if gap < tolerance:
             break
-        size, then = 1.0, _moments(floored, gold, share, weights - step)
+        size, then = 1.0, _moments(floored, gold, share, weights - step, log_counts)
         while then.loss > now.loss - 1e-4 * size * slope and size > 1e-6:
             size /= 2
-            then = _moments(floored, gold, share, weights - size * step)
+            then = _moments(floored, gold, share, weights - size * step, log_counts)
         weights, now, steps = weights - size * step, then, steps + 1
     alone = [-float(share @ each.gather(-1, gold[:, None])[:, 0].double()) for each in floored]
     return Fit(weights.numpy(), now.loss, np.array(alone), steps, gap)
@@ -119,7 +124,12 @@ class _Moments:
 
 
 def _moments(
-    log_probs: Sequence[torch.Tensor], gold: torch.Tensor, share: torch.Tensor, weights: torch.Tensor, piece: int = 256
+    log_probs: Sequence[torch.Tensor],
+    gold: torch.Tensor,
+    share: torch.Tensor,
+    weights: torch.Tensor,
+    log_counts: torch.Tensor | None = None,
+    piece: int = 256,
 ) -> _Moments:
     """The gradient is what the product expects of log pᵢ less what the text gives, the curvature their covariance."""
     loss, members = 0.0, len(log_probs)
@@ -130,6 +140,7 @@ def _moments(
         ).double()  # [members, tokens, vocabulary]
         own, count = gold[start : start + piece], share[start : start + piece]
         scores = torch.einsum("m,mtv->tv", weights, part)
+        scores = scores if log_counts is None else scores + log_counts[start : start + piece]
         total = scores.logsumexp(-1)
         found = (scores - total[:, None]).exp()
         given = part.gather(-1, own.expand(members, -1)[..., None])[..., 0]

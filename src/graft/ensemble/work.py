@@ -39,8 +39,8 @@ def run(job: Job) -> dict[str, Any]:
     if not isinstance(settings.weights, FittedWeights):
         weights = [constants(settings)[source.entry] * source.share for source in sources]
         _write(job, settings, sources, weights)
-        _show(job, settings, sources, weights, None)
-        return {"weights": dict(zip(names, weights, strict=True))}
+        lost = _show(job, settings, sources, weights, None)
+        return {"weights": dict(zip(names, weights, strict=True)), **_by_name("unmatched_mass", names, lost)}
     from graft.ensemble.fitting import fit_weights
 
     fit = fit_weights(settings, settings.weights, job, sources)
@@ -54,46 +54,57 @@ def run(job: Job) -> dict[str, Any]:
         "steps": fit.steps,
         "gap": fit.gap,
         "contributions": {name: asdict(each) for name, each in zip(names, fit.contributions, strict=False)},
+        **_by_name("unmatched_mass", names, fit.unmatched),
         **({} if fit.correlation is None else {"error_correlation": _table(names, fit.correlation)}),
         **({} if fit.gate is None else {"loss_without_gate": fit.constant}),
         **({} if fit.gate is None else {"needed": {names[at]: share for at, share in fit.run.items()}}),
     }
 
 
+def _by_name(what: str, names: Sequence[str], values: Sequence[float]) -> dict[str, dict[str, float]]:
+    """A number of each member under one name; nothing where there are none."""
+    return {what: dict(zip(names, values, strict=True))} if values else {}
+
+
 SHOWN = 2000
 """Characters of a document that are shown at most."""
 
 
-def _show(job: Job, settings: EnsembleSettings, sources: list[Source], weights: list[float], gate: Any) -> None:
-    """Write who speaks in the first document of what is to be shown, for the report."""
+def _show(
+    job: Job, settings: EnsembleSettings, sources: list[Source], weights: list[float], gate: Any
+) -> Sequence[float]:
+    """Write who speaks in the first document of what is to be shown, for the report; what mass a union does not mix."""
     fitted = settings.weights.fit if isinstance(settings.weights, FittedWeights) else None
     reference = settings.show or fitted
     if reference is None or not _can_be_shown(settings, sources):
-        return
+        return ()
     from graft.checkpoint import atomic_write
     from graft.ensemble.byte_level import show as byte_show
     from graft.ensemble.byte_level.fitting import cover_of
     from graft.ensemble.fitting import held_out
-    from graft.ensemble.show import spoken_by
+    from graft.ensemble.show import spoken_by, spoken_in_union
     from graft.ensemble.spoken import FILE
 
     texts = held_out(reference, 1, job.data, job.root, job.device).texts
     text = next((text[:SHOWN] for text in texts if text.strip()), None)
     if text is None:
-        return
+        return ()
     if settings.vocabulary == "bytes":
         spoken = byte_show.spoken_by(sources, weights, cover_of(settings), text, job.device)
+    elif settings.vocabulary == "union":
+        spoken = spoken_in_union(sources, weights, text, job.device)
     else:
         spoken = spoken_by(sources, weights, gate, text, job.device)
     atomic_write(job.out / FILE, json.dumps({"on": reference, **spoken.plain()}, ensure_ascii=False) + "\n")
+    return spoken.unmatched
 
 
 def _can_be_shown(settings: EnsembleSettings, sources: list[Source]) -> bool:
-    """Whether members share in every token: in mixtures of decoders of one vocabulary, or over bytes."""
+    """Whether members share in every token: in mixtures of decoders."""
     from graft.ensemble.configuration import kind_of
     from graft.ensemble.members import config_of
 
-    if settings.rule != "linear" or settings.vocabulary == "union":
+    if settings.rule != "linear":
         return False
     return kind_of([config_of(source.folder) for source in sources]) == "CausalLM"
 
@@ -104,14 +115,14 @@ def _table(names: list[str], values: Any) -> dict[str, dict[str, float | None]]:
     return dict(zip(names, rows, strict=True))
 
 
-def _write_union(job: Job, sources: Sequence[Source]) -> dict[str, Any]:
+def _write_union(job: Job, sources: Sequence[Source], boundaries: int | None) -> dict[str, Any]:
     """Write the union's tokenizer; returns what the configuration is to hold of it."""
     from graft import models
     from graft.ensemble.union import union_of, write_tokenizer
 
     union = union_of([models.load_tokenizer(source.folder) for source in sources])
     write_tokenizer(union, sources[0].folder, job.out)
-    return {"vocabulary": "union", "vocab_size": len(union.tokens)}
+    return {"vocabulary": "union", "vocab_size": len(union.tokens), "boundaries": boundaries}
 
 
 def _write(
@@ -130,7 +141,7 @@ def _write(
     for file in TOKENIZER_FILES:
         if (first / file).exists():
             shutil.copyfile(first / file, job.out / file)
-    over = _write_union(job, sources) if settings.vocabulary == "union" else {}
+    over = _write_union(job, sources, settings.boundaries) if settings.vocabulary == "union" else {}
     draft = next((source.name for source in sources if source.model == settings.draft), None)
     config = EnsembleConfig(entries, settings.rule, weights, settings.options, gate, draft=draft, **over)
     atomic_write(job.out / "config.json", json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")

@@ -29,6 +29,7 @@ from graft.report.judge import (
     verdict,
     verdicts,
 )
+from graft.report.members import members
 from graft.report.read import Column, Model, Row, Run, is_number
 from graft.report.scores import difference_bar, difference_reach, flag_class, score_panel
 from graft.report.speakers import speakers
@@ -73,6 +74,7 @@ def render_page(run: Run) -> str:
         vectors=vectors(run),
         hills=list(hills(run)),
         curves=draw_curves(run),
+        members=list(members(run)),
         speakers=list(speakers(run)),
         pairs=[(c, *_by_kinship(rows)) for c in run.columns if (rows := list(_pairs(run, c)))],
         table=[_line(run, model) for model in run.models.values()],

@@ -12,7 +12,7 @@ from graft import models
 from graft.ensemble.byte_level.byte_model import ByteModel, Cover
 from graft.ensemble.byte_level.scorer import distributions, score
 from graft.ensemble.configuration import context_of
-from graft.ensemble.contributions import MOST, contributions
+from graft.ensemble.contributions import contributions
 from graft.ensemble.diversity import error_correlation
 from graft.ensemble.members import home_of
 from graft.ensemble.settings import CoverSettings, EnsembleSettings
@@ -44,7 +44,7 @@ def fit(
     told = np.stack([_gold(reader_of(source, cover, device), data) for source in sources])
     share = importance(places)
     found = replace(fit_linear(told, share), correlation=error_correlation(told))
-    return found if len(sources) > MOST else replace(found, contributions=contributions(told, NOTHING, share))
+    return replace(found, contributions=contributions(told, NOTHING, share, texts=places))
 
 
 def cover_of(settings: EnsembleSettings) -> Cover:
