@@ -1,0 +1,192 @@
+"""Adapters of several domains put together: AdapterFusion and MAD-X on named entities (CrossNER), for tuning_help.py.
+
+The types of each domain are mapped to person, location, organisation and misc, so that one task is asked in all five.
+
+`fusion`: an adapter a domain, attention over all five learned on the domain that is asked (its own adapter among them),
+beside that domain's adapter alone, full tuning, and one adapter on all domains at once.
+`transfer`: a task adapter trained on the entities of one domain and tested on the others: alone, over a text adapter
+of the domain it was trained in, and with that one swapped for the tested domain's (MAD-X). Text adapters learn from the
+sentences of a domain's train and dev split, without their tags.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from _help import write_lines
+from _tuning_runs import WORK, Sample, Task, Tuned, points_of, sample, started, tuned
+from _tuning_table import Seeds
+from graft.adapters.stack import adopt
+from graft.evaluate import metrics
+from graft.evaluate.results import Results, key_of
+
+DOMAINS = ("politics", "science", "music", "literature", "ai")
+SOURCES = ("politics", "science")
+"""Domains that task adapters are trained in for the others."""
+MOVES = [(source, target) for source in SOURCES for target in DOMAINS if source != target]
+KINDS = {
+    **dict.fromkeys(("person", "politician", "scientist", "musicalartist", "writer", "researcher"), "person"),
+    **dict.fromkeys(("location", "country"), "location"),
+    **dict.fromkeys(("organisation", "politicalparty", "university", "band"), "organisation"),
+}
+"""Types that several domains share; all others are misc."""
+METRIC = "entity_f1"
+ALONE, FUSED, FULL, JOINT = "adapter of the domain", "AdapterFusion", "full tuning", "one adapter, all domains"
+PLAIN, UNSWAPPED, SWAPPED = "task adapter alone", "over the source's text adapter", "MAD-X: text adapter swapped"
+WIDTH, BATCH, STEPS = 32, 8, 40
+RATE, FULL_RATE = 3e-3, 1e-3
+
+
+def coarse(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with the types that all domains share."""
+    pairs = [tag.partition("-") for tag in record["tags"]]
+    return {**record, "tags": [mark + dash + (KINDS.get(kind, "misc") if dash else "") for mark, dash, kind in pairs]}
+
+
+def entities(domain: str) -> Task:
+    """Named entities of one domain."""
+    files = {split: f"ner_multidomain/crossner_{domain}.{split}.jsonl.gz" for split in ("train", "dev", "test")}
+    return Task(domain, "tagging", METRIC, {"source": "jsonl", **files}, lambda _: True, BATCH, STEPS, coarse)
+
+
+class Domains:
+    """Every training of one setup, noted at once."""
+
+    def __init__(self, base: Path, given: Namespace):
+        self.base, self.given = base, given
+        self.steps = given.steps or STEPS
+        self.results = Results(WORK / "runs" / f"domains-{base.name}-{self.steps}-{given.limit}")
+
+    @cached_property
+    def samples(self) -> dict[str, Sample]:
+        """The records of each domain; all that it has to train on."""
+        counts = {"train": 10**6, "dev": self.given.limit, "test": self.given.limit}
+        return {domain: sample(entities(domain), counts) for domain in DOMAINS}
+
+    @cached_property
+    def joint(self) -> Sample:
+        """The train records of all domains."""
+        first = self.samples[DOMAINS[0]]
+        train = [record for own in self.samples.values() for record in own.records["train"]]
+        return replace(first, records={**first.records, "train": train})
+
+    def text(self, domain: str) -> Sample:
+        """The sentences of a domain's train and dev split."""
+        own = self.samples[domain]
+        found = [{"text": " ".join(r["tokens"])} for split in ("train", "dev") for r in own.records[split]]
+        folder = own.folder / "text"
+        write_lines(folder / "train.jsonl", found)
+        return Sample(replace(own.task, kind="text"), {"train": found}, [], folder)
+
+    def fill(self) -> None:
+        """Everything, a seed after the other."""
+        for seed in range(self.given.seeds):
+            wanted = [(domain, name) for domain in DOMAINS for name in (ALONE, FUSED, FULL, JOINT)]
+            if not all(self._noted(name, domain, domain, seed) for domain, name in wanted):
+                self._fuse(seed)
+            if not all(self._noted(name, *pair, seed) for pair in MOVES for name in (PLAIN, UNSWAPPED, SWAPPED)):
+                self._transfer(seed)
+
+    def _noted(self, name: str, source: str, target: str, seed: int) -> Any:
+        return self.results.get(key_of(name=name, source=source, target=target, seed=seed))
+
+    def _note(self, done: Tuned, name: str, source: str, target: str, seed: int) -> None:
+        """The score on the target's test split, whatever domain the head was trained in."""
+        metric, statistics = replace(done, sample=replace(done.sample, records=self.samples[target].records)).judge(
+            "test"
+        )[METRIC]
+        key = key_of(name=name, source=source, target=target, seed=seed)
+        value = float(metric.value(statistics.sum(0)[None])[0])
+        print(f"{time.strftime('%H:%M:%S')} {name}, {source} to {target}, {seed}: {value:.3f}", file=sys.stderr)
+        if self.results.get(key) is None:
+            self.results.append(
+                {"key": key, "name": name, "source": source, "target": target, "seed": seed, "trained": done.trained,
+                 "test": statistics.tolist()}
+            )  # fmt: skip
+
+    def _learn(self, model: Any, tokenizer: Any, given: Sample, seed: int, times: int = 1, rate: float = RATE) -> Tuned:
+        return tuned(model, tokenizer, given, rate=rate, seed=seed, steps=times * self.steps)
+
+    def _fuse(self, seed: int) -> None:
+        """Adapters of all domains in one model, then attention over them for each domain."""
+        model, tokenizer = started(self.base, [], seed)
+        points = points_of("pfeiffer", {"width": WIDTH})
+        for domain in DOMAINS:
+            stack = adopt(model, points, domain)
+            stack.use(domain)
+            self._note(self._learn(model, tokenizer, self.samples[domain], seed), ALONE, domain, domain, seed)
+        for domain in DOMAINS:
+            stack.use(list(DOMAINS))
+            adopt(model, points_of("fusion", {}), "fusion")
+            self._note(self._learn(model, tokenizer, self.samples[domain], seed), FUSED, domain, domain, seed)
+            stack.drop("fusion")
+        self._beside(seed)
+
+    def _beside(self, seed: int) -> None:
+        """What the fusion is compared with."""
+        for domain in DOMAINS:
+            whole = started(self.base, None, seed)
+            self._note(self._learn(*whole, self.samples[domain], seed, rate=FULL_RATE), FULL, domain, domain, seed)
+        one = started(self.base, points_of("pfeiffer", {"width": WIDTH}), seed)
+        done = self._learn(*one, self.joint, seed, times=len(DOMAINS))
+        for domain in DOMAINS:
+            self._note(done, JOINT, domain, domain, seed)
+
+    def _transfer(self, seed: int) -> None:
+        """Task adapters of the sources on the other domains, with and without text adapters below."""
+        task = points_of("pfeiffer", {"width": WIDTH})
+        model, tokenizer = started(self.base, [], seed)
+        for domain in DOMAINS:
+            stack = adopt(model, points_of("mad_x", {"width": WIDTH}), domain)
+            stack.use(domain)
+            self._learn(model, tokenizer, self.text(domain), seed)
+        for source in SOURCES:
+            plain = self._learn(*started(self.base, task, seed), self.samples[source], seed)
+            stack.use(source)
+            adopt(model, task, "task")
+            over = self._learn(model, tokenizer, self.samples[source], seed)
+            for target in (target for start, target in MOVES if start == source):
+                self._note(plain, PLAIN, source, target, seed)
+                for name, below in ((UNSWAPPED, source), (SWAPPED, target)):
+                    stack.use([below, "task"])
+                    self._note(over, name, source, target, seed)
+            stack.drop("task")
+
+    def scores(self, name: str, pairs: Sequence[tuple[str, str]]) -> Seeds | None:
+        """Of one way over several (source, target): their items together; None where some are missing."""
+        rows = {(r["source"], r["target"], r["seed"]): r["test"] for r in self.results.rows if r["name"] == name}
+        seeds = [seed for seed in range(self.given.seeds) if all((*pair, seed) in rows for pair in pairs)]
+        if not seeds:
+            return None
+        found = np.array([[item for pair in pairs for item in rows[(*pair, seed)]] for seed in seeds])
+        return Seeds(metrics.ENTITY_F1, found)
+
+    def show(self) -> list[str]:
+        """Both tables."""
+        own = {domain: [(domain, domain)] for domain in DOMAINS}
+        own["all"] = [pair for pairs in own.values() for pair in pairs]
+        moved = {f"{source} to the others": [pair for pair in MOVES if pair[0] == source] for source in SOURCES}
+        moved["both"] = [pair for pairs in moved.values() for pair in pairs]
+        lines = self._table((ALONE, FUSED, FULL, JOINT), own, ALONE)
+        return [*lines, "", *self._table((PLAIN, UNSWAPPED, SWAPPED), moved, UNSWAPPED)]
+
+    def _table(self, names: Sequence[str], columns: Mapping[str, Sequence[tuple[str, str]]], other: str) -> list[str]:
+        """Markdown: a way a line; the last column is less `other`, over all."""
+        lines = [f"| | {' | '.join(columns)} | all, less {other} |", "|---" * (len(columns) + 2) + "|"]
+        for name in names:
+            found = [self.scores(name, pairs) for pairs in columns.values()]
+            cells = ["" if one is None else f"{one.value:.3f} ± {one.half():.3f}" for one in found]
+            last, against = found[-1], self.scores(other, list(columns.values())[-1])
+            alike = last is not None and against is not None and last.statistics.shape == against.statistics.shape
+            cells.append(str(last.less(against)) if alike and name != other else "")  # type: ignore[union-attr, arg-type]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        return lines
