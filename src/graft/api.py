@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -226,9 +227,15 @@ def evaluate(
 
 
 def _named(models: Sequence[Path | str] | Mapping[str, Path | str]) -> dict[str, Path]:
-    """Folders of models by name: that of the folder, where none is given."""
-    folders = models if isinstance(models, Mapping) else {Path(m).resolve().name: m for m in models}
-    return {name: Path(folder) for name, folder in folders.items()}
+    """Folders of models by name: that of the folder, where none is given; the path, where several folders have one
+    name. Raises RequestError for a model that stands there twice."""
+    if isinstance(models, Mapping):
+        return {name: Path(folder) for name, folder in models.items()}
+    short = [Path(model).resolve().name for model in models]
+    unique = [name if short.count(name) == 1 else str(model) for name, model in zip(short, models, strict=True)]
+    if len(set(unique)) < len(unique):
+        raise RequestError(f"expected each model once, found {', '.join(unique)}")
+    return {name: Path(model) for name, model in zip(unique, models, strict=True)}
 
 
 def gains(
@@ -267,32 +274,37 @@ def deltas(
     data_sets: Mapping[str, Any] | None = None,
     root: Path | str = ".",
     page: Path | str | None = None,
+    allow_pickle: bool = False,
     device: str | None = None,
 ) -> tuple[Deltas, Advice, Outcome | None]:
     """What models learned away from their base, what to try first, and (with `on`) how they, their mean and their
     ensemble do on held-out data and along the lines between them. `page` writes the pictures as HTML there.
 
-    `merge`: a method, or settings with a method among them, measured on `on` beside the mean. Raises RequestError for a
-    merge without `on`.
+    `merge`: a method, or settings with a method among them, measured on `on` beside the mean. `allow_pickle` as in a
+    merge. Raises RequestError for a merge without `on`.
     """
     from graft.data import parse, split_ref
+    from graft.merge.inputs import readable
 
     check_device(device)
     if merge is not None and on is None:
         raise RequestError("expected held-out data to measure the merge on (`on`, --on), found none")
-    room, folders = importlib.import_module("graft.deltas"), _named(models)
+    room, named = importlib.import_module("graft.deltas"), _named(models)
     written = {"method": merge} if isinstance(merge, str) else merge
-    wanted = None if written is None else room.merge_of(folders, Path(base), written)
-    found = room.deltas(base, folders)
     seen = None
-    if on is not None:
-        judge = importlib.import_module("graft.evaluate.judge").Judge
-        raw = data_sets or {split_ref(on)[0]: data_at(split_ref(on)[0])}
-        sets = {name: parse(value, ("data", name)) for name, value in raw.items()}
-        (asked,) = importlib.import_module("graft.evaluate").parse([{"measure": measure, "on": [on], "limit": limit}])
-        judged = judge.of(asked, sets, Path(root))
-        more = {"merge": wanted, "sets": data_sets, "root": Path(root)}
-        seen = room.outcome(folders, judged, base=Path(base), points=points, device=device, **more)
+    with readable([Path(base), *named.values()], allow_pickle) as (below, *places):
+        folders = dict(zip(named, places, strict=True))
+        wanted = None if written is None else room.merge_of(folders, below, written)
+        found = replace(room.deltas(below, folders), base=str(base))
+        if on is not None:
+            judge = importlib.import_module("graft.evaluate.judge").Judge
+            raw = data_sets or {split_ref(on)[0]: data_at(split_ref(on)[0])}
+            sets = {name: parse(value, ("data", name)) for name, value in raw.items()}
+            measures = [{"measure": measure, "on": [on], "limit": limit}]
+            (asked,) = importlib.import_module("graft.evaluate").parse(measures)
+            judged = judge.of(asked, sets, Path(root))
+            more = {"merge": wanted, "sets": data_sets, "root": Path(root)}
+            seen = room.outcome(folders, judged, base=below, points=points, device=device, **more)
     advice = room.advise(found)
     if page is not None:
         atomic_write(Path(page), importlib.import_module("graft.deltas.page").page(found, advice, seen))

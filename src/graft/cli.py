@@ -36,6 +36,7 @@ Only = Annotated[list[str] | None, typer.Option(help="Only this model and what i
 Force = Annotated[list[str] | None, typer.Option(help="Make this model anew; may be repeated.")]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for another run on the folder, or refuse.")]
 Verify = Annotated[bool, typer.Option(help="Hash the weights of everything that is there already.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read weights that lie in pickles.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file.")]
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -229,7 +230,7 @@ def relate(
     adapters_of: Annotated[
         Path | None, typer.Option(help="The model that adapters stand on, where they do not name it rightly.")
     ] = None,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read weights that lie in pickles.")] = False,
+    allow_pickle: AllowPickle = False,
     json_: Json = False,
 ) -> None:
     """Say how two models are related and what of them may be combined, and how.
@@ -255,6 +256,7 @@ def deltas(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of that merge.")
     ] = None,
     page: Annotated[Path | None, typer.Option(help="Write the pictures into this HTML file.")] = None,
+    allow_pickle: AllowPickle = False,
     device: Device = None,
     json_: Json = False,
 ) -> None:
@@ -269,8 +271,9 @@ def deltas(
     for word in settings or []:
         assigned(merge, word)
     found, advice, seen = api.deltas(
-        base, models, on=on, measure=measure, limit=limit, merge=merge or None, page=page, device=device
-    )
+        base, models, on=on, measure=measure, limit=limit, merge=merge or None, page=page, allow_pickle=allow_pickle,
+        device=device,
+    )  # fmt: skip
     if json_:
         told = {"deltas": found.plain(), "advice": advice.plain(), "outcome": seen.plain() if seen else None}
         typer.echo(json.dumps(told))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,15 @@ def is_pickled(folder: Path | str) -> bool:
     if any((place / name).is_file() for name in (SINGLE, INDEX)):
         return False
     return (place / ONE).is_file() or (place / LISTED).is_file()
+
+
+def refusal(names: Sequence[str]) -> str:
+    """What is said of models whose weights lie in pickles where nobody has allowed to read them."""
+    are = "is stored as a pickle" if len(names) == 1 else "are stored as pickles"
+    return (
+        f"{', '.join(names)} {are}, which may hold a program: `allow_pickle: true` (--allow-pickle) reads tensors from "
+        "it and refuses all else; or get the model as safetensors"
+    )
 
 
 def pickled_files(folder: Path) -> list[Path]:

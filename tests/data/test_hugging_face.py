@@ -13,8 +13,9 @@ from huggingface_hub import errors
 
 from graft import data
 from graft.data import hugging_face
-from graft.errors import DataError
+from graft.errors import DataError, RecipeError
 from graft.plan.keys import data_uses
+from graft.recipe import read_recipe
 
 SHA, NEWER = "0123456789abcdef0123456789abcdef01234567", "89abcdef0123456789abcdef0123456789abcdef"
 
@@ -98,6 +99,17 @@ def test_a_wrong_record_is_found_before_work_starts_in_whichever_split(folder):
     root = folder(train=texts(0, 5), test=[{"text": None}])
     (problem,) = data.problems(opened(root).settings, root)
     assert problem.startswith("set, test 1: expected a field 'text'")
+
+
+def test_a_measure_that_does_not_fit_a_folder_is_found_before_work_starts(folder):
+    root = folder(train=texts(0, 40), validation=texts(40, 45), test=texts(45, 50))
+    (root / "recipe.yaml").write_text(
+        "family: f\ndata:\n  s: {source: huggingface, name: set}\n"
+        "models:\n  a: {pretrain: {data: s, size: 1M, budget: 1M}}\n"
+        "evaluate:\n  - {measure: generation, on: [s.test]}\n"
+    )
+    with pytest.raises(RecipeError, match=r"generation on s\.test: expected data of the format .*, found text"):
+        read_recipe(root / "recipe.yaml")
 
 
 def test_a_folder_that_datasets_cannot_read_is_told(tmp_path):

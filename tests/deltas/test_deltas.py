@@ -296,10 +296,16 @@ def test_an_adapter_that_names_no_base_here_is_explained_on_the_one_given(folder
         graft.explain([folders["a"], lost])
 
 
-def test_pickles_are_explained_where_they_are_allowed(folders, tmp_path):
-    old = shutil.copytree(folders["a"], tmp_path / "old")
+def pickled(folder, out):
+    """A copy with its weights in a pickle."""
+    old = shutil.copytree(folder, out)
     torch.save(load_file(old / "model.safetensors"), old / "pytorch_model.bin")
     (old / "model.safetensors").unlink()
+    return old
+
+
+def test_pickles_are_explained_where_they_are_allowed(folders, tmp_path):
+    old = pickled(folders["a"], tmp_path / "old")
     words = ["merge", str(tmp_path / "out"), str(old), str(folders["b"]), "--base", str(folders["base"]), "--explain"]
     refused = CliRunner().invoke(app, words)
     assert refused.exit_code == 2
@@ -308,6 +314,38 @@ def test_pickles_are_explained_where_they_are_allowed(folders, tmp_path):
     assert told.exit_code == 0, told.output
     wanted = graft.explain([folders["a"], folders["b"]], base=folders["base"])
     assert json.loads(told.stdout)["why"] == list(wanted.why)
+
+
+def test_pickles_are_compared_and_measured_where_they_are_allowed(trained, tmp_path):
+    root, folders = trained
+    old = {name: pickled(folders[name], tmp_path / name) for name in ("base", "up")}
+    words = ["deltas", str(old["base"]), str(old["up"]), str(folders["down"]), "--on", str(root / "all.jsonl")]
+    words += ["--limit", "4", "--method", "slerp", "--json"]
+    refused = CliRunner().invoke(app, words)
+    assert refused.exit_code == 2
+    assert f"{old['base']}, {old['up']} are stored as pickles" in json.loads(refused.stdout)["error"]
+    shown = CliRunner().invoke(app, [*words, "--allow-pickle"])
+    assert shown.exit_code == 0, shown.output
+    words[1:3] = [str(folders["base"]), str(folders["up"])]
+    told, wanted = (json.loads(each) for each in (shown.stdout, CliRunner().invoke(app, words).stdout))
+    assert told["deltas"].pop("base") == str(old["base"])
+    assert wanted["deltas"].pop("base") == str(folders["base"])
+    assert told == wanted
+
+
+def test_folders_of_one_name_are_told_apart(folders, tmp_path):
+    places = []
+    for name in "ab":
+        places.append(tmp_path / name / "base")
+        shutil.copytree(folders[name], places[-1])
+    found, _, _ = graft.deltas(folders["base"], places)
+    assert found.models == [str(place) for place in places]
+    wanted, _, _ = graft.deltas(folders["base"], [folders["a"], folders["b"]])
+    assert found.whole == wanted.whole
+    alone, _, _ = graft.deltas(folders["base"], places[:1])
+    assert (alone.models, alone.whole.relative[0]) == (["base"], wanted.whole.relative[0])
+    with pytest.raises(RequestError, match="expected each model once, found"):
+        graft.deltas(folders["base"], [folders["a"], folders["a"]])
 
 
 def test_findings_are_plain_values(found):

@@ -22,6 +22,16 @@ def test_the_correlation_in_place_is_the_mean_correlation_of_rows():
     assert statistics.in_place(statistics.cross([(a, b)]), draws=9).value == pytest.approx(by_hand, abs=1e-6)
 
 
+def test_of_wide_rows_some_dimensions_are_taken_evenly(monkeypatch):
+    a, b = rows(0), rows(1)
+    monkeypatch.setattr(statistics, "WIDEST", 7)
+    made = statistics.cross([(a, b), (b, a), (a, a)])
+    assert made.shape == (6, 6)
+    by_hand = [np.corrcoef(x[::4], y[::4])[0, 1] for x, y in zip(a, b, strict=True)]
+    # the third pair is one with itself: 1
+    assert np.trace(made) == pytest.approx((2 * np.mean(by_hand) + 1) / 3, abs=1e-6)
+
+
 def test_p_in_place_is_the_share_of_shuffles_that_reach_the_value():
     a, b = rows(0, width=4), rows(1, width=4)
     found = statistics.in_place(statistics.cross([(a, b)]), draws=4000)

@@ -38,8 +38,8 @@ def streamed(settings, parents, root: Path, seed=0, threads=2, dtype="F32", pool
     out.mkdir(exist_ok=True)
     (root / "journal").unlink(missing_ok=True)
     writer = TensorWriter(out, plan.tensors)
-    with pool(threads, device) as workers, Journal(root / "journal", {}, out) as journal:
-        stream(parsed, seed, plan, readers, writer, journal, workers)
+    with pool(threads, device) as workers:
+        stream(parsed, seed, plan, readers, writer, Journal(root / "journal", {}, out), workers)
     writer.close()
     for reader in readers.values():
         reader.close()

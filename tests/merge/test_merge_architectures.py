@@ -1,12 +1,17 @@
 """A merge of any `transformers` architecture loads, with the mean of its parents in every parameter."""
 
 import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
 from small_family import merge, tokenizer
 
+from graft.merge.architecture import described
 from graft.models import load, save
 
 BERT = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -31,6 +36,32 @@ MODELS = {
     "BartForConditionalGeneration": hf.BartConfig(**PAIR),
     "MarianMTModel": hf.MarianConfig(**PAIR),
 }
+
+
+LIGHT = """
+import json, sys
+from pathlib import Path
+from graft.merge._building import lighten
+from graft.merge.architecture import described
+empty = lighten()
+told = {name: json.loads(described(Path(folder), empty)) for name, folder in json.load(sys.stdin).items()}
+print(json.dumps([told, sorted(name for name in ("sympy", "torch._inductor", "scipy") if sys.modules.get(name))]))
+"""
+
+
+def test_a_process_without_what_is_not_needed_finds_the_same_names_and_shapes(tmp_path):
+    folders = {}
+    for kind, config in MODELS.items():
+        made = copy.deepcopy(config)
+        made.architectures = [kind]
+        made.save_pretrained(tmp_path / kind)
+        folders[kind] = str(tmp_path / kind)
+    done = subprocess.run([sys.executable, "-c", LIGHT], input=json.dumps(folders), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told, heavy = json.loads(done.stdout.splitlines()[-1])
+    for kind, folder in folders.items():
+        assert told[kind] == json.loads(described(Path(folder))), kind
+    assert not heavy
 
 
 def relatives(kind):

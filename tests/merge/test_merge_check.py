@@ -39,7 +39,7 @@ def test_another_process_finds_what_this_one_finds(folder, tmp_path, monkeypatch
 
 def test_it_is_built_once_for_a_configuration(folder, tmp_path, monkeypatch):
     first = checked(folder, tmp_path / "cache")
-    monkeypatch.setattr(architecture, "architecture", lambda folder: None)
+    monkeypatch.setattr(architecture, "architecture", lambda *_: None)
     assert checked(folder, tmp_path / "cache") == first
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"hidden_size": 16', '"hidden_size": 32'))

@@ -159,15 +159,16 @@ def test_names_without_the_prefix_of_the_head_fit_as_well(tmp_path):
     torch.testing.assert_close(load(tmp_path / "out")(ids).logits, made.eval()(ids).logits)
 
 
-def test_whole_numbers_are_taken_over_and_must_agree(folders, tmp_path):
+def test_whole_numbers_are_taken_over_and_must_agree(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(graft.merge.stream, "COPIED", 8)
     own = {name: shutil.copytree(folders[name], tmp_path / name) for name in ("a", "b")}
     for number, folder in enumerate(own.values()):
-        held = load_file(folder / "model.safetensors") | {"model.steps": torch.tensor([number])}
+        held = load_file(folder / "model.safetensors") | {"model.steps": torch.tensor([7, 8, number])}
         save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CannotCombine, match=r"model.steps holds whole numbers that differ between a, b"):
         merge({"method": "linear", "models": ["a", "b"]}, own, tmp_path / "out")
     out, _ = merge({"method": "linear", "models": ["a"]}, own, tmp_path / "one")
-    assert out["model.steps"].tolist() == [0]
+    assert out["model.steps"].tolist() == [7, 8, 0]
 
 
 def test_layers_of_two_models_are_stacked(folders, tmp_path):
@@ -190,11 +191,10 @@ sys.path.insert(0, {here!r})
 import graft.merge.journal as journal
 from pathlib import Path
 from small_family import merge
-journal.SYNC_BYTES = 1
 note = journal.Journal.note
 def counted(self, name, size):
     note(self, name, size)
-    if len(self.finished) == 7:
+    if len(self.finished) >= 7:
         os.kill(os.getpid(), signal.SIGKILL)
 journal.Journal.note = counted
 folders = {{name: Path(folder) for name, folder in {folders!r}.items()}}
@@ -210,8 +210,9 @@ def test_a_killed_merge_goes_on_and_ends_with_the_same_bytes(folders, tmp_path, 
     code = KILLED.format(here=here, settings=settings, folders=plain, out=torn)
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == -signal.SIGKILL
-    finished = {json.loads(n) for n in (tmp_path / "torn.scratch" / "finished").read_text().splitlines()[1:]}
-    assert len(finished) == 7
+    noted = (tmp_path / "torn.scratch" / "finished").read_text().splitlines()[2:]
+    finished = {name for name in map(json.loads, noted) if name is not None}
+    assert 7 <= len(finished) < len(tensors(tmp_path / "whole"))
     written = []
     original = graft.merge.engine.Tensors.write
     monkeypatch.setattr(

@@ -50,17 +50,6 @@ def test_a_random_method_is_its_formula(method, rescale, tmp_path):
         np.testing.assert_allclose(made[name].double().numpy(), expected, **CLOSE, err_msg=name)
 
 
-@pytest.mark.parametrize("method", ["sce", "ram", "ramplus_tl"])
-def test_one_task_vector_alone_is_added_whole(method, tmp_path):
-    parents = relatives(1)
-    more = {} if method == "sce" else {"epsilon": 0}
-    more |= {"r": 0} if method == "ramplus_tl" else {}
-    made = streamed({"method": method, "base": "base", "models": ["a"]} | more, parents, tmp_path)
-    assert made.keys() == parents["a"].keys()
-    for name in made:
-        torch.testing.assert_close(made[name], parents["a"][name], rtol=2e-6, atol=5e-7)
-
-
 @pytest.mark.parametrize("method", ["slerp", "nuslerp"])
 def test_the_ends_of_a_great_circle_are_the_models_and_it_runs_both_ways(method, tmp_path):
     parents = relatives(2, step=1.0)

@@ -204,11 +204,17 @@ def test_the_order_of_the_models_changes_nothing(method, merged):
         torch.testing.assert_close(made[0][name], made[1][name], rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("method", ["fisher", "regmean", "regmean_plus"])
+TWICE = {name: {"models": {"low": 1, "again": 3}} for name in ("fisher", "regmean", "regmean_plus")} | {
+    name: ALONE[name] | {"models": ["low", "again"]} for name in ("adamerging", "localize_and_stitch")
+}
+TWICE["adamerging"] |= {"start": 0.5}
+
+
+@pytest.mark.parametrize("method", TWICE)
 def test_a_model_merged_with_itself_is_that_model(method, merged, tuned, tmp_path):
     """Whatever text the two are measured on."""
-    own = {"low": tuned["low"], "again": shutil.copytree(tuned["low"], tmp_path / "again")}
+    own = tuned | {"again": shutil.copytree(tuned["low"], tmp_path / "again")}
     on = {"low": "low.train", "again": "high.train"}
-    made, _, _ = merged({"method": method, "models": {"low": 1, "again": 3}, "on": on}, own=own)
+    made, _, _ = merged({"method": method} | TWICE[method] | {"on": on}, own=own)
     for name, value in tensors(tuned["low"]).items():
         torch.testing.assert_close(made[name], value, rtol=1e-5, atol=1e-5)

@@ -76,6 +76,35 @@ def test_the_scores_in_the_manifest_are_those_of_the_written_soup(merge, measure
     assert measured(out) == notes["greedy_soup"]["decisions"][-1]["with"]
 
 
+SOUPS = {
+    "uniform_soup": {},
+    "greedy_soup": {"on": "all.dev", "limit": 4},
+    "learned_soup": {"on": "all.dev", "batch_size": 4, "epochs": 1},
+    "rebasin": {},
+}
+
+
+@pytest.mark.parametrize("method", SOUPS)
+def test_a_soup_of_equal_models_and_one_of_one_model_are_that_model(method, merge, trained, tmp_path):
+    twin = shutil.copytree(trained["up"], tmp_path / "twin")
+    # one model alone has no shares to learn: that is refused
+    for names in (["up", "twin"], ["up"])[: 1 if method == "learned_soup" else 2]:
+        out, _ = merge({"method": method, "models": names} | SOUPS[method], str(len(names)), more={"twin": twin})
+        expected = tensors(trained["up"])
+        for name, value in tensors(out).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["greedy_soup", "learned_soup"])
+def test_the_order_of_the_models_of_a_soup_changes_nothing(method, merge):
+    one, other = (
+        tensors(merge({"method": method, "models": names} | SOUPS[method], str(place))[0])
+        for place, names in enumerate((TUNED, TUNED[::-1]))
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-6)
+
+
 def test_a_model_stays_out_only_if_it_makes_the_soup_worse():
     losses = {("a", "b"): 0.5, ("a", "b", "c"): 0.50001, ("a", "b", "d"): 0.5}
     made = greedy_soup.choose(["c", "d", "b", "a"], [3.0, 4.0, 2.0, 1.0], lambda names: losses[tuple(names)])

@@ -56,7 +56,7 @@ def workers(request):
         yield pool
 
 
-@pytest.fixture(params=["one pass", "bad guesses", "little room"])
+@pytest.fixture(params=["one pass", "bad guesses", "little room", "long runs"])
 def difficulty(request, monkeypatch):
     """However the first bracket lies and however little may be held, the answer is the same."""
     if request.param == "bad guesses":
@@ -66,6 +66,9 @@ def difficulty(request, monkeypatch):
     if request.param == "little room":
         monkeypatch.setattr(_select, "HELD", 1)
         monkeypatch.setattr(_select, "SAMPLES", 4)
+    if request.param == "long runs":
+        monkeypatch.setattr(_select, "RUNS", 3)
+        monkeypatch.setattr(_select, "HELD", 400)
 
 
 @pytest.mark.parametrize("kind", ["normal", "few values", "one value", "mostly zero", "sorted"])

@@ -223,7 +223,7 @@ def test_pickles_are_related_where_they_are_allowed(family, tmp_path):
     old = shutil.copytree(family["one"], tmp_path / "old")
     torch.save(load_file(old / "model.safetensors"), old / "pytorch_model.bin")
     (old / "model.safetensors").unlink()
-    with pytest.raises(RequestError, match=r"old is stored as a pickle.*`allow_pickle` \(--allow-pickle\)"):
+    with pytest.raises(RequestError, match=r"old is stored as a pickle.*`allow_pickle: true` \(--allow-pickle\)"):
         graft.relate(family["base"], old)
     found = graft.relate(family["base"], old, allow_pickle=True)
     assert replace(found, b=str(family["one"])) == graft.relate(family["base"], family["one"])

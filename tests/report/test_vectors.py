@@ -13,8 +13,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import fabricate as fake
 import small_family
+from typer.testing import CliRunner
 
 import graft.deltas
+from graft.cli import app
 from graft.deltas import deltas
 from graft.lineage import hash_model, read_manifest, stamps, write_manifest
 from graft.report.page import render_page
@@ -116,7 +118,9 @@ def test_the_page_has_lengths_signs_and_cosines_as_whole_drawings(run):
         ElementTree.fromstring(drawing)
 
 
-def test_the_lines_between_merged_models_are_drawn_with_their_barriers(run):
+@pytest.fixture
+def hilly(run):
+    """The run with a merge that has its barriers noted, and one of aligned models."""
     line = {"between": ["a", "b"], "shares": [0, 0.5, 1], "values": [2.0, 2.5, 2.2], "barrier": 0.4}
     barriers = {"metric": "bits_per_byte", "on": ["mixed.dev"], "lines": [line]}
     fake.manifest(run, "hilly", "merge", ["a", "b"], notes={"barriers": barriers})
@@ -130,11 +134,37 @@ def test_the_lines_between_merged_models_are_drawn_with_their_barriers(run):
     alignment = {"to": "a", "models": {"stranger": each}}
     settings = {"method": "rebasin", "on": "mixed.dev"}
     fake.manifest(run, "aligned", "merge", ["a", "stranger"], notes={"alignment": alignment}, settings=settings)
-    page = render_page(read_run(run))
+    return run
+
+
+def test_the_lines_between_merged_models_are_drawn_with_their_barriers(hilly):
+    page = render_page(read_run(hilly))
     assert "Between the merged models" in page
     for name in ("a – b (0.400)", "a – stranger before (–)", "a – stranger after (0.200)"):
         assert f"<title>{name}: 0: 2" in page
     assert "perplexity on mixed.dev" in page
+
+
+def test_machines_are_told_the_numbers_behind_the_pictures(hilly):
+    done = CliRunner().invoke(app, ["report", str(hilly), "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    models = hilly / "models"
+    asked = deltas(models / "base", {"a": models / "a", "b": models / "b"})
+    told = next(each for each in found["task_vectors"] if each["models"] == ["a", "b"])
+    assert (sorted(told["merges"]), told["base"]) == (["hilly", "soup", "sum"], "base")
+    assert told["deltas"]["whole"]["relative"] == pytest.approx(asked.whole.relative)
+    assert len(told["deltas"]["parts"]) == len(asked.parts)
+    aligned, straight = found["barriers"]
+    points = [[0.0, 2.0], [0.5, 2.5], [1.0, 2.2]]
+    assert straight == {
+        "merge": "hilly", "metric": "bits per byte", "on": "mixed.dev",
+        "lines": [{"name": "a – b", "barrier": 0.4, "points": points}],
+    }  # fmt: skip
+    assert [(each["name"], each["barrier"]) for each in aligned["lines"]] == [
+        ("a – stranger before", None),
+        ("a – stranger after", 0.2),
+    ]
 
 
 def test_without_lines_nothing_is_said_of_them(run):

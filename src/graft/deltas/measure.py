@@ -6,7 +6,7 @@ One pass over the files, a piece at a time; nothing of the size of a model is he
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import reduce
@@ -128,11 +128,12 @@ def deltas(
     from graft.merge.stream import Source, Tensors, Workers
     from graft.merge.task_arithmetic import Settings
 
-    said = {"adapters_of": "adapters_of"} if adapters_of is not None else {}
-    settings = Settings.model_validate({"base": "base", "models": list(models), "anyway": True, **said})
-    folders = {"base": Path(base), **{name: Path(folder) for name, folder in models.items()}}
+    below, under = (free_name(word, models) for word in ("base", "adapters_of"))
+    said = {"adapters_of": under} if adapters_of is not None else {}
+    settings = Settings.model_validate({"base": below, "models": list(models), "anyway": True, **said})
+    folders = {below: Path(base), **{name: Path(folder) for name, folder in models.items()}}
     if adapters_of is not None:
-        folders["adapters_of"] = adapters_of
+        folders[under] = adapters_of
     plan = layout(settings, folders)
     found: dict[tuple[int | None, str], list[Sums]] = {}
     samples: list[list[np.ndarray]] = [[] for _ in models]
@@ -144,7 +145,7 @@ def deltas(
             for name in floats:
                 places = {model: Source(model, readers[model], place) for model, place in plan.places[name].items()}
                 shape = plan.tensors[name][1]
-                tensors = Tensors(name, shape, [places[m] for m in models], places["base"], workers)
+                tensors = Tensors(name, shape, [places[m] for m in models], places[below], workers)
                 found.setdefault(placed(name), []).extend(_measured(tensors, sample))
                 for held, delta in zip(samples, tensors.read(0, min(SAMPLE, tensors.count)).deltas(), strict=True):
                     held.append(np.square(delta.numpy().astype(np.float64)))
@@ -155,6 +156,13 @@ def deltas(
     notes = {} if sample is None else {"sample": sample}
     largest = [_held(each) for each in samples]
     return Deltas(str(base), list(models), total, parts, largest, 1 - 2.0 ** (1 - len(models)), notes)
+
+
+def free_name(word: str, taken: Collection[str]) -> str:
+    """The word, lengthened until nothing else is called so."""
+    while word in taken:
+        word += "_"
+    return word
 
 
 def placed(name: str) -> tuple[int | None, str]:

@@ -9,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graft.deltas.measure import free_name
 from graft.errors import RequestError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def outcome(
     from graft.merge.barrier import line_between
     from graft.one import make_one
 
-    named = {**({"base": base} if base is not None else {}), **models}
+    named = {**({free_name("base", models): base} if base is not None else {}), **models}
     with tempfile.TemporaryDirectory() as room:
         paths = [str(path.resolve()) for path in models.values()]
         forced = {"models": paths, "method": "linear", "anyway": True}

@@ -16,6 +16,8 @@ MATRICES, BLOCKS, BLOCK = 24, 8, 32
 """So many matrices are looked at, and of each so many blocks of so many rows."""
 TOKENS = 2048
 """Rows of the embeddings that are looked at."""
+AT_ONCE = 1 << 20
+"""Numbers that are read at once where all rows are looked at."""
 ASKED = 16
 """Rows of a matrix that are looked for among all rows of the other model's."""
 NOT_LAYERS = re.compile(r"embed|wte|wpe|shared|lm_head|position|relative_attention|norm|ln_")
@@ -96,8 +98,9 @@ def some_rows(reader: TensorReader, name: str, count: int = ASKED) -> np.ndarray
     return unit(np.concatenate([raw_rows(reader, name, int(place), 1) for place in places]))
 
 
-def all_rows(reader: TensorReader, name: str, order: np.ndarray, piece: int = 4096) -> Iterator[np.ndarray]:
+def all_rows(reader: TensorReader, name: str, order: np.ndarray) -> Iterator[np.ndarray]:
     """Every row in pieces [m, d], the dimensions in `order`, centred and of length 1."""
     total = rows_of(reader, name)
+    piece = max(AT_ONCE // len(order), 1)
     for start in range(0, total, piece):
         yield unit(raw_rows(reader, name, start, min(piece, total - start)))[:, order]

@@ -8,7 +8,7 @@ one that holds too much, is replaced and the pass made again. Equal values are t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graft.errors import CheckpointError
 from graft.merge.stream import Piece, Tensors
 
 Values = Callable[[Piece], list[Tensor]]
@@ -23,8 +24,12 @@ Values = Callable[[Piece], list[Tensor]]
 
 HELD = 1 << 21
 """Values kept of a stream in one pass, at most."""
+FEW = 4
+"""Pieces of which everything may be kept: there is nothing to guess."""
 SAMPLES, EVERY, MARGIN = 12, 11, 0.015
 """Every so-and-so-many elements of so many pieces are the sample; the bracket reaches the margin to both sides."""
+RUNS = 1 << 12
+"""Runs of pieces that a pass counts apart, about; what is held of one does not grow with the model."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class _Bracket:
 
 @dataclass(frozen=True)
 class _Counted:
-    """One piece of one stream, seen through a bracket."""
+    """One piece, or run of pieces, of one stream, seen through a bracket."""
 
     above: int
     inside: np.ndarray
@@ -80,41 +85,73 @@ class _Counted:
     all_inside: int
 
 
+@dataclass(frozen=True)
+class _Run:
+    """Pieces of a tensor that lie side by side."""
+
+    tensor: Tensors
+    start: int
+    count: int
+
+    def pieces(self) -> Iterator[Piece]:
+        """One after the other."""
+        end = self.start + self.count
+        for start in range(self.start, end, self.tensor.piece):
+            yield self.tensor.read(start, min(self.tensor.piece, end - start))
+
+
+def _runs(tensors: Sequence[Tensors], pieces: int) -> list[_Run]:
+    """All of the tensors in runs, of one piece each where there are not too many."""
+    together = -(-pieces // RUNS)
+    return [
+        _Run(tensor, start, min(together * tensor.piece, tensor.count - start))
+        for tensor in tensors
+        for start in range(0, tensor.count, together * tensor.piece)
+    ]
+
+
 def largest(tensors: Sequence[Tensors], values: Values, counts: Sequence[int]) -> list[list[Cut]]:
     """For every stream and tensor the cut that keeps exactly `counts[stream]` values over all `tensors` together."""
-    items = [(tensor, span) for tensor in tensors for span in tensor.spans()]
     whole = sum(tensor.count for tensor in tensors)
+    pieces = sum(-(-tensor.count // tensor.piece) for tensor in tensors)
+    runs = _runs(tensors, pieces)
     open_ = [stream for stream, count in enumerate(counts) if 0 < count < whole]
     found = {stream: [NOTHING if count <= 0 else EVERYTHING] * len(tensors) for stream, count in enumerate(counts)}
-    brackets = _guess(tensors, values, counts, whole) if open_ else {}
+    brackets = _guess(runs, pieces, values, [count / whole for count in counts]) if open_ else {}
     while open_:
-        passed = _pass(items, values, {stream: brackets[stream] for stream in open_})
+        passed = _pass(runs, values, {stream: brackets[stream] for stream in open_})
         for stream in list(open_):
-            pieces = [seen[stream] for seen in passed]
-            threshold = _threshold(pieces, brackets[stream], counts[stream])
+            seen = [each[stream] for each in passed]
+            threshold = _threshold(seen, brackets[stream], counts[stream])
             if threshold is None:
-                brackets[stream] = _narrower(pieces, brackets[stream], counts[stream])
+                brackets[stream] = _narrower(seen, brackets[stream], counts[stream])
                 continue
-            place = _last(items, values, stream, pieces, threshold, counts[stream])
-            found[stream] = _per_tensor(tensors, items, threshold, place)
+            place = _last(runs, values, stream, seen, threshold, counts[stream])
+            found[stream] = _per_tensor(tensors, runs, threshold, place)
             open_.remove(stream)
     return [found[stream] for stream in range(len(counts))]
 
 
-def _guess(tensors: Sequence[Tensors], values: Values, counts: Sequence[int], whole: int) -> dict[int, _Bracket]:
-    """A bracket for every stream, from some elements of pieces that lie evenly apart."""
-    items = [(tensor, span) for tensor in tensors for span in tensor.spans()]
-    if len(items) <= 2 * SAMPLES:
-        return {stream: _Bracket(0.0, math.inf) for stream in range(len(counts))}
+def _guess(runs: Sequence[_Run], pieces: int, values: Values, shares: Sequence[float]) -> dict[int, _Bracket]:
+    """A bracket for every stream: of many pieces from some elements of a few that lie evenly apart, else from the first
+    elements of each."""
+    if pieces <= FEW:
+        return {stream: _Bracket(0.0, math.inf) for stream in range(len(shares))}
+    many = pieces > 2 * SAMPLES
+    chosen = runs[SAMPLES // 2 :: max(len(runs) // SAMPLES, 1)] if many else runs
 
-    def some(item: tuple[Tensors, tuple[int, int]]) -> list[np.ndarray]:
-        return [_array(found[::EVERY]).copy() for found in values(item[0].read(*item[1]))]
+    def some(run: _Run) -> list[np.ndarray]:
+        tensor = run.tensor
+        row = tensor.row if tensor.by_rows else 1
+        length = tensor.piece if many else max(tensor.piece // EVERY // row, 1) * row
+        found = values(tensor.read(run.start, min(length, run.count)))
+        return [_array(each[:: EVERY if many else 1]).copy() for each in found]
 
-    parts = tensors[0].workers.map(some, items[SAMPLES // 2 :: len(items) // SAMPLES])
+    parts = runs[0].tensor.workers.map(some, chosen)
     brackets = {}
-    for stream, count in enumerate(counts):
+    for stream, share in enumerate(shares):
         sample = np.sort(np.concatenate([part[stream] for part in parts]))[::-1]
-        brackets[stream] = _around(sample, count / whole, MARGIN)
+        brackets[stream] = _around(sample, share, MARGIN if many else 2 * MARGIN)
     return brackets
 
 
@@ -125,16 +162,35 @@ def _around(descending: np.ndarray, share: float, margin: float) -> _Bracket:
     return _Bracket(float(descending[low]) if low < size else 0.0, float(descending[high]) if high >= 0 else math.inf)
 
 
-def _pass(items: Sequence, values: Values, brackets: dict[int, _Bracket]) -> list[dict[int, _Counted]]:
-    keep = max(HELD // len(items), 64)
-    workers = items[0][0].workers
+def _pass(runs: Sequence[_Run], values: Values, brackets: dict[int, _Bracket]) -> list[dict[int, _Counted]]:
+    keep = max(HELD // len(runs), 64)
+    workers = runs[0].tensor.workers
 
-    def count(item: tuple[Tensors, tuple[int, int]]) -> dict[int, _Counted]:
-        tensor, span = item
-        streams = values(tensor.read(*span))
-        return {stream: _seen(streams[stream], bracket, keep, workers.near) for stream, bracket in brackets.items()}
+    def count(run: _Run) -> dict[int, _Counted]:
+        each = max(keep * run.tensor.piece // max(run.count, run.tensor.piece), 1)
+        seen: dict[int, list[_Counted]] = {stream: [] for stream in brackets}
+        for piece in run.pieces():
+            streams = values(piece)
+            for stream, bracket in brackets.items():
+                seen[stream].append(_seen(streams[stream], bracket, each, workers.near))
+        return {stream: _together(found, brackets[stream]) for stream, found in seen.items()}
 
-    return workers.map(count, items)
+    return workers.map(count, runs)
+
+
+def _together(seen: Sequence[_Counted], bracket: _Bracket) -> _Counted:
+    """What was seen of a run of pieces."""
+    if len(seen) == 1:
+        return seen[0]
+    above, inside = sum(one.above for one in seen), sum(one.all_inside for one in seen)
+    return _Counted(above, _held([one.inside for one in seen], bracket), inside)
+
+
+def _held(inside: Sequence[np.ndarray], bracket: _Bracket) -> np.ndarray:
+    """End to end; of one value so many times nothing is held."""
+    if bracket.low == bracket.high:
+        return np.broadcast_to(np.float32(bracket.low), sum(map(len, inside)))
+    return np.concatenate(inside)
 
 
 def _seen(values: Tensor, bracket: _Bracket, keep: int, near: bool) -> _Counted:
@@ -198,34 +254,42 @@ def _narrower(pieces: Sequence[_Counted], bracket: _Bracket, count: int) -> _Bra
 
 
 def _last(
-    items: Sequence, values: Values, stream: int, pieces: Sequence[_Counted], threshold: float, count: int
+    runs: Sequence[_Run], values: Values, stream: int, seen: Sequence[_Counted], threshold: float, count: int
 ) -> tuple[int, float]:
-    """(item, element) of the last value equal to the threshold that is kept; the item is `len(items)` if all are."""
+    """(run, element) of the last value equal to the threshold that is kept; the run is `len(runs)` if all are."""
 
-    def tally(item: tuple[Tensors, tuple[int, int]]) -> tuple[int, int]:
-        found = values(item[0].read(*item[1]))[stream]
-        return int(torch.count_nonzero(found > threshold)), int(torch.count_nonzero(found == threshold))
+    def tally(run: _Run) -> tuple[int, int]:
+        larger = equal = 0
+        for piece in run.pieces():
+            found = values(piece)[stream]
+            larger += int(torch.count_nonzero(found > threshold))
+            equal += int(torch.count_nonzero(found == threshold))
+        return larger, equal
 
-    if all(len(piece.inside) == piece.all_inside for piece in pieces):
-        larger = sum(piece.above + int(np.count_nonzero(piece.inside > threshold)) for piece in pieces)
-        equal = [int(np.count_nonzero(piece.inside == threshold)) for piece in pieces]
+    if all(len(each.inside) == each.all_inside for each in seen):
+        larger = sum(each.above + int(np.count_nonzero(each.inside > threshold)) for each in seen)
+        equal = [int(np.count_nonzero(each.inside == threshold)) for each in seen]
     else:
-        tallied = items[0][0].workers.map(tally, items)
+        tallied = runs[0].tensor.workers.map(tally, runs)
         larger, equal = sum(more for more, _ in tallied), [same for _, same in tallied]
     wanted = count - larger
     if wanted >= sum(equal):
-        return len(items), math.inf
-    item = int(np.searchsorted(np.cumsum(equal), wanted))
-    tensor, span = items[item]
-    places = np.flatnonzero(_array(values(tensor.read(*span))[stream]) == threshold)
-    return item, span[0] + int(places[wanted - sum(equal[:item]) - 1])
+        return len(runs), math.inf
+    reached = int(np.searchsorted(np.cumsum(equal), wanted))
+    wanted -= sum(equal[:reached])
+    for piece in runs[reached].pieces():
+        places = np.flatnonzero(_array(values(piece)[stream]) == threshold)
+        if wanted <= len(places):
+            return reached, piece.start + int(places[wanted - 1])
+        wanted -= len(places)
+    raise CheckpointError(f"{runs[reached].tensor.name}: the files of the models changed while they were read")
 
 
-def _per_tensor(tensors: Sequence[Tensors], items: Sequence, value: float, place: tuple[int, float]) -> list[Cut]:
-    item, last = place
-    if item == len(items):
+def _per_tensor(tensors: Sequence[Tensors], runs: Sequence[_Run], value: float, place: tuple[int, float]) -> list[Cut]:
+    run, last = place
+    if run == len(runs):
         return [Cut(value)] * len(tensors)
-    reached = items[item][0]
+    reached = runs[run].tensor
     cuts, before = [], True
     for tensor in tensors:
         here = tensor is reached

@@ -6,8 +6,8 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, ...]]
 KIND = "architectures"
 """Of what is kept."""
-NOT_NEEDED = ("scipy", "sklearn", "accelerate", "pandas", "PIL", "torchvision")
-"""What transformers imports where it is installed and needs for no names and shapes: time and memory of the process."""
+Empty = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,16 @@ class Architecture:
     """Tensors that the model makes itself where they are not stored (sinusoidal positions)."""
 
 
-def empty_model(folder: Path) -> PreTrainedModel | None:
+def without_memory() -> AbstractContextManager[Any]:
+    """Models that are made meanwhile have no memory behind their weights."""
+    import torch
+
+    return torch.device("meta")
+
+
+def empty_model(folder: Path, empty: Empty = without_memory) -> PreTrainedModel | None:
     """The model that `config.json` of `folder` names, without memory behind its weights; None where this
     `transformers` does not know it."""
-    import torch
     from transformers import CONFIG_MAPPING
 
     from graft.models import load_config, model_class
@@ -57,7 +62,7 @@ def empty_model(folder: Path) -> PreTrainedModel | None:
         return None
     config = load_config(folder)
     made = model_class(config)
-    with torch.device("meta"):
+    with empty():
         return made.from_config(config) if hasattr(made, "from_config") else made(config)
 
 
@@ -83,21 +88,19 @@ def token_tensors(folder: Path) -> Shapes:
 
 
 def _shapes(config: PretrainedConfig) -> Shapes:
-    import torch
-
     from graft.models import model_class
 
     made = model_class(config)
-    with torch.device("meta"):
+    with without_memory():
         model = made.from_config(config) if hasattr(made, "from_config") else made(config)
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
-def architecture(folder: Path) -> Architecture | None:
+def architecture(folder: Path, empty: Empty = without_memory) -> Architecture | None:
     """The architecture that `config.json` of `folder` names; None where this `transformers` does not know it."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    model = empty_model(folder)
+    model = empty_model(folder, empty)
     if model is None:
         return None
     computed = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
@@ -122,7 +125,8 @@ class Building:
 
     def __init__(self, config: str):
         # what is imported stays until the end: there is no garbage worth looking for
-        command = [sys.executable, "-c", f"import gc; gc.disable(); import {__name__}; {__name__}.answer()"]
+        program = "import gc; gc.disable(); from graft.merge._building import main; main()"
+        command = [sys.executable, "-c", program]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
         assert self._process.stdin is not None
@@ -197,7 +201,7 @@ class Check:
                 return answer.splitlines()[-1]
         # what the process could not build is tried once more with everything that is installed
         try:
-            return _plain(self.folder)
+            return described(self.folder)
         # whatever a library makes of a wrong configuration
         except Exception as error:
             reason = (str(error).strip().splitlines() or ["no reason given"])[-1].strip()
@@ -232,15 +236,7 @@ def verify(made: Architecture | None, shapes: Shapes) -> str:
     return made.name
 
 
-def _plain(folder: Path) -> str:
-    made = architecture(folder)
+def described(folder: Path, empty: Empty = without_memory) -> str:
+    """The architecture that `config.json` of `folder` names, as JSON."""
+    made = architecture(folder, empty)
     return json.dumps(made and asdict(made))
-
-
-def answer() -> None:
-    """Print what the configuration on stdin builds."""
-    # a name that stands for None is not installed, for all that transformers can tell
-    sys.modules.update(dict.fromkeys(NOT_NEEDED))  # type: ignore[arg-type]
-    with tempfile.TemporaryDirectory() as place:
-        Path(place, "config.json").write_text(sys.stdin.read())
-        print(_plain(Path(place)))

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from graft.checkpoint import FLOATS, TensorReader, TensorWriter, atomic_write
-from graft.errors import CannotCombine, RequestError
+from graft.errors import RequestError
 from graft.merge.architecture import Check, verify
 from graft.merge.inputs import Input, inputs, once, unpickled
 from graft.merge.journal import Journal
@@ -27,7 +27,7 @@ from graft.merge.preflight import Layout, layout
 from graft.merge.prepared import Prepared
 from graft.merge.related import unrelated
 from graft.merge.settings import MergeSettings
-from graft.merge.stream import Piece, Source, Tensors, Workers, same_bytes
+from graft.merge.stream import Piece, Source, Tensors, Workers, copy_whole_numbers
 from graft.merge.varying import by_tensor
 from graft.merge.vocabulary import STALE, aligned
 from graft.methods import method
@@ -74,7 +74,7 @@ def run(job: Job) -> dict[str, Any]:
         writer = TensorWriter(job.out, plan.tensors, settings.shard, resume=True)
         opened.callback(writer.close)
         what = {"settings": settings.plain(), "seed": job.seed, "parents": stamps(folders)}
-        journal = opened.enter_context(Journal(job.scratch / "finished", what, job.out))
+        journal = Journal(job.scratch / "finished", what, job.out)
         # opened last and so closed first: no thread works on files that are closed
         workers = opened.enter_context(Workers(device=job.device or "cpu"))
         stream(settings, job.seed, plan, readers, writer, journal, workers, prepared.survey)
@@ -141,7 +141,7 @@ def stream(
             rule = chosen.rule(floats[name], own[name]) if merged else _alone
             floats[name].write(rule, writer)
         else:
-            _copy(every[name], writer)
+            copy_whole_numbers(every[name], writer)
         if journal is not None:
             journal.note(name, size)
         return size
@@ -176,20 +176,6 @@ def _tensors(
     models = [sources[model] for model in settings.names if model in sources]
     by_rows = getattr(chosen, "by_rows", lambda settings: False)(settings)
     return Tensors(name, plan.tensors[name][1], models, base, workers, seed, by_rows)
-
-
-def _copy(tensors: Tensors, writer: TensorWriter) -> None:
-    """Tensors of whole numbers are buffers: they must be the same everywhere and are taken over."""
-    sources = [*([tensors.base] if tensors.base else []), *tensors.models]
-    if not same_bytes(sources):
-        raise CannotCombine(
-            f"{tensors.name} holds whole numbers that differ between {', '.join(s.model for s in sources)}: "
-            "they have no mean"
-        )
-    header = sources[0].reader.headers[sources[0].name]
-    content = bytearray(header.end - header.start)
-    sources[0].reader.read_into(sources[0].name, 0, memoryview(content))
-    writer.write(tensors.name, 0, memoryview(content))
 
 
 def files_beside(plan: Layout, parent: Input, out: Path) -> None:

@@ -14,7 +14,7 @@ from graft.checkpoint import Headers, TensorReader, read_headers
 from graft.errors import CannotCombine, RequestError
 from graft.lineage import read_config
 from graft.lora import base_folder, is_lora, new_rows, read_lora, stands_for
-from graft.pickles import converted, is_pickled
+from graft.pickles import converted, is_pickled, refusal
 from graft.verb import Facts
 
 if TYPE_CHECKING:
@@ -128,11 +128,8 @@ def readable(folders: Sequence[Path], allow_pickle: bool) -> Iterator[list[Path]
 
     Raises RequestError for pickles that are not allowed.
     """
-    if not allow_pickle and (found := [folder for folder in folders if is_pickled(folder)]):
-        raise RequestError(
-            f"{found[0]} is stored as a pickle, which may hold a program: `allow_pickle` (--allow-pickle) reads "
-            "tensors from it and refuses all else; or get the model as safetensors"
-        )
+    if not allow_pickle and (found := [str(folder) for folder in folders if is_pickled(folder)]):
+        raise RequestError(refusal(found))
     with TemporaryDirectory(prefix="graft-") as cache:
         yield [_safe(folder, Path(cache)) for folder in folders]
 

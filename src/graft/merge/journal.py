@@ -1,68 +1,70 @@
-"""Which tensors are finished, so that a merge that was killed goes on where it stood."""
+"""Which tensors are finished, so that a merge that was killed goes on where it stood.
+
+A tensor is noted as soon as it is written. What is written is there for as long as the machine runs, whatever becomes
+of the process; a machine that goes down keeps what was brought to the disk before, which is noted too.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import threading
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-SYNC_BYTES = 1 << 30
-"""After so many bytes the weights are brought to the disk; only then are their names noted."""
+from graft.checkpoint import atomic_write, sync
+from graft.machine import boot
+
+SYNC_BYTES = 1 << 34
+"""After so many bytes a merge waits until the disk has the weights: not all is lost where the machine goes down."""
+UNSURE_BYTES = 1 << 30
+"""The same where the system does not tell whether the machine has started anew: nothing else then outlives a kill."""
+ON_DISK = json.dumps(None)
+"""The line that says so of all names above it."""
 
 
 class Journal:
-    """`with Journal(file, what) as journal`: `.finished` names, `.note(name, size)` from any thread.
+    """`.finished` names, `.note(name, size)` from any thread.
 
-    `what` describes the work (JSON-ready); notes of any other work are thrown away.
+    The file: what is done (JSON-ready; notes of any other work are thrown away), on which run of the machine, names.
     """
 
     def __init__(self, path: Path, what: Any, folder: Path):
         self.path, self.folder = path, folder
-        self.what = json.dumps(what, sort_keys=True)
         self._lock = threading.Lock()
-        self._waiting: list[str] = []
         self._bytes = 0
-        self.finished = self._read()
+        self._every = SYNC_BYTES if boot() is not None else UNSURE_BYTES
+        head = [json.dumps(what, sort_keys=True), json.dumps(boot() or str(uuid.uuid4()))]
+        durable, there = self._read(head)
+        self.finished = {*durable, *there}
+        noted = [*map(json.dumps, durable), ON_DISK, *map(json.dumps, there)]
+        atomic_write(path, "".join(f"{line}\n" for line in (*head, *noted)))
 
-    def _read(self) -> set[str]:
+    def _read(self, head: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Names that were brought to the disk, and those behind them that are there as the machine still runs."""
         text = self.path.read_text() if self.path.exists() else ""
+        # a kill may have torn the last line
         lines = text.split("\n")[:-1]
-        if not lines or lines[0] != self.what:
-            self.path.write_text(self.what + "\n")
-            return set()
-        # a kill may have torn the last line: the next is not to begin behind it
-        os.truncate(self.path, text.rfind("\n") + 1)
-        return {json.loads(line) for line in lines[1:]}
+        if lines[:1] != head[:1]:
+            return [], []
+        names = [json.loads(line) for line in lines[2:]]
+        last = max((place for place, name in enumerate(names) if name is None), default=-1)
+        durable = [name for name in names[: last + 1] if name is not None]
+        return durable, names[last + 1 :] if lines[1:2] == head[1:] else []
 
     def note(self, name: str, size: int) -> None:
         """A tensor of `size` bytes has been written whole."""
         with self._lock:
-            self._waiting.append(name)
+            self._append(json.dumps(name))
+            self.finished.add(name)
             self._bytes += size
-            if self._bytes >= SYNC_BYTES:
-                self._flush()
+            if self._bytes >= self._every:
+                for path in self.folder.glob("*.safetensors"):
+                    sync(path)
+                self._append(ON_DISK)
+                self._bytes = 0
 
-    def _flush(self) -> None:
-        for path in self.folder.glob("*.safetensors"):
-            file = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(file)
-            finally:
-                os.close(file)
-        with open(self.path, "a") as file_:
-            file_.writelines(json.dumps(name) + "\n" for name in self._waiting)
-        self.finished.update(self._waiting)
-        self._waiting, self._bytes = [], 0
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None and self._waiting:
-            with self._lock:
-                self._flush()
+    def _append(self, line: str) -> None:
+        with open(self.path, "a") as file:
+            file.write(line + "\n")

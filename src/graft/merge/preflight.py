@@ -18,6 +18,7 @@ from graft.merge.settings import MergeSettings
 from graft.merge.slices import COUNTS, LAYER, restacked, stack
 from graft.merge.varying import by_tensor
 from graft.merge.vocabulary import Vocabulary, joined, with_size
+from graft.pickles import refusal
 from graft.verb import QUANTISED, Facts
 
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -69,6 +70,7 @@ def _whole(facts: Facts) -> str:
 def problems(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[list[str], list[str]]:
     """(what forbids this merge, what `anyway` may override) by the facts of the models, a sentence each."""
     first, *others = settings.parents
+    pickled = [name for name, facts in models.items() if facts.stored == "pickle"]
     models = settled(settings, models)
     if lost := [name for name in settings.parents if models[name].architecture == "unknown"]:
         # adapters are added up without a base; whether they stand on one is told by their shapes
@@ -78,12 +80,7 @@ def problems(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[list
         for name in settings.parents
         if not models[name].mergeable
     ]
-    never += [
-        f"{name} is stored as a pickle, which may hold a program: `allow_pickle: true` (--allow-pickle) reads tensors "
-        "from it and refuses all else; or get the model as safetensors"
-        for name, facts in models.items()
-        if facts.stored == "pickle" and not settings.allow_pickle
-    ]
+    never += [refusal(pickled)] if pickled and not settings.allow_pickle else []
     never += [f"{name} {QUANTISED % name}" for name, facts in models.items() if facts.stored == "quantised"]
     if isinstance(settings, OnData) and settings.on is not None:
         never += [

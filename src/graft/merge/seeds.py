@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,8 @@ def spread(
     for seed, place in zip(seeds[1:], places[1:], strict=True):
         place.mkdir(parents=True, exist_ok=True)
         what = {"settings": settings.plain(), "seed": seed, "parents": stamps(job.models)}
-        with ExitStack() as opened:
-            writer = TensorWriter(place, plan.tensors, settings.shard, resume=True)
-            opened.callback(writer.close)
-            journal = opened.enter_context(Journal(place / "finished", what, place))
+        journal = Journal(place / "finished", what, place)
+        with closing(TensorWriter(place, plan.tensors, settings.shard, resume=True)) as writer:
             stream(settings, seed, plan, readers, writer, journal, workers, survey)
     with ExitStack() as opened:
         made = [opened.enter_context(TensorReader(place)) for place in places]

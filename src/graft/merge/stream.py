@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from graft.checkpoint import TORCH_NAMES, WIDTH, TensorReader, TensorWriter
-from graft.errors import CheckpointError
+from graft.errors import CannotCombine, CheckpointError
 from graft.finite import finite
 from graft.machine import cores
 
@@ -31,6 +31,8 @@ PIECE = 1 << 19
 than the threads' waiting for each other between its steps."""
 FAR_PIECE = 1 << 21
 """Elements of a piece on an accelerator: enough work to be worth a start of its kernels."""
+COPIED = 1 << 22
+"""Bytes of a piece of what is taken over as it is."""
 FAR_THREADS = 6
 """Pieces on an accelerator at the same time, at most; with their number and size its memory is bounded."""
 
@@ -218,11 +220,15 @@ class Tensors:
         """Elements of a row; a vector is one row."""
         return self.shape[-1] if self.shape else 1
 
+    @property
+    def piece(self) -> int:
+        """Elements of a piece."""
+        length = PIECE if self.workers.near else FAR_PIECE
+        return max(length // self.row, 1) * self.row if self.by_rows and self.row else length
+
     def spans(self) -> list[tuple[int, int]]:
         """(first element, number of elements) of every piece, in order."""
-        piece = PIECE if self.workers.near else FAR_PIECE
-        length = max(piece // self.row, 1) * self.row if self.by_rows and self.row else piece
-        return [(start, min(length, self.count - start)) for start in range(0, self.count, length)]
+        return [(start, min(self.piece, self.count - start)) for start in range(0, self.count, self.piece)]
 
     def map(self, function: Callable[[Piece], R]) -> list[R]:
         """What `function` gives for every piece, in order; pieces are read and worked on in parallel."""
@@ -275,7 +281,22 @@ class Tensors:
         self.workers.map(make, self.spans())
 
 
-def same_bytes(sources: Sequence[Source]) -> bool:
-    """Whether all parents store the same bytes: for tensors of whole numbers, which have no mean."""
-    first, *others = (source.reader.read(source.name) for source in sources)
-    return all(torch.equal(first, other) for other in others)
+def copy_whole_numbers(tensors: Tensors, writer: TensorWriter) -> None:
+    """Buffers, which have no mean, are taken over as they are stored.
+
+    Raises CannotCombine where they are not the same in all parents.
+    """
+    sources = [*([tensors.base] if tensors.base else []), *tensors.models]
+    headers = [source.reader.headers[source.name] for source in sources]
+    size = headers[0].end - headers[0].start
+    same = len({header.dtype for header in headers}) == 1
+    for start in range(0, size, COPIED):
+        pieces = [bytearray(min(COPIED, size - start)) for _ in sources]
+        for source, piece in zip(sources, pieces, strict=True):
+            source.reader.read_into(source.name, start, memoryview(piece))
+        if not same or any(piece != pieces[0] for piece in pieces):
+            raise CannotCombine(
+                f"{tensors.name} holds whole numbers that differ between {', '.join(s.model for s in sources)}: "
+                "they have no mean"
+            )
+        writer.write(tensors.name, start, memoryview(pieces[0]))

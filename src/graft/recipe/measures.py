@@ -107,8 +107,9 @@ def check_models(measures: Measures, models: Mapping[str, Facts], problems: Prob
 
 
 def _formats(sets: Mapping[str, DataSettings], root: Path, problems: Problems) -> dict[str, str]:
-    """Formats of the data sets with which nothing is wrong, as far as a look at their first records tells."""
-    unknown = problems.of("data") | {name for name, settings in sets.items() if isinstance(settings, HuggingFace)}
+    """Formats of the data sets on this machine with which nothing is wrong, as far as their first records tell."""
+    far = {name for name, settings in sets.items() if isinstance(settings, HuggingFace) and settings.hub}
+    unknown = problems.of("data") | far
     formats = {}
     for name in sets:
         parts = _all_parts(name, sets)

@@ -71,7 +71,7 @@ def _corpus(raw: Mapping[str, Any], file: Path, sets: Sets, own: Problems) -> An
     wrong = data_room.problems(settings, file.parent)
     for message in wrong:
         own.note(place, message)
-    if wrong or isinstance(settings, HuggingFace):
+    if wrong or (isinstance(settings, HuggingFace) and settings.hub):
         return None
     return own.attempt(place, lambda: open_corpus({file.stem: settings}, file.stem, file.parent))
 

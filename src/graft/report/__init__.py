@@ -32,8 +32,13 @@ def table(folder: Path | str) -> RenderableType:
 
 
 def summary(folder: Path | str) -> dict[str, Any]:
-    """The run as one JSON-ready value: family, models with scores, verdicts and cost, comparisons, problems."""
+    """The run as one JSON-ready value: family, models with scores, verdicts and cost, comparisons, problems; of its
+    merges the task vectors, and the measure along the straight lines between their models."""
+    from graft.report.hills import hills
     from graft.report.judge import summarise
     from graft.report.read import read_run
+    from graft.report.vectors import vectors
 
-    return summarise(read_run(Path(folder)))
+    run = read_run(Path(folder))
+    merged = {"task_vectors": [each.plain() for each in vectors(run)]}
+    return summarise(run) | merged | {"barriers": [each.plain() for each in hills(run)]}

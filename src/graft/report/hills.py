@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from markupsafe import Markup
@@ -13,13 +13,35 @@ from graft.report.series import plot
 
 
 @dataclass(frozen=True)
+class Way:
+    """The measure along one line: (share of the second model, value), and the height of the hill, if that is known."""
+
+    name: str
+    barrier: float | None
+    points: Sequence[tuple[float, float]]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({'–' if self.barrier is None else f'{self.barrier:.3f}'})"
+
+
+@dataclass(frozen=True)
 class Hills:
     """The lines that were measured for one merge."""
 
     merge: str
     metric: str
     on: str
-    picture: Markup
+    lines: Sequence[Way]
+
+    @property
+    def picture(self) -> Markup:
+        """All lines in one drawing."""
+        words = f"{self.metric} along the straight lines between the models of {self.merge}"
+        return plot({str(way): list(way.points) for way in self.lines}, words, across="share of the second")
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON-ready values."""
+        return asdict(self)
 
 
 def hills(run: Run) -> Iterator[Hills]:
@@ -27,39 +49,33 @@ def hills(run: Run) -> Iterator[Hills]:
     for model in run.models.values():
         notes = model.manifest.get("notes") or {}
         for metric, on, lines in (*_barriers(notes), *_alignments(model, notes)):
-            drawn = {name: points for name, points in lines.items() if points}
-            if drawn:
-                words = f"{metric.replace('_', ' ')} along the straight lines between the models of {model.name}"
-                yield Hills(model.name, metric.replace("_", " "), on, plot(drawn, words, across="share of the second"))
+            if drawn := [way for way in lines if way.points]:
+                yield Hills(model.name, metric.replace("_", " "), on, drawn)
 
 
-Measured = tuple[str, str, dict[str, list[tuple[float, float]]]]
-"""(metric, data, points of each line by its name)."""
+Measured = tuple[str, str, list[Way]]
+"""(metric, data, lines)."""
 
 
 def _barriers(notes: Mapping[str, Any]) -> Iterator[Measured]:
     found = notes.get("barriers")
     if found:
-        lines = {_named(" – ".join(e["between"]), e["barrier"]): _points(e["values"]) for e in found["lines"]}
+        lines = [Way(" – ".join(e["between"]), e["barrier"], _points(e["values"])) for e in found["lines"]]
         yield found["metric"], ", ".join(found["on"]), lines
 
 
 def _alignments(model: Model, notes: Mapping[str, Any]) -> Iterator[Measured]:
     found = notes.get("alignment") or {}
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for name, each in found.get("models", {}).items():
-        for when in ("before", "after"):
-            if f"line_{when}" in each:
-                named = _named(f"{found['to']} – {name} {when}", each[f"barrier_{when}"])
-                lines[named] = _points(each[f"line_{when}"])
+    lines = [
+        Way(f"{found['to']} – {name} {when}", each[f"barrier_{when}"], _points(each[f"line_{when}"]))
+        for name, each in found.get("models", {}).items()
+        for when in ("before", "after")
+        if f"line_{when}" in each
+    ]
     if lines:
         on = (model.manifest.get("settings") or {}).get("on") or ""
         metric = next(each["metric"] for each in found["models"].values() if "metric" in each)
         yield metric, on if isinstance(on, str) else ", ".join(on), lines
-
-
-def _named(line: str, barrier: float | None) -> str:
-    return f"{line} ({'–' if barrier is None else f'{barrier:.3f}'})"
 
 
 def _points(values: Sequence[float | None]) -> list[tuple[float, float]]:

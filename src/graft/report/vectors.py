@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -40,9 +40,23 @@ class Vectors:
     base: str
     why: str
     """Why they are measured from this base, in words."""
-    words: str = ""
-    pictures: Sequence[tuple[str, Markup]] = ()
+    found: Deltas | None = None
     problem: str = ""
+
+    @property
+    def words(self) -> str:
+        """The whole in a sentence or two; empty where there is nothing."""
+        return said(self.found) if self.found is not None else ""
+
+    @property
+    def pictures(self) -> Sequence[tuple[str, Markup]]:
+        """(title, picture) of each."""
+        return list(pictures(self.found)) if self.found is not None else []
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON-ready values."""
+        told = {"merges": list(self.merges), "models": list(self.models), "base": self.base, "why": self.why}
+        return {**told, "deltas": self.found.plain() if self.found is not None else None, "problem": self.problem}
 
 
 def vectors(run: Run) -> list[Vectors]:
@@ -99,7 +113,7 @@ def _vectors(run: Run, merges: Sequence[str], models: Sequence[str], base: str, 
         found = _kept(run, models, base)
     except (GraftError, OSError) as error:
         return Vectors(tuple(merges), tuple(models), base, why, problem=str(error))
-    return Vectors(tuple(merges), tuple(models), base, why, said(found), list(pictures(found)))
+    return Vectors(tuple(merges), tuple(models), base, why, found)
 
 
 def _kept(run: Run, models: Sequence[str], base: str) -> Deltas:
@@ -114,7 +128,7 @@ def _kept(run: Run, models: Sequence[str], base: str) -> Deltas:
     found = deltas(places[0], dict(zip(models, places[1:], strict=True)), sample=SAMPLE)
     kept.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(kept, json.dumps(found.plain()))
-    return found
+    return Deltas.from_plain(found.plain(), base, models)
 
 
 def _folder(run: Run, name: str) -> Path:
