@@ -30,6 +30,8 @@ UNLIMITED = 10**9
 """Tokenizers that set no limit give a larger number than this."""
 LOGIT_BYTES = 128 * 2**20
 """Logits held at once: rows are batched up to this."""
+NEAR_TOKENS = 2048
+"""Tokens read at once on a processor: what layers make of more of them no longer lies in its caches."""
 
 
 @dataclass(frozen=True)
@@ -418,6 +420,7 @@ class Scorer:
     def _batches(self, things: Sequence[Any], length: Any) -> Iterator[list[Any]]:
         """Consecutive things in batches whose logits stay below LOGIT_BYTES, padding counted in."""
         most = max(1, LOGIT_BYTES // (4 * self.vocabulary))
+        most = min(most, NEAR_TOKENS) if self.device.type == "cpu" else most
         batch: list[Any] = []
         longest = 0
         for thing in things:
