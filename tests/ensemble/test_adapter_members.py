@@ -159,6 +159,7 @@ def test_an_adapters_own_dropout_gives_passes_that_share_its_weights(family):
     assert not torch.allclose(told[0], told[1], atol=1e-3)
     assert torch.allclose(found(ids).logits.exp(), sum(told) / 3, atol=1e-6)
     plain = loaded(family / "lora", {})
+    plain(ids)  # what an adapter keeps to run fast knows nothing of masks that come later
     assert torch.equal(thinned(plain, None, 20001)(ids).logits.softmax(-1), told[1])
     assert torch.allclose(plain(ids).logits, changed(1)(ids).logits, atol=1e-4)
 

@@ -51,7 +51,8 @@ def test_fit_show_and_gains_behind_the_verb(family):  # noqa: F811
 def test_a_product_and_a_gate_are_fitted_from_the_command_line(family):  # noqa: F811
     text, members = text_file(family), [family / "llama", family / "gpt2"]
     words = ["--combine", "log_linear", "--top-k", 8]
-    graft_("ensemble", "fit", family / "product", *members, "--on", text, *words)
+    shown = graft_("ensemble", "fit", family / "product", *members, "--on", text, *words)
+    assert "loss about (from 8 tokens and a tail) " in shown
     assert json.loads((family / "product" / "config.json").read_text())["combine"] == "log_linear"
     shown = graft_("ensemble", "fit", family / "gated", *members, f"--on={text}", "--gate", "0")
     assert "without the gate" in shown

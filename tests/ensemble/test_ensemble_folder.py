@@ -129,6 +129,31 @@ def test_a_nested_ensemble_is_a_folder_of_folders(family):
     assert torch.allclose(logits(graft_models.load(target)), logits(graft_models.load(flat)), atol=1e-5)
 
 
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_self_contained_ensemble_of_ensembles_needs_no_other(family, tmp_path, inner):
+    run(family, {"members": ["llama", "gpt2"], "self_contained": inner})
+    run(family, {"members": {"duo": 0.5, "qwen": 0.5}}, name="trio")
+    raw = {"members": {"trio": 0.5, "duo": 0.2, "gpt2": 0.3}, "self_contained": True}
+    target, _ = run(family, raw, name="all")
+    plain, _ = run(family, {**raw, "self_contained": False}, name="plain")
+    before = logits(graft_models.load(plain))
+    assert torch.equal(logits(graft_models.load(target)), before)
+    weights = list(target.rglob("model.safetensors"))
+    assert len(weights) == (4 if inner else 3)
+    graft_models.load(plain).save_pretrained(tmp_path / "saved", self_contained=True)
+    shutil.copytree(target, tmp_path / "alone")
+    shutil.rmtree(family)
+    for place in ("alone", "saved"):
+        assert torch.equal(logits(graft_models.load(tmp_path / place)), before)
+
+
+def test_copying_an_ensemble_whose_member_has_changed_is_refused(family):
+    run(family, {"members": ["llama", "gpt2"]})
+    graft_models.load(family / "qwen").save_pretrained(family / "llama")
+    with pytest.raises(CheckpointError, match="member 'llama' has changed since"):
+        run(family, {"members": ["duo", "qwen"], "self_contained": True}, name="all")
+
+
 def test_a_member_that_is_missing_is_named(family):
     target, _ = run(family, {"members": ["llama", "qwen"]})
     shutil.rmtree(family / "qwen")

@@ -125,6 +125,11 @@ class LowRank(Site):
     def body(cls, point: Point, r: int, i: int, o: int) -> int:
         return r * (i + o)
 
+    @property
+    def drops(self) -> bool:
+        """Whether its dropout changes anything now: in training, or where another mask was put in its place."""
+        return self.dropout is not None and (self.dropout.training or type(self.dropout) is not nn.Dropout)
+
     def weight(self) -> torch.Tensor:
         """The frozen weight `[outputs, inputs]`, float32."""
         return oriented(self.module).detach().float()

@@ -32,7 +32,8 @@ class Junction:
         self.prepared: Any = None
         """The active adapters that `light` is of."""
         self.type: torch.dtype | None = None
-        self.drops = False
+        self.of: list[LowRank] = []
+        """The sites that `light` is of."""
         self.place, self.apart = place, place.source != place.target
         target = model.get_submodule(place.target)
         if place.before:
@@ -73,12 +74,11 @@ class Junction:
         types = {site.down.dtype for site, _ in plain}
         if self.place.single and len(plain) == len(active) and len(types) == 1:
             self.light = [(site.down, site.up, float(site.scale * weight)) for site, weight in plain]
-            self.type, self.drops = types.pop(), any(site.dropout is not None for site, _ in plain)
+            self.type, self.of = types.pop(), [site for site, _ in plain]
 
     def _applies(self, output: Any) -> bool:
         """Whether the layer computed in the type of the sites, for all rows alike, and nothing is dropped now."""
-        stack = self.stack
-        return output.dtype is self.type and stack.rows is None and not (self.drops and stack.training)
+        return output.dtype is self.type and self.stack.rows is None and not any(site.drops for site in self.of)
 
     def joined(self, h: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
         """h with all active sites."""
@@ -125,7 +125,7 @@ def gathered(sites: Mapping[str, list[Site]], h: torch.Tensor, names: Sequence[s
     found: dict[str, LowRank] = {}
     for name in dict.fromkeys(names):
         for site in sites.get(name, ()) if name is not None else ():
-            if name in found or not isinstance(site, LowRank) or not site.plain:
+            if name in found or not isinstance(site, LowRank) or not site.plain or site.drops:
                 return None
             found[str(name)] = site
     if len({site.after for site in found.values()}) != 1 or h.dim() != 3 or len(h) % len(names):

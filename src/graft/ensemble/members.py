@@ -60,19 +60,37 @@ def home_of(folder: Path) -> Path:
 
 
 def copied(folder: Path, target: Path, name: str, copies: dict[Path, str]) -> str:
-    """Copy a member's folder, and the base of an adapter, into `target/members`, each once; its path from `target`.
+    """Copy a member's folder, and what lies elsewhere that it is loaded from (the base of an adapter, the members of an
+    ensemble), into `target/members`, each once; its path from `target`.
 
-    `copies` holds what has been copied: the path from `target`, by the folder.
+    `copies` holds what has been copied: the path from `target`, by the folder. Raises CheckpointError where a member of
+    a member is missing or has changed.
     """
     own = folder.resolve()
     if own in copies:
         return copies[own]
+    while f"members/{name}" in copies.values():
+        name += "-"
     copies[own] = f"members/{name}"
     shutil.copytree(own, target / copies[own], dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoints"))
     base = _base_of(own)
     if base is not None:
         _rename_base(target / copies[own], os.path.basename(copied(base, target, f"{name}-base", copies)))
+    _copy_members(own, target, name, copies)
     return copies[own]
+
+
+def _copy_members(own: Path, target: Path, name: str, copies: dict[Path, str]) -> None:
+    """Of an ensemble that was copied from `own`: copy its members that lie elsewhere, and let it name the copies."""
+    place = target / copies[own]
+    config = {} if is_lora(own) else lineage.read_config(own)
+    entries = config.get("members") if str(config.get("model_type")).startswith("graft_") else None
+    elsewhere = [entry for entry in entries or () if not (own / entry["path"]).resolve().is_relative_to(own)]
+    for entry in elsewhere:
+        found = target / copied(_checked(entry, own), target, f"{name}-{entry['name']}", copies)
+        entry.update(path=os.path.relpath(found, place), hash=lineage.hash_model(found), config=config_of(found))
+    if elsewhere:
+        atomic_write(place / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _base_of(folder: Path) -> Path | None:
@@ -113,6 +131,11 @@ Loaded = dict[tuple[Any, ...], Any]
 
 
 def _load_entry(entry: Mapping[str, Any], folder: Path, dtype: Any, found: Loaded) -> PreTrainedModel:
+    return loaded(_checked(entry, folder), entry, dtype=dtype, found=found)
+
+
+def _checked(entry: Mapping[str, Any], folder: Path) -> Path:
+    """Where a member of the ensemble in `folder` lies. Raises CheckpointError where it is missing or has changed."""
     place = folder / entry["path"]
     if not (place / "config.json").exists() and not is_lora(place):
         raise CheckpointError(f"{folder}: member {entry['name']!r} is missing: expected a model in {place}")
@@ -123,7 +146,7 @@ def _load_entry(entry: Mapping[str, Any], folder: Path, dtype: Any, found: Loade
             f"{folder}: member {entry['name']!r} has changed since the ensemble was made (hash {now[:12]}, expected "
             f"{entry['hash'][:12]}): make the ensemble anew"
         )
-    return loaded(place, entry, dtype=dtype, found=found)
+    return place
 
 
 def loaded(

@@ -18,9 +18,10 @@ def _fitted(metrics: Mapping[str, Any]) -> Iterator[str]:
     alone = metrics["member_losses"]
     best = min(alone, key=lambda name: alone[name])
     gate = f", {metrics['loss_without_gate']:.4f} without the gate" if "loss_without_gate" in metrics else ""
+    about = f"about (from {metrics['top_k']} tokens and a tail) " if "top_k" in metrics else ""
     yield (
-        f"loss {metrics['loss']:.4f} nats a token on what the weights were fitted to{gate}; the best member alone, "
-        f"{best}, has {alone[best]:.4f}"
+        f"loss {about}{metrics['loss']:.4f} nats a token on what the weights were fitted to{gate}; the best member "
+        f"alone, {best}, has {alone[best]:.4f}"
     )
     width = max(map(len, alone))
     for name, weight in metrics["weights"].items():

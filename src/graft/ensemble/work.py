@@ -55,6 +55,7 @@ def run(job: Job) -> dict[str, Any]:
         "gap": fit.gap,
         "contributions": {name: asdict(each) for name, each in zip(names, fit.contributions, strict=False)},
         **_by_name("unmatched_mass", names, fit.unmatched),
+        **({} if settings.weights.top_k is None else {"top_k": settings.weights.top_k}),
         **({} if fit.correlation is None else {"error_correlation": _table(names, fit.correlation)}),
         **({} if fit.gate is None else {"loss_without_gate": fit.constant}),
         **({} if fit.gate is None else {"needed": {names[at]: share for at, share in fit.run.items()}}),
