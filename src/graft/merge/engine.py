@@ -71,6 +71,8 @@ def run(job: Job) -> dict[str, Any]:
         files_beside(plan, parts[settings.parents[0]], job.out)
         check = Check(job.out, job.cache)
         opened.callback(check.close)
+        # before the weights: what does not fit is not worth the work, and the other process no longer holds memory
+        plan.notes["verified_as"] = verify(check.found(), {n: shape for n, (_, shape) in plan.tensors.items()})
         writer = TensorWriter(job.out, plan.tensors, settings.shard, resume=True)
         opened.callback(writer.close)
         what = {"settings": settings.plain(), "seed": job.seed, "parents": stamps(folders)}
@@ -82,7 +84,6 @@ def run(job: Job) -> dict[str, Any]:
             from graft.merge.seeds import spread
 
             plan.notes["seeds"] = spread(job, asked, settings, plan, readers, prepared.survey, workers)
-        plan.notes["verified_as"] = verify(check.found(), {n: shape for n, (_, shape) in plan.tensors.items()})
     if asked is not None:
         from graft.merge.seeds import scores
 
