@@ -56,6 +56,48 @@ def test_two_processes_make_what_one_makes(recipe, tmp_path):
     assert again.made == []
 
 
+SPREAD = "{method: fsdp, devices: 2}"
+
+
+def test_a_recipe_says_how_many_processes_train_a_model_and_is_the_same_recipe(recipe, tmp_path):
+    one = graft.run(recipe, tmp_path / "one", only=["base"], device="cpu")
+    recipe.write_text(RECIPE.replace("batch_size: 8,", f"batch_size: 8, parallel: {SPREAD},"))
+    assert graft.run(recipe, tmp_path / "one", only=["base"]).made == []
+    two = graft.run(recipe, tmp_path / "two", only=["base"], device="cpu")
+    ids = torch.arange(3, 40)[None]
+    a, b = (read_manifest(done.folder / "models" / "base") for done in (one, two))
+    assert a.key == b.key
+    assert (a.settings["parallel"], b.settings["parallel"]["devices"]) == (None, 2)
+    assert abs(a.metrics["dev_loss"] - b.metrics["dev_loss"]) < 1e-4
+    x, y = (graft.load(done.folder / "models" / "base")(ids).logits for done in (one, two))
+    torch.testing.assert_close(x, y, atol=1e-3, rtol=1e-3)
+    assert {p.name for p in (one.folder / "models/base").iterdir()} == {
+        p.name for p in (two.folder / "models/base").iterdir()
+    }
+    assert not list((two.folder / "work").glob("*/"))
+
+
+def test_a_plan_says_the_memory_of_one_of_several_devices(recipe, tmp_path):
+    found = {}
+    for spread in ("null", "{devices: 8}", "{method: fsdp, devices: 8}", "{method: fsdp, devices: 8, offload: cpu}"):
+        recipe.write_text(RECIPE.replace("batch_size: 8,", f"batch_size: 8, parallel: {spread},"))
+        estimate = graft.plan(recipe, tmp_path / "run").steps["base"].estimate
+        found[spread] = estimate.memory_bytes
+    one, ddp, fsdp, offload = found.values()
+    assert offload < fsdp < ddp < one
+    assert "memory of each of 8 devices (fsdp); and 0.00 GB a device in the CPU's memory" in estimate.note
+
+
+def test_processes_that_nobody_starts_are_asked_for_before_work(recipe, tmp_path):
+    recipe.write_text(RECIPE.replace("batch_size: 8,", "batch_size: 8, parallel: fsdp,"))
+    with pytest.raises(RequestError, match=r"base: `parallel: fsdp` needs several processes: say how many"):
+        graft.run(recipe, tmp_path / "run", device="cpu")
+    recipe.write_text(RECIPE.replace("batch_size: 8,", f"batch_size: 8, parallel: {SPREAD},"))
+    with pytest.raises(RequestError, match=r"base: expected several models side by side \(jobs\) or several"):
+        graft.run(recipe, tmp_path / "run", device="cpu", jobs=2)
+    assert not (tmp_path / "run" / "models").exists()
+
+
 def test_what_goes_wrong_in_the_processes_is_said(recipe, tmp_path):
     recipe.write_text(RECIPE.replace("batch_size: 8,", "batch_size: 3,"))
     with pytest.raises(NodesFailed, match="expected batch_size to be a multiple of accumulate times processes"):

@@ -25,6 +25,9 @@ from graft.errors import GraftError, RequestError, RunError
 from graft.lineage import Manifest
 from graft.machine import share_of_cores
 from graft.making import Work, make
+from graft.settings import Settings
+from graft.train.parallel import Parallel
+from graft.train.settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -53,18 +56,51 @@ class Executor(Protocol):
 
 
 class Here:
-    """Makes one node at a time in this process."""
+    """Makes one node at a time in this process, or in as many as its settings name (`parallel.devices`)."""
 
     slots = 1
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
 
     def submit(self, work: Work) -> Future[Outcome]:
         """Make the node now."""
         done: Future[Outcome] = Future()
-        done.set_result(attempt(lambda: make(work)))
+        launcher = self._launcher(work) if verbs.verb(work.verb).together else None
+        done.set_result(attempt(lambda: make(work)) if launcher is None else self._launch(launcher, work))
         return done
 
+    def _launcher(self, work: Work) -> list[str] | None:
+        """The command that starts the processes which make this node together; None where it is made in this one."""
+        parallel = parallel_of(work.settings)
+        if parallel is None or parallel.devices is None:
+            return None
+        several = ["--standalone", "--nproc-per-node", str(parallel.devices)]
+        return [sys.executable, "-P", "-m", "torch.distributed.run", *several]
+
+    def _launch(self, launcher: list[str], work: Work) -> Outcome:
+        with tempfile.TemporaryDirectory(prefix="graft-") as folder:
+            request, answer = Path(folder) / "work", Path(folder) / "outcome"
+            request.write_bytes(pickle.dumps(work))
+            # stdin stays open as long as this process lives: its end tells the others to stop
+            self._process = subprocess.Popen(
+                [*launcher, "-m", "graft._launched", str(request), str(answer)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+            code = self._process.wait()
+            left = [pickle.loads(path.read_bytes()) for path in sorted(Path(folder).glob("outcome.[0-9]*"))]
+        failures = [outcome for outcome in left if isinstance(outcome, Failure)]
+        made = [outcome for outcome in left if isinstance(outcome, Manifest)]
+        nothing = Failure(f"its processes ended early (exit status {code}); run again to go on", 1, "")
+        return (made or failures or [nothing])[0]
+
     def close(self) -> None:
-        """Nothing is under way between nodes."""
+        """Stop the processes, if some are under way, and wait for their end."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait()
 
 
 class Processes:
@@ -115,6 +151,7 @@ class Launched(Here):
     """Makes one node at a time; what trains, in the processes that a launcher such as `torchrun` starts together."""
 
     def __init__(self, command: str):
+        super().__init__()
         words = shlex.split(command) or [""]
         found = shutil.which(words[0]) or shutil.which(words[0], path=str(Path(sys.executable).parent))
         if found is None:
@@ -122,39 +159,33 @@ class Launched(Here):
                 f"expected a launcher such as 'torchrun --nproc-per-node 2', found no program {words[0]!r}"
             )
         self._command = [found, *words[1:]]
-        self._process: subprocess.Popen[bytes] | None = None
 
-    def submit(self, work: Work) -> Future[Outcome]:
-        """Make the node now."""
-        if not verbs.verb(work.verb).together:
-            return super().submit(work)
-        done: Future[Outcome] = Future()
-        done.set_result(self._make(work))
-        return done
+    def _launcher(self, work: Work) -> list[str]:
+        return self._command
 
-    def _make(self, work: Work) -> Outcome:
-        with tempfile.TemporaryDirectory(prefix="graft-") as folder:
-            request, answer = Path(folder) / "work", Path(folder) / "outcome"
-            request.write_bytes(pickle.dumps(work))
-            # stdin stays open as long as this process lives: its end tells the others to stop
-            self._process = subprocess.Popen(
-                [*self._command, "-m", "graft._launched", str(request), str(answer)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
-            code = self._process.wait()
-            left = [pickle.loads(path.read_bytes()) for path in sorted(Path(folder).glob("outcome.[0-9]*"))]
-        failures = [outcome for outcome in left if isinstance(outcome, Failure)]
-        made = [outcome for outcome in left if isinstance(outcome, Manifest)]
-        nothing = Failure(f"its processes ended early (exit status {code}); run again to go on", 1, "")
-        return (made or failures or [nothing])[0]
 
-    def close(self) -> None:
-        """Stop the processes and wait for their end."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
-            self._process.wait()
+def parallel_of(settings: Settings) -> Parallel | None:
+    """How several processes train a node with these settings together; None where they say nothing."""
+    return settings.parallel if isinstance(settings, TrainSettings) else None
+
+
+def misplaced(executor: Executor, name: str, settings: Settings) -> str | None:
+    """Why a node cannot be trained by this executor as its settings say; None where it can."""
+    parallel = parallel_of(settings)
+    if parallel is None:
+        return None
+    if isinstance(executor, Processes):
+        return (
+            f"{name}: expected several models side by side (jobs) or several processes a model "
+            f"(`parallel: {parallel.method}`), found both"
+        )
+    alone = isinstance(executor, Here) and not isinstance(executor, Launched)
+    if alone and parallel.devices is None and parallel.offload is None:
+        return (
+            f"{name}: `parallel: {parallel.method}` needs several processes: say how many on this machine "
+            "(`parallel.devices: 2`), or what starts them (`launch='torchrun --nproc-per-node 2'`, --launch)"
+        )
+    return None
 
 
 def attempt(make: Callable[[], T]) -> T | Failure:

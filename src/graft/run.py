@@ -14,7 +14,7 @@ from typing import Any
 from graft import machine
 from graft.checkpoint import atomic_write, disk_errors
 from graft.errors import CheckpointError, Locked, RequestError, RunError
-from graft.executors import Executor, Failure, Here, Launched, Outcome, Processes
+from graft.executors import Executor, Failure, Here, Launched, Outcome, Processes, misplaced
 from graft.making import Work
 from graft.models import check_device
 from graft.plan import Places, Plan, Step, make_plan, standing
@@ -143,11 +143,14 @@ def locked(places: Places, *, wait: bool) -> Iterator[None]:
 def execute(plan: Plan, executor: Executor, *, device: str | None = None) -> tuple[list[str], list[str]]:
     """Make what is missing, parents first; (made, cached). What does not hang on a failed node is made all the same.
 
-    Raises CheckpointError for artifacts that were changed after they were made, RequestError for trainings that do not
-    fit into the memory, NodesFailed for nodes that failed.
+    Raises CheckpointError for artifacts that were changed after they were made, RequestError for nodes that this
+    executor cannot make as they say and trainings that do not fit into the memory, NodesFailed for nodes that failed.
     """
     if plan.damaged:
         raise CheckpointError("\n".join(plan.damaged))
+    to_make = [step.node for step in plan.steps.values() if step.state != "cached"]
+    if wrong := [why for node in to_make if (why := misplaced(executor, node.name, node.settings))]:
+        raise RequestError("\n".join(wrong))
     try:
         if not isinstance(executor, Launched):
             _check_room(plan, device)

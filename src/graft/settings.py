@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
@@ -26,9 +26,16 @@ class Settings(BaseModel):
         extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
     )
 
+    placement: ClassVar[frozenset[str]] = frozenset()
+    """Fields that say where and by how many the work is done, and nothing of what comes out."""
+
     def plain(self) -> dict[str, Any]:
         """As JSON-ready values under the names people write (`from`, not `from_`), defaults included."""
         return self.model_dump(mode="json", by_alias=True)
+
+    def content(self) -> dict[str, Any]:
+        """`plain()` without what says where the work is done: what decides the result."""
+        return self.model_dump(mode="json", by_alias=True, exclude=set(self.placement))
 
 
 @dataclass(frozen=True)

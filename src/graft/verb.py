@@ -132,7 +132,7 @@ class Verb(Generic[S]):
 
     def content(self, settings: S) -> Any:
         """What of the (located) settings decides the weights, as JSON-ready values: hashed into the node's key."""
-        return settings.plain()
+        return settings.content()
 
     def check(self, settings: S, models: Mapping[str, Facts]) -> list[str]:
         """What is wrong with this node given the facts of the models it names: one sentence each, empty if nothing."""

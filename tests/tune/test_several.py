@@ -1,10 +1,6 @@
 """Several tasks in one training: heads on a shared body or all as text, in turn or mixed, in phases."""
 
 import json
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -285,29 +281,3 @@ def test_pretrain_then_tune_and_both_at_once_differ_in_one_word(tmp_path, base):
         VERB.run(job(tmp_path / order, base, {"lm": "prose", "colour": "colours"}, mixing={"order": order}))
     a, b = (weights(tmp_path / order / "out") for order in ("together", "sequence"))
     assert any(not np.array_equal(a[name], b[name]) for name in a)
-
-
-@pytest.mark.slow
-def test_two_processes_are_one(tmp_path, encoder):
-    """With heads that some batches do not reach, and weights that are learned on the way."""
-    script = Path(__file__).with_name("train_on_tasks.py")
-    given = {"batch_size": 8, "mixing": {"batches": "in_turn", "learn": {"every": 2}}}
-    VERB.run(job(tmp_path / "one" / "0", encoder, TASKS, **given))
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port = opened.getsockname()[1]
-    place = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
-    words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        *place,
-        script,
-        tmp_path / "two",
-        encoder,
-        json.dumps(given),
-    ]
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    a, b = (weights(tmp_path / name / "0" / "out") for name in ("one", "two"))
-    assert_close(a, b, rtol=1e-3, atol=2e-5)

@@ -42,11 +42,11 @@ class Pretrain(Verb[PretrainSettings]):
         from graft.lineage import hash_file
 
         if not isinstance(settings.tokenizer, TokenizerAt):
-            return settings.plain()
+            return settings.content()
         names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
         files = [Path(settings.tokenizer.path) / name for name in names]
         hashes = {file.name: hash_file(file) for file in files if file.is_file()}
-        return {**settings.plain(), "tokenizer": hashes}
+        return {**settings.content(), "tokenizer": hashes}
 
     def check(self, settings: PretrainSettings, models: Mapping[str, Facts]) -> list[str]:
         from graft.data.objectives import objective_for
@@ -68,7 +68,12 @@ class Pretrain(Verb[PretrainSettings]):
             found.append("expected either `size`, or `hidden` and `layers`")
         elif settings.hidden and settings.heads and settings.hidden % settings.heads:
             found.append(f"expected `heads` to divide `hidden`, found {settings.heads} and {settings.hidden}")
-        return found or self._check_size(settings, models)
+        return found or self._check_size(settings, models) or self._check_parallel(settings, models)
+
+    def _check_parallel(self, settings: PretrainSettings, models: Mapping[str, Facts]) -> list[str]:
+        from graft.train.parallel import problems
+
+        return problems(settings.parallel, self._config(settings, models), adapter=False, quantised=False)
 
     def _check_size(self, settings: PretrainSettings, models: Mapping[str, Facts]) -> list[str]:
         found = self._parameters(settings, models)

@@ -15,6 +15,7 @@ from graft.train.memory import (
     activation_bytes,
     model_states,
 )
+from graft.train.parallel import Parallel
 from graft.train.settings import TrainSettings
 from graft.verb import Estimate
 
@@ -58,28 +59,59 @@ def training_estimate(
 
     `known` None: activations by rule of thumb. `trained` None: all parameters are; else so many beside `parameters`,
     which are frozen and lie in `frozen_bytes` each. A token costs 6 floating-point operations a parameter (Kaplan et
-    al. 2020, section 2.1). Budgets in epochs have no estimate of time, since that takes reading the data.
+    al. 2020, section 2.1). Budgets in epochs have no estimate of time, since that takes reading the data. Where the
+    settings name several devices, the memory is that of one of them.
     """
     step_tokens = settings.batch_size * length
     amount, unit = settings.budget.amount, settings.budget.unit
     tokens = {"tokens": amount, "steps": amount * step_tokens, "epochs": None}[unit]
+    spread = settings.parallel or Parallel()
+    devices = spread.devices or 1
     states = states_of(parameters, settings, trained, frozen_bytes)
-    average = 4 * (parameters if trained is None else trained) if settings.ema else 0
-    activations = _activations(parameters, settings, step_tokens / settings.accumulate, known)
+    average = 4 * (parameters if trained is None else trained) if settings.ema else 0.0
+    if spread.spread == 3:
+        average /= devices
+    read = step_tokens / settings.accumulate / (devices // spread.tensor)
+    activations = _activations(parameters, settings, read, known)
+    kept, elsewhere = _kept(spread, states, average)
     # gradients come as activations go; those of the pieces before stand beside the activations of the next
-    passing = max(states.gradients, activations) if settings.accumulate == 1 else states.gradients + activations
-    memory = PROCESS + states.weights + states.optimizer + average + passing
+    gradients = 0 if spread.offload else states.gradients
+    passing = max(gradients, activations) if settings.accumulate == 1 else gradients + activations
+    memory = PROCESS + kept + passing + (_together(parameters, known) if spread.spread == 3 else 0)
     seconds = None if tokens is None else 6 * parameters * tokens / cpu_flops()
-    note = f"{_convention(settings, trained, frozen_bytes)}; time {on_this_cpu()}"
-    note += "" if known else "; activations by rule of thumb"
-    return Estimate(parameters, 4 * parameters, int(memory), seconds, note)
+    notes = [_convention(settings, trained, frozen_bytes), f"time {on_this_cpu()}"]
+    notes += [] if known else ["activations by rule of thumb"]
+    notes += [f"memory of each of {devices} devices ({spread.method})"] if devices > 1 else []
+    notes += [f"and {elsewhere / 1e9:.2f} GB a device in the CPU's memory"] if spread.offload else []
+    return Estimate(parameters, 4 * parameters, int(memory), seconds, "; ".join(notes))
+
+
+def _kept(spread: Parallel, states: States, average: float) -> tuple[float, float]:
+    """Bytes that lie on a device between steps, and in the CPU's memory."""
+    if not spread.offload:
+        return states.weights + states.optimizer + average, 0
+    offloaded = states.gradients + states.optimizer
+    if spread.spread < 3:
+        return states.weights + average, offloaded
+    return 0, offloaded + states.weights + average
+
+
+def _together(parameters: int, known: Dimensions | None) -> float:
+    """Bytes of the weights in parts that are whole at a time: embeddings, one block and its gradient, and the next."""
+    if known is None:
+        return 4 * parameters / 5
+    outside = min(parameters, known.vocabulary * known.width)
+    return 4 * (outside + 3 * (parameters - outside) / known.layers)
 
 
 def states_of(parameters: int, settings: TrainSettings, trained: int | None, frozen_bytes: float = 4.0) -> States:
-    """Weights, gradients and moments, as `training_estimate` counts them."""
+    """Weights, gradients and moments on a device, as `training_estimate` counts them."""
     convention = replace(CONVENTIONS["fp32"], optimizer=OPTIMIZER_BYTES[settings.optimizer])
     whole = parameters + (trained or 0)
-    return model_states(whole, convention, trained=trained, frozen_bytes=frozen_bytes)
+    spread = settings.parallel or Parallel()
+    return model_states(
+        whole, convention, trained=trained, frozen_bytes=frozen_bytes, stage=spread.spread, devices=spread.devices or 1
+    )
 
 
 def _convention(settings: TrainSettings, trained: int | None, frozen_bytes: float) -> str:
@@ -93,6 +125,8 @@ def _activations(parameters: int, settings: TrainSettings, tokens: float, known:
     """Of one piece of a step. Half precision keeps casts of the weights beside."""
     half = settings.precision != "fp32"
     casts = 2 * parameters if half else 0
+    if half and settings.parallel is not None and settings.parallel.spread == 3 and settings.gradient_checkpointing:
+        casts = int(_together(parameters, known) / 2)
     if known is not None:
         return casts + activation_bytes(known, tokens, half=half, checkpointing=settings.gradient_checkpointing)
     # about 16 channels-wide activations a layer are kept for backward; parameters ≈ 12 · layers · width², so that

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from graft.checkpoint import atomic_folder
 from graft.data.rows import Rows
@@ -28,15 +27,15 @@ from graft.errors import RequestError, TrainingError
 from graft.progress import say
 from graft.train.allocator import memory_kept
 from graft.train.batches import Ahead, Batch, Step, make_step, spans, tokens_in
-from graft.train.ema import MovingAverage
 from graft.train.interrupt import Interrupt
 from graft.train.journal import Journal
 from graft.train.kept import Kept
-from graft.train.optimizer import adamw, moments, set_moments
+from graft.train.learner import Learner
 from graft.train.place import Place
 from graft.train.random_state import random_state, seed_all, set_random_state
 from graft.train.schedule import rate
 from graft.train.settings import TrainSettings
+from graft.train.shards import whole_on_main
 from graft.train.state import WRITTEN_A_SECOND, forget_states, pause, read_state, write_state
 
 Save = Callable[[Any, Path], None]
@@ -51,7 +50,7 @@ a few percent of the time, however large the dev split is."""
 
 
 class Objective(Protocol):
-    """What is made small."""
+    """What is made small. One that calls the model with weights of its own says so: its `functional` is true."""
 
     def weight(self, batch: Batch) -> float:
         """Units the loss sums over (for example label tokens). Called on the CPU, in a thread of its own."""
@@ -121,8 +120,8 @@ def train(
     Raises RequestError for settings that do not fit what is given, TrainingError where labels are all masked or the
     loss is not finite, KeyboardInterrupt after Ctrl-C (with the state saved).
     """
-    place = Place(device, settings.track, Path(out))
-    _check_request(settings, rows, dev, save, place.world)
+    place = Place(device, settings.track, Path(out), settings.parallel)
+    _check_request(settings, rows, dev, save, place.shares)
     training = Training(model, rows, objective, settings, Path(out), Path(scratch), seed, dev, save, place, before_step)
     with Interrupt() as interrupt, memory_kept():
         training.resume()
@@ -130,12 +129,12 @@ def train(
     return training.finish()
 
 
-def _check_request(settings: TrainSettings, rows: Rows, dev: Rows | None, save: Save | None, world: int) -> None:
+def _check_request(settings: TrainSettings, rows: Rows, dev: Rows | None, save: Save | None, shares: int) -> None:
     if len(rows) == 0:
         raise RequestError("expected rows to train on, found none; give more data or a shorter length")
-    if settings.batch_size % (settings.accumulate * world):
+    if settings.batch_size % (settings.accumulate * shares):
         raise RequestError(
-            f"expected batch_size to be a multiple of accumulate times processes ({settings.accumulate} × {world}), "
+            f"expected batch_size to be a multiple of accumulate times processes ({settings.accumulate} × {shares}), "
             f"found {settings.batch_size}"
         )
     needs_dev = [name for name, on in (("keep.best", settings.keep.best), ("early_stopping", settings.early_stopping))
@@ -167,11 +166,8 @@ class Training:
         self.rows, self.dev, self.objective, self.settings = rows, dev, objective, settings
         self.out, self.scratch, self.seed, self.save, self.place = out, scratch, seed, save, place
         self.model = self._prepare(model)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = adamw(model, settings)
-        self.scaler = torch.amp.GradScaler(place.device.type, enabled=settings.precision == "fp16")
-        self.average = MovingAverage(model, settings.ema) if settings.ema else None
-        self.wrapped = place.wrap(model)
+        self.learner = Learner(model, settings, place, getattr(objective, "functional", False))
+        self.average = self.learner.average
         self.steps = settings.budget.steps(len(rows), settings.batch_size, row_tokens(rows))
         self.every = settings.evaluate_every or max(1, self.steps // 10)
         self.dev_rows = max(DEV_ROWS, int(DEV_SHARE * self.every * settings.batch_size))
@@ -182,7 +178,7 @@ class Training:
         self.journal: Journal
 
     def _prepare(self, model: nn.Module) -> nn.Module:
-        model.to(self.place.device).train()
+        model.train()
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -197,24 +193,9 @@ class Training:
     @property
     def identity(self) -> str:
         """Hash of what must be the same for a state to be this training's."""
-        settings = {k: v for k, v in self.settings.plain().items() if k not in ("checkpoint_every", "track")}
-        shapes = [(name, list(p.shape)) for name, p in self.model.named_parameters()]
-        return hashlib.sha256(
-            json.dumps([settings, self.seed, self.steps, len(self.rows), shapes]).encode()
-        ).hexdigest()
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that changes in training, by name: trained weights, buffers, moments, average."""
-        found: dict[str, torch.Tensor] = {
-            f"model.{name}": p for name, p in self.model.named_parameters() if p.requires_grad
-        }
-        found.update({f"buffer.{name}": b for name, b in self.model.named_buffers()})
-        if self.average is not None:
-            found.update(
-                {f"average.{name}": t for name, t in zip(self.average.names, self.average.average, strict=True)}
-            )
-        found.update({f"optimizer.{name}": tensor for name, tensor in moments(self.optimizer).items()})
-        return found
+        settings = {k: v for k, v in self.settings.content().items() if k not in ("checkpoint_every", "track")}
+        facts = [settings, self.seed, self.steps, len(self.rows), self.learner.shapes]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def resume(self) -> None:
         """Go to where the newest whole state of this training in `scratch` stands; to the start where there is none."""
@@ -225,26 +206,19 @@ class Training:
                 forget_states(self.scratch)
             state = None
         if state is None:
-            seed_all(self.seed + self.place.rank)
+            seed_all(self.seed + self.place.share)
             self._check_labels()
+            self.learner.begin()
             return
-        self._load_tensors(state.tensors)
-        self.scaler.load_state_dict(state.facts["scaler"])
+        self.learner.begin(state.tensors)
+        self.learner.scaler.load_state_dict(state.facts["scaler"])
         self.at = Position(**state.facts["at"])
         self.kept_before = {int(step): score for step, score in state.facts["kept"].items()}
         states = state.facts["random"]
         if len(states) == self.place.world:
             set_random_state(states[self.place.rank], self.place.device)
         else:
-            seed_all(self.seed + self.at.step * 1000 + self.place.rank)
-
-    @torch.no_grad()
-    def _load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        held = {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith("optimizer.")}
-        set_moments(self.optimizer, held)
-        for name, target in self.tensors().items():
-            if not name.startswith("optimizer."):
-                target.copy_(tensors[name])
+            seed_all(self.seed + self.at.step * 1000 + self.place.share)
 
     def _check_labels(self) -> None:
         """Raises TrainingError where no row of an epoch has anything to learn from."""
@@ -257,24 +231,20 @@ class Training:
             "look at the format of the data (is the target empty?) and at the length (is the target cut off?)"
         )
 
-    def _state_bytes(self) -> int:
-        """Of weights, two moments and the average."""
-        trained = sum(p.nbytes for p in self.parameters)
-        return trained * (3 if self.average is None else 4)
-
     def _write_state(self) -> None:
         started = time.monotonic()
         random = self.place.gather(random_state(self.place.device))
+        tensors = whole_on_main(self.learner.tensors(), self.place.main)
         if self.place.main:
             self.journal.sync()
             facts = {
                 "identity": self.identity,
                 "at": asdict(self.at) | {"seconds": self._seconds()},
                 "kept": self.kept.scores if self.kept else {},
-                "scaler": self.scaler.state_dict(),
+                "scaler": self.learner.scaler.state_dict(),
                 "random": random,
             }
-            write_state(self.scratch, self.at.step, self.tensors(), facts)
+            write_state(self.scratch, self.at.step, tensors, facts)
         self.place.wait()
         self.written = time.monotonic()
         self.write_cost = self.written - started
@@ -284,7 +254,7 @@ class Training:
     def run(self, interrupt: Interrupt) -> None:
         """Do the steps that are left."""
         self.started = self.written = self.looked = time.monotonic()
-        self.write_cost, self.logged_tokens = self._state_bytes() / WRITTEN_A_SECOND, self.at.tokens
+        self.write_cost, self.logged_tokens = self.learner.bytes / WRITTEN_A_SECOND, self.at.tokens
         keep = self.settings.keep
         self.kept = Kept(self.out / "checkpoints", keep, self.kept_before, self.at.step) if self.place.main else None
         rows, pin = self.rows, self.place.device.type == "cuda"
@@ -300,7 +270,7 @@ class Training:
 
     def _plans(self) -> Iterator[list[range]]:
         steps = range(self.at.step, self.at.step if self._patience_is_over() else self.steps)
-        shape = (self.settings.batch_size, self.settings.accumulate, self.place.rank, self.place.world)
+        shape = (self.settings.batch_size, self.settings.accumulate, self.place.share, self.place.shares)
         return (spans(step, *shape) for step in steps)
 
     def _advance(self, step: Step, interrupt: Interrupt) -> None:
@@ -329,43 +299,34 @@ class Training:
         self.at.tokens += tokens
         if weight == 0:
             return
+        self.learner.set_rate(learning_rate)
         loss = self._backward(step, weight)
-        norm = self._update(learning_rate)
+        norm = self.learner.update()
         if self.average is not None:
             self.average.update(self.at.step)
         self.pending.append(Pending(self.at.step, loss, norm, weight, self.at.tokens, learning_rate, self._seconds()))
 
     def _backward(self, step: Step, weight: float) -> torch.Tensor:
-        """Gradients of all pieces; the sum of this process's losses. DDP takes a mean over processes: hence `world`."""
-        scale = self.place.world / weight
+        """Gradients of all pieces; the sum of this process's losses. Gradients become a mean over the shares."""
+        scale = self.place.shares / weight
         total = torch.zeros((), device=self.place.device)
         for number, piece in enumerate(step.pieces):
-            with self.place.without_sync(self.wrapped, number + 1 < len(step.pieces)):
+            with self.place.without_sync(self.learner.wrapped, number + 1 < len(step.pieces)):
                 with self._autocast():
-                    loss = self.objective(self.wrapped, self._on_device(piece))
-                self.scaler.scale(loss * scale).backward()
+                    loss = self.objective(self.learner.wrapped, self._on_device(piece))
+                self.learner.backward(loss * scale)
             total += loss.detach()
         return total
-
-    def _update(self, learning_rate: float) -> torch.Tensor:
-        """Clip and step; the norm of the gradient before clipping."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["rate"]
-        self.scaler.unscale_(self.optimizer)
-        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if self.settings.clip is not None:
-            clip_grads_with_norm_(self.parameters, self.settings.clip, norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
 
     def _on_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.place.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.settings.precision]
-        return nullcontext() if dtype is None else torch.autocast(self.place.device.type, dtype)
+        if dtype is None:
+            return nullcontext()
+        # weights in parts come and go: their casts would stay till the end of the forward pass
+        return torch.autocast(self.place.device.type, dtype, cache_enabled=self.place.sharded is None)
 
     # -- what is due ------------------------------------------------------------------------------------------------
 
@@ -406,7 +367,7 @@ class Training:
         self.looked, self.logged_tokens = now, self.at.tokens
 
     def _log(self, entry: Pending, loss: float, norm: float, tokens_per_s: float) -> None:
-        if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self.learner.scaler.is_enabled()):
             raise TrainingError(
                 f"step {entry.step}: expected a finite loss and gradient, found loss {loss:g}, gradient norm {norm:g}; "
                 f"look at the learning rate ({entry.learning_rate:g}), the precision ({self.settings.precision}), the "
@@ -435,11 +396,18 @@ class Training:
                     self.at.dev["ema_dev_loss"] = self._dev_loss(self.dev)
             self.journal.write({"step": self.at.step, **self.at.dev})
             self._compare(self.at.dev["dev_loss"])
-        if self.kept is not None and self.save is not None:
-            save = self.save
-            self.kept.add(self.at.step, self.at.dev.get("dev_loss"), lambda folder: save(self.model, folder))
+        self._keep()
         self.place.wait()
         self.looked = time.monotonic()
+
+    def _keep(self) -> None:
+        """The checkpoint of this step, if it is to be kept."""
+        save, keep = self.save, self.settings.keep
+        if save is None or not (keep.last or keep.best):
+            return
+        with self.place.plain():
+            if self.kept is not None:
+                self.kept.add(self.at.step, self.at.dev.get("dev_loss"), lambda folder: save(self.model, folder))
 
     def _compare(self, score: float) -> None:
         stopping = self.settings.early_stopping
@@ -451,19 +419,28 @@ class Training:
 
     @torch.no_grad()
     def _dev_loss(self, dev: Rows) -> float:
-        """Loss a unit over the first rows of `dev` (always the same), each read once by one of the processes."""
-        size = self.settings.batch_size // (self.settings.accumulate * self.place.world)
+        """Loss a unit over the first rows of `dev` (always the same), each read once by one of the processes.
+
+        Every process reads as many batches, since weights in parts are put together by all; some the first once more,
+        which does not count.
+        """
+        size = self.settings.batch_size // (self.settings.accumulate * self.place.shares)
         count = min(len(dev), self.dev_rows)
-        starts = range(self.place.rank * size, count, size * self.place.world)
+        own = range(self.place.share * size, count, size * self.place.shares)
+        most = len(range(0, count, size * self.place.shares))
+        starts = [*own, *[0] * (most - len(own))]
         plans = ([range(start, min(start + size, count))] for start in starts)
         total, weight = torch.zeros((), dtype=torch.float64, device=self.place.device), 0.0
         self.model.eval()
         with Ahead(dev, plans, self.objective, self.place.device.type == "cuda") as steps:
-            for step in steps:
+            for number, step in enumerate(steps):
                 with self._autocast():
-                    total += self.objective(self.model, self._on_device(step.pieces[0]))
-                weight += step.weight
+                    found = self.objective(self.model, self._on_device(step.pieces[0]))
+                if number < len(own):
+                    total += found
+                    weight += step.weight
         self.model.train()
+        self.place.settle()
         loss, units = self.place.total([float(total), weight])
         if units == 0:
             raise TrainingError(
@@ -473,10 +450,13 @@ class Training:
 
     def finish(self) -> TrainResult:
         """Save the average, leave the model as plain as it came, and sum up."""
-        if self.average is not None and self.place.main and self.save is not None:
-            with self.average.applied(), atomic_folder(self.out / "checkpoints" / "ema") as part:
-                self.save(self.model, part)
+        if self.average is not None and self.save is not None:
+            with self.average.applied(), self.place.plain():
+                if self.place.main:
+                    with atomic_folder(self.out / "checkpoints" / "ema") as part:
+                        self.save(self.model, part)
         self.place.wait()
+        self.place.release()
         if self.settings.gradient_checkpointing:
             self.model.activation_checkpointing_disable()  # type: ignore[operator]
         self.model.eval()

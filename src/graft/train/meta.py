@@ -53,7 +53,10 @@ class MetaLoss:
     """The objective: episodes are its units. Its gradient is that of the method; its value, the loss it is named for.
 
     fomaml: the loss behind the steps, on the episode's last batch. reptile: the mean loss on the way. Both a unit.
+    Episodes may be spread over processes: each adapts weights of its own.
     """
+
+    functional = True
 
     def __init__(self, how: How, loss: TaskLoss, rate: float):
         self.how, self.loss, self.rate = how, loss, rate

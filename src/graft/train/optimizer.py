@@ -18,17 +18,20 @@ CONSTANT = ("qmap1", "qmap2")
 """What bitsandbytes holds beside the moments of every parameter and never changes: the values that 8 bits stand for."""
 
 
-def adamw(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+def adamw(
+    model: nn.Module, settings: TrainSettings, parts: Mapping[nn.Parameter, nn.Parameter] | None = None
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) over the parameters that require a gradient.
 
     Biases, norms (everything with fewer than two dimensions) and embeddings get no weight decay; a matrix tied to an
-    embedding is that embedding. A parameter with an attribute `rate` learns that many times as fast. Raises
-    TrainingError where every parameter is frozen, RequestError where the device has no such optimizer.
+    embedding is that embedding. A parameter with an attribute `rate` learns that many times as fast. `parts`: what of
+    each this process holds, if not all. Raises TrainingError where every parameter is frozen, RequestError where the
+    device has no such optimizer.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise TrainingError("expected parameters to train, found all of them frozen; freeze fewer")
-    groups, device = _groups(model, trained, settings.weight_decay), trained[0].device
+    groups, device = _groups(model, trained, settings.weight_decay, parts or {p: p for p in trained}), trained[0].device
     if settings.optimizer != "adamw":
         check_optimizer(settings.optimizer, device)
         return _class(settings.optimizer)(groups, lr=settings.learning_rate, betas=settings.betas)
@@ -36,16 +39,18 @@ def adamw(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=fused)
 
 
-def _groups(model: nn.Module, trained: list[nn.Parameter], decay: float) -> list[dict[str, Any]]:
-    """Parameters by their rate and whether they decay."""
+def _groups(
+    model: nn.Module, trained: list[nn.Parameter], decay: float, parts: Mapping[nn.Parameter, nn.Parameter]
+) -> list[dict[str, Any]]:
+    """The parts of parameters by their rate and whether they decay."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups = []
     for rate in dict.fromkeys(getattr(p, "rate", 1.0) for p in trained):
         alike = [p for p in trained if getattr(p, "rate", 1.0) == rate]
         decayed = [p for p in alike if p.ndim >= 2 and id(p) not in embeddings]
         plain = [p for p in alike if p.ndim < 2 or id(p) in embeddings]
-        groups.append({"params": decayed, "weight_decay": decay, "rate": rate})
-        groups.append({"params": plain, "weight_decay": 0.0, "rate": rate})
+        groups.append({"params": [parts[p] for p in decayed], "weight_decay": decay, "rate": rate})
+        groups.append({"params": [parts[p] for p in plain], "weight_decay": 0.0, "rate": rate})
     return [group for group in groups if group["params"]]
 
 

@@ -1,4 +1,7 @@
-"""Where training runs: one process or several (torchrun), on which device. What accelerate does for us is in here."""
+"""Where training runs: one process or several (torchrun), on which device, and how its weights lie in them.
+
+What accelerate does for us is in here.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,26 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from graft.errors import RequestError
+from graft.train.fully_sharded import Sharded, start_alone
+from graft.train.parallel import Parallel
+from graft.train.settings import TrainSettings
+from graft.train.shards import Parts
+from graft.train.zero import Zero
 
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 
 
 class Place:
-    """The processes of a training and this process's device. Precision is the loop's own affair, not accelerate's."""
+    """The processes of a training and this process's device. Precision is the loop's own affair, not accelerate's.
 
-    def __init__(self, device: str | None, track: Sequence[str], out: Path):
+    `share` of `shares`: which of the rows of a step this process reads; those that split layers read the same.
+    """
+
+    def __init__(self, device: str | None, track: Sequence[str], out: Path, parallel: Parallel | None = None):
+        self.parallel = parallel or Parallel()
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         self.accelerator = Accelerator(
             mixed_precision="no",
@@ -37,27 +50,77 @@ class Place:
         self.world = self.accelerator.num_processes
         given = torch.device(device) if device and not several else None
         self.device: torch.device = given or self.accelerator.device
+        self._check_processes()
+        self.shares = self.world // self.parallel.tensor
+        self.share = self.rank // self.parallel.tensor
+        self.sharded: Sharded | Zero | None = None
+        self.by_hand = False
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """`model` (on `device` already), averaging its gradients over the processes where there are several.
+    def _check_processes(self) -> None:
+        wanted, tensor = self.parallel.devices, self.parallel.tensor
+        if wanted is not None and wanted != self.world:
+            raise RequestError(f"expected {wanted} processes (`parallel.devices`), found {self.world}")
+        if self.world % tensor:
+            raise RequestError(f"expected processes in groups of {tensor} (`parallel.tensor`), found {self.world}")
 
-        A model says by an attribute `leaves_unused` that not every batch reaches all of its parameters.
+    def wrap(self, model: nn.Module, settings: TrainSettings, functional: bool = False) -> nn.Module:
+        """`model`, as several processes train it together: itself where there is one.
+
+        Whole and on `device`, it averages its gradients over the processes, but for a `functional` objective, which
+        calls it with weights of its own: then `parts` does. Spread, it moves to the device by parts. A model says by
+        an attribute `leaves_unused` that not every batch reaches all of its parameters.
         """
+        self.by_hand = functional or self.parallel.method == "fsdp"
+        if self.parallel.method != "ddp":
+            start_alone()
+        if self.parallel.method == "fsdp":
+            self.sharded = Sharded(model, self.device.type, self.world, self.parallel)
+            return model
+        if self.parallel.method == "zero":
+            self.sharded = Zero(model, self.parallel, settings)
+            return model
+        model.to(self.device)
+        if self.world == 1 or functional:
+            return model
         self.accelerator.ddp_handler.find_unused_parameters = getattr(model, "leaves_unused", False)
-        return self.accelerator.prepare_model(model, device_placement=False) if self.world > 1 else model
+        return self.accelerator.prepare_model(model, device_placement=False)
+
+    def parts(self, model: nn.Module) -> Parts:
+        """What of the trained weights of a model, wrapped or not, this process holds."""
+        return Parts([p for p in model.parameters() if p.requires_grad], self.world, self.by_hand)
+
+    @property
+    def engine(self) -> Zero | None:
+        """What takes backward passes and steps in the loop's place, where something does."""
+        return self.sharded if isinstance(self.sharded, Zero) else None
+
+    def settle(self) -> None:
+        """Take weights in parts apart again, behind a forward pass that no backward pass follows."""
+        if isinstance(self.sharded, Sharded):
+            self.sharded.settle()
+
+    def plain(self) -> AbstractContextManager[Any]:
+        """Inside, the model that was wrapped is whole in the main process, to be saved. Every process must enter."""
+        return nullcontext() if self.sharded is None else self.sharded.plain(self.main)
+
+    def release(self) -> None:
+        """Leave the model that was wrapped as it came, whole in every process."""
+        if self.sharded is not None:
+            self.sharded.release()
 
     def without_sync(self, model: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
-        """Inside, backward passes of the wrapped model do not exchange gradients (where `wanted`)."""
-        return self.accelerator.no_sync(model) if wanted and self.world > 1 else nullcontext()
+        """Inside, backward passes of the wrapped model do not exchange gradients (where `wanted` and it is whole)."""
+        return self.accelerator.no_sync(model) if wanted and isinstance(model, DDP) else nullcontext()
 
     def total(self, numbers: Sequence[float]) -> list[float]:
-        """Each number summed over the processes, in float64. One exchange; costs nothing where there is one process."""
+        """Each number summed over the shares, in float64. One exchange; costs nothing where there is one process."""
         if self.world == 1:
             return list(numbers)
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         mine = torch.tensor(list(numbers), dtype=dtype, device=self.device)
         torch.distributed.all_reduce(mine)
-        return [float(number) for number in mine.tolist()]
+        # those that split layers have all read the same
+        return [float(number) / self.parallel.tensor for number in mine.tolist()]
 
     def gather(self, thing: Any) -> list[Any]:
         """`thing` (a plain value) of every process, in order."""

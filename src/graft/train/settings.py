@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_serializer, model_validator
 
 from graft.errors import MissingExtra
 from graft.settings import Settings, Tokens
+from graft.train.parallel import Parallel
 
 _TOKENS: TypeAdapter[int] = TypeAdapter(Tokens)
 _AMOUNT = re.compile(r"\s*([\d_.]+)\s*([a-z]+)\s*", re.IGNORECASE)
@@ -120,6 +121,8 @@ class EarlyStopping(Settings):
 class TrainSettings(Settings):
     """How to train. Verbs inherit these, so that they stand directly in the verb's settings."""
 
+    placement: ClassVar[frozenset[str]] = frozenset({"parallel"})
+
     budget: Budget = Field(
         default_factory=lambda: Budget(amount=1, unit="epochs"),
         description="how long to train: `2M tokens`, `500 steps` or `2 epochs`",
@@ -188,6 +191,11 @@ class TrainSettings(Settings):
         description="train on a resample of the documents, as many as there are, drawn with replacement by this seed "
         "(bagging); the manifest says how often each was drawn",
     )
+    parallel: Parallel | None = Field(
+        default=None,
+        description="how several processes train the model together: `ddp`, `fsdp`, `zero`, or with options "
+        "`{method: fsdp, devices: 2}`; null for `ddp`",
+    )
     track: list[Tracker] = Field(default_factory=list, description="trackers that get the log as well")
 
     @field_validator("betas")
@@ -218,4 +226,19 @@ class TrainSettings(Settings):
             raise ValueError(
                 f"expected batch_size to be a multiple of accumulate, found {self.batch_size} and {self.accumulate}"
             )
+        if self.parallel is not None and self.parallel.method != "ddp":
+            self._check_spread(self.parallel.method)
         return self
+
+    def _check_spread(self, method: str) -> None:
+        """Raises ValueError for what weights in parts cannot be trained with."""
+        if self.compile:
+            raise ValueError(f"expected `compile: false` with `parallel: {method}`, found true; ddp compiles")
+        if self.precision == "fp16":
+            raise ValueError(f"expected precision fp32 or bf16 with `parallel: {method}`, found fp16")
+        if self.optimizer != "adamw":
+            raise ValueError(f"expected `optimizer: adamw` with `parallel: {method}`, found {self.optimizer}")
+        if self.ema is not None and method == "zero":
+            raise ValueError(
+                "expected `ema` with `parallel: ddp` or `fsdp`, found zero, which holds weights its own way"
+            )

@@ -14,6 +14,7 @@ from graft.adapters.point import Point
 from graft.errors import CannotCombine, Problem, RequestError, SettingsError
 from graft.methods import method, method_names
 from graft.settings import Settings, parse
+from graft.train.parallel import problems as unspreadable
 from graft.tune.settings import TuneSettings, longest
 from graft.tune.tasks import unfit
 from graft.verb import Estimate, Facts, Job, Verb
@@ -88,7 +89,19 @@ class Tune(Verb[TuneSettings]):
             objective_for(start.architecture, settings.objective)
         except CannotCombine as error:
             return [str(error)]
-        return self._fits(settings, start)
+        return self._spread(settings, start) or self._fits(settings, start)
+
+    @staticmethod
+    def _spread(settings: TuneSettings, start: Facts) -> list[str]:
+        """What speaks against spreading the training over processes as the settings wish."""
+        parallel = settings.parallel
+        if settings.tasks and parallel is not None and parallel.method != "ddp":
+            return [
+                f"tasks take turns, so that processes meet different ones in a step, and `parallel: {parallel.method}` "
+                "needs all in step: use `parallel: ddp`, or one data set (`data`)"
+            ]
+        adapter, quantised = "full" not in settings.method, start.stored == "quantised"
+        return unspreadable(parallel, start.config, adapter=adapter, quantised=quantised)
 
     def _fits(self, settings: TuneSettings, start: Facts) -> list[str]:
         """What is wrong with the adapter for this model, tried on its skeleton where its configuration is known."""

@@ -101,10 +101,6 @@ def _train(
 ) -> dict[str, Any]:
     """The training itself, and what came out of it for each task."""
     learn, meta = settings.mixing.learn, settings.mixing.meta
-    if meta is not None and processes()[1] > 1:
-        raise RequestError(
-            "meta-learning adapts weights within one process, found several: start it without a launcher"
-        )
     weights = None
     if learn is not None:
         ends = learn.for_ or list(parts)

@@ -1,0 +1,90 @@
+"""Two processes (gloo, on loopback) tune what one does: few weights on a frozen model in parts, and tasks."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from graft import models
+from graft.adapters.stack import adapters_of
+
+from . import in_processes
+from .test_full import base, tokenizer_and_ids  # noqa: F401  (a fixture)
+from .test_several import TASKS, assert_close, encoder, weights  # noqa: F401
+
+FSDP, OFFLOAD = {"parallel": "fsdp"}, {"parallel": {"method": "fsdp", "offload": "cpu"}}
+GATED = {"form": "bottleneck", "insertion": "parallel", "on": ["feed_forward"], "size": 4, "composition": "gated"}
+ADAPTERS = {
+    "lora": {"method": {"lora": {"rank": 4, "up_rate": 16, "dora": True}}, **FSDP},
+    "gated": {"method": {"point": GATED}, "gradient_checkpointing": True, **OFFLOAD},
+    "mix": {"method": "mix_and_match", "keep": {"last": 1}, **FSDP},
+    "prompt": {"method": "prompt", **FSDP},
+    "folded": {"method": {"lora": {"rank": 4}}, "fold": True, **FSDP},
+}
+TEXT = {"colour": "colours", "tag": "words"}
+MULTI = {
+    "heads": {"tasks": TASKS, "given": {"batch_size": 8, "mixing": {"batches": "in_turn", "learn": {"every": 2}}}},
+    "fomaml": {"tasks": TASKS, "given": {"batch_size": 4, "mixing": {"meta": {"steps": 2, "rows": 2}}}},
+    "reptile": {"tasks": TASKS, "given": {"batch_size": 4, "mixing": {"meta": {"how": "reptile", "rows": 2}}}},
+}
+
+
+def launch(folder, start, cases):
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        port = opened.getsockname()[1]
+    place = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    words = [sys.executable, "-m", "torch.distributed.run", *place, Path(in_processes.__file__), folder, start]
+    done = subprocess.run([*map(str, words), json.dumps(cases)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory, base):  # noqa: F811
+    folder = tmp_path_factory.mktemp("adapted")
+    launch(folder, base, {name: {"given": given} for name, given in ADAPTERS.items()})
+    return folder
+
+
+@pytest.mark.parametrize("name", list(ADAPTERS))
+def test_few_weights_on_a_model_in_parts_are_those_that_one_process_learns(adapted, tmp_path, base, name):  # noqa: F811
+    in_processes.as_package()
+    given = {key: value for key, value in ADAPTERS[name].items() if key != "parallel"}
+    in_processes.train_case(tmp_path, base, {"given": given})
+    ids = torch.arange(3, 30)[None]
+    wanted = models.load(tmp_path / "out")
+    # each process has all of an adapter; transformers writes a whole model in the first alone
+    for rank in ("0",) if name == "folded" else ("0", "1"):
+        out = adapted / name / rank / "out"
+        found = models.load(out)
+        assert type(found) is type(wanted) or type(found).__name__ == type(wanted).__name__
+        torch.testing.assert_close(found(ids).logits, wanted(ids).logits, rtol=1e-3, atol=1e-4)
+        if name != "folded":
+            held, expected = (load_file(folder / "adapter.safetensors") for folder in (out, tmp_path / "out"))
+            assert_close(held, expected, rtol=1e-3, atol=2e-5)
+            assert (out / "adapter.safetensors").stat().st_size < 0.7 * (base / "model.safetensors").stat().st_size
+            assert adapters_of(found).points.keys() == adapters_of(wanted).points.keys()
+    if name == "mix":
+        kept = models.load(adapted / name / "0" / "out" / "checkpoints" / "step-4")
+        assert torch.equal(kept(ids).logits, models.load(adapted / name / "0" / "out")(ids).logits)
+
+
+@pytest.fixture(scope="module")
+def tasked(tmp_path_factory, encoder):  # noqa: F811
+    folder = tmp_path_factory.mktemp("tasked")
+    launch(folder, encoder, MULTI)
+    return folder
+
+
+@pytest.mark.parametrize("name", list(MULTI))
+def test_tasks_in_two_processes_are_tasks_in_one(tasked, tmp_path, encoder, name):  # noqa: F811
+    """With heads that some batches do not reach, weights that are learned on the way, and episodes."""
+    in_processes.as_package()
+    in_processes.train_case(tmp_path, encoder, MULTI[name])
+    a, b = weights(tmp_path / "out"), weights(tasked / name / "0" / "out")
+    assert_close(a, b, rtol=1e-3, atol=2e-5)
