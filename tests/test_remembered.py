@@ -131,3 +131,13 @@ def _model(folder, seed):
     torch.manual_seed(seed)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 20}
     LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes)).save_pretrained(folder)
+
+
+def test_the_hash_of_a_merge_is_taken_while_it_is_made(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        _model(tmp_path / name, seed=ord(name))
+    read = counted(monkeypatch)
+    merged = graft.merge(tmp_path / "m", models=[tmp_path / "a", tmp_path / "b"], anyway=True)
+    assert {place.name for place in read} == {"a", "b"}
+    lineage._WRITTEN.clear()
+    assert lineage.read_manifest(merged).hash == lineage.hash_weights(merged)

@@ -122,17 +122,49 @@ def hash_weights(folder: Path) -> str:
     manifest, whose weights nobody vouches for, later processes get it as well until the machine starts anew.
     """
     folder = Path(folder).resolve()
-    stats = {path.name: path.stat() for path in [*weight_files(folder), *folder.glob(INDEX)]}
-    stamps = tuple((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats.items())
-    newest = max(max(s.st_mtime_ns, s.st_ctime_ns) for s in stats.values())
+    stamps = _file_stamps(folder)
+    if _WRITTEN.get(folder, ((), ""))[0] == stamps:
+        return _WRITTEN[folder][1]
     # a file that has just been written may change once more within one tick of the file system's clock
-    settled = time.time_ns() - newest > SETTLED_NS
-    if not settled:
+    newest = max(max(modified, changed) for *_, modified, changed in stamps)
+    if time.time_ns() - newest <= SETTLED_NS:
         return _hash_files(folder)
     return _hash_once(folder, stamps) if (folder / MANIFEST).exists() else _hash_remembered(folder, stamps)
 
 
-Stamps = tuple[tuple[str | int, ...], ...]
+class Digests:
+    """The hash of weights that are being written, taken tensor by tensor while the others are made."""
+
+    def __init__(self, folder: Path):
+        self._reader = TensorReader(folder)
+        self._found: dict[str, bytes] = {}
+
+    def take(self, name: str) -> None:
+        """A tensor has been written whole. From any thread."""
+        self._found[name] = _hash_tensor(self._reader, name)
+
+    def finish(self) -> None:
+        """All have been: `hash_weights` of this process knows the hash while the files stay as they are."""
+        with ThreadPoolExecutor(cores()) as pool:
+            list(pool.map(self.take, [name for name in self._reader.names if name not in self._found]))
+        _WRITTEN[self._reader.folder] = _file_stamps(self._reader.folder), _together(self._found)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._reader.close()
+
+
+Stamps = tuple[tuple[str, int, int, int, int], ...]
+_WRITTEN: dict[Path, tuple[Stamps | tuple[()], str]] = {}
+
+
+def _file_stamps(folder: Path) -> Stamps:
+    stats = {path.name: path.stat() for path in [*weight_files(folder), *folder.glob(INDEX)]}
+    return tuple((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats.items())
+
+
+def _together(digests: Mapping[str, bytes]) -> str:
+    return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
 
 
 def _hash_remembered(folder: Path, stamps: Stamps) -> str:
@@ -154,8 +186,7 @@ def _hash_files(folder: Path) -> str:
         # the largest first, so that no core is left alone with one of them
         largest_first = sorted(reader.names, key=lambda name: -reader.headers[name].count)
         found = pool.map(lambda name: _hash_tensor(reader, name), largest_first)
-        digests = dict(zip(largest_first, found, strict=True))
-    return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
+        return _together(dict(zip(largest_first, found, strict=True)))
 
 
 def _hash_tensor(reader: TensorReader, name: str) -> bytes:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from graft.checkpoint import FLOATS, TensorReader, TensorWriter, atomic_write
 from graft.errors import RequestError
+from graft.lineage import Digests
 from graft.merge.architecture import Check, verify
 from graft.merge.inputs import Input, inputs, once, unpickled
 from graft.merge.journal import Journal
@@ -42,7 +43,7 @@ COMPANIONS = (
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 """Files beside the weights that the output takes from one parent."""
-AT_ONCE = 2
+AT_ONCE = 3
 """Tensors worked on at the same time, so that no core waits for the last piece of one."""
 
 
@@ -79,7 +80,10 @@ def run(job: Job) -> dict[str, Any]:
         journal = Journal(job.scratch / "finished", what, job.out)
         # opened last and so closed first: no thread works on files that are closed
         workers = opened.enter_context(Workers(device=job.device or "cpu"))
-        stream(settings, job.seed, plan, readers, writer, journal, workers, prepared.survey)
+        digests = Digests(job.out)
+        opened.callback(digests.close)
+        stream(settings, job.seed, plan, readers, writer, journal, workers, prepared.survey, digests)
+        digests.finish()
         if asked is not None:
             from graft.merge.seeds import spread
 
@@ -121,6 +125,7 @@ def stream(
     journal: Journal | None,
     workers: Workers,
     survey: Any = None,
+    digests: Digests | None = None,
 ) -> None:
     """Make every tensor that the journal does not know yet. `survey` is what the method found out beforehand."""
     chosen = method("graft.merge", settings.method)
@@ -145,6 +150,8 @@ def stream(
             copy_whole_numbers(every[name], writer)
         if journal is not None:
             journal.note(name, size)
+        if digests is not None:
+            digests.take(name)
         return size
 
     total = sum(writer.headers[n].end - writer.headers[n].start for n in made)
