@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import graft
 from graft._callable import COMMANDS as CALLED
-from graft._verb_command import fields_of, models_field, requested
+from graft._verb_command import fields_of, model_field, models_field, requested
 from graft.cli import app
 from graft.errors import RequestError
 from graft.verbs import verb
@@ -24,6 +24,14 @@ COMMANDS = sorted(typer.main.get_command(app).commands)
 
 def invoke(*words, input=""):
     return CliRunner().invoke(app, [str(word) for word in words], input=input)
+
+
+def model(folder):
+    """A tiny model without a tokenizer."""
+    from graft.pretrain.architectures import Shape, build, config_for
+
+    ids = {"pad": 0, "bos": 1, "eos": 2}
+    build(config_for("decoder", "rotary", Shape(16, 1, 2, 40, 16, 0.0, ids))).save_pretrained(folder)
 
 
 def test_version_is_printed():
@@ -89,6 +97,18 @@ def test_several_processes_are_refused_instead_of_waiting_for_each_other(family,
     result = invoke("run", recipe, "--out", folder)
     assert result.exit_code == 2
     assert "expected one process, found several (torchrun)" in result.stderr
+
+
+@pytest.mark.parametrize("words", [["eval", "here", "--on", "d.jsonl"], ["merge", "out", "here"]])
+def test_what_cannot_be_shared_is_not_said_to_be(words, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.chdir(tmp_path)
+    model(tmp_path / "here")
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n')
+    result = invoke(*words)
+    assert result.exit_code == 2
+    assert "this is done by one; start it without torchrun" in result.stderr
+    assert "--launch" not in result.stderr
 
 
 def test_a_folder_that_cannot_be_made_is_a_wrong_request(family):
@@ -185,10 +205,10 @@ NOWHERE = {
     "pretrain": ["out", "--data", "x.jsonl", "--budget", "1 steps"],
     "tune": ["out", "--from", "nowhere", "--data", "x.jsonl"],
     "adapt": ["out", "nowhere", "nobody"],
-    "head": ["out", "--from", "nowhere", "--task", "topic"],
+    "head": ["out", "nowhere", "--task", "topic"],
     "merge": ["out", "nowhere", "nobody"],
     "ensemble": ["out", "nowhere", "nobody"],
-    "quantize": ["out", "--from", "nowhere"],
+    "quantize": ["out", "nowhere"],
 }
 """A request of each command for what is not there."""
 
@@ -229,6 +249,9 @@ def test_models_stand_behind_the_folder_with_weights_or_without():
     assert models_field(fields_of("ensemble")) == "members"
     assert models_field(fields_of("merge")) == "models"
     assert models_field(fields_of("tune")) is None
+    assert [model_field(fields_of(name)) for name in ("tune", "head", "quantize")] == ["from"] * 3
+    assert [model_field(fields_of(name)) for name in ("pretrain", "adapt", "ensemble")] == [None] * 3
+    assert requested("quantize", ["out", "a", "--bits", "8"], []) == ("out", {"from": "a", "bits": 8})
     assert requested("merge", ["out", "a=0.25", "b/c=0.75"], []) == ("out", {"models": {"a": 0.25, "b/c": 0.75}})
     assert requested("ensemble", ["out", "a", "b"], []) == ("out", {"members": ["a", "b"]})
 
@@ -245,6 +268,93 @@ def test_models_stand_behind_the_folder_with_weights_or_without():
 def test_words_that_say_nothing_are_refused(words, expected):
     with pytest.raises(RequestError, match=expected):
         requested("merge", words, [])
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "expected"),
+    [
+        ("quantize", ["out", "a", "b"], "expected one model behind the folder, found 2: a b"),
+        (
+            "tune",
+            ["out", "a", "--from", "b"],
+            "expected the models behind the folder or as --from, found both: a and 'b'",
+        ),
+        ("pretrain", ["out", "a"], "expected one folder, found a as well: pretrain makes a model of none"),
+    ],
+)
+def test_models_that_a_verb_does_not_take_are_refused(verb, words, expected):
+    with pytest.raises(RequestError) as error:
+        requested(verb, words, [])
+    assert str(error.value) == expected
+
+
+USAGE = {
+    "pretrain": "pretrain OUT [OPTIONS]",
+    "tune": "tune OUT [MODEL] [OPTIONS]",
+    "quantize": "quantize OUT [MODEL] [OPTIONS]",
+    "merge": "merge OUT [MODEL[=WEIGHT]]… [OPTIONS]",
+}
+"""What the help of a verb says that may stand behind it."""
+
+
+@pytest.mark.parametrize("name", USAGE)
+def test_the_help_shows_what_a_verb_takes_and_no_option_that_says_nothing_to_it(name):
+    shown = invoke(name, "--help").stdout
+    assert USAGE[name] in shown
+    assert ("--launch" in shown) == (name in ("pretrain", "tune"))
+    assert ("--methods" in shown) == (name in ("tune", "merge"))
+
+
+def test_an_option_that_says_nothing_to_a_verb_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model(tmp_path / "here")
+    result = invoke("quantize", "out", "here", "--launch", "torchrun")
+    assert result.exit_code == 2
+    assert "launch: unknown key; there are: from, bits" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["pretrian"], "unknown command 'pretrian' (did you mean 'pretrain'?); there are: adapt, chat, "),
+        (["run"], "missing argument 'RECIPE'; `graft run --help` shows what there is"),
+        (["run", "x.yaml", "--jobs", "many"], "invalid value for '--jobs'"),
+        (["run", "x.yaml", "--jbos", "2"], "no such option: --jbos"),
+    ],
+)
+def test_what_is_wrong_with_the_words_is_told_as_every_other_error(words, expected):
+    result = CliRunner().invoke(app, words, prog_name="graft")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("graft: ")
+    assert expected in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    told = json.loads(CliRunner().invoke(app, [*words, "--json"], prog_name="graft").stdout)
+    assert f"graft: {told['error']}\n" == result.stderr
+    assert told["exit_code"] == 2
+
+
+def test_without_any_words_the_help_is_shown():
+    assert "Usage: graft [OPTIONS] COMMAND [ARGS]..." in CliRunner().invoke(app, [], prog_name="graft").output
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "--on FILE, --task FILE or --recipe FILE with measures, as in `graft eval here --on held-out.jsonl`"),
+        (["--measure", "perplexity", "--task", "t.yaml"], "expected what to measure on, found nothing: --on FILE"),
+        (["--recipe", "r.yaml"], "expected what to measure on, found nothing: --on FILE"),
+        (["--on", "d.jsonl", "--measure", "perplexty"], "--measure: unknown measure 'perplexty' (did you mean 'perple"),
+        (["--on", "d.jsonl", "--set", "limt=3"], "--set limt=…: unknown key (did you mean 'limit'?)"),
+    ],
+)
+def test_a_request_to_measure_that_is_wrong_is_told_in_words_of_the_command(words, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text("family: f\n")
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n')
+    result = invoke("eval", "here", *words)
+    assert result.exit_code == 2
+    assert expected in result.stderr
+    assert "evaluate." not in result.stderr
 
 
 def test_an_option_that_a_verb_does_not_have_is_shown_with_the_nearest(tmp_path, monkeypatch):

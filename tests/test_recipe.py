@@ -269,8 +269,13 @@ def test_a_broken_model_is_a_problem_with_a_line_as_any_other(recipe, tmp_path):
     ("text", "expected"),
     [
         ("family: f\nmodels: [1\nb: 2", "line 3: this is not YAML: while parsing a flow sequence, expected ',' or ']'"),
-        ("- a\n- b", "line 1: expected the sections family, seed, data, models, evaluate, report, found list"),
-        ("", "expected the sections family, seed, data, models, evaluate, report, found NoneType"),
+        ("- a\n- b", "line 1: expected the sections family, seed, data, models, evaluate, report, found a list"),
+        ("", "expected the sections family, seed, data, models, evaluate, report, found an empty file"),
+        ("# nothing yet\n", "expected the sections family, seed, data, models, evaluate, report, found an empty file"),
+        (
+            "just words",
+            "line 1: expected the sections family, seed, data, models, evaluate, report, found the text",
+        ),
         ("family: f", "line 1: models: this key is required and missing"),
         ("family: a/b\nmodels: {a: {grow: }}", "line 1: family: expected a name of letters, digits, - and _"),
         ("family: f\nmodels: {a.dev: {grow: }}", "line 2: models.a.dev: expected a name of letters, digits, - and _"),
@@ -320,6 +325,58 @@ def test_measures_are_checked_with_everything_else(recipe):
 def test_a_file_that_is_not_there_is_a_wrong_request(tmp_path):
     with pytest.raises(RequestError, match=r"expected a recipe \(a YAML file\) at .*none.yaml"):
         read_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "found a folder"),
+        (b"\x89PNG\r\n\0\0", "found binary data"),
+        ("family: f\n# caf\u00e9\n".encode("latin-1"), "in UTF-8, found byte 0xe9 in line 2"),
+    ],
+)
+def test_a_folder_and_what_is_no_text_are_wrong_requests(tmp_path, content, expected):
+    path = tmp_path / "recipe.yaml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(RequestError) as error:
+        read_recipe(path)
+    assert str(error.value).endswith(expected)
+    assert str(error.value).startswith(f"expected a recipe (a YAML file) at {path}, ")
+
+
+def test_a_recipe_may_begin_with_a_mark_of_its_encoding(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"\xef\xbb\xbffamily: f\nmodels: {a: {grow: }}\n")
+    assert read_recipe(path).family == "f"
+
+
+def test_keys_by_which_a_section_is_known_may_be_misspelt_and_hide_nothing(recipe):
+    found = problems(
+        recipe("""
+        family: f
+        data:
+          d: {sorce: text, path: d.txt, documnet: line}
+          m: {mxi: {d: 1, dd: 1}}
+        models:
+          a: {pretrain: {data: d, size: 60k, tokenizer: {sise: 512}}}
+          b: {pretrain: {data: d.trian, hidden: 32, layers: 1}}
+        evaluate:
+          - {mesure: bits_per_byte, on: [e.test]}
+          - {measure: bits_per_byte, on: [d.tset], limt: 3}
+        """)
+    )
+    assert [problem.split(": ", 1)[1].partition("; there are")[0] for problem in found] == [
+        "data.d.sorce: unknown key (did you mean 'source'?)",
+        "data.d.documnet: unknown key (did you mean 'document'?)",
+        "data.m.mxi: unknown key (did you mean 'mix'?)",
+        "data.m.mix.dd: unknown data set 'dd' (did you mean 'd'?)",
+        "models.a.pretrain.tokenizer.sise: unknown key (did you mean 'size'?)",
+        "models.b.pretrain.data: unknown data set 'd.trian' (did you mean 'd.train'?)",
+        "evaluate.0.mesure: unknown key (did you mean 'measure'?)",
+        "evaluate.0.on.0: unknown data set 'e.test'",
+        "evaluate.1.limt: unknown key (did you mean 'limit'?)",
+        "evaluate.1.on.0: unknown data set 'd.tset' (did you mean 'd.test'?)",
+    ]
 
 
 def test_yaml_is_read_by_its_newer_rules():

@@ -1,6 +1,6 @@
 """Settings are strict, understand units, and tell which nodes they name."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field, model_validator
@@ -52,6 +52,72 @@ def test_a_validator_that_looks_at_all_settings_does_not_show_all_of_them():
     with pytest.raises(SettingsError) as error:
         parse(Careful, {"from": "base", "data": "none"}, ("models", "soup"))
     assert str(error.value) == "models.soup: no data, no model"
+
+
+class New(Settings):
+    algorithm: Literal["bpe", "unigram"] = "bpe"
+    size: Annotated[int, Field(ge=260)] = 4096
+
+
+class Of(Settings):
+    of: ModelRef
+
+
+class Named(Settings):
+    kind: Literal["named"] = "named"
+    share: float = 0.5
+
+
+class Nameless(Settings):
+    kind: Literal["nameless"] = "nameless"
+
+
+class Either(Settings):
+    tokenizer: New | Of = New()
+    weights: dict[str, float] | Of | float | None = None
+    rules: list[New | Of] = []
+    by: Annotated[Named | Nameless, Field(discriminator="kind")] = Named()
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (
+            {"tokenizer": {"sise": 512}},
+            ["a.tokenizer.sise: unknown key (did you mean 'size'?); there are: algorithm, size"],
+        ),
+        (
+            {"tokenizer": {"size": 3, "algorithm": "bpee"}},
+            [
+                "a.tokenizer.algorithm: input should be 'bpe' or 'unigram', found 'bpee'",
+                "a.tokenizer.size: input should be greater than or equal to 260, found 3",
+            ],
+        ),
+        (
+            {"tokenizer": {"x": 1}},
+            ["a.tokenizer: expected a mapping with algorithm, size or a mapping with of, found {"],
+        ),
+        ({"tokenizer": 512}, ["a.tokenizer: expected a mapping with algorithm, size or a mapping with of, found 512"]),
+        ({"tokenizer": {"of": 3}}, ["a.tokenizer.of: input should be a valid string, found 3"]),
+        (
+            {"weights": {"coder": "half"}},
+            ["a.weights.coder: input should be a valid number, unable to parse"],
+        ),
+        (
+            {"weights": "half"},
+            ["a.weights: expected a valid dictionary or a mapping with of or a valid number"],
+        ),
+        ({"rules": [{"size": 512}, {"sise": 512}]}, ["a.rules.1.sise: unknown key (did you mean 'size'?)"]),
+        ({"by": {"kind": "nmaed"}}, ["a.by: unknown kind 'nmaed' (did you mean 'named'?); there are: named, nameless"]),
+        ({"by": {"kind": "named", "sahre": 1}}, ["a.by.sahre: unknown key (did you mean 'share'?)"]),
+    ],
+)
+def test_of_several_types_that_may_stand_somewhere_only_the_meant_one_is_spoken_of(raw, expected):
+    with pytest.raises(SettingsError) as error:
+        parse(Either, raw, ("a",))
+    found = sorted(str(p) for p in error.value.problems)
+    assert len(found) == len(expected)
+    assert [line[: len(start)] for line, start in zip(found, expected, strict=True)] == expected
 
 
 def test_all_problems_are_reported_at_once():

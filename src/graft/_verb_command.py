@@ -47,19 +47,27 @@ def _fitting(word: str) -> str:
 class VerbCommand(TyperCommand):
     """Shows the settings of its verb below its own options."""
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The command's options, without those that say nothing to its verb."""
+        idle = _idle(str(self.name))
+        return [parameter for parameter in super().get_params(ctx) if parameter.name not in idle]
+
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """The usage line names the folder and the models."""
-        return ["OUT", "[MODEL[=WEIGHT]]…", *super().collect_usage_pieces(ctx)]
+        """The usage line names the folder and the models, where the verb takes some."""
+        fields = fields_of(str(self.name))
+        several, one = models_field(fields), model_field(fields)
+        models = ["[MODEL[=WEIGHT]]…"] if several else ["[MODEL]"] if one else []
+        return ["OUT", *models, *super().collect_usage_pieces(ctx)]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """The words are kept for the help, which comes before they are looked at."""
         ctx.meta["graft.words"] = list(args)
-        return super().parse_args(ctx, list(self._flags_alone(args)))
+        return super().parse_args(ctx, list(self._flags_alone(ctx, args)))
 
-    def _flags_alone(self, args: Sequence[str]) -> Iterator[str]:
+    def _flags_alone(self, ctx: Any, args: Sequence[str]) -> Iterator[str]:
         """The command's own flags as settings take them: `--hub true` is `--hub`, and `--hub=false` is none."""
         said: dict[str, tuple[list[str], list[str]]] = {}
-        for flag in self.params:
+        for flag in self.get_params(ctx):
             if getattr(flag, "is_flag", False):
                 on, off = flag.opts[:1], flag.secondary_opts[:1]
                 said |= dict.fromkeys(flag.opts, (on, off))
@@ -81,10 +89,19 @@ class VerbCommand(TyperCommand):
         super().format_help(ctx, formatter)
         from rich.console import Console
 
-        own = {option for parameter in self.params for option in parameter.opts}
+        own = {option for parameter in self.get_params(ctx) for option in parameter.opts}
         console = Console()
         for table in _tables(str(self.name), ctx.meta["graft.words"], own):
             console.print(table)
+
+
+def _idle(verb: str) -> set[str]:
+    """Options of the command that a verb has no use for: several processes, a table of methods."""
+    from graft.verbs import verb as find
+
+    found = find(verb)
+    alone = set(found.types_of({})) == {verb}
+    return {*(() if found.together else ("launch",)), *(("methods",) if alone else ())}
 
 
 def _tables(verb: str, words: Sequence[str], own: Collection[str]) -> Iterator[Table]:
@@ -237,15 +254,21 @@ def assigned(settings: dict[str, Any], word: str) -> None:
 
 
 def _add_models(verb: str, words: Sequence[str], settings: dict[str, Any]) -> None:
-    """`A=0.5 B=0.5`, or `A B`, into the field of the settings that holds models."""
-    field = models_field(fields_of(verb, settings))
+    """`A=0.5 B=0.5`, or `A B`, into the field of the settings that holds models; one model where one is asked for."""
+    fields = fields_of(verb, settings)
+    field = models_field(fields) or model_field(fields)
     if field is None:
-        raise RequestError(f"expected one folder, found {words[0]!r} as well: {verb} takes its models by option")
+        raise RequestError(f"expected one folder, found {' '.join(words)} as well: {verb} makes a model of none")
     if field in settings:
         raise RequestError(
             f"expected the models behind the folder or as --{field}, found both: {' '.join(words)} and "
             f"{settings[field]!r}"
         )
+    if models_field(fields) is None:
+        if len(words) > 1:
+            raise RequestError(f"expected one model behind the folder, found {len(words)}: {' '.join(words)}")
+        settings[field] = words[0]
+        return
     pairs = [word.rpartition("=") for word in words]
     weights = [text for _, equals, text in pairs if equals]
     if not weights:
@@ -269,6 +292,14 @@ def models_field(fields: Mapping[str, FieldInfo]) -> str | None:
         if _holds_models(field.annotation):
             return name
     return None
+
+
+def model_field(fields: Mapping[str, FieldInfo]) -> str | None:
+    """The field that names the one model there has to be, by its type."""
+    from graft.settings import Ref
+
+    named = (name for name, field in fields.items() if field.is_required() and Ref("model") in field.metadata)
+    return next(named, None)
 
 
 def _holds_models(annotation: Any, inside: bool = False) -> bool:

@@ -206,6 +206,8 @@ def evaluate(
     check_device(device)
     room = importlib.import_module("graft.evaluate")
     folders = _named(models)
+    if not measures:
+        raise RequestError("expected at least one measure, such as {'measure': 'bits_per_byte', 'on': ['d.jsonl']}")
     parsed = room.parse(list(measures), ("evaluate",))
     named = {split_ref(ref)[0] for m in parsed for kind, ref, _ in references(m) if kind == "data"}
     raw = {
@@ -214,7 +216,7 @@ def evaluate(
     }
     sets = {name: data.parse(value, ("data", name)) for name, value in raw.items()}
     places = Places(Path(out))
-    with locked(places, wait=wait):
+    with locked(places, wait=wait, trains=False):
         return room.evaluate(
             folders,
             parsed,

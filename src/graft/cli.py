@@ -7,7 +7,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -15,10 +15,46 @@ import typer
 
 import graft
 from graft._verb_command import Commands, VerbCommand, assigned, methods_of, requested, rows_table
-from graft.errors import GraftError
+from graft.errors import GraftError, Problem, RequestError, SettingsError, UnknownName
+
+UsageError: Any = typer.BadParameter.__base__
+"""What is wrong with the words of a command, as typer's parser says it."""
+
+
+class Plainly(Commands):
+    """All commands. What is wrong with their words is told as every other error."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is named. Raises typer's exception for one that is not there, with the nearest."""
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            raise UsageError(str(UnknownName("command", args[0], self.commands)))
+        return super().resolve_command(ctx, args)
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, **named: Any) -> Any:
+        """Run the command that `args` (the command line, if not given) say, and exit."""
+        words = sys.argv[1:] if args is None else list(args)
+        if not words:
+            return super().main(words, *more, **named)  # prints the help
+        try:
+            code = super().main(words, *more, **{**named, "standalone_mode": False})
+        except UsageError as error:
+            _show_error(_refused(error), "--json" in words)
+            code = RequestError.exit_code
+        except typer.Abort:
+            code = GraftError.exit_code
+        sys.exit(code or 0)
+
+
+def _refused(error: Any) -> RequestError:
+    """What is wrong with a command's words, with where to read more."""
+    if error.ctx is None:
+        return RequestError(error.message)
+    said = error.format_message().strip().rstrip(".")
+    return RequestError(f"{said[0].lower()}{said[1:]}; `{error.ctx.command_path} --help` shows what there is")
+
 
 app = typer.Typer(
-    cls=Commands,
+    cls=Plainly,
     no_args_is_help=True,
     add_completion=False,
     help=graft.__doc__,
@@ -412,9 +448,11 @@ _add_verb(
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Folders of models.")],
     on: Annotated[list[str] | None, typer.Option("--on", help="Data set (a file, or NAME.SPLIT of --recipe).")] = None,
-    measure: Annotated[str, typer.Option(help="What is measured.")] = "bits_per_byte",
+    measure: Annotated[
+        str | None, typer.Option(help="What is measured; bits_per_byte if not given.", show_default=False)
+    ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the measure.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the measure or task.")
     ] = None,
     task: Annotated[list[str] | None, typer.Option("--task", help="A task's file; may be repeated.")] = None,
     recipe: Annotated[
@@ -436,17 +474,34 @@ def evaluate(
 
     family = yaml_file(recipe) if recipe else {}
     asked: list[dict[str, Any]] = [{"task": file} for file in task or []]
-    if on or not (task or recipe):
-        asked.append({"measure": measure, **({"on": on} if on else {})})
+    if on:
+        asked.append({"measure": measure or "bits_per_byte", "on": on})
     for word in settings or []:
         for one in asked:
             assigned(one, word)
-    measures = asked or family.get("evaluate", [])
-    rows = measure_all(
-        models, measures, data_sets=family.get("data"), out=out, root=recipe.parent if recipe else ".", seed=seed,
-        wait=wait, device=device,
-    )  # fmt: skip
+    measures = asked or family.get("evaluate") or []
+    if not measures or (measure and not on) or (settings and not asked):
+        raise RequestError(
+            "expected what to measure on, found nothing: --on FILE, --task FILE or --recipe FILE with measures, as in "
+            f"`graft eval {' '.join(models)} --on held-out.jsonl`"
+        )
+    root = recipe.parent if recipe else "."
+    try:
+        rows = measure_all(
+            models, measures, data_sets=family.get("data"), out=out, root=root, seed=seed, wait=wait, device=device
+        )
+    except SettingsError as error:
+        raise SettingsError([_by_option(p) for p in error.problems] if asked else error.problems) from None
     typer.echo(json.dumps(rows)) if json_ else _print(reports.table(out))
+
+
+def _by_option(problem: Problem) -> Problem:
+    """What is wrong with a measure, by the option that says it."""
+    place = problem.path[2:]
+    if problem.path[:1] != ("evaluate",) or not place:
+        return problem
+    option = f"--{place[0]}" if place[0] in ("on", "measure", "task") else f"--set {'.'.join(map(str, place))}=…"
+    return Problem((option,), problem.message)
 
 
 @app.command()

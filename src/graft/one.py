@@ -17,7 +17,7 @@ from graft.plan.places import beside
 from graft.recipe import Recipe, build_recipe
 from graft.run import execute, executor_for, locked
 from graft.settings import references
-from graft.yaml_lines import Document, read_yaml
+from graft.yaml_lines import Document, read_text, read_yaml
 
 SOURCES = {
     ".jsonl": "jsonl",
@@ -63,7 +63,7 @@ def make_one(
     if used := [ref for ref, folder in recipe.outside.items() if folder.resolve() == target.resolve()]:
         raise RequestError(f"{target} is {used[0]}, which it is to be made from: choose another folder")
     (name,) = recipe.models
-    with locked(places, wait=wait):
+    with locked(places, wait=wait, trains=verbs.verb(verb).together):
         plan = make_plan(recipe, places, force=[name] if force else [])
         if target.exists() and plan.steps[name].state == "run" and not (target / "graft.json").is_file():
             raise RequestError(f"{target} is there already and was not made by graft: choose another folder")
@@ -140,8 +140,8 @@ def data_at(place: str, names: Collection[str] = ()) -> dict[str, Any]:
 
 
 def yaml_file(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises DataError with the first thing that is wrong."""
-    document = read_yaml(path.read_text(encoding="utf-8"))
+    """The mapping in a YAML file. Raises RequestError with the first thing that is wrong."""
+    document = read_yaml(read_text(path, "a YAML file"))
     if document.problems or not isinstance(document.value, dict):
         raise DataError(f"{path}: {document.problems[0] if document.problems else 'expected a mapping'}")
     return document.value

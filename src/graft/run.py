@@ -108,15 +108,18 @@ def executor_for(jobs: int = 1, launch: str | None = None) -> Executor:
 
 
 @contextmanager
-def locked(places: Places, *, wait: bool) -> Iterator[None]:
-    """Hold the run's folder. Raises Locked where another run holds it and this one is not to wait."""
+def locked(places: Places, *, wait: bool, trains: bool = True) -> Iterator[None]:
+    """Hold the run's folder. Raises Locked where another run holds it and this one is not to wait.
+
+    `trains`: what is done there may be training, for which several processes can be started.
+    """
     from filelock import FileLock, Timeout
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RequestError(
-            "expected one process, found several (torchrun): a run is one process, which starts the others itself; say "
-            "`launch='torchrun --nproc-per-node 2'` (--launch)"
-        )
+        way = "start it without torchrun"
+        if trains:
+            way = "it starts the others itself: say `launch='torchrun --nproc-per-node 2'` (--launch)"
+        raise RequestError(f"expected one process, found several (torchrun): this is done by one; {way}")
     with disk_errors(places.folder):
         try:
             places.folder.mkdir(parents=True, exist_ok=True)
@@ -180,7 +183,7 @@ class _Course:
 
     def __init__(self, plan: Plan, executor: Executor, device: str | None):
         self.plan, self.executor, self.device = plan, executor, device
-        self.waiting = dict(plan.steps)
+        self.waiting = dict(sorted(plan.steps.items(), key=lambda item: not item[1].node.verb.comes_first))
         self.running: dict[Future[Outcome], str] = {}
         self.done = set(plan.recipe.outside)
         self.made: list[str] = []

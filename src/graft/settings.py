@@ -16,7 +16,8 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from graft.errors import Problem, SettingsError, nearest
+from graft.errors import SettingsError
+from graft.misfits import problems
 
 
 class Settings(BaseModel):
@@ -107,51 +108,7 @@ def parse(cls: type[S], raw: Any, path: tuple[str | int, ...] = ()) -> S:
     try:
         return cls.model_validate(raw)
     except ValidationError as error:
-        raise SettingsError([_problem(cls, e, path) for e in error.errors()]) from None
-
-
-def keys_of(cls: type[BaseModel]) -> list[str]:
-    """The names a person may write in these settings (aliases where there are some)."""
-    return [field.alias or name for name, field in cls.model_fields.items()]
-
-
-def _problem(cls: type[BaseModel], error: Any, path: tuple[str | int, ...]) -> Problem:
-    place = tuple(error["loc"])
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        valid = keys_of(_settings_at(cls, place[:-1]))
-        message = f"unknown key{nearest(str(place[-1]), valid)}; there are: {', '.join(valid)}"
-    elif error["type"] == "missing":
-        message = "this key is required and missing"
-    elif error["type"] != "value_error":  # a validator of ours says what it found
-        message = f"{message[0].lower()}{message[1:]}, found {error['input']!r}"
-    return Problem(path + place, message)
-
-
-def _settings_at(cls: type[BaseModel], place: tuple[Any, ...]) -> type[BaseModel]:
-    """The settings class that the location `place` of a validation error lies in."""
-    found = cls
-    for step in place:
-        candidates = [found] if isinstance(step, int) else []
-        for name, field in found.model_fields.items():
-            if step in (name, field.alias):
-                candidates = list(_classes_in(field.annotation))
-        # pydantic puts the name of a union's branch into the location: follow it
-        candidates = candidates or [c for c in _classes_in_fields(found) if c.__name__ == step]
-        found = candidates[0] if candidates else found
-    return found
-
-
-def _classes_in_fields(cls: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    for field in cls.model_fields.values():
-        yield from _classes_in(field.annotation)
-
-
-def _classes_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in typing.get_args(annotation):
-        yield from _classes_in(argument)
+        raise SettingsError(problems(cls, error.errors(), raw, path)) from None
 
 
 def references(

@@ -97,6 +97,8 @@ class Verb(Generic[S]):
     """Counted up when the same settings give other weights: cached nodes are then made anew."""
     together: ClassVar[bool] = False
     """Whether `run` may be called in several processes at once, started together by a launcher, to share the work."""
+    comes_first: ClassVar[bool] = False
+    """Whether it is done before what takes long, since it may show that its input is no good."""
     stands_for: ClassVar[str] = "model"
     on_disk: ClassVar[bool] = True
     """Whether what is made is waited for until the disk has it; else its hash is taken again when the machine has
@@ -175,6 +177,12 @@ class Verb(Generic[S]):
     def estimate(self, settings: S, models: Mapping[str, Facts]) -> Estimate:
         """What it will cost, from facts alone."""
         raise NotImplementedError
+
+    def preparation(self, settings: S, models: Mapping[str, Facts], text: Mapping[str, float]) -> Mapping[str, float]:
+        """Seconds of what is done before the work that `estimate` counts, by what identifies it: of nodes that share
+        it the first pays. `text`: about how many bytes each split (`mixed.train`) has that is learned from.
+        """
+        return {}
 
     def begin(self, settings: S, folders: Mapping[str, Path], cache: Path) -> None:
         """Start what takes long and needs only the models' folders and the cache that the job will have, beside the

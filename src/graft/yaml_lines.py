@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import re
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from graft.errors import Problem
+from graft.errors import Problem, RequestError
 
 Path = tuple[str | int, ...]
 
@@ -52,6 +53,33 @@ for _tag, _pattern, _first in (
 ):  # fmt: skip
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^$"), [""])
+
+
+def read_text(path: pathlib.Path, what: str) -> str:
+    """The text of a file that is to be `what`, such as `a recipe (a YAML file)`. Raises RequestError where it is not.
+
+    The message says what was found in its place: nothing, a folder, something that is no text.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise RequestError(f"expected {what} at {path}, found none") from None
+    except IsADirectoryError:
+        raise RequestError(f"expected {what} at {path}, found a folder") from None
+    except PermissionError:
+        raise RequestError(
+            f"expected {what} at {path}, found one that may not be read: change its permissions"
+        ) from None
+    except OSError as error:
+        raise RequestError(f"expected {what} at {path}, found none ({error.strerror})") from None
+    if b"\0" in content:
+        raise RequestError(f"expected {what} at {path}, found binary data")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        found = f"byte 0x{content[error.start]:02x} in line {line}"
+        raise RequestError(f"expected {what} at {path}, in UTF-8, found {found}") from None
 
 
 def read_yaml(text: str) -> Document:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from graft.errors import Problem, SettingsError, UnknownName
+from graft.misfits import near_misses
 from graft.settings import DataRef, Settings
 from graft.settings import parse as parse_settings
 
@@ -209,7 +210,8 @@ def parse(raw: Any, path: tuple[str | int, ...] = ()) -> DataSettings:
     if "mix" in raw:
         return parse_settings(Mixture, raw, path)
     if "source" not in raw:
-        raise SettingsError([Problem(path, f"expected `source:` or `mix:`; sources are: {', '.join(sorted(SOURCES))}")])
+        known = f"expected `source:` or `mix:`; sources are: {', '.join(sorted(SOURCES))}"
+        raise SettingsError(near_misses(raw, ("source", "mix"), path) or [Problem(path, known)])
     if raw["source"] not in SOURCES:
         raise UnknownName("data source", str(raw["source"]), SOURCES)
     return parse_settings(SOURCES[raw["source"]], raw, path)

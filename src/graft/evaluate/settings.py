@@ -9,8 +9,12 @@ from pydantic import Field, field_validator
 
 from graft.data.settings import FIELDS
 from graft.errors import Problem, SettingsError, UnknownName
+from graft.misfits import near_misses
 from graft.settings import DataRef, ModelRef, Settings
 from graft.settings import parse as parse_settings
+
+DRAWN = 1
+"""Counted up when `limit` draws others."""
 
 
 class Measure(Settings):
@@ -22,7 +26,14 @@ class Measure(Settings):
     models: Annotated[
         list[ModelRef] | None, Field(min_length=1, description="Taken of these models only; None: of all.")
     ] = None
-    limit: Annotated[int | None, Field(gt=0, description="At most so many documents or items of each data set.")] = None
+    limit: Annotated[
+        int | None,
+        Field(
+            gt=0,
+            description="At most so many documents or items of each data set, drawn from all of it by their hashes: "
+            "always the same ones.",
+        ),
+    ] = None
 
 
 class OnData(Measure):
@@ -195,6 +206,8 @@ def untakable(
 def parse_one(raw: Any, path: tuple[str | int, ...] = ()) -> Measure:
     """One measure. Raises SettingsError with every problem found."""
     if not isinstance(raw, dict) or ("measure" not in raw and "task" not in raw):
+        if isinstance(raw, dict) and (near := near_misses(raw, ("measure", "task"), path)):
+            raise SettingsError(near)
         names = ", ".join(name for name in MEASURES if name != "task")
         raise SettingsError([Problem(path, f"expected `measure:` ({names}) or `task: FILE`, found {raw!r}")])
     if "task" in raw:

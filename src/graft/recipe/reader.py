@@ -11,7 +11,8 @@ from typing import Any
 from graft import data as data_room
 from graft import verbs
 from graft.data import DataSettings, nearest_ref, split_ref
-from graft.errors import RecipeError, RequestError, nearest
+from graft.errors import RecipeError, nearest
+from graft.misfits import keys_of
 from graft.recipe.ceilings import PLACE, Ceilings, ceilings
 from graft.recipe.measures import Measures, check_formats, check_models, check_unseen, parts_of, read_measures
 from graft.recipe.order import ordered
@@ -19,9 +20,9 @@ from graft.recipe.problems import Problems, Where
 from graft.recipe.sections import Node, Outline, Recipe, readable
 from graft.recipe.splits import check_splits
 from graft.recipe.tasks import Sets, check_tasks
-from graft.settings import Settings, keys_of, parse, references
+from graft.settings import Settings, parse, references
 from graft.verb import Facts
-from graft.yaml_lines import Document, read_yaml
+from graft.yaml_lines import Document, read_text, read_yaml
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -29,10 +30,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 def read_recipe(path: Path | str) -> Recipe:
     """The recipe in a YAML file. Raises RecipeError with all problems, RequestError where there is no such file."""
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"expected a recipe (a YAML file) at {path}, found none that can be read: {error}") from None
+    text = read_text(path, "a recipe (a YAML file)")
     return build_recipe(read_yaml(text), path.resolve().parent, text=text)
 
 
@@ -96,9 +94,9 @@ class _Reader:
         raw = self.document.value
         if not isinstance(raw, dict):
             if not self.problems.found:
-                self.problems.note(
-                    (), f"expected the sections {', '.join(keys_of(Outline))}, found {type(raw).__name__}"
-                )
+                found = {type(None): "an empty file", list: "a list", str: f"the text {str(raw)[:60]!r}"}
+                what = found.get(type(raw), f"{raw!r}")
+                self.problems.note((), f"expected the sections {', '.join(keys_of(Outline))}, found {what}")
             return None
         # an empty section is one that is not there
         given = {key: value for key, value in raw.items() if value is not None}

@@ -11,7 +11,8 @@ from pydantic import Field
 
 from graft.data import DataSettings
 from graft.errors import SettingsError, closest
-from graft.settings import ModelRef, Settings, keys_of, parse, references
+from graft.misfits import keys_of
+from graft.settings import ModelRef, Settings, parse, references
 from graft.verb import Facts, Verb
 
 

@@ -227,11 +227,11 @@ def _provenance(run: Run, model: Model) -> dict[str, Any]:
         "metrics": _written(manifest.get("metrics") or {}),
         "seconds": seconds_text(s) if is_number(s := manifest.get("seconds")) else "–",
         "command": f"graft run recipe.yaml --only {shlex.quote(model.name)}",
-        "rows": [_row(run, row) for (name, _), row in run.scores.items() if name == model.name],
+        "rows": [_row(row) for (name, _), row in run.scores.items() if name == model.name],
     }
 
 
-def _row(run: Run, row: Row) -> dict[str, str]:
+def _row(row: Row) -> dict[str, str]:
     """One score with all that is needed to get it again."""
     cost = row.get("cost") or {}
     return {

@@ -174,8 +174,9 @@ def is_number(value: Any) -> TypeGuard[float]:
 def read_run(folder: Path) -> Run:
     """Read a run's folder. Raises RequestError where it is no folder or holds neither models nor results."""
     if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
         raise RequestError(
-            f"expected the folder of a run, found nothing at {folder}: give the folder `graft run` wrote"
+            f"expected the folder of a run, found {found} at {folder}: give the folder `graft run` wrote"
         )
     known = ["models", "results.jsonl", "recipe.yaml"]
     if not any((folder / name).exists() for name in known):
