@@ -7,12 +7,13 @@ import signal
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import LENGTH, ByteLoss, Scored, Stops, byte_rows, log, run, settings, tiny_model
 from transformers import AutoModelForCausalLM
 
 from graft.data.rows import ListRows
 from graft.errors import RequestError, SettingsError, TrainingError
-from graft.train import loop
+from graft.train import looks
 
 
 def weights(model):
@@ -171,7 +172,7 @@ def test_the_dev_loss_is_measured_in_the_precision_of_the_training(tmp_path, pre
 
 def test_the_speed_in_the_log_is_tokens_over_the_time_between_two_looks(tmp_path, monkeypatch):
     """With a look behind every step these times share out that of the training."""
-    monkeypatch.setattr(loop, "LOOK_S", 0.0)
+    monkeypatch.setattr(looks, "LOOK_S", 0.0)
     result, _ = run(tmp_path)
     entries = log(tmp_path)
     tokens = np.diff([0, *(entry["tokens"] for entry in entries)])
@@ -243,11 +244,23 @@ def test_a_tracker_whose_package_is_missing_is_refused_with_the_command_that_ins
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-def test_a_compiled_training_is_the_plain_one(tmp_path):
+def test_a_compiled_training_is_the_plain_one_goes_on_exactly_and_is_saved_plainly(tmp_path):
     given = {"budget": "3 steps", **CONSTANT}
     _, plain = run(tmp_path / "plain", given)
-    _, compiled = run(tmp_path / "compiled", {**given, "compile": True})
+    given |= {"compile": True, "checkpoint_every": "1 step", "keep": {"last": 1}}
+    _, compiled = run(tmp_path / "whole", given)
     torch.testing.assert_close(weights(compiled), weights(plain), atol=1e-5, rtol=1e-4)
+    with pytest.raises(Stops):
+        run(tmp_path / "killed", given, objective=Scored([], stop=3))
+    _, again = run(tmp_path / "killed", given)
+    assert torch.equal(weights(again), weights(compiled))
+    (kept,) = (tmp_path / "killed" / "out" / "checkpoints").glob("step-*")
+    assert set(load_file(kept / "model.safetensors")) == set(load_file(saved(plain, tmp_path) / "model.safetensors"))
+
+
+def saved(model, folder):
+    model.save_pretrained(folder / "saved")
+    return folder / "saved"
 
 
 def test_tensorboard_gets_the_losses_of_the_log(tmp_path):
@@ -264,7 +277,7 @@ def test_tensorboard_gets_the_losses_of_the_log(tmp_path):
 def test_tensorboard_is_told_every_step_once_though_a_killed_run_was_ahead_of_its_state(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setattr(loop, "LOOK_S", 0.0)
+    monkeypatch.setattr(looks, "LOOK_S", 0.0)
     given = {"track": ["tensorboard"], "checkpoint_every": "2 steps"}
     with pytest.raises(Stops):
         run(tmp_path, given, objective=Scored([], stop=4))

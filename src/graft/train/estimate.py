@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 
 from graft.machine import cores
@@ -26,6 +27,29 @@ Trainings of small models on 4 cores of an AMD EPYC with AVX2 reached 33e9 to 52
 bench/training.py: 10.1M parameters), which could do about 96e9: two fused multiply-adds of 8 numbers in each of 3e9
 cycles a second. Wider models and cores with AVX-512 do more, cores that are shared with other work less.
 """
+
+
+TOKENISED = 3e6
+"""Guess: bytes of text that a core reads, hashes and turns into tokens in a second."""
+LEARNED = {"bpe": 2e6, "unigram": 4.5e5, "wordpiece": 2.5e6}
+"""Guess: bytes of text that a core reads in a second for a new tokenizer, by how its tokens are found."""
+BYTES_A_TOKEN = 3.5
+"""Guess: bytes of text for a token, where an epoch is to be counted before there are tokens."""
+
+
+def tokenising(text: Mapping[str, float], vocabulary: str) -> dict[str, float]:
+    """Seconds to make token streams of these splits (bytes by name), by what identifies each stream."""
+    return {in_tokens(split, vocabulary): size / (TOKENISED * cores()) for split, size in text.items()}
+
+
+def in_tokens(split: str, vocabulary: str) -> str:
+    """What identifies a token stream."""
+    return f"{split} in tokens of {vocabulary}"
+
+
+def learning_tokens(text: float, algorithm: str) -> float:
+    """Seconds to train a tokenizer on so many bytes."""
+    return text / (LEARNED[algorithm] * cores())
 
 
 def threads() -> int:

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,11 +25,14 @@ from graft.errors import RequestError, TrainingError
 from graft.progress import say
 from graft.train.allocator import memory_kept
 from graft.train.batches import Ahead, Batch, Step, make_step, spans, tokens_in
+from graft.train.dev_loss import dev_loss
 from graft.train.interrupt import Interrupt
 from graft.train.journal import Journal
 from graft.train.kept import Kept
 from graft.train.learner import Learner
+from graft.train.looks import Looks, Pending
 from graft.train.place import Place
+from graft.train.position import Position
 from graft.train.random_state import random_state, seed_all, set_random_state
 from graft.train.schedule import rate
 from graft.train.settings import TrainSettings
@@ -40,9 +41,6 @@ from graft.train.state import WRITTEN_A_SECOND, forget_states, pause, read_state
 
 Save = Callable[[Any, Path], None]
 """Writes a model as a complete Hugging Face folder into a folder that exists and is empty."""
-
-LOOK_S = 0.5
-"""Losses are read from the device, checked and logged this often."""
 
 DEV_SHARE, DEV_ROWS = 0.2, 64
 """A dev loss reads this share of the rows that are trained on between two of them, but so many rows at least: it costs
@@ -66,33 +64,6 @@ class TrainResult:
     metrics: dict[str, Any]
     steps: int
     tokens: int
-
-
-@dataclass
-class Position:
-    """How far a training is; with tensors and random state, all there is to it."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    loss: float | None = None
-    dev: dict[str, float] = field(default_factory=dict)
-    best: float | None = None
-    best_step: int | None = None
-    waited: int = 0
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A step whose loss has not been read from the device yet."""
-
-    step: int
-    loss: torch.Tensor
-    norm: torch.Tensor
-    weight: float
-    tokens: int
-    learning_rate: float
-    seconds: float
 
 
 def train(
@@ -173,9 +144,9 @@ class Training:
         self.dev_rows = max(DEV_ROWS, int(DEV_SHARE * self.every * settings.batch_size))
         self.at = Position()
         self.kept_before: dict[int, float | None] = {}
-        self.pending: list[Pending] = []
         self.kept: Kept | None = None
         self.journal: Journal
+        self.looks: Looks
 
     def _prepare(self, model: nn.Module) -> nn.Module:
         model.train()
@@ -253,8 +224,8 @@ class Training:
 
     def run(self, interrupt: Interrupt) -> None:
         """Do the steps that are left."""
-        self.started = self.written = self.looked = time.monotonic()
-        self.write_cost, self.logged_tokens = self.learner.bytes / WRITTEN_A_SECOND, self.at.tokens
+        self.started = self.written = time.monotonic()
+        self.write_cost = self.learner.bytes / WRITTEN_A_SECOND
         keep = self.settings.keep
         self.kept = Kept(self.out / "checkpoints", keep, self.kept_before, self.at.step) if self.place.main else None
         rows, pin = self.rows, self.place.device.type == "cuda"
@@ -262,11 +233,13 @@ class Training:
             Journal(self.place, self.out, self.at.step, self.steps, self.settings.plain(), None) as self.journal,
             Ahead(rows, self._plans(), self.objective, pin) as steps,
         ):
+            scaled = self.learner.scaler.is_enabled()
+            self.looks = Looks(self.place, self.journal, self.at, self.steps, self.settings, scaled)
             for step in steps:
                 self._advance(step, interrupt)
                 if self._patience_is_over():
                     break
-            self._look()
+            self.looks.look()
 
     def _plans(self) -> Iterator[list[range]]:
         steps = range(self.at.step, self.at.step if self._patience_is_over() else self.steps)
@@ -277,12 +250,12 @@ class Training:
         """One step and what is due behind it. All processes agree on what that is."""
         main = self.place.main
         weight, tokens, asked, state_due, look_due = self.place.total(
-            [step.weight, step.tokens, interrupt.asked, main and self._state_is_due(), main and self._look_is_due()]
+            [step.weight, step.tokens, interrupt.asked, main and self._state_is_due(), main and self.looks.due()]
         )
         self._learn(step, weight, int(tokens))
         measure_due = self.at.step % self.every == 0 or self.at.step == self.steps
         if asked or state_due or look_due or measure_due:
-            self._look()
+            self.looks.look()
         if measure_due:
             self._measure()
         if asked or state_due:
@@ -304,7 +277,9 @@ class Training:
         norm = self.learner.update()
         if self.average is not None:
             self.average.update(self.at.step)
-        self.pending.append(Pending(self.at.step, loss, norm, weight, self.at.tokens, learning_rate, self._seconds()))
+        self.looks.pending.append(
+            Pending(self.at.step, loss, norm, weight, self.at.tokens, learning_rate, self._seconds())
+        )
 
     def _backward(self, step: Step, weight: float) -> torch.Tensor:
         """Gradients of all pieces; the sum of this process's losses. Gradients become a mean over the shares."""
@@ -312,21 +287,11 @@ class Training:
         total = torch.zeros((), device=self.place.device)
         for number, piece in enumerate(step.pieces):
             with self.place.without_sync(self.learner.wrapped, number + 1 < len(step.pieces)):
-                with self._autocast():
-                    loss = self.objective(self.learner.wrapped, self._on_device(piece))
+                with self.place.autocast(self.settings.precision):
+                    loss = self.objective(self.learner.wrapped, self.place.take(piece))
                 self.learner.backward(loss * scale)
             total += loss.detach()
         return total
-
-    def _on_device(self, batch: Batch) -> Batch:
-        return {name: tensor.to(self.place.device, non_blocking=True) for name, tensor in batch.items()}
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.settings.precision]
-        if dtype is None:
-            return nullcontext()
-        # weights in parts come and go: their casts would stay till the end of the forward pass
-        return torch.autocast(self.place.device.type, dtype, cache_enabled=self.place.sharded is None)
 
     # -- what is due ------------------------------------------------------------------------------------------------
 
@@ -338,9 +303,6 @@ class Training:
         wanted = pause(self.write_cost) if every is None else every.seconds or 0.0
         return time.monotonic() - self.written >= wanted
 
-    def _look_is_due(self) -> bool:
-        return time.monotonic() - self.looked >= LOOK_S
-
     def _patience_is_over(self) -> bool:
         stopping = self.settings.early_stopping
         return stopping is not None and self.at.waited >= stopping.patience
@@ -350,43 +312,6 @@ class Training:
 
     # -- losses and scores ------------------------------------------------------------------------------------------
 
-    def _look(self) -> None:
-        """Read the losses of the steps since the last look, check and log them. The one place that waits."""
-        if not self.pending:
-            return
-        losses = self.place.total(torch.stack([p.loss for p in self.pending]).tolist())
-        norms = torch.stack([p.norm for p in self.pending]).tolist()
-        now = time.monotonic()
-        rate_ = (self.at.tokens - self.logged_tokens) / max(now - self.looked, 1e-9)
-        for entry, loss, norm in zip(self.pending, losses, norms, strict=True):
-            self._log(entry, loss / entry.weight, norm, rate_)
-        self.journal.show(
-            self.at.step, f"step {self.at.step}/{self.steps} · loss {self.at.loss:.3f} · {rate_:,.0f} tokens/s"
-        )
-        self.pending.clear()
-        self.looked, self.logged_tokens = now, self.at.tokens
-
-    def _log(self, entry: Pending, loss: float, norm: float, tokens_per_s: float) -> None:
-        if not math.isfinite(loss) or not (math.isfinite(norm) or self.learner.scaler.is_enabled()):
-            raise TrainingError(
-                f"step {entry.step}: expected a finite loss and gradient, found loss {loss:g}, gradient norm {norm:g}; "
-                f"look at the learning rate ({entry.learning_rate:g}), the precision ({self.settings.precision}), the "
-                f"weights it started from and rows {(entry.step - 1) * self.settings.batch_size} to "
-                f"{entry.step * self.settings.batch_size - 1}; the state before it is kept"
-            )
-        self.at.loss = loss
-        self.journal.write(
-            {
-                "step": entry.step,
-                "loss": loss,
-                "tokens": entry.tokens,
-                "tokens_per_s": tokens_per_s,
-                "learning_rate": entry.learning_rate,
-                "grad_norm": norm if math.isfinite(norm) else None,
-                "seconds": entry.seconds,
-            }
-        )
-
     def _measure(self) -> None:
         """The dev loss, where there are dev rows, and the checkpoint to keep, where one is."""
         if self.dev is not None and len(self.dev):
@@ -395,10 +320,10 @@ class Training:
                 with self.average.applied():
                     self.at.dev["ema_dev_loss"] = self._dev_loss(self.dev)
             self.journal.write({"step": self.at.step, **self.at.dev})
-            self._compare(self.at.dev["dev_loss"])
+            self.at.compare(self.at.dev["dev_loss"], self.settings.early_stopping)
         self._keep()
         self.place.wait()
-        self.looked = time.monotonic()
+        self.looks.rest()
 
     def _keep(self) -> None:
         """The checkpoint of this step, if it is to be kept."""
@@ -409,44 +334,8 @@ class Training:
             if self.kept is not None:
                 self.kept.add(self.at.step, self.at.dev.get("dev_loss"), lambda folder: save(self.model, folder))
 
-    def _compare(self, score: float) -> None:
-        stopping = self.settings.early_stopping
-        margin = stopping.min_delta if stopping else 0.0
-        if self.at.best is None or score < self.at.best - margin:
-            self.at.best, self.at.best_step, self.at.waited = score, self.at.step, 0
-        else:
-            self.at.waited += 1
-
-    @torch.no_grad()
     def _dev_loss(self, dev: Rows) -> float:
-        """Loss a unit over the first rows of `dev` (always the same), each read once by one of the processes.
-
-        Every process reads as many batches, since weights in parts are put together by all; some the first once more,
-        which does not count.
-        """
-        size = self.settings.batch_size // (self.settings.accumulate * self.place.shares)
-        count = min(len(dev), self.dev_rows)
-        own = range(self.place.share * size, count, size * self.place.shares)
-        most = len(range(0, count, size * self.place.shares))
-        starts = [*own, *[0] * (most - len(own))]
-        plans = ([range(start, min(start + size, count))] for start in starts)
-        total, weight = torch.zeros((), dtype=torch.float64, device=self.place.device), 0.0
-        self.model.eval()
-        with Ahead(dev, plans, self.objective, self.place.device.type == "cuda") as steps:
-            for number, step in enumerate(steps):
-                with self._autocast():
-                    found = self.objective(self.model, self._on_device(step.pieces[0]))
-                if number < len(own):
-                    total += found
-                    weight += step.weight
-        self.model.train()
-        self.place.settle()
-        loss, units = self.place.total([float(total), weight])
-        if units == 0:
-            raise TrainingError(
-                "expected dev rows with labels, found all of them masked; look at the dev split's format"
-            )
-        return loss / units
+        return dev_loss(self.model, dev, self.dev_rows, self.objective, self.settings, self.place)
 
     def finish(self) -> TrainResult:
         """Save the average, leave the model as plain as it came, and sum up."""

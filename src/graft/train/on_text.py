@@ -13,7 +13,7 @@ from graft.settings import Settings
 from graft.train.attention import keeps_apart
 from graft.train.loop import Save, train
 from graft.train.losses import TokenLoss
-from graft.train.place import main_first
+from graft.train.place import main_first, tell
 from graft.train.settings import TrainSettings
 from graft.verb import Job
 
@@ -52,8 +52,10 @@ def train_on_text(
         )  # fmt: skip
 
     write = save or (lambda trained, folder: models.save(trained, tokenizer, folder))
+    tell(job, f"{model.num_parameters():,} parameters; reading {corpus.name}.{split}")
     with main_first():
         learned, dev = rows(split, bootstrap), rows("dev") if data.has_dev(corpus) else None
+    tell(job, f"training on {len(learned):,} rows of up to {length:,} tokens")
     result = train(
         model, learned, TokenLoss(), job.settings, job.out, scratch=job.scratch, seed=job.seed, dev=dev,
         device=job.device, save=write,

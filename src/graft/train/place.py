@@ -6,7 +6,7 @@ What accelerate does for us is in here.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from graft.errors import RequestError
+from graft.progress import say
 from graft.train.fully_sharded import Sharded, start_alone
 from graft.train.parallel import Parallel
 from graft.train.settings import TrainSettings
 from graft.train.shards import Parts
 from graft.train.zero import Zero
+from graft.verb import Job
 
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 
@@ -112,6 +114,18 @@ class Place:
         """Inside, backward passes of the wrapped model do not exchange gradients (where `wanted` and it is whole)."""
         return self.accelerator.no_sync(model) if wanted and isinstance(model, DDP) else nullcontext()
 
+    def take(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch on this process's device."""
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def autocast(self, precision: str) -> AbstractContextManager[Any]:
+        """Inside, forward passes compute in this precision (`fp32`, `bf16` or `fp16`) where that is safe."""
+        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        if dtype is None:
+            return nullcontext()
+        # weights in parts come and go: their casts would stay till the end of the forward pass
+        return torch.autocast(self.device.type, dtype, cache_enabled=self.sharded is None)
+
     def total(self, numbers: Sequence[float]) -> list[float]:
         """Each number summed over the shares, in float64. One exchange; costs nothing where there is one process."""
         if self.world == 1:
@@ -159,3 +173,9 @@ def processes() -> tuple[int, int]:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def tell(job: Job, doing: str) -> None:
+    """Say what is being done for a node, before there are steps to count; once where there are several processes."""
+    if processes()[0] == 0:
+        say(f"{job.name}: {doing}")
