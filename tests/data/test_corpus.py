@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graft import data
-from graft.data.corpus import identity_of, text_of
+from graft.data.corpus import drawn, identity_of, text_of
 from graft.errors import DataError, UnknownName
 
 
@@ -117,6 +117,24 @@ def test_a_split_that_does_not_exist_is_refused(tmp_path):
     write(tmp_path / "a.jsonl", ["x"])
     with pytest.raises(UnknownName, match="did you mean 'train'"):
         list(opened(tmp_path / "a.jsonl").records("trian"))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.text(max_size=3), max_size=40), st.integers(1, 12))
+def test_a_draw_is_that_of_sorting_all_by_their_hashes_and_grows_with_its_limit(texts, limit):
+    records = [{"text": text} for text in texts]
+    found = drawn(iter(records), limit)
+    cut = sorted(range(len(records)), key=lambda place: (identity_of(records[place]), place))[:limit]
+    assert found == [records[place] for place in sorted(cut)]
+    assert all(record in drawn(records, limit + 1) for record in found)
+    assert drawn(records, None) == records
+
+
+def test_a_draw_takes_its_share_of_every_part():
+    records = [{"text": f"{part} {n}"} for part in ("first", "second") for n in range(500)]
+    found = [record["text"].split()[0] for record in drawn(records, 200)]
+    # a binomial of 200 draws has a standard deviation of 7
+    assert 70 < found.count("first") < 130
 
 
 def test_references_name_a_split_or_mean_train():

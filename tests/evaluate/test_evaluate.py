@@ -189,6 +189,48 @@ def test_a_yaml_task_with_choices_and_shots(family, sets, tmp_path):
     assert found[0]["task_version"] == 3
 
 
+@pytest.mark.parametrize(("written", "split"), [("x.dev", "dev"), ("x.train", "train"), ("x", "test")])
+def test_a_task_is_measured_on_the_split_that_its_data_name(tmp_path, written, split):
+    (tmp_path / "t.yaml").write_text(f"name: t\ndata: {written}\nprompt: '{{{{ n }}}}'\ntarget: x\n")
+    for name in ("train", "dev", "test"):
+        write(tmp_path / f"{name}.jsonl", [{"n": f"{name} {n}"} for n in range(3)])
+    own = {f: str(tmp_path / f"{f}.jsonl") for f in ("train", "dev", "test")}
+    sets = {"x": data.parse({"source": "jsonl", "format": "raw", **own})}
+    (subject,) = subjects(parse([{"task": "t.yaml"}])[0], sets, tmp_path)
+    assert [record["n"] for record in subject.records] == [f"{split} {n}" for n in range(3)]
+    assert subject.on == f"t.{split}"
+
+
+def test_a_task_that_names_two_splits_is_refused(tmp_path):
+    (tmp_path / "t.yaml").write_text("name: t\ndata: x.dev\nsplit: test\nprompt: p\ntarget: x\n")
+    with pytest.raises(SettingsError, match=r"line 1: expected one split, found `data: x\.dev` and `split: test`"):
+        load_task(tmp_path / "t.yaml")
+
+
+def test_a_limit_draws_from_all_of_a_split_and_the_same_whatever_the_order(sets, tmp_path):
+    measure = parse([{"measure": "bits_per_byte", "on": ["plain.test", "mixed.test"], "limit": 6}])[0]
+    alone, mixed = subjects(measure, sets, tmp_path)
+    every = [record["text"] for record in data.open_corpus(sets, "plain", tmp_path).records("test")]
+    chosen = [record["text"] for record in alone.records]
+    assert chosen == [text for text in every if text in chosen]
+    assert len(chosen) == 6
+    assert chosen != every[:6]
+    assert len(mixed.records) == 6 + 4
+    file = tmp_path / "plain.jsonl"
+    file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
+    assert [r["text"] for r in subjects(measure, sets, tmp_path)[0].records] == chosen[::-1]
+
+
+def test_what_was_drawn_otherwise_is_measured_anew(family, sets, tmp_path, monkeypatch):
+    raw = [{"measure": "perplexity", "on": ["plain.test"], "limit": 3}, {"measure": "perplexity", "on": ["other.test"]}]
+    one = {"llama": family["llama"]}
+    limited, whole = run(one, raw, sets, tmp_path)
+    monkeypatch.setattr("graft.evaluate.items.DRAWN", 2)
+    again = run(one, raw, sets, tmp_path)
+    assert again[0]["key"] != limited["key"]
+    assert again[1] == whole
+
+
 def test_a_python_task_gives_functions_for_templates(tmp_path):
     (tmp_path / "upper.py").write_text(
         "task = {'name': 'upper', 'data': 'x.test', 'target': '{{ word | upper }}'}\n"

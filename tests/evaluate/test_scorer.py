@@ -9,7 +9,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig
 
 from graft.errors import RequestError, RunError
-from graft.evaluate.scorer import Scorer, _windows, least_window, longest_context, most_tokens
+from graft.evaluate.limits import least_window, longest_context, most_tokens
+from graft.evaluate.scorer import Scorer, _windows
 
 FEW_SHOT = "Question: what is up? Answer: the sky.\n\n" * 3
 DECODERS = (
@@ -63,7 +64,7 @@ def test_shared_reading_gives_what_one_request_alone_gives(kind, model_of, token
 def test_a_tree_is_used_where_the_model_honours_its_mask_and_only_there(kind, style, model_of, tokenizer):
     scorer = Scorer(model_of(kind), tokenizer)
     scorer.loglikelihoods(requests())
-    assert scorer._style == style
+    assert scorer.branches.style == style
 
 
 @pytest.mark.parametrize(("kind", "window"), [("sliding", 16), ("gptneo", 8), ("llama", None), ("ensemble", None)])
@@ -78,11 +79,11 @@ def test_rows_wider_than_a_window_are_not_shared(model_of, tokenizer):
 
 def test_a_model_that_breaks_only_on_long_rows_is_caught_on_them(model_of, tokenizer, monkeypatch):
     # without the names that configurations give to windows, the difference itself has to show
-    monkeypatch.setattr("graft.evaluate.scorer.WINDOWS", ())
+    monkeypatch.setattr("graft.evaluate.limits.WINDOWS", ())
     for kind in ("gptneo", "sliding"):
         scorer = Scorer(model_of(kind), tokenizer)
         found = scorer.loglikelihoods(requests())
-        assert scorer._style == "plain"
+        assert scorer.branches.style == "plain"
         for (context, continuation), answer in zip(requests(), found, strict=True):
             total, _ = by_hand(model_of(kind), tokenizer, context, continuation)
             assert answer.log_prob == pytest.approx(total, abs=2e-4)
@@ -91,7 +92,7 @@ def test_a_model_that_breaks_only_on_long_rows_is_caught_on_them(model_of, token
 def test_a_shared_prompt_is_read_once(model_of, tokenizer):
     shared, plain = Scorer(model_of("llama"), tokenizer), Scorer(model_of("llama"), tokenizer, share=False)
     shared.loglikelihoods(requests() * 2)
-    shared.tokens_read = 0  # the first time, a few rows are read twice to see whether the model can be trusted
+    shared.reader.tokens_read = 0  # the first time, a few rows are read twice to see whether the model can be trusted
     shared.loglikelihoods(requests())
     plain.loglikelihoods(requests())
     assert shared.tokens_read < plain.tokens_read / 5

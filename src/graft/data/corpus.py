@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -229,6 +230,19 @@ def identity_of(record: Record) -> int:
     """64 bits of the sha256 of a record's fields: equal for exact duplicates."""
     plain = _canonical(record).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.sha256(plain).digest()[:8], "little")
+
+
+def drawn(records: Iterable[Record], limit: int | None) -> list[Record]:
+    """`limit` of the records (None: all), in their order: those with the lowest identities.
+
+    These are a random sample, always the same one, in which neither the order of the records nor what else there is
+    changes who is drawn before whom. All records are read; no more than `limit` are held.
+    """
+    if limit is None:
+        return list(records)
+    numbered = ((identity_of(record), place, record) for place, record in enumerate(records))
+    kept = heapq.nsmallest(limit, numbered, key=lambda entry: entry[:2])
+    return [record for _, _, record in sorted(kept, key=lambda entry: entry[1])]
 
 
 def _canonical(record: Record) -> str:

@@ -17,7 +17,8 @@ from graft.ensemble.classification import labels_of
 from graft.ensemble.gate import last_state
 from graft.ensemble.sources import Source
 from graft.errors import CannotCombine
-from graft.evaluate.scorer import Scorer, longest_context
+from graft.evaluate.limits import longest_context
+from graft.evaluate.scorer import Scorer
 
 BYTES = 2**28
 """Distributions of one member that are kept at most; of longer texts, tokens at even distances are."""

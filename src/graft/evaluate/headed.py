@@ -16,7 +16,7 @@ from graft.data.rows import Row
 from graft.errors import RequestError, RunError
 from graft.evaluate import metrics
 from graft.evaluate.items import Scored, Subject, scored_texts
-from graft.evaluate.scorer import longest_context
+from graft.evaluate.limits import longest_context
 from graft.evaluate.settings import Headed
 from graft.lineage import heads_of
 from graft.multitask.folder import HeadFacts, find_head

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from graft import data
-from graft.data.corpus import identity_of, text_of
+from graft.data.corpus import drawn, identity_of, text_of
 from graft.data.render import prompt_and_answer
 from graft.errors import RequestError
 from graft.evaluate import metrics
 from graft.evaluate.scorer import Scorer
 from graft.evaluate.settings import (
+    DRAWN,
     BitsPerByte,
     Classification,
     Generation,
@@ -29,7 +30,7 @@ from graft.evaluate.settings import (
     TaskMeasure,
     misfit,
 )
-from graft.evaluate.tasks import Task, TaskSettings, load_task, make_task, shots
+from graft.evaluate.tasks import Task, TaskSettings, data_of, load_task, make_task, shots
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class Subject:
     """How much each item counts, [items]; all ones apart from mixtures."""
     examples: list[dict[str, Any]]
     fingerprint: str
+
+    @property
+    def drawn(self) -> list[int]:
+        """Which way of drawing chose the items, where not all are taken: part of what identifies a result."""
+        return [] if self.measure.limit is None else [DRAWN]
 
     @property
     def ids(self) -> list[str]:
@@ -75,7 +81,7 @@ def _on_data(measure: OnData, reference: str, sets: Mapping[str, Any], root: Pat
     corpus = data.open_corpus(sets, name, root)
     records, parts = [], []
     for part, share in corpus.parts:
-        found = list(itertools.islice(part.records(split), measure.limit))
+        found = drawn(part.records(split), measure.limit)
         records += found
         parts.append((found, share))
     if wrong := misfit(measure, reference, corpus.format):
@@ -124,12 +130,8 @@ def _of_task(measure: TaskMeasure, sets: Mapping[str, Any], root: Path) -> Subje
     path = root / measure.task
     task = load_task(path)
     settings = task.settings
-    if isinstance(settings.data, str):
-        corpus = data.open_corpus(sets, data.split_ref(settings.data)[0], root)
-    else:
-        own = data.parse(settings.data, (path.name, "data"))
-        corpus = data.open_corpus({settings.name: own}, settings.name, path.parent)
-    records = list(itertools.islice(corpus.records(settings.split), measure.limit))
+    corpus = data_of(settings, path, sets, root)
+    records = drawn(corpus.records(settings.split), measure.limit)
     examples = _examples(corpus, settings)
     if len(examples) < settings.shots:
         raise RequestError(

@@ -44,8 +44,8 @@ class Judge:
 
     @property
     def content(self) -> list[list[Any]]:
-        """What was read: (data set, fingerprint, version) of each, JSON-ready."""
-        return [[subject.on, subject.fingerprint, subject.version] for subject in self.subjects]
+        """What was read: (data set, fingerprint, versions) of each, JSON-ready."""
+        return [[subject.on, subject.fingerprint, subject.version, *subject.drawn] for subject in self.subjects]
 
     def value(self, model: Any, tokenizer: Any) -> float | None:
         """The mean over the data sets of the metric, as `graft.evaluate` computes it; None where it is not finite."""

@@ -25,14 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from graft.data import Corpus
+from graft.data import AnyCorpus, Corpus, open_corpus, split_ref
+from graft.data import parse as parse_data
 from graft.errors import DataError, Problem, RequestError, SettingsError
 from graft.evaluate.metrics import TEXT_METRICS
 from graft.evaluate.templates import Record, template
 from graft.settings import DataRef, Settings, parse
-from graft.yaml_lines import Document, read_yaml
+from graft.yaml_lines import Document, read_text, read_yaml
 
 Functions = Mapping[str, Callable[[Record], Any]]
 """In the place of templates, by the part of a task that they make."""
@@ -48,7 +49,10 @@ class TaskSettings(Settings):
     version: Annotated[
         int, Field(ge=1, description="Counted up when the task changes: old results are then not reused.")
     ] = 1
-    data: Annotated[DataRef | dict[str, Any], Field(description="A data set of the recipe, or the settings of one.")]
+    data: Annotated[
+        DataRef | dict[str, Any],
+        Field(description="A data set of the recipe (with its split, if wanted: `notes.dev`), or the settings of one."),
+    ]
     split: Annotated[Literal["train", "dev", "test"], Field(description="Split that is measured on.")] = "test"
     prompt: Annotated[str | None, Field(description="Template (jinja) of what the model reads.")] = None
     choices: Annotated[
@@ -66,6 +70,19 @@ class TaskSettings(Settings):
     separator: Annotated[str, Field(description="Between examples.")] = "\n\n"
     max_tokens: Annotated[int, Field(gt=0, description="Tokens to write at most.")] = 64
     stop: Annotated[list[str], Field(description="Writing ends before any of these.")] = ["\n"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_with_the_data(cls, raw: Any) -> Any:
+        """`data: notes.dev` says the split as well."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("data"), str):
+            return raw
+        name, split = split_ref(raw["data"])
+        if name == raw["data"]:
+            return raw
+        if raw.get("split", split) != split:
+            raise ValueError(f"expected one split, found `data: {raw['data']}` and `split: {raw['split']}`")
+        return {**raw, "split": split}
 
 
 @dataclass(frozen=True)
@@ -120,7 +137,7 @@ def read_task(path: Path) -> tuple[Document, Functions]:
     """What a task's file says, as it stands there, and its functions. Raises RequestError, naming the file."""
     if not path.is_file():
         raise RequestError(f"{path}: expected a task's file, found none; paths are relative to the recipe's folder")
-    document, functions = _python(path) if path.suffix == ".py" else (_yaml(path), {})
+    document, functions = _python(path) if path.suffix == ".py" else (read_yaml(read_text(path, "a task's file")), {})
     if document.problems:
         raise in_file(path, document, document.problems)
     if not isinstance(document.value, dict):
@@ -212,13 +229,6 @@ def _as_list(value: Any) -> list[str]:
     return found
 
 
-def _yaml(path: Path) -> Document:
-    try:
-        return read_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: expected a task's file that can be read ({error})") from None
-
-
 def _python(path: Path) -> tuple[Document, Functions]:
     """What the mapping `task` of a file says, and the functions, which stand beside it or in it."""
     module = _module(path)
@@ -244,6 +254,19 @@ def _module(path: Path) -> Any:
     except Exception as error:  # code of the user's, which may raise anything
         raise RequestError(f"{path}: the file raised {type(error).__name__}: {error}") from error
     return module
+
+
+def data_of(task: TaskSettings, file: Path, sets: Mapping[str, Any], root: Path) -> AnyCorpus:
+    """The data that the task in `file` reads: its own, or the one it names of `sets`, whose paths start from `root`."""
+    own = own_data(task, file)
+    return open_corpus(sets, split_ref(str(task.data))[0], root) if own is None else own
+
+
+def own_data(task: TaskSettings, file: Path) -> AnyCorpus | None:
+    """The data whose settings stand in the task's `file`, from whose folder paths start; None where it names a set."""
+    if isinstance(task.data, str):
+        return None
+    return open_corpus({task.name: parse_data(task.data, (file.name, "data"))}, task.name, file.parent)
 
 
 def try_out(task: Task, corpus: Corpus) -> None:

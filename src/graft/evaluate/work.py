@@ -85,7 +85,7 @@ def _key(model: str, model_hash: str, subject: Subject, seed: int) -> str:
         on=subject.on,
         settings={name: value for name, value in subject.measure.plain().items() if name not in ("on", "models")},
         task=subject.task.settings.plain() if subject.task else None,
-        version=[VERSION, subject.version],
+        version=[VERSION, subject.version, *subject.drawn],
         data=subject.fingerprint,
         seed=seed,
     )

@@ -10,6 +10,7 @@ from threading import Thread
 from typing import Any
 
 from graft.errors import CannotCombine, GraftError, Problem, SettingsError
+from graft.evaluate.settings import DRAWN
 from graft.merge._options import OnData, SubspaceSettings
 from graft.merge.inputs import settled
 from graft.merge.judged import judged_parts, located, task_content
@@ -77,9 +78,10 @@ class Merge(Verb[MergeSettings]):
         plain = settings.plain()
         for key, part in judged_parts(settings).items():
             whole = plain[key] if key else plain
-            # how many are judged at a time changes nothing, what stands in a task's file does
+            # how many are judged at a time changes nothing; what stands in a task's file and which items are drawn does
             whole.pop("jobs", None)
             whole["task"] = part.task and task_content(Path(part.task))
+            whole |= {"drawn": DRAWN} if part.judges else {}
         return plain
 
     def unreadable(self, models: Mapping[str, Facts]) -> list[str]:

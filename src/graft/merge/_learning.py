@@ -22,7 +22,7 @@ from graft import data, models
 from graft.checkpoint import FLOATS, TensorReader, atomic_write
 from graft.data.objectives import objective_for, objective_rows
 from graft.errors import CannotCombine
-from graft.evaluate.scorer import longest_context
+from graft.evaluate.limits import longest_context
 from graft.evaluate.unseen import check_unseen
 from graft.lineage import architecture_of
 from graft.merge.candidates import check_parents, stored_names

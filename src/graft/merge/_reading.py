@@ -10,7 +10,7 @@ import torch
 from graft import data, models
 from graft.data.objectives import Causal, objective_rows
 from graft.data.rows import Row, Rows
-from graft.evaluate.scorer import longest_context
+from graft.evaluate.limits import longest_context
 from graft.merge._layers import Layers
 from graft.merge._options import OnData
 from graft.merge.inputs import inputs

@@ -31,9 +31,13 @@ class Judged(Settings):
     ] = "bits_per_byte"
     task: Annotated[str | None, Field(description="A task's file instead of a measure.")] = None
     metric: Annotated[str | None, Field(description="Which metric counts; none: the measure's first.")] = None
-    limit: Annotated[int, Field(gt=0, description="At most so many documents or items of each data set are read.")] = (
-        200
-    )
+    limit: Annotated[
+        int,
+        Field(
+            gt=0,
+            description="At most so many documents or items of each data set, drawn from all of it by their hashes.",
+        ),
+    ] = 200
 
     @model_validator(mode="after")
     def _is_a_measure(self) -> Judged:
@@ -199,12 +203,8 @@ def located(judged: J, root: Path) -> J:
 
 def task_content(path: Path) -> list[str | None]:
     """What a task is made of: hashes of its file and, where it brings data of its own, of that."""
-    from graft import data
-    from graft.evaluate.tasks import load_task
+    from graft.evaluate.tasks import load_task, own_data
     from graft.lineage import hash_file
 
-    task = load_task(path).settings
-    if isinstance(task.data, str):
-        return [hash_file(path), None]
-    sets = {task.name: data.parse(task.data, (path.name, "data"))}
-    return [hash_file(path), data.open_corpus(sets, task.name, path.parent).fingerprint]
+    own = own_data(load_task(path).settings, path)
+    return [hash_file(path), None if own is None else own.fingerprint]

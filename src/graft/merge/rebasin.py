@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from graft.evaluate.settings import DRAWN
 from graft.merge import linear
 from graft.merge.judged import Judged
 
@@ -107,7 +108,7 @@ def _lines(job: Job, settings: Settings, name: str, aligned: Path) -> dict[str, 
             found[f"line_{when}"], found[f"barrier_{when}"] = list(line.values), line.barrier
         (folder / LINES).write_text(json.dumps(found))
 
-    measured = {key: settings.plain()[key] for key in ("on", "measure", "task", "metric", "limit")}
+    measured = {key: settings.plain()[key] for key in ("on", "measure", "task", "metric", "limit")} | {"drawn": DRAWN}
     made = made_of(job, settings, [first, name], rounds=settings.rounds, points=settings.points, **measured)
     return json.loads((kept(job, f"lines/{settings.names.index(name)}", made, make) / LINES).read_text())
 

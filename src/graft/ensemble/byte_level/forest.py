@@ -20,7 +20,7 @@ from graft.ensemble.byte_level.leaf import Leaf
 from graft.ensemble.byte_level.spelling import Spelling
 from graft.ensemble.byte_level.trie import Trie
 from graft.errors import CannotCombine, RunError
-from graft.evaluate.scorer import can_branch, least_window
+from graft.evaluate.limits import can_branch, least_window
 
 LOGITS = 2**24
 """Logits that are held at once."""
