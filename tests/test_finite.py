@@ -21,7 +21,7 @@ from graft.adapters.stack import adopt
 from graft.checkpoint import ADAPTER, LORA, SINGLE
 from graft.cli import app
 from graft.data.tokenizers import train_tokenizer
-from graft.errors import CheckpointError, RunError
+from graft.errors import CheckpointError, RecipeError, RunError
 from graft.finite import check_folder, check_tensors, check_weights
 from graft.lora import CONFIG
 
@@ -173,6 +173,62 @@ def test_an_adapter_is_looked_at_with_its_base(tmp_path, well):
     for look in (models.load, check_folder):
         with pytest.raises(CheckpointError, match=rf"own: NaN or Inf in .* \(1 of \d+ values, {ADAPTER}\)"):
             look(tmp_path / "own")
+
+
+def family(folder, **models):
+    lines = [f"  {name}: {{load: {place}}}\n" for name, place in models.items()]
+    path = folder / "family.yaml"
+    path.write_text(f"family: f\nmodels:\n  even: {{merge: {{models: [good]}}}}\n{''.join(lines)}")
+    return path
+
+
+def test_a_sick_model_is_found_when_it_is_brought_in_and_nothing_is_made_of_it(tmp_path, well, sick):
+    recipe = family(tmp_path, good=well, bad=sick)
+    recipe.write_text(recipe.read_text() + "  both: {merge: {models: [good, bad]}}\n")
+    with pytest.raises(RunError, match=NAMED) as error:
+        graft.run(recipe, tmp_path / "run")
+    assert "not made, because they hang on what failed: both" in str(error.value)
+    assert sorted(path.name for path in (tmp_path / "run" / "models").iterdir()) == ["even", "good"]
+
+
+def test_sick_models_are_found_before_others_are_made(tmp_path, well, sick, monkeypatch):
+    begun = []
+    monkeypatch.setattr("graft.run.say", begun.append)
+    with pytest.raises(RunError):
+        graft.run(family(tmp_path, good=well, bad=sick), tmp_path / "run")
+    assert [line.partition(":")[0] for line in begun if line.endswith(("load", "merge of good"))] == [
+        "good",
+        "bad",
+        "even",
+    ]
+
+
+def test_a_sick_adapter_is_found_when_it_is_brought_in(tmp_path, well):
+    folder, name = lora(tmp_path / "lora", well)
+    damaged(folder / LORA, name)
+    with pytest.raises(RunError, match=rf"lora: NaN or Inf in {name}"):
+        graft.run(family(tmp_path, good=well, bad=folder), tmp_path / "run")
+
+
+def cut(folder):
+    file = folder / SINGLE
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def lose_a_shard(folder):
+    model = models.load(folder)
+    (folder / SINGLE).unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    sorted(folder.glob("*.safetensors"))[-1].unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"), [(cut, "truncated; get the file anew"), (lose_a_shard, r"missing 1 of \d shards: model-0000")]
+)
+def test_a_truncated_file_and_a_missing_shard_are_found_when_a_run_is_planned(tmp_path, well, damage, words):
+    damage(well)
+    with pytest.raises(RecipeError, match=rf"line 4: models\.good\.load: .*({words})"):
+        graft.plan(family(tmp_path, good=well))
 
 
 def test_an_ensemble_of_a_sick_model_is_not_made(tmp_path, well, sick):

@@ -9,14 +9,15 @@ from rich.console import Console
 
 from graft import machine
 from graft.errors import RequestError, SettingsError
-from graft.machine import size
+from graft.machine import cores, size
 from graft.plan import Places, make_plan, plain, render
 from graft.plan.fit import fits, memory_limit, told
 from graft.plan.keys import keys_of
 from graft.plan.table import clock, count
+from graft.pretrain.architectures import Shape, build, config_for
 from graft.recipe import read_recipe
 from graft.run import run
-from graft.train.estimate import cpu_flops
+from graft.train.estimate import BYTES_A_TOKEN, LEARNED, TOKENISED, cpu_flops
 from graft.train.memory import PROCESS
 
 RECIPE = """
@@ -102,6 +103,54 @@ def test_the_table_shows_each_node_and_the_total(recipe, tmp_path):
     assert "1.5 min" in text
     assert "1.6 min" in text
     assert "3 kB" in text
+
+
+READ = """
+family: f
+data:
+  d: {source: text, document: line, path: d.txt}
+  e: {source: text, document: line, path: e.txt, splits: {dev: 0}}
+models:
+  base: {pretrain: {data: d, size: 60k, length: 16, tokenizer: {size: 300}, budget: 1k tokens}}
+  again: {pretrain: {data: d, size: 60k, length: 16, tokenizer: {size: 300}, budget: 1k tokens}, seed: 1}
+  child: {tune: {from: base, data: d, budget: 1k tokens}}
+  other: {tune: {from: base, data: e, budget: 2 epochs}}
+"""
+
+
+def test_a_training_counts_what_comes_before_its_first_step_once(tmp_path):
+    for name, lines in (("d", 4000), ("e", 1000)):
+        (tmp_path / f"{name}.txt").write_text("".join(f"line {n:05}\n" for n in range(lines)))
+    path = tmp_path / "f.yaml"
+    path.write_text(READ)
+    recipe = read_recipe(path)
+    steps = make_plan(recipe, Places(tmp_path / "run")).steps
+    facts = recipe.facts()
+    before = {
+        name: step.estimate.seconds
+        - (step.node.verb.estimate(step.node.settings, {m: facts[m] for m in step.node.models}).seconds or 0)
+        for name, step in steps.items()
+    }
+    size, dev, test = 4000 * 11, 0.05, 0.05
+    tokens = size * (1 - test) / (TOKENISED * cores())
+    assert before["base"] == pytest.approx(tokens + size * (1 - dev - test) / (LEARNED["bpe"] * cores()))
+    assert before["again"] == before["child"] == 0
+    epoch = 1000 * 11 * (1 - test) / BYTES_A_TOKEN
+    work = 6 * facts["base"].parameters * round(2 * epoch) / cpu_flops()
+    assert steps["other"].estimate.seconds == pytest.approx(work + 1000 * 11 * (1 - test) / (TOKENISED * cores()))
+    assert f"an epoch taken for {epoch:,.0f} tokens" in steps["other"].estimate.note
+
+
+def test_what_is_there_already_costs_nothing_and_a_loaded_model_the_process(tmp_path):
+    (tmp_path / "model").mkdir()
+    shape = Shape(16, 1, 2, 40, 16, 0.0, {"pad": 0, "bos": 1, "eos": 2})
+    build(config_for("decoder", "rotary", shape)).save_pretrained(tmp_path / "model")
+    path = tmp_path / "f.yaml"
+    path.write_text("family: f\nmodels: {a: {load: model}}\n")
+    step = make_plan(read_recipe(path), Places(tmp_path / "run")).steps["a"]
+    assert step.estimate.memory_bytes == PROCESS + step.facts.bytes
+    run(path, tmp_path / "run")
+    assert plain(make_plan(read_recipe(path), Places(tmp_path / "run")))["total"]["memory_bytes"] == 0
 
 
 def test_figures_are_written_short():

@@ -13,8 +13,13 @@ from graft.adapters.facts import adapted_base, adapter_of_head, place_base
 from graft.errors import RequestError
 from graft.hub import fetch
 from graft.lora import base_folder, is_lora, name_base
+from graft.machine import cores
 from graft.settings import Settings, parse
+from graft.train.memory import PROCESS
 from graft.verb import Estimate, Facts, Job, Verb
+
+CHECKED_AT_ONCE = 20 << 20
+"""Bytes that a thread holds while it looks for NaN and Inf: a piece of a tensor and what is found in it."""
 
 
 class LoadSettings(Settings):
@@ -30,6 +35,7 @@ class Load(Verb[LoadSettings]):
 
     name = "load"
     summary = "Bring in a model that is there already: a folder in Hugging Face form, or a model on the hub."
+    comes_first = True
 
     def types(self) -> Mapping[str, type[Settings]]:
         return {"load": LoadSettings}
@@ -67,17 +73,20 @@ class Load(Verb[LoadSettings]):
 
     def estimate(self, settings: LoadSettings, models: Mapping[str, Facts]) -> Estimate:
         facts = self.facts(settings, models, "")
-        return Estimate(facts.parameters, facts.bytes, 1 << 20, facts.bytes / 5e8, "copied")
+        read = min(facts.bytes, CHECKED_AT_ONCE * cores())
+        return Estimate(facts.parameters, facts.bytes, PROCESS + read, facts.bytes / 5e8, "looked through and copied")
 
     def run(self, job: Job) -> dict[str, Any]:
         """Copy the model's files, so that the artifact stays what it is when the original changes."""
         from graft.checkpoint import disk_errors
-        from graft.finite import check_weights
+        from graft.finite import check_folder, check_weights
 
         assert isinstance(job.settings, LoadSettings)
         folder = fetched(job.settings)
         base = adapted_base(folder)
-        if list(folder.glob("*.safetensors")) and base is None:
+        if base is not None:
+            check_folder(folder)
+        elif any(folder.glob("*.safetensors")):
             check_weights(folder)
         with disk_errors(job.out):
             shutil.copytree(

@@ -50,11 +50,12 @@ class Progress:
         spent = max(time.monotonic() - self.started, 1e-9)
         rate = (self.done - self.start) / spent
         parts = [self.label]
-        if self.total:
-            parts.append(f"{100 * self.done / self.total:.0f} %")
+        total = self.total if self.total and self.done <= self.total else None  # what was guessed too low tells nothing
+        if total:
+            parts.append(f"{100 * self.done / total:.0f} %")
         parts.append(f"{_si(rate)} {self.unit}/s")
-        if self.total and rate > 0:
-            parts.append(f"{_clock((self.total - self.done) / rate)} left")
+        if total and rate > 0:
+            parts.append(f"{_clock((total - self.done) / rate)} left")
         if self.note:
             parts.append(self.note)
         return " · ".join(parts)

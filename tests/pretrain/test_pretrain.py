@@ -56,6 +56,20 @@ def test_every_architecture_becomes_a_complete_folder(tmp_path, raw, name):
     check_weights(tmp_path / "out")
 
 
+def test_what_is_done_before_the_first_step_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GRAFT_QUIET", "0")
+    run(tmp_path, {"tokenizer": {"size": 300}, "length": 32})
+    told = capsys.readouterr().err.splitlines()
+    parameters = f"{models.load(tmp_path / 'out').num_parameters():,}"
+    assert told[:5] == [
+        "m: a tokenizer of 300 tokens (bpe) from json",
+        "finding 300 tokens",
+        "m: building the model",
+        f"m: {parameters} parameters; reading json.train",
+        next(line for line in told if line.startswith("m: training on ") and line.endswith(" rows of up to 32 tokens")),
+    ]
+
+
 def test_the_same_settings_and_seed_give_the_same_bytes_and_another_seed_does_not(tmp_path):
     raw = {"tokenizer": {"size": 500}, "dropout": 0.1}
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):

@@ -20,6 +20,7 @@ import numpy as np
 
 from graft.checkpoint import atomic_folder
 from graft.data import render
+from graft.data.amount import text_bytes
 from graft.data.corpus import Corpus, text_of
 from graft.data.encode import uncut
 from graft.errors import DataError
@@ -112,12 +113,13 @@ def _write(corpus: Corpus, split: str, tokenizer: PreTrainedTokenizerFast, folde
 
     def batches() -> Iterator[Batch]:
         rendered = _ahead(
-            lambda batch: list(render.render(batch, corpus.format, tokenizer)), _batches(corpus.records(split))
+            lambda batch: (list(render.render(batch[0], corpus.format, tokenizer)), batch[1]),
+            _batches(corpus.records(split)),
         )
-        with Progress(f"tokenising {corpus.name}.{split}", None, "tokens") as progress:
-            for done in rendered:
+        with Progress(f"tokenising {corpus.name}.{split}", text_bytes(corpus, split), "bytes") as progress:
+            for done, characters in rendered:
                 ids = np.concatenate([r.ids for r in done])
-                progress.advance(len(ids))
+                progress.advance(characters)
                 trained = None if plain else np.concatenate([r.trained for r in done])
                 yield ids, trained, np.array([len(r.ids) for r in done])
 
@@ -158,15 +160,15 @@ def _ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
             yield waiting.popleft().result()
 
 
-def _batches(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Records in groups of about BATCH_CHARACTERS."""
+def _batches(records: Iterator[dict[str, Any]]) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    """Records in groups of about BATCH_CHARACTERS, with how many characters they have."""
     batch: list[dict[str, Any]] = []
     held = 0
     for record in records:
         batch.append(record)
         held += len(text_of(record))
         if held >= BATCH_CHARACTERS:
-            yield batch
+            yield batch, held
             batch, held = [], 0
     if batch:
-        yield batch
+        yield batch, held

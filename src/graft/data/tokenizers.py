@@ -11,8 +11,10 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
+from graft.data.amount import text_bytes
 from graft.data.corpus import AnyCorpus, text_of
 from graft.errors import Problem, SettingsError
+from graft.progress import Progress, say
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -87,7 +89,7 @@ def _trained(corpus: AnyCorpus, algorithm: Algorithm, size: int, special: list[s
         ),
     }[algorithm]()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.train_from_iterator(_texts(corpus), trainer=trainer)
+    tokenizer.train_from_iterator(_texts(corpus, then=f"finding {size:,} tokens"), trainer=trainer)
     if algorithm == "wordpiece":
         tokenizer = Tokenizer(_closed_wordpiece(tokenizer.get_vocab(), special, alphabet, size))
         tokenizer.add_special_tokens(special)
@@ -143,8 +145,15 @@ def _batches(texts: Iterator[str], size: int = 64) -> Iterator[list[str]]:
         yield batch
 
 
-def _texts(corpus: AnyCorpus, piece: int = 1 << 16) -> Iterator[str]:
-    """The training texts in pieces of at most `piece` characters, so that a long document is never held twice."""
-    for record in corpus.records("train"):
-        text = text_of(record)
-        yield from (text[i : i + piece] for i in range(0, len(text), piece))
+def _texts(corpus: AnyCorpus, piece: int = 1 << 16, then: str | None = None) -> Iterator[str]:
+    """The training texts in pieces of at most `piece` characters, so that a long document is never held twice.
+
+    `then`: what begins behind the last one, and is said.
+    """
+    with Progress(f"reading {corpus.name}.train for a tokenizer", text_bytes(corpus, "train"), "bytes") as progress:
+        for record in corpus.records("train"):
+            text = text_of(record)
+            progress.advance(len(text))
+            yield from (text[i : i + piece] for i in range(0, len(text), piece))
+    if then is not None:
+        say(then)

@@ -12,6 +12,7 @@ from graft.errors import CheckpointError, UnknownName
 from graft.lineage import hash_model, read_manifest, touched
 from graft.plan.keys import keys_of, recorded_parents, weights_hash
 from graft.plan.places import Places
+from graft.plan.preparing import with_preparation
 from graft.recipe import Node, Recipe
 from graft.verb import Estimate, Facts
 
@@ -68,7 +69,7 @@ def make_plan(
             raise UnknownName("model", name, recipe.models)
     keys = keys_of(recipe)
     facts = recipe.facts(keys.__getitem__)
-    steps = {}
+    steps, prepared = {}, set[str]()
     for name in recipe.ancestors(only or recipe.models):
         node = recipe.models[name]
         state: State = "run"
@@ -76,6 +77,8 @@ def make_plan(
         if name not in force:
             state, why = _state(node, keys[name], places, verify)
         estimate = node.verb.estimate(node.settings, {m: facts[m] for m in node.models})
+        if state != "cached":
+            estimate = with_preparation(recipe, node, facts, estimate, prepared)
         steps[name] = Step(node, keys[name], facts[name], estimate, state, why, name in force)
     return Plan(recipe, places, steps)
 

@@ -128,6 +128,21 @@ class Pretrain(Verb[PretrainSettings]):
         known = self._dimensions(settings, models)
         return training_estimate(self._parameters(settings, models), settings, settings.length, known)
 
+    def preparation(
+        self, settings: PretrainSettings, models: Mapping[str, Facts], text: Mapping[str, float]
+    ) -> Mapping[str, float]:
+        from graft.data import split_ref
+        from graft.data.objectives import Span, objective_for
+        from graft.train.estimate import learning_tokens, tokenising
+
+        if not isinstance(settings.tokenizer, NewTokenizer):
+            return tokenising(text, self.facts(settings, models, "").vocabulary)
+        name = split_ref(settings.data)[0]
+        spans = isinstance(objective_for(settings.architecture, settings.objective), Span)
+        made = f"a tokenizer of {name}: {settings.tokenizer}, {spans}, {settings.length}"
+        learning = learning_tokens(text.get(f"{name}.train", 0.0), settings.tokenizer.algorithm)
+        return {made: learning, **tokenising(text, made)}
+
     def run(self, job: Job) -> dict[str, Any]:
         from graft.pretrain.work import run
 

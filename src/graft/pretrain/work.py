@@ -24,7 +24,7 @@ def run(job: Job) -> dict[str, Any]:
 
     from graft.train.on_text import train_on_text
     from graft.train.optimizer import check_optimizer
-    from graft.train.place import main_first
+    from graft.train.place import main_first, tell
 
     settings = job.settings
     assert isinstance(settings, PretrainSettings)
@@ -35,6 +35,7 @@ def run(job: Job) -> dict[str, Any]:
     with main_first():
         tokenizer = find_tokenizer(settings, job, corpus, sentinels=isinstance(objective, Span))
     torch.manual_seed(job.seed)
+    tell(job, "building the model")
     model = build(model_config(settings, tokenizer))
     return train_on_text(job, model, tokenizer, corpus, split, objective, settings.length)
 
@@ -58,6 +59,7 @@ def find_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """The tokenizer of another model or of a folder, or one trained on the corpus (once: it stays in the cache)."""
     from graft.data.tokenizers import train_tokenizer
+    from graft.train.place import tell
 
     wanted = settings.tokenizer
     if isinstance(wanted, TokenizerOf):
@@ -67,6 +69,7 @@ def find_tokenizer(
     name = json.dumps([corpus.fingerprint, wanted.plain(), sentinels, settings.length])
     folder = Path(job.cache) / "tokenizers" / hashlib.sha256(name.encode()).hexdigest()[:32]
     if not folder.exists():
+        tell(job, f"a tokenizer of {wanted.size:,} tokens ({wanted.algorithm}) from {corpus.name}")
         with atomic_folder(folder, keep_existing=True) as part:
             made = train_tokenizer(corpus, wanted.algorithm, wanted.size, sentinels=sentinels)
             made.model_max_length = settings.length

@@ -156,6 +156,13 @@ class Tune(Verb[TuneSettings]):
         frozen = start.bytes / start.parameters if start.stored == "quantised" and start.parameters else 4.0
         return training_estimate(start.parameters, settings, length, known, trained, frozen_bytes=frozen)
 
+    def preparation(
+        self, settings: TuneSettings, models: Mapping[str, Facts], text: Mapping[str, float]
+    ) -> Mapping[str, float]:
+        from graft.train.estimate import tokenising
+
+        return tokenising(text, models[settings.from_].vocabulary)
+
     def run(self, job: Job) -> dict[str, Any]:
         from graft.tune.work import run
 

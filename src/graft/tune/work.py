@@ -25,12 +25,14 @@ def run(job: Job) -> dict[str, Any]:
     from graft.adapters.stack import Adapted, adapters_of
     from graft.train.on_text import train_on_text
     from graft.train.optimizer import check_optimizer
+    from graft.train.place import tell
 
     settings = job.settings
     assert isinstance(settings, TuneSettings)
     check_optimizer(settings.optimizer, job.device)
     start = job.models[settings.from_]
     torch.manual_seed(job.seed)
+    tell(job, f"loading {settings.from_}")
     model = applied(models.load(start, dtype=torch.float32), settings, job.name, start)
     objective = objective_for(lineage.architecture_of(model.config.to_dict()), settings.objective)
     tokenizer = models.load_tokenizer(start)
