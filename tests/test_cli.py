@@ -316,7 +316,7 @@ def test_an_option_that_says_nothing_to_a_verb_is_refused(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["pretrian"], "unknown command 'pretrian' (did you mean 'pretrain'?); there are: adapt, chat, "),
+        (["pretrian"], "unknown command 'pretrian' (did you mean 'pretrain'?); there are: adapt, "),
         (["run"], "missing argument 'RECIPE'; `graft run --help` shows what there is"),
         (["run", "x.yaml", "--jobs", "many"], "invalid value for '--jobs'"),
         (["run", "x.yaml", "--jbos", "2"], "no such option: --jbos"),
