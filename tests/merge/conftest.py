@@ -8,10 +8,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture
 def many_pieces(request, monkeypatch):
-    """Pieces so small that every tensor has many; of PIECE elements, where the module of the test says how many."""
-    from graft.merge import stream
+    """Pieces so small that every tensor has many; of PIECE elements, where the module of the test says how many.
+
+    Thresholds are guessed from samples as small, and rows sorted a few at a time.
+    """
+    from graft.merge import _drop, _select, stream
 
     monkeypatch.setattr(stream, "PIECE", getattr(request.module, "PIECE", 20))
+    monkeypatch.setattr(_drop, "SORTED", 30)
+    monkeypatch.setattr(_select, "FEW", 4)
+    monkeypatch.setattr(_select, "LENGTH", 5)
 
 
 @pytest.fixture(scope="module")

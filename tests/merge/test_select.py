@@ -59,13 +59,15 @@ def workers(request):
 @pytest.fixture(params=["one pass", "bad guesses", "little room", "long runs"])
 def difficulty(request, monkeypatch):
     """However the first bracket lies and however little may be held, the answer is the same."""
+    if request.param != "one pass":
+        monkeypatch.setattr(_select, "FEW", 0)
+        monkeypatch.setattr(_select, "LENGTH", 13)
     if request.param == "bad guesses":
         monkeypatch.setattr(_select, "SAMPLES", 1)
-        monkeypatch.setattr(_select, "EVERY", 23)
+        monkeypatch.setattr(_select, "MOST", 2)
         monkeypatch.setattr(_select, "MARGIN", 0.0)
     if request.param == "little room":
         monkeypatch.setattr(_select, "HELD", 1)
-        monkeypatch.setattr(_select, "SAMPLES", 4)
     if request.param == "long runs":
         monkeypatch.setattr(_select, "RUNS", 3)
         monkeypatch.setattr(_select, "HELD", 400)

@@ -28,7 +28,8 @@ def crumbs(tensors: Tensors, settings: BreadcrumbsSettings) -> Sparse:
         for model, delta in enumerate(piece.deltas()):
             outliers, rest = cuts[2 * model], cuts[2 * model + 1]
             # what is above the lower cut, less what is above the upper one
-            made.append(rest.shrink(delta, piece.start).sub_(outliers.shrink(delta, piece.start)))
+            above = rest.shrink(delta, piece.start)
+            made.append(above.sub_(outliers.shrink(above.clone(), piece.start)))
         return made
 
     return sparse

@@ -13,6 +13,8 @@ from graft.merge._deltas import Sparse, rescaling
 from graft.merge._random import uniform
 from graft.merge.stream import Piece, Tensors
 
+SORTED = 1 << 16
+"""Elements of the rows that are sorted together."""
 Mask = Callable[[int, Tensor, int], Tensor]
 """(model, its delta, first element) → float32 factors, 0 where an element is dropped."""
 
@@ -47,11 +49,17 @@ def dropped_by_rank(tensors: Tensors, densities: Sequence[float], epsilons: Sequ
         if densities[model] >= 1:
             return torch.ones_like(delta)
         rows = delta.view(-1, tensors.row)
-        drawn = uniform(tensors.seed, tensors.name, tensors.models[model].model, start, len(delta))
-        mask = torch.from_numpy(drawn.reshape(rows.shape) < ranks[model].limits).to(delta)
-        if rescale == "probability":
-            mask.mul_(ranks[model].inverses.to(delta.device))
-        return torch.empty_like(rows).scatter_(1, _order(rows, tensors.workers.near), mask).view(-1)
+        drawn = uniform(tensors.seed, tensors.name, tensors.models[model].model, start, len(delta)).reshape(rows.shape)
+        near, made = tensors.workers.near, torch.empty_like(rows)
+        # a sort needs several times the memory of what it sorts
+        several = max(SORTED // tensors.row, 1) if near else len(rows)
+        for first in range(0, len(rows), several):
+            some = slice(first, first + several)
+            mask = torch.from_numpy(drawn[some] < ranks[model].limits).to(delta)
+            if rescale == "probability":
+                mask.mul_(ranks[model].inverses.to(delta.device))
+            made[some].scatter_(1, _order(rows[some], near), mask)
+        return made.view(-1)
 
     return _masked(tensors, factors, rescale)
 

@@ -7,6 +7,7 @@ one that holds too much, is replaced and the pass made again. Equal values are t
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,10 +25,12 @@ Values = Callable[[Piece], list[Tensor]]
 
 HELD = 1 << 21
 """Values kept of a stream in one pass, at most."""
-FEW = 4
-"""Pieces of which everything may be kept: there is nothing to guess."""
-SAMPLES, EVERY, MARGIN = 12, 11, 0.015
-"""Every so-and-so-many elements of so many pieces are the sample; the bracket reaches the margin to both sides."""
+FEW = 1 << 18
+"""Values that may all be kept: there is nothing to guess."""
+SAMPLES, LENGTH, MARGIN = 32, 1 << 12, 0.015
+"""The sample are so many runs of so many elements, evenly apart; the bracket reaches the margin to both sides."""
+MOST = 128
+"""Runs at most: of many pieces as many, and the bracket is narrower by what they know better."""
 RUNS = 1 << 12
 """Runs of pieces that a pass counts apart, about; what is held of one does not grow with the model."""
 
@@ -49,16 +52,22 @@ class Cut:
         return torch.cat([values[:split] >= self.value, values[split:] > self.value])
 
     def shrink(self, values: Tensor, start: int) -> Tensor:
-        """`values` with zeros where the magnitude is not among the largest."""
+        """`values`, which are overwritten, with zeros where the magnitude is not among the largest."""
         if self.last >= start + len(values) - 1:
-            return torch.nn.functional.hardshrink(values, _below(self.value))
+            return _zero_up_to(values, _below(self.value))
         if self.last < start:
-            return torch.nn.functional.hardshrink(values, self.value)
+            return _zero_up_to(values, self.value)
         split = int(self.last) - start + 1
-        return torch.cat([Cut(self.value).shrink(values[:split], 0), Cut(self.value, -1).shrink(values[split:], 0)])
+        _zero_up_to(values[:split], _below(self.value))
+        _zero_up_to(values[split:], self.value)
+        return values
 
 
 EVERYTHING, NOTHING = Cut(0.0), Cut(math.inf)
+
+
+def _zero_up_to(values: Tensor, magnitude: float) -> Tensor:
+    return torch.ops.aten.hardshrink.out(values, magnitude, out=values)
 
 
 def _below(value: float) -> float:
@@ -117,7 +126,7 @@ def largest(tensors: Sequence[Tensors], values: Values, counts: Sequence[int]) -
     runs = _runs(tensors, pieces)
     open_ = [stream for stream, count in enumerate(counts) if 0 < count < whole]
     found = {stream: [NOTHING if count <= 0 else EVERYTHING] * len(tensors) for stream, count in enumerate(counts)}
-    brackets = _guess(runs, pieces, values, [count / whole for count in counts]) if open_ else {}
+    brackets = _guess(tensors, pieces, values, [count / whole for count in counts]) if open_ else {}
     while open_:
         passed = _pass(runs, values, {stream: brackets[stream] for stream in open_})
         for stream in list(open_):
@@ -132,27 +141,37 @@ def largest(tensors: Sequence[Tensors], values: Values, counts: Sequence[int]) -
     return [found[stream] for stream in range(len(counts))]
 
 
-def _guess(runs: Sequence[_Run], pieces: int, values: Values, shares: Sequence[float]) -> dict[int, _Bracket]:
-    """A bracket for every stream: of many pieces from some elements of a few that lie evenly apart, else from the first
-    elements of each."""
-    if pieces <= FEW:
+def _guess(tensors: Sequence[Tensors], pieces: int, values: Values, shares: Sequence[float]) -> dict[int, _Bracket]:
+    """A bracket for every stream, from some elements that lie evenly apart."""
+    whole = sum(tensor.count for tensor in tensors)
+    if whole <= FEW:
         return {stream: _Bracket(0.0, math.inf) for stream in range(len(shares))}
-    many = pieces > 2 * SAMPLES
-    chosen = runs[SAMPLES // 2 :: max(len(runs) // SAMPLES, 1)] if many else runs
+    count = min(max(pieces, SAMPLES), MOST)
 
-    def some(run: _Run) -> list[np.ndarray]:
-        tensor = run.tensor
-        row = tensor.row if tensor.by_rows else 1
-        length = tensor.piece if many else max(tensor.piece // EVERY // row, 1) * row
-        found = values(tensor.read(run.start, min(length, run.count)))
-        return [_array(each[:: EVERY if many else 1]).copy() for each in found]
+    def some(place: tuple[Tensors, int, int]) -> list[np.ndarray]:
+        tensor, start, length = place
+        return [_array(each).copy() for each in values(tensor.read(start, length))]
 
-    parts = runs[0].tensor.workers.map(some, chosen)
+    parts = tensors[0].workers.map(some, list(_places(tensors, whole, count)))
     brackets = {}
     for stream, share in enumerate(shares):
         sample = np.sort(np.concatenate([part[stream] for part in parts]))[::-1]
-        brackets[stream] = _around(sample, share, MARGIN if many else 2 * MARGIN)
+        brackets[stream] = _around(sample, share, MARGIN * (SAMPLES / count) ** 0.5)
     return brackets
+
+
+def _places(tensors: Sequence[Tensors], whole: int, count: int) -> Iterator[tuple[Tensors, int, int]]:
+    """(tensor, first element, number) of `count` runs, evenly over all tensors; whole rows where pieces have them."""
+    ends = itertools.accumulate(tensor.count for tensor in tensors)
+    waiting = iter(zip(tensors, ends, strict=True))
+    tensor, end = next(waiting)
+    for middle in ((2 * step + 1) * whole // (2 * count) for step in range(count)):
+        while middle >= end:
+            tensor, end = next(waiting)
+        row = tensor.row if tensor.by_rows else 1
+        length = min(max(LENGTH // row, 1) * row, tensor.count)
+        inside = max(min(middle - (end - tensor.count), tensor.count - length), 0)
+        yield tensor, inside // row * row, length
 
 
 def _around(descending: np.ndarray, share: float, margin: float) -> _Bracket:
