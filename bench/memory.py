@@ -55,14 +55,16 @@ def config(case: dict[str, Any]) -> Any:
     )  # fmt: skip
 
 
-def made(case: dict[str, Any], room: Path) -> tuple[Any, int | None, float]:
-    """The model of a case; numbers that an adapter on it trains (None: it has none), and bytes of a frozen one."""
+def made(case: dict[str, Any], room: Path) -> tuple[Any, dict[str, Any]]:
+    """The model of a case, and what an estimate is told of an adapter on it and of its frozen weights."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from graft import models
     from graft.adapters import adopt
     from graft.methods import method
     from graft.quantize.work import weight_bytes
+    from graft.train.memory import Dimensions
+    from graft.tune import kept_by
 
     model = AutoModelForCausalLM.from_config(config(case))
     parameters, frozen = model.num_parameters(), 4.0
@@ -77,9 +79,12 @@ def made(case: dict[str, Any], room: Path) -> tuple[Any, int | None, float]:
         model = models.load(room / "plain", dtype="float32", quantization=packing)
         frozen = weight_bytes(model) / parameters
     if "method" not in case:
-        return model, None, frozen
+        return model, {}
     chosen = method("graft.tune", case["method"])
-    return model, adopt(model, chosen.points(chosen.Settings())).count("adapter"), frozen
+    points, known = chosen.points(chosen.Settings()), Dimensions.of(model.config.to_dict())
+    assert known is not None
+    trained = adopt(model, points).count("adapter")
+    return model, {"trained": trained, "frozen_bytes": frozen, "reads": kept_by(points, known)}
 
 
 class Held:
@@ -148,7 +153,7 @@ def one(case: dict[str, Any], room: Path) -> dict[str, float]:
     options = {k: v for k, v in case.items() if k in SETTINGS}
     given = {"budget": "2 steps", "batch_size": ROWS, "checkpoint_every": "100 steps", **options}
     settings = parse(TrainSettings, given)
-    model, trained, frozen = made(case, room)
+    model, more = made(case, room)
     draw = np.random.default_rng(0)
     rows = []
     for _ in range(ROWS * 2):
@@ -156,7 +161,7 @@ def one(case: dict[str, Any], room: Path) -> dict[str, float]:
         places = {"segments": np.zeros(LENGTH, np.int64), "positions": np.arange(LENGTH)}
         rows.append({"input_ids": ids, "labels": ids, **places})
     known, parameters = Dimensions.of(model.config.to_dict()), config_parameters(case)
-    said = training_estimate(parameters, settings, LENGTH, known, trained, frozen_bytes=frozen).memory_bytes - PROCESS
+    said = training_estimate(parameters, settings, LENGTH, known, **more).memory_bytes - PROCESS
     held = Held()
     for tensor in weights_in(model):
         held.add(tensor)

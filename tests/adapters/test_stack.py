@@ -6,6 +6,7 @@ import torch
 from graft import models
 from graft.adapters import adapters_of, adopt
 from graft.errors import RequestError, UnknownName
+from graft.tune import lora
 
 from .families import family, inputs, logits, moved
 from .test_space import points
@@ -138,3 +139,74 @@ def test_a_second_adapter_is_trained_over_a_frozen_first(many):
     assert torch.equal(logits(model), before)
     assert [name for name, _ in stack.active] == ["first", "second"]
     assert {name.split(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"second"}
+
+
+def low_rank(name="llama", **more):
+    """A model with two low-rank adapters that have learned something; the second is the active one."""
+    model = family(name)
+    for each in ("one", "two"):
+        adopt(model, lora.points(lora.Settings(rank=2, **more)), each)
+        moved(model)
+    return model.eval()
+
+
+def with_gradient(model, **more):
+    """Logits by the way that training takes."""
+    with torch.enable_grad():
+        return model(**(inputs(model) | more)).logits.detach()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_decoding_takes_a_shorter_way_to_the_same_logits(name, rows):
+    model = low_rank(name)
+    stack = adapters_of(model)
+    given = inputs(model, rows=rows)
+    for active in ("one", ["one", "two"], {"one": 0.3, "two": -2.0}, None):
+        stack.use(active)
+        with torch.no_grad():
+            short = model(**given).logits
+        torch.testing.assert_close(short, with_gradient(model, **given), rtol=1e-5, atol=1e-5)
+    used = [junction.light for junction in stack.junctions.values()]
+    assert used == [None] * len(used)  # nothing is active any more
+    stack.use("two")
+    with torch.no_grad():
+        model(**given)
+    assert all(junction.light for junction in stack.junctions.values())
+
+
+def test_the_shorter_way_sees_weights_that_changed_and_moved():
+    model = low_rank()
+    stack = adapters_of(model)
+    with torch.no_grad():
+        before = model(**inputs(model)).logits
+        for parameter in stack.sites["two"].parameters():
+            parameter.mul_(2)
+        changed = model(**inputs(model)).logits
+        for parameter in stack.sites["two"].parameters():
+            parameter.data = 2 * parameter.data
+        moved_on = model(**inputs(model)).logits
+    assert not torch.allclose(before, changed)
+    assert not torch.allclose(changed, moved_on)
+    torch.testing.assert_close(moved_on, with_gradient(model), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_dropped_in_training_is_dropped_without_gradients_too():
+    model = low_rank(dropout=0.5)
+    with torch.no_grad():
+        still = model(**inputs(model)).logits
+        model.train()
+        torch.manual_seed(0)
+        dropped = model(**inputs(model)).logits
+    torch.manual_seed(0)
+    torch.testing.assert_close(dropped, with_gradient(model), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(dropped, still, atol=1e-4)
+
+
+def test_other_types_than_the_layers_take_the_long_way():
+    model = low_rank().to(torch.bfloat16)
+    adapters_of(model).sites.float()
+    with torch.no_grad():
+        short = model(**inputs(model)).logits
+    torch.testing.assert_close(short, with_gradient(model), rtol=1e-2, atol=1e-2)
+    assert short.dtype == torch.bfloat16

@@ -6,8 +6,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from graft.adapters import adopt
+from graft.methods import method
 from graft.train.losses import summed_cross_entropy
 from graft.train.memory import CONVENTIONS, NF4_BYTES, Dimensions, activation_bytes, model_states
+from graft.tune import kept_by
 
 G = 1e9
 
@@ -75,6 +78,25 @@ def test_activations_are_within_15_percent_of_what_autograd_keeps(kind, half):
     ids = torch.randint(3, 300, (3, 41))
     said = activation_bytes(Dimensions.of(config.to_dict()), ids.numel(), half=half)
     assert said == pytest.approx(kept_by_autograd(model, ids, half), rel=0.15)
+
+
+@pytest.mark.parametrize("how", ["lora", "parallel_adapter", "houlsby", "prefix", "ia3", "bitfit"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
+def test_activations_below_adapters_are_within_15_percent_of_what_autograd_keeps(kind, how):
+    """Of a model deep enough that the first block, which keeps less, is a small part of it."""
+    layers = {"n_layer": 8} if kind == "gpt2" else {"num_hidden_layers": 8}
+    more = {"attention_bias": True} if how == "bitfit" and kind == "llama" else {}
+    config = AutoConfig.for_model(kind, vocab_size=300, **MODELS[kind], **layers, **more)
+    if how == "bitfit" and kind == "mistral":
+        pytest.skip("it has no biases")
+    model = AutoModelForCausalLM.from_config(config).train()
+    chosen = method("graft.tune", how)
+    sizes = {"lora": {"rank": 4}, "parallel_adapter": {"width": 4}, "houlsby": {"width": 4}, "prefix": {"length": 2}}
+    points = chosen.points(chosen.Settings(**sizes.get(how, {})))
+    adopt(model, points)
+    ids, known = torch.randint(3, 300, (3, 41)), Dimensions.of(config.to_dict())
+    said = activation_bytes(known, ids.numel(), reads=kept_by(points, known))
+    assert said == pytest.approx(kept_by_autograd(model, ids, False), rel=0.15)
 
 
 def test_checkpointing_keeps_an_input_a_layer_and_one_layer():

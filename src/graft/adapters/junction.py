@@ -27,8 +27,8 @@ class Junction:
         self.sites: dict[str, list[Site]] = {}
         self.x: torch.Tensor | None = None
         self.gathered: Gathered | None = None
-        self.light: list[tuple[torch.Tensor, torch.Tensor, float]] | None = None
-        """What runs where no gradient is wanted, if all of it is plain low-rank: down, up and scale of each."""
+        self.light: list[Light] | None = None
+        """What runs where no gradient is wanted, if all of it is plain low-rank."""
         self.prepared: Any = None
         """The active adapters that `light` is of."""
         self.type: torch.dtype | None = None
@@ -57,8 +57,8 @@ class Junction:
             if self.prepared is not self.stack.active:
                 self._prepare()
             if self.light is not None and self._applies(output):
-                for down, up, scale in self.light:
-                    output = output.add_(linear(linear(args[0], down), up), alpha=scale)
+                for site in self.light:
+                    output = site.added(output, args[0])
                 return output
         x = self.x if self.apart else args[0] if args else None
         self.x = None
@@ -73,7 +73,7 @@ class Junction:
         plain = [(s, weight) for s, weight in active if isinstance(s, LowRank) and s.plain and not s.after]
         types = {site.down.dtype for site, _ in plain}
         if self.place.single and len(plain) == len(active) and len(types) == 1:
-            self.light = [(site.down, site.up, float(site.scale * weight)) for site, weight in plain]
+            self.light = [Light(site.down, site.up, float(site.scale * weight)) for site, weight in plain]
             self.type, self.of = types.pop(), [site for site, _ in plain]
 
     def _applies(self, output: Any) -> bool:
@@ -108,6 +108,23 @@ class Junction:
             rows = self.stack.rows_of(name, len(h)).to(h.device)
             h = h.index_copy(0, rows, self.changed(name, h[rows], None if x is None else x[rows]))
         return h
+
+
+class Light:
+    """h + scale · up(down(x)) in as few operations as there are, h being changed in place: for decoding."""
+
+    def __init__(self, down: torch.Tensor, up: torch.Tensor, scale: float):
+        self.down, self.up, self.scale = down, up, scale
+        self.place, self.turned = up.data_ptr(), up.detach().t()[None]
+
+    def added(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """`h [rows, length, outputs]` with the change; any other shape too."""
+        low = linear(x, self.down)
+        if self.up.data_ptr() != self.place:  # the weights lie elsewhere by now
+            self.place, self.turned = self.up.data_ptr(), self.up.detach().t()[None]
+        if h.dim() == 3 and h.shape[0] == 1:  # one row: the product is added as it is made
+            return h.baddbmm_(low, self.turned, alpha=self.scale)
+        return h.add_(linear(low, self.up), alpha=self.scale)
 
 
 @dataclass(frozen=True)

@@ -78,13 +78,14 @@ def training_estimate(
     trained: int | None = None,
     *,
     frozen_bytes: float = 4.0,
+    reads: float | None = None,
 ) -> Estimate:
     """Disk, memory (the process, weights, gradients, two moments, activations) and time on a CPU.
 
     `known` None: activations by rule of thumb. `trained` None: all parameters are; else so many beside `parameters`,
-    which are frozen and lie in `frozen_bytes` each. A token costs 6 floating-point operations a parameter (Kaplan et
-    al. 2020, section 2.1). Budgets in epochs have no estimate of time, since that takes reading the data. Where the
-    settings name several devices, the memory is that of one of them.
+    which are frozen and lie in `frozen_bytes` each; `reads` as in `activation_bytes`. A token costs 6 floating-point
+    operations a parameter (Kaplan et al. 2020, section 2.1). Budgets in epochs have no estimate of time, since that
+    takes reading the data. Where the settings name several devices, the memory is that of one of them.
     """
     step_tokens = settings.batch_size * length
     amount, unit = settings.budget.amount, settings.budget.unit
@@ -96,7 +97,7 @@ def training_estimate(
     if spread.spread == 3:
         average /= devices
     read = step_tokens / settings.accumulate / (devices // spread.tensor)
-    activations = _activations(parameters, settings, read, known)
+    activations = _activations(parameters, settings, read, known, reads)
     kept, elsewhere = _kept(spread, states, average)
     # gradients come as activations go; those of the pieces before stand beside the activations of the next
     gradients = 0 if spread.offload else states.gradients
@@ -145,14 +146,17 @@ def _convention(settings: TrainSettings, trained: int | None, frozen_bytes: floa
     return f"4+4+K bytes a trained parameter, K = {kept:.2g} ({settings.optimizer}){frozen}"
 
 
-def _activations(parameters: int, settings: TrainSettings, tokens: float, known: Dimensions | None) -> float:
+def _activations(
+    parameters: int, settings: TrainSettings, tokens: float, known: Dimensions | None, reads: float | None
+) -> float:
     """Of one piece of a step. Half precision keeps casts of the weights beside."""
     half = settings.precision != "fp32"
     casts = 2 * parameters if half else 0
     if half and settings.parallel is not None and settings.parallel.spread == 3 and settings.gradient_checkpointing:
         casts = int(_together(parameters, known) / 2)
     if known is not None:
-        return casts + activation_bytes(known, tokens, half=half, checkpointing=settings.gradient_checkpointing)
+        kept = settings.gradient_checkpointing
+        return casts + activation_bytes(known, tokens, half=half, checkpointing=kept, reads=reads)
     # about 16 channels-wide activations a layer are kept for backward; parameters ≈ 12 · layers · width², so that
     # layers · width ≈ parameters / (12 · width): with widths of 256 this is near parameters / 3,000 a token
     return casts + 4 * 16 * (parameters / 3000) * tokens

@@ -128,20 +128,34 @@ def _kept(config: Mapping[str, Any]) -> int:
     return {"gelu_new": 5, "gelu_fast": 5, "relu": 1}.get(function, 2)
 
 
-def activation_bytes(known: Dimensions, tokens: float, *, half: bool = False, checkpointing: bool = False) -> float:
+def activation_bytes(
+    known: Dimensions,
+    tokens: float,
+    *,
+    half: bool = False,
+    checkpointing: bool = False,
+    reads: float | None = None,
+) -> float:
     """What backward needs of `tokens` (rows × length) read together, logits and their gradient included.
 
     A layer keeps, a token: six vectors of the width (its inputs, its normalised inputs and those of its projections),
     two more where norms are computed in steps, `values_kept` of the hidden units, keys and values. In half precision
     (`half`) the residual stream and the norms stay in 32 bits, the rest is in 16. With gradient checkpointing each
     layer keeps its input; one layer at a time is whole, once the logits are gone.
+
+    `reads`: where weights are frozen and nothing is trained beside linear layers, what adapters keep in a layer, in
+    numbers a token. Layers then keep no inputs of projections: what the norms read, queries and what attention gives,
+    and one of the hidden units' tensors less.
     """
-    width, hidden = known.width, known.values_kept * known.hidden
-    steps = known.root_mean_square
-    if half:
-        layer = 4 * (4 if steps else 2) * width + 2 * ((8 if steps else 5) * width + hidden + 2 * known.keys)
+    width, steps = known.width, known.root_mean_square
+    if reads is not None:
+        wide, narrow = 2 * width, 2 * width + (known.values_kept - 1) * known.hidden + 2 * known.keys + reads
+    elif half:
+        wide = (4 if steps else 2) * width
+        narrow = (8 if steps else 5) * width + known.values_kept * known.hidden + 2 * known.keys
     else:
-        layer = 4 * ((8 if steps else 6) * width + hidden + 2 * known.keys)
+        wide, narrow = 0, (8 if steps else 6) * width + known.values_kept * known.hidden + 2 * known.keys
+    layer = 4 * wide + (2 if half else 4) * narrow
     inputs, logits = 4 * width, (2 if half else 4) * known.vocabulary * 2
     if checkpointing:
         return tokens * (inputs * (known.layers + 3) + max(layer, logits))

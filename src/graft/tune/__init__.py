@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +14,7 @@ from graft.adapters.point import Point
 from graft.errors import CannotCombine, Problem, RequestError, SettingsError
 from graft.methods import method, method_names
 from graft.settings import Settings, parse
+from graft.train.memory import Dimensions
 from graft.train.parallel import problems as unspreadable
 from graft.tune.settings import TuneSettings, longest
 from graft.tune.tasks import unfit
@@ -148,13 +149,14 @@ class Tune(Verb[TuneSettings]):
 
     def estimate(self, settings: TuneSettings, models: Mapping[str, Facts]) -> Estimate:
         from graft.train.estimate import training_estimate
-        from graft.train.memory import Dimensions
 
         start = models[settings.from_]
         length, known = settings.length or longest(start.config), Dimensions.of(start.config)
         trained = self._trained(settings, start)
         frozen = start.bytes / start.parameters if start.stored == "quantised" and start.parameters else 4.0
-        return training_estimate(start.parameters, settings, length, known, trained, frozen_bytes=frozen)
+        (chosen,) = settings.method.items()
+        reads = None if known is None or trained is None else kept_by(_chosen_points(chosen), known)
+        return training_estimate(start.parameters, settings, length, known, trained, frozen_bytes=frozen, reads=reads)
 
     def preparation(
         self, settings: TuneSettings, models: Mapping[str, Facts], text: Mapping[str, float]
@@ -167,6 +169,31 @@ class Tune(Verb[TuneSettings]):
         from graft.tune.work import run
 
         return run(job)
+
+
+def _chosen_points(chosen: tuple[str, dict[str, Any]]) -> list[Point]:
+    """The points of a method with its options; none for methods that are no points."""
+    name, options = chosen
+    module = method("graft.tune", name)
+    return list(module.points(module.Settings(**options))) if hasattr(module, "points") else []
+
+
+def kept_by(points: Sequence[Point], known: Dimensions) -> float | None:
+    """Numbers a token that adapters keep for backward in a layer; None where they keep what linear layers read.
+
+    A bottleneck keeps what it reads; learned keys keep keys and values once more, what attention over them gives, and
+    how that differs; factors keep what they multiply.
+    """
+    each = {
+        "bottleneck": known.width,
+        "softmax": 2 * known.width + 2 * known.keys,
+        "tokens": 2 * known.width + 2 * known.keys,
+        "scale": (2 * known.keys + known.hidden) / 3,
+        "bias": 0,
+    }
+    if not points or any(point.form not in each for point in points):
+        return None
+    return float(sum(each[point.form] * len(point.on) for point in points))
 
 
 @lru_cache(maxsize=256)
