@@ -184,6 +184,12 @@ def test_what_does_not_fit_is_told_the_kindest_change_first_and_each_change_fits
     path.write_text(written)
     again = make_plan(read_recipe(path), Places(tmp_path / "run"))
     assert again.steps["base"].estimate.memory_bytes == found.changes[0][1]
+    change, needed = found.changes[-1]
+    assert change == {"parallel": {"method": "fsdp", "devices": 2}}
+    assert f"parallel: {{method: fsdp, devices: 2}} ({needed / 1e9:.2f} GB each)" in told(found)
+    path.write_text(TRAINED.replace("batch_size: 16", "batch_size: 16, parallel: {method: fsdp, devices: 2}"))
+    again = make_plan(read_recipe(path), Places(tmp_path / "run"))
+    assert again.steps["base"].estimate.memory_bytes == needed
     (found,) = fits(plan, 1000)
     assert found.changes == []
     assert "no setting of its training makes it small enough" in told(found)

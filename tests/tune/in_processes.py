@@ -1,7 +1,7 @@
-"""Run as a script by every process that a launcher starts: python in_processes.py FOLDER START CASES_JSON
+"""Run as a script by every process that a launcher starts: python in_processes.py FOLDER CASES_JSON
 
-Each case has settings, and `tasks` where there are several; each process has its own folder below FOLDER/NAME.
-START is the model to start from.
+Each case has `start`, the model to start from, settings, and `tasks` where there are several; each process has its own
+folder below FOLDER/NAME.
 """
 
 import importlib
@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 
-def train_case(folder, start, case):
+def train_case(folder, case):
     """One training, in this process or with the others."""
     several, full = (importlib.import_module(f"tune_tests.{name}") for name in ("test_several", "test_full"))
     if "tasks" in case:
-        return several.VERB.run(several.job(folder, start, case["tasks"], **case["given"]))
-    return full.run(folder, start, **case["given"])
+        return several.VERB.run(several.job(folder, Path(case["start"]), case["tasks"], **case["given"]))
+    return full.run(folder, Path(case["start"]), **case["given"])
 
 
 def as_package():
@@ -32,5 +32,5 @@ def as_package():
 if __name__ == "__main__":
     as_package()
     torch.set_num_threads(1)
-    for name, case in json.loads(sys.argv[3]).items():
-        train_case(Path(sys.argv[1]) / name / os.environ.get("RANK", "0"), Path(sys.argv[2]), case)
+    for name, case in json.loads(sys.argv[2]).items():
+        train_case(Path(sys.argv[1]) / name / os.environ.get("RANK", "0"), case)

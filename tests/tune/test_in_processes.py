@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from graft import models
 from graft.adapters.stack import adapters_of
+from graft.lineage import facts_of
+from graft.tune import VERB
 
 from . import in_processes
 from .test_full import base, tokenizer_and_ids  # noqa: F401  (a fixture)
@@ -34,35 +36,44 @@ MULTI = {
 }
 
 
-def launch(folder, start, cases):
+@pytest.fixture(scope="module")
+def cases(base, encoder):  # noqa: F811
+    """All of them, with what each starts from."""
+    adapters = {name: {"given": given, "start": str(base)} for name, given in ADAPTERS.items()}
+    return adapters | {name: {**case, "start": str(encoder)} for name, case in MULTI.items()}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, cases):
+    """All cases, trained by two processes."""
+    folder = tmp_path_factory.mktemp("two")
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         port = opened.getsockname()[1]
     place = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
-    words = [sys.executable, "-m", "torch.distributed.run", *place, Path(in_processes.__file__), folder, start]
+    words = [sys.executable, "-m", "torch.distributed.run", *place, Path(in_processes.__file__), folder]
     done = subprocess.run([*map(str, words), json.dumps(cases)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-
-
-@pytest.fixture(scope="module")
-def adapted(tmp_path_factory, base):  # noqa: F811
-    folder = tmp_path_factory.mktemp("adapted")
-    launch(folder, base, {name: {"given": given} for name, given in ADAPTERS.items()})
     return folder
 
 
-@pytest.mark.parametrize("name", list(ADAPTERS))
-def test_few_weights_on_a_model_in_parts_are_those_that_one_process_learns(adapted, tmp_path, base, name):  # noqa: F811
+def by_one(folder, case):
+    """The same case, trained by this process alone."""
     in_processes.as_package()
-    given = {key: value for key, value in ADAPTERS[name].items() if key != "parallel"}
-    in_processes.train_case(tmp_path, base, {"given": given})
+    given = {key: value for key, value in case["given"].items() if key != "parallel"}
+    in_processes.train_case(folder, {**case, "given": given})
+
+
+@pytest.mark.parametrize("name", list(ADAPTERS))
+def test_few_weights_on_a_model_in_parts_are_those_that_one_process_learns(two, tmp_path, cases, base, name):  # noqa: F811
+    by_one(tmp_path, cases[name])
     ids = torch.arange(3, 30)[None]
     wanted = models.load(tmp_path / "out")
     # each process has all of an adapter; transformers writes a whole model in the first alone
     for rank in ("0",) if name == "folded" else ("0", "1"):
-        out = adapted / name / rank / "out"
+        out = two / name / rank / "out"
         found = models.load(out)
-        assert type(found) is type(wanted) or type(found).__name__ == type(wanted).__name__
+        assert type(found).__name__ == type(wanted).__name__
         torch.testing.assert_close(found(ids).logits, wanted(ids).logits, rtol=1e-3, atol=1e-4)
         if name != "folded":
             held, expected = (load_file(folder / "adapter.safetensors") for folder in (out, tmp_path / "out"))
@@ -70,21 +81,22 @@ def test_few_weights_on_a_model_in_parts_are_those_that_one_process_learns(adapt
             assert (out / "adapter.safetensors").stat().st_size < 0.7 * (base / "model.safetensors").stat().st_size
             assert adapters_of(found).points.keys() == adapters_of(wanted).points.keys()
     if name == "mix":
-        kept = models.load(adapted / name / "0" / "out" / "checkpoints" / "step-4")
-        assert torch.equal(kept(ids).logits, models.load(adapted / name / "0" / "out")(ids).logits)
-
-
-@pytest.fixture(scope="module")
-def tasked(tmp_path_factory, encoder):  # noqa: F811
-    folder = tmp_path_factory.mktemp("tasked")
-    launch(folder, encoder, MULTI)
-    return folder
+        kept = models.load(two / name / "0" / "out" / "checkpoints" / "step-4")
+        assert torch.equal(kept(ids).logits, models.load(two / name / "0" / "out")(ids).logits)
 
 
 @pytest.mark.parametrize("name", list(MULTI))
-def test_tasks_in_two_processes_are_tasks_in_one(tasked, tmp_path, encoder, name):  # noqa: F811
+def test_tasks_in_two_processes_are_tasks_in_one(two, tmp_path, cases, name):
     """With heads that some batches do not reach, weights that are learned on the way, and episodes."""
-    in_processes.as_package()
-    in_processes.train_case(tmp_path, encoder, MULTI[name])
-    a, b = weights(tmp_path / "out"), weights(tasked / name / "0" / "out")
-    assert_close(a, b, rtol=1e-3, atol=2e-5)
+    by_one(tmp_path, cases[name])
+    assert_close(weights(tmp_path / "out"), weights(two / name / "0" / "out"), rtol=1e-3, atol=2e-5)
+
+
+def test_tasks_and_weights_in_parts_are_refused_before_work(base):  # noqa: F811
+    facts = {"base": facts_of(base)}
+    settings = VERB.parse({"from": "base", "tasks": TEXT, "parallel": "fsdp"})
+    assert "use `parallel: ddp`, or one data set" in VERB.check(settings, facts)[0]
+    assert VERB.check(VERB.parse({"from": "base", "tasks": TEXT, "parallel": "ddp"}), facts) == []
+    split = {"from": "base", "data": "d", "parallel": {"tensor": 2}}
+    assert VERB.check(VERB.parse(split), facts) == []
+    assert "adapters read and change whole layers" in VERB.check(VERB.parse({**split, "method": "lora"}), facts)[0]

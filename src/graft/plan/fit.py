@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from graft.errors import SettingsError
 from graft.plan.steps import Plan
 from graft.settings import Bytes, Settings, parse
 from graft.train.settings import TrainSettings
@@ -23,6 +24,9 @@ CHANGES: dict[str, tuple[Any, ...]] = {
 }
 """What may be tried, the kindest first: pieces of a step change nothing but time, checkpointing costs a third more of
 it, bf16 and moments of 8 bits change the numbers a little."""
+
+DEVICES = (2, 4, 8, 16, 32, 64)
+"""Over so many devices a training may be spread."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ def fits(plan: Plan, limit: int) -> list[Fit]:
             continue
         needed, node = step.estimate.memory_bytes, step.node
         own = {model: facts[model] for model in node.models}
-        changes = [] if needed <= limit else ways(node.verb, node.settings, own, limit)
+        asked = (node.verb, node.settings, own, limit)
+        changes = [] if needed <= limit else [*ways(*asked), *spread(*asked)]
         found.append(Fit(name, needed, needed <= limit, changes))
     return found
 
@@ -82,6 +87,26 @@ def ways(
     return list(found.values())
 
 
+def spread(
+    verb: Verb[Any], settings: Settings, models: Mapping[str, Facts], limit: int
+) -> list[tuple[Mapping[str, Any], int]]:
+    """The fewest devices over which weights may be spread so that each needs `limit` bytes at most, if so few do."""
+    if not isinstance(settings, TrainSettings) or settings.parallel is not None:
+        return []
+    for devices in DEVICES:
+        change = {"parallel": {"method": "fsdp", "devices": devices}}
+        try:
+            changed = verb.parse({**settings.plain(), **change})
+        except SettingsError:
+            return []
+        if settings.batch_size % (settings.accumulate * devices) or verb.check(changed, models):
+            return []
+        needed = verb.estimate(changed, models).memory_bytes
+        if needed <= limit:
+            return [(change, needed)]
+    return []
+
+
 def _combinations(settings: TrainSettings) -> Iterator[Mapping[str, Any]]:
     """Changes of one setting, then of two, and so on."""
     choices = {name: [None, *(v for v in values if _possible(settings, name, v))] for name, values in CHANGES.items()}
@@ -103,6 +128,12 @@ def _possible(settings: TrainSettings, name: str, value: Any) -> bool:
     return bool(getattr(settings, name) != value)
 
 
+def _written(change: Mapping[str, Any]) -> str:
+    """As people write it in a recipe."""
+    values = {name: f"{{{_written(v)}}}" if isinstance(v, Mapping) else str(v).lower() for name, v in change.items()}
+    return ", ".join(f"{name}: {value}" for name, value in values.items())
+
+
 def told(found: Fit) -> str:
     """In a line for people."""
     needed = f"{found.memory_bytes / 1e9:.2f} GB"
@@ -111,7 +142,7 @@ def told(found: Fit) -> str:
     if not found.changes:
         return f"{found.node}: does not fit ({needed}); no setting of its training makes it small enough"
     ways = "; or ".join(
-        ", ".join(f"{name}: {str(value).lower()}" for name, value in change.items()) + f" ({size / 1e9:.2f} GB)"
+        f"{_written(change)} ({size / 1e9:.2f} GB{' each' if 'parallel' in change else ''})"
         for change, size in found.changes
     )
     return f"{found.node}: does not fit ({needed}); it would with {ways}"
