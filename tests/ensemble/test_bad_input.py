@@ -132,9 +132,6 @@ def test_a_union_refuses_what_other_ensembles_refuse():
         ensemble.generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=2)
     with pytest.raises(RequestError, match=r"member '\w+' was made for 64 tokens, found a context of \d+"):
         ensemble(input_ids=torch.full((1, 70), 3))
-    # a token of the left member's is two of the right one's
-    with pytest.raises(RequestError, match="member 'right' was made for 64 tokens, found a context of 80 of its own"):
-        ensemble(input_ids=torch.full((1, 40), UNION.tokens.index("cd")))
     with pytest.raises(RequestError, match="speculation needs members of one vocabulary, found a union"):
         ensemble.speculate(torch.tensor([[3]]), max_new_tokens=2)
     broken(members["right"])

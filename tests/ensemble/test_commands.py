@@ -153,3 +153,15 @@ def test_adapters_checkpoints_and_passes_by_command(family):  # noqa: F811
     assert [each["name"] for each in config["members"]] == ["gpt2-step-3", "llama.1", "llama.2"]
     assert config["weights"] == pytest.approx([0.5, 0.25, 0.25])
     assert gpt2().config.vocab_size == models.load(family / "mixed").config.vocab_size
+
+
+def test_a_self_contained_ensemble_of_ensembles_is_a_model_like_others(family, tmp_path):  # noqa: F811
+    graft_("ensemble", family / "duo", family / "llama", family / "gpt2")
+    graft_("ensemble", tmp_path / "bundle", family / "duo", family / "mistral", "--self-contained")
+    text = text_file(tmp_path)
+    shutil.rmtree(family)
+    words = ["--on", text, "--out", tmp_path / "results", "--json"]
+    (row,) = [each for each in json.loads(graft_("eval", tmp_path / "bundle", *words)) if each["kind"] == "score"]
+    assert row["model"] == "bundle"
+    manifest = json.loads((tmp_path / "bundle" / "members" / "duo" / "graft.json").read_text())
+    assert {parent["path"] for parent in manifest["parents"]} == {"../duo-llama", "../duo-gpt2"}

@@ -204,3 +204,20 @@ def test_a_gate_over_a_union_is_refused(tmp_path):
     facts = {name: lineage.facts_of(folder) for name, folder in saved(tmp_path).items()}
     raw = {"members": ["left", "right"], "vocabulary": "union", "weights": {"fit": "text.dev", "gate": 0}}
     assert any("a gate is for members of one vocabulary" in each for each in VERB.check(VERB.parse(raw), facts))
+
+
+@torch.no_grad()
+def test_a_member_that_needs_more_tokens_than_it_was_made_for_reads_the_newest_of_them(ensemble):
+    """A token of the left member's is two of the right one's, which was made for 64: 80 are read in windows."""
+    generator = torch.Generator().manual_seed(0)
+    letters = torch.randint(3, 8, (1, 20), generator=generator)
+    ids = torch.cat([letters, torch.full((1, 30), UNION.tokens.index("cd"))], 1)
+    found = ensemble(input_ids=ids).logits[0]
+    own = [each for token in ids[0].tolist() for each in UNION.sides[1].reads[token]]
+    assert len(own) == 80
+    left = MEMBERS["left"](input_ids=ids).logits[0, -1].softmax(-1)
+    right = MEMBERS["right"](input_ids=torch.tensor([own[-64:]])).logits[0, -1].softmax(-1)
+    expected = 0.6 * UNION.spread(left.log(), 0).exp() + 0.4 * UNION.spread(right.log(), 1).exp()
+    assert torch.allclose(found[-1].exp(), expected, atol=1e-5)
+    early = ensemble(input_ids=ids[:, :40]).logits[0]
+    assert torch.allclose(found[:40], early, atol=1e-4)

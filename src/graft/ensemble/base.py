@@ -32,6 +32,8 @@ class Ensemble(PreTrainedModel):
     config_class = EnsembleConfig
     base_model_prefix = "members"
     main_input_name = "input_ids"
+    gives_log_probs = True
+    """Logits are normalised: nobody need do it again."""
     _supports_sdpa = True
     writes = True
     """Whether the members write text, token by token."""
@@ -313,6 +315,18 @@ def _of_the_text(needed: torch.Tensor, mask: torch.Tensor | None) -> torch.Tenso
     if mask is None or mask.dim() != 2 or needed.dim() != 3 or mask.shape[-1] < needed.shape[1]:
         return needed
     return needed & mask[:, -needed.shape[1] :, None].bool().to(needed.device)
+
+
+def log_probs_of(logits: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities in float32 of a member's logits `[..., vocabulary]`, which nobody needs afterwards.
+
+    Where no gradient is wanted they are computed in place: on a processor, memory that is new to it costs more than the
+    arithmetic.
+    """
+    logits = logits.float()
+    if logits.device.type != "cpu" or not logits.is_contiguous() or (torch.is_grad_enabled() and logits.requires_grad):
+        return logits.log_softmax(-1)
+    return torch.log_softmax(logits, -1, out=logits)
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from graft.ensemble import agreed
-from graft.ensemble.base import Ensemble, to_device
+from graft.ensemble.base import Ensemble, log_probs_of, to_device
 from graft.ensemble.caches import CacheView, Text, grown_text
 from graft.ensemble.configuration import EnsembleConfig
 from graft.ensemble.gate import Told, last_state
@@ -22,7 +22,6 @@ from graft.ensemble.outputs import chosen_outputs
 from graft.ensemble.possible import watched
 from graft.ensemble.speculative import Speculated, instead_of_generate, speculate
 from graft.ensemble.union import Union
-from graft.errors import RequestError
 
 
 class EnsembleForCausalLM(Ensemble, GenerationMixin):
@@ -151,7 +150,7 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
             return Told(logits.to(self.device), state)
         # a vocabulary padded to a round size has rows that no token uses: they are no part of the distribution
         logits = logits if own else logits[..., : self.config.vocab_size]
-        return Told(logits.float().log_softmax(-1).to(self.device), state)
+        return Told(log_probs_of(logits).to(self.device), state)
 
     def _member_of_union(
         self, union: Union, place: int, input_ids: torch.Tensor, given: dict[str, Any]
@@ -160,18 +159,25 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
         union end."""
         member = self.members[place]
         ids, mask, ends = union.cut(place, input_ids, given["attention_mask"])
-        limit = self.limits[place]
-        if limit is not None and ids.shape[1] > limit:
-            raise RequestError(
-                f"member {self.config.members[place]['name']!r} was made for {limit} tokens, found a context of "
-                f"{ids.shape[1]} of its own: shorten it"
-            )
         device = next(member.parameters()).device
-        logits = member(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        logits = _in_windows(member, ids.to(device), mask.to(device), self.limits[place])
         keep = given["logits_to_keep"]
         ends = ends[:, keep] if isinstance(keep, torch.Tensor) else ends[:, -keep:]
         rows = torch.arange(len(ends), device=device)[:, None]
         return union.spread(logits[rows, ends.to(device)], place).to(self.device)
+
+
+def _in_windows(member: Any, ids: torch.Tensor, mask: torch.Tensor, limit: int | None) -> torch.Tensor:
+    """A member's logits at all places `[batch, length]`, padded behind; of more than it was made for, in windows that
+    overlap by half."""
+    length = ids.shape[1]
+    found = member(input_ids=ids[:, :limit], attention_mask=mask[:, :limit], use_cache=False).logits
+    while found.shape[1] < length:
+        end = min(length, found.shape[1] + max(1, (limit or length) // 2))
+        window = slice(end - (limit or length), end)
+        more = member(input_ids=ids[:, window], attention_mask=mask[:, window], use_cache=False).logits
+        found = torch.cat([found, more[:, found.shape[1] - end :]], 1)
+    return found
 
 
 def _kept(values: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,10 @@ def combine(log_probs: Sequence[torch.Tensor], weights: torch.Tensor, options: S
 
     Computed in log space, so exact where a member gives zero and down to the smallest probabilities.
     """
+    import torch
+
+    if not (torch.is_grad_enabled() and any(each.requires_grad for each in (*log_probs, weights))):
+        return _mixed(log_probs, weights.log())
     shares = weights.log()
     mixed = log_probs[0] + shares[..., :1]
     for place, other in enumerate(log_probs[1:], start=1):
@@ -36,12 +40,31 @@ def combine(log_probs: Sequence[torch.Tensor], weights: torch.Tensor, options: S
     return mixed
 
 
+NEAR = 1 << 18
+"""Numbers that are mixed at once on a processor: what is made of them on the way stays in its cache."""
+
+
+def _mixed(log_probs: Sequence[torch.Tensor], shares: torch.Tensor) -> torch.Tensor:
+    """The same without a gradient: `shares` are the logs of the weights."""
+    import torch
+
+    width = log_probs[0].shape[-1]
+    mixed = torch.empty_like(log_probs[0], memory_format=torch.contiguous_format)
+    out, rows = mixed.view(-1, width), [each.reshape(-1, width) for each in log_probs]
+    each = shares.expand(*mixed.shape[:-1], -1).reshape(-1, len(rows))
+    step = max(1, NEAR // width if mixed.device.type == "cpu" else len(out))
+    for start in range(0, len(out), step):
+        piece = slice(start, start + step)
+        torch.add(rows[0][piece], each[piece, :1], out=out[piece])
+        for place, other in enumerate(rows[1:], start=1):
+            torch.logaddexp(out[piece], other[piece] + each[piece, place : place + 1], out=out[piece])
+    return mixed
+
+
 def _log_add(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """log(exp(first) + exp(second)), with a gradient of zero rather than NaN where both are -inf."""
     import torch
 
-    if not (torch.is_grad_enabled() and (first.requires_grad or second.requires_grad)):
-        return first.logaddexp(second)
     both_zero = (first == -math.inf) & (second == -math.inf)
     low = torch.finfo(first.dtype).min
     safe = first.masked_fill(both_zero, low).logaddexp(second.masked_fill(both_zero, low))

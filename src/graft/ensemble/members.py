@@ -89,8 +89,19 @@ def _copy_members(own: Path, target: Path, name: str, copies: dict[Path, str]) -
     for entry in elsewhere:
         found = target / copied(_checked(entry, own), target, f"{name}-{entry['name']}", copies)
         entry.update(path=os.path.relpath(found, place), hash=lineage.hash_model(found), config=config_of(found))
-    if elsewhere:
-        atomic_write(place / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if not elsewhere:
+        return
+    atomic_write(place / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if (manifest := lineage.read_manifest(place)) is not None:
+        parents = [_moved(parent, own, target, place, copies) for parent in manifest.parents]
+        now = {"hash": lineage.hash_model(place), "parents": parents}
+        lineage.write_manifest(place, manifest.model_copy(update=now))
+
+
+def _moved(parent: lineage.Parent, own: Path, target: Path, place: Path, copies: Mapping[Path, str]) -> lineage.Parent:
+    """What a manifest says of a parent, seen from the copy in `place` of the folder `own`."""
+    copy = copies.get((own / parent.path).resolve())
+    return parent if copy is None else parent.model_copy(update={"path": os.path.relpath(target / copy, place)})
 
 
 def _base_of(folder: Path) -> Path | None:

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from graft.ensemble.base import Ensemble, to_device
+from graft.ensemble.base import Ensemble, log_probs_of, to_device
 from graft.ensemble.caches import CacheView, grown_text
 from graft.ensemble.configuration import EnsembleConfig
 from graft.ensemble.gate import Told, last_state
@@ -195,7 +195,7 @@ class EnsembleForSeq2SeqLM(Ensemble, GenerationMixin):
 
     def _said(self, place: int, found: Any, device: torch.device) -> Told:
         last = last_state(found, self.config.members[place]["name"]).to(device) if self._wants_states else None
-        return Told(found.logits[..., : self.config.vocab_size].float().log_softmax(-1).to(device), last)
+        return Told(log_probs_of(found.logits[..., : self.config.vocab_size]).to(device), last)
 
 
 def _width(translator: Any) -> int:

@@ -43,6 +43,7 @@ class Reader:
         self.device = next(model.parameters()).device
         self.vocabulary = int(model.config.vocab_size)
         self.tokens_read = 0
+        self.normalised = bool(getattr(model, "gives_log_probs", False))
 
     def forward(
         self,
@@ -106,7 +107,7 @@ class Reader:
         columns = torch.tensor([column for _, here in places for column in here], device=logits.device)
         wanted = torch.tensor([token for r in requests for token in r.wanted], device=logits.device)
         chosen = logits[rows, columns].float()
-        log_probs = log_probs_of(chosen, wanted).double().cpu()
+        log_probs = self.log_probs(chosen, wanted).double().cpu()
         greedy = (chosen.argmax(-1) == wanted).cpu()
         found, place = [], 0
         for request in requests:
@@ -116,11 +117,11 @@ class Reader:
             found.append((request.index, answer))
         return found
 
-
-def log_probs_of(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """log softmax(logits)[wanted] in float32, without making the softmax."""
-    logits = logits.float()
-    return logits.gather(-1, wanted[..., None])[..., 0] - torch.logsumexp(logits, dim=-1)
+    def log_probs(self, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """log softmax(logits)[wanted] in float32, without making the softmax; an ensemble's logits are normalised."""
+        logits = logits.float()
+        own = logits.gather(-1, wanted[..., None])[..., 0]
+        return own if self.normalised else own - torch.logsumexp(logits, dim=-1)
 
 
 def padded(

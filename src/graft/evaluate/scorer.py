@@ -18,7 +18,7 @@ import torch
 from graft.errors import RequestError
 from graft.evaluate.branches import Branches
 from graft.evaluate.limits import longest_context, most_tokens, puts_start
-from graft.evaluate.reading import Answers, Continuation, Reader, log_probs_of, padded
+from graft.evaluate.reading import Answers, Continuation, Reader, padded
 from graft.evaluate.sharing import Request, plan
 from graft.progress import Progress
 
@@ -107,7 +107,7 @@ class Scorer:
         inputs = torch.tensor([row + [fill] * (longest - len(row)) for row in rows], device=self.device)
         wanted = torch.tensor([row + [0] * (longest - len(row)) for row in targets], device=self.device)
         logits = self.reader.forward(inputs)
-        return log_probs_of(logits, wanted).cpu().numpy()
+        return self.reader.log_probs(logits, wanted).cpu().numpy()
 
     # continuations
 
