@@ -12,9 +12,11 @@ import typer
 from typer.testing import CliRunner
 
 import graft
+from graft import data
 from graft._callable import COMMANDS as CALLED
 from graft._verb_command import fields_of, model_field, models_field, requested
 from graft.cli import app
+from graft.data.tokenizers import train_tokenizer
 from graft.errors import RequestError
 from graft.verbs import verb
 
@@ -26,12 +28,12 @@ def invoke(*words, input=""):
     return CliRunner().invoke(app, [str(word) for word in words], input=input)
 
 
-def model(folder):
+def model(folder, vocabulary=40):
     """A tiny model without a tokenizer."""
     from graft.pretrain.architectures import Shape, build, config_for
 
     ids = {"pad": 0, "bos": 1, "eos": 2}
-    build(config_for("decoder", "rotary", Shape(16, 1, 2, 40, 16, 0.0, ids))).save_pretrained(folder)
+    build(config_for("decoder", "rotary", Shape(16, 1, 2, vocabulary, 16, 0.0, ids))).save_pretrained(folder)
 
 
 def test_version_is_printed():
@@ -286,6 +288,24 @@ def test_models_that_a_verb_does_not_take_are_refused(verb, words, expected):
     with pytest.raises(RequestError) as error:
         requested(verb, words, [])
     assert str(error.value) == expected
+
+
+def test_all_of_a_file_is_measured_where_no_split_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [f"line number {n}" for n in range(200)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    raw = data.parse({"source": "jsonl", "path": str(tmp_path / "d.jsonl"), "splits": {"dev": 0, "test": 0}})
+    tokenizer = train_tokenizer(data.open_corpus({"d": raw}, "d", tmp_path), "bpe", 300)
+    model(tmp_path / "here", len(tokenizer))
+    tokenizer.save_pretrained(tmp_path / "here")
+    counts = {}
+    for on in ("d.jsonl", "d.jsonl.test", "d.jsonl.dev", "d.jsonl.train"):
+        rows = json.loads(invoke("eval", "here", "--on", on, "--json").stdout)
+        assert len(rows) == 1, rows
+        row = rows[0]
+        counts[on.rpartition(".")[2]] = row["n"]
+    assert counts.pop("jsonl") == 200 == sum(counts.values())
+    assert counts["train"] < 200
 
 
 USAGE = {

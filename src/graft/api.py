@@ -196,8 +196,8 @@ def evaluate(
     """Measure models (folders) side by side and return the rows; what was measured before is not measured again.
 
     `measures` are those of `evaluate:` in a recipe. Data sets are names of `data_sets` (settings as in a recipe) or
-    files. The rows are also in `out/results.jsonl`. `wait`: wait for another run, or measuring, in `out` rather than
-    refuse (Locked).
+    files, of which all is measured where no split is named. The rows are also in `out/results.jsonl`. `wait`: wait for
+    another run, or measuring, in `out` rather than refuse (Locked).
     """
     from graft import data
     from graft.data import split_ref
@@ -209,11 +209,9 @@ def evaluate(
     if not measures:
         raise RequestError("expected at least one measure, such as {'measure': 'bits_per_byte', 'on': ['d.jsonl']}")
     parsed = room.parse(list(measures), ("evaluate",))
-    named = {split_ref(ref)[0] for m in parsed for kind, ref, _ in references(m) if kind == "data"}
-    raw = {
-        **(data_sets or {}),
-        **{name: data_at(name, data_sets or ()) for name in sorted(named - set(data_sets or {}))},
-    }
+    asked = {ref for m in parsed for kind, ref, _ in references(m) if kind == "data"}
+    files = {split_ref(ref)[0] for ref in asked} - set(data_sets or {})
+    raw = {**(data_sets or {}), **{file: _whole(file, asked, data_sets or ()) for file in sorted(files)}}
     sets = {name: data.parse(value, ("data", name)) for name, value in raw.items()}
     places = Places(Path(out))
     with locked(places, wait=wait, trains=False):
@@ -226,6 +224,17 @@ def evaluate(
             seed=seed,
             device=device,
         )
+
+
+def _whole(file: str, asked: Collection[str], names: Collection[str]) -> dict[str, Any]:
+    """Settings of the data in `file`: not split by hash where all of what is `asked` of it names no split."""
+    from graft.data import split_ref
+
+    found = data_at(file, names)
+    own_words = file.endswith((".yaml", ".yml")) or "path" not in found
+    if own_words or any(ref != file and split_ref(ref)[0] == file for ref in asked):
+        return found
+    return {**found, "splits": {"dev": 0, "test": 0}}
 
 
 def _named(models: Sequence[Path | str] | Mapping[str, Path | str]) -> dict[str, Path]:
