@@ -1,0 +1,159 @@
+"""Types of peft that graft has no point for: inside the model, and prompts before the text; trained, saved, scored."""
+
+import json
+
+import pytest
+import torch
+
+import graft
+from graft import models
+from graft.adapters import adapters_of
+from graft.errors import RequestError
+from graft.lineage import facts_of
+from graft.tune import VERB
+
+from .test_full import base, run  # noqa: F401  (a fixture)
+
+
+def test_any_type_of_peft_is_tuned_saved_loaded_and_folded(tmp_path, base):  # noqa: F811
+    pytest.importorskip("peft")
+    how = {"peft": {"peft_type": "LOHA", "r": 2, "target_modules": "all-linear"}}
+    ids = torch.arange(3, 30)[None]
+    found = run(tmp_path / "a", base, method=how, learning_rate=0.03, budget="8 steps")
+    assert found["trained_parameters"] > 0
+    loaded = models.load(tmp_path / "a" / "out")
+    assert type(loaded).__name__ == "LlamaForCausalLM"
+    with torch.no_grad():
+        changed = loaded(ids).logits
+        assert not torch.allclose(changed, models.load(base)(ids).logits, atol=1e-4)
+    loaded.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(models.load(tmp_path / "again")(ids).logits, changed)
+    run(tmp_path / "b", base, method=how, learning_rate=0.03, budget="8 steps", fold=True)
+    with torch.no_grad():
+        assert torch.allclose(models.load(tmp_path / "b" / "out")(ids).logits, changed, atol=1e-5)
+
+
+def test_what_peft_cannot_do_here_is_refused(tmp_path, base):  # noqa: F811
+    pytest.importorskip("peft")
+    for config, words in (
+        ({"peft_type": "LOHAA"}, r"did you mean 'LOHA'\?"),
+        ({"peft_type": "LOHA", "rank": 3}, "does not take these settings.*rank"),
+        ({"peft_type": "ADALORA", "total_step": 4}, "takes ranks away between the steps"),
+        ({"peft_type": "LOHA", "r": 2, "target_modules": ["nowhere"]}, "peft: Target modules"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            run(tmp_path, base, method={"peft": config})
+
+
+PROMPTS = {
+    "p_tuning": {"peft_type": "P_TUNING", "num_virtual_tokens": 3, "encoder_hidden_size": 16},
+    "p_tuning_lstm": {
+        "peft_type": "P_TUNING", "num_virtual_tokens": 3, "encoder_hidden_size": 8,
+        "encoder_reparameterization_type": "LSTM",
+    },
+    "prompt": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4},
+    "prefix": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3},
+    "projected": {
+        "peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 16,
+    },
+    "several": {"peft_type": "MULTITASK_PROMPT_TUNING", "num_virtual_tokens": 3, "num_tasks": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", list(PROMPTS.values()), ids=list(PROMPTS))
+def test_prompts_of_peft_are_trained_saved_loaded_and_scored(tmp_path, base, config):  # noqa: F811
+    pytest.importorskip("peft")
+    found = run(tmp_path, base, method={"peft": config}, budget="12 steps", learning_rate=0.03)
+    assert found["trained_parameters"] > 0
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in log if "loss" in row]
+    assert losses[-1] < losses[0]
+    loaded = models.load(tmp_path / "out")
+    (point,) = adapters_of(loaded).points["m"]
+    assert point.form == ("softmax" if "PREFIX" in config["peft_type"] else "tokens")
+    sets = {"rows": {"source": "jsonl", "path": "rows.jsonl", "splits": {"dev": 0.2}}}
+    measures = [{"measure": "bits_per_byte", "on": ["rows.dev"]}]
+    where = {"out": tmp_path / "results", "root": tmp_path, "device": "cpu"}
+    (score, *_) = graft.evaluate({"low": tmp_path / "out"}, measures, data_sets=sets, **where)
+    assert score["value"] > 0
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        assert not torch.allclose(loaded(ids).logits, models.load(base)(ids).logits, atol=1e-4)
+    with pytest.raises(RequestError, match="learned keys or tokens, which are no weights of the model"):
+        run(tmp_path / "fold", base, method={"peft": config}, fold=True)
+
+
+def test_a_killed_training_of_p_tuning_goes_on_with_the_same_bytes(tmp_path, base, monkeypatch):  # noqa: F811
+    pytest.importorskip("peft")
+    from graft.train.loop import Training
+
+    how = {"method": {"peft": PROMPTS["p_tuning"]}, "budget": "5 steps", "checkpoint_every": "1 steps"}
+    run(tmp_path / "whole", base, **how)
+    learn = Training._learn
+
+    def stop(self, *args):
+        if self.at.step == 3:
+            raise KeyboardInterrupt
+        return learn(self, *args)
+
+    monkeypatch.setattr(Training, "_learn", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", base, **how)
+    monkeypatch.setattr(Training, "_learn", learn)
+    run(tmp_path / "cut", base, **how)
+    whole, cut = (tmp_path / name / "out" / "adapter.safetensors" for name in ("whole", "cut"))
+    assert whole.read_bytes() == cut.read_bytes()
+
+
+LINEARS = {"target_modules": "all-linear"}
+INSIDE = {
+    "LOKR": {"r": 2, **LINEARS},
+    "OFT": {"r": 0, "oft_block_size": 4, **LINEARS},
+    "BOFT": {"boft_block_size": 4, **LINEARS},
+    "VERA": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+    "LN_TUNING": {"target_modules": ["input_layernorm"]},
+    "HRA": {"r": 2, **LINEARS},
+    "FOURIERFT": {"n_frequency": 8, **LINEARS},
+    "C3A": {"block_size": 8, **LINEARS},
+    "MISS": {"r": 2, **LINEARS},
+    "LORA": {"r": 2, **LINEARS},
+    "IA3": {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []},
+}
+"""Types that work inside the model, with settings that suit a tiny one."""
+
+
+@pytest.mark.parametrize("kind", list(INSIDE))
+def test_types_of_peft_inside_the_model_are_trained_saved_loaded_and_folded_or_say_why_not(tmp_path, base, kind):  # noqa: F811
+    peft = pytest.importorskip("peft")
+    if kind not in {str(getattr(name, "value", name)) for name in peft.PEFT_TYPE_TO_CONFIG_MAPPING}:
+        pytest.skip(f"the peft that is installed has no {kind}")
+    how, ids = {"peft": {"peft_type": kind, **INSIDE[kind]}}, torch.arange(3, 30)[None]
+    run(tmp_path / "apart", base, method=how, learning_rate=0.03, budget="6 steps")
+    with torch.no_grad():
+        changed = models.load(tmp_path / "apart" / "out")(ids).logits
+        assert not torch.allclose(changed, models.load(base)(ids).logits, atol=1e-5)
+    try:
+        run(tmp_path / "whole", base, method=how, learning_rate=0.03, budget="6 steps", fold=True)
+    except RequestError as error:
+        assert "does not fold" in str(error)
+        return
+    with torch.no_grad():
+        assert torch.allclose(models.load(tmp_path / "whole" / "out")(ids).logits, changed, atol=1e-4)
+
+
+def test_what_is_wrong_with_settings_of_peft_is_said_before_anything_runs(base):  # noqa: F811
+    pytest.importorskip("peft")
+    start = facts_of(base)
+
+    def problems(**config):
+        return VERB.check(VERB.parse({"from": "base", "data": "d", "method": {"peft": config}}), {"base": start})
+
+    assert problems(peft_type="LOHA", r=2, target_modules="all-linear") == []
+    assert "peft: Target modules" in problems(peft_type="LOHA", r=2, target_modules=["nowhere"])[0]
+    assert "did you mean 'LOHA'?" in problems(peft_type="LOHAA")[0]
+    loha = {"peft": {"peft_type": "LOHA", "r": 2, "target_modules": "all-linear"}}
+    settings = VERB.parse({"from": "base", "data": "d", "method": loha})
+    whole = VERB.parse({"from": "base", "data": "d"})
+    needed, all_of_it = (VERB.estimate(each, {"base": start}).memory_bytes for each in (settings, whole))
+    assert needed < all_of_it
