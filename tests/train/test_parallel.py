@@ -31,11 +31,11 @@ CASES = {
 }
 
 
-def launch(script, folder, cases, count=2, **environment):
+def launch(script, folder, cases, **environment):
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         port = opened.getsockname()[1]
-    place = ["--nproc_per_node", str(count), "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    place = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
     listed = [{"name": name, **case} for name, case in cases.items()]
     command = [sys.executable, "-m", "torch.distributed.run", *place, script, folder, json.dumps(listed)]
     done = subprocess.run(

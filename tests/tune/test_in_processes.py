@@ -1,6 +1,8 @@
 """Two processes (gloo, on loopback) tune what one does: few weights on a frozen model in parts, and tasks."""
 
+import importlib.util
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -28,6 +30,11 @@ ADAPTERS = {
     "prompt": {"method": "prompt", **FSDP},
     "folded": {"method": {"lora": {"rank": 4}}, "fold": True, **FSDP},
 }
+ZERO = {
+    "lora": {"method": {"lora": {"rank": 4, "up_rate": 16}}, "parallel": {"method": "zero", "stage": 3}},
+    "prefix": {"method": "prefix", "parallel": {"method": "zero", "stage": 2}},
+    "folded": {"method": "lora", "fold": True, "keep": {"last": 1}, "parallel": {"method": "zero", "offload": "cpu"}},
+}
 TEXT = {"colour": "colours", "tag": "words"}
 MULTI = {
     "heads": {"tasks": TASKS, "given": {"batch_size": 8, "mixing": {"batches": "in_turn", "learn": {"every": 2}}}},
@@ -43,17 +50,23 @@ def cases(base, encoder):  # noqa: F811
     return adapters | {name: {**case, "start": str(encoder)} for name, case in MULTI.items()}
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory, cases):
-    """All cases, trained by two processes."""
-    folder = tmp_path_factory.mktemp("two")
+def launch(folder, cases, **environment):
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         port = opened.getsockname()[1]
     place = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
     words = [sys.executable, "-m", "torch.distributed.run", *place, Path(in_processes.__file__), folder]
-    done = subprocess.run([*map(str, words), json.dumps(cases)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*map(str, words), json.dumps(cases)], capture_output=True, text=True, timeout=300, env=os.environ | environment
+    )
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, cases):
+    """All cases, trained by two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    launch(folder, cases)
     return folder
 
 
@@ -100,3 +113,35 @@ def test_tasks_and_weights_in_parts_are_refused_before_work(base):  # noqa: F811
     split = {"from": "base", "data": "d", "parallel": {"tensor": 2}}
     assert VERB.check(VERB.parse(split), facts) == []
     assert "adapters read and change whole layers" in VERB.check(VERB.parse({**split, "method": "lora"}), facts)[0]
+
+
+@pytest.mark.deepspeed
+def test_few_weights_are_learned_under_deepspeed_too(tmp_path, base):  # noqa: F811
+    pytest.importorskip("deepspeed")
+    cases = {name: {"given": given, "start": str(base)} for name, given in ZERO.items()}
+    launch(tmp_path / "two", cases, **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}))
+    for name, case in cases.items():
+        by_one(tmp_path / name, case)
+        file = "model.safetensors" if name == "folded" else "adapter.safetensors"
+        found, wanted = (
+            load_file(folder / "out" / file) for folder in (tmp_path / "two" / name / "0", tmp_path / name)
+        )
+        assert_close(found, wanted, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "words"),
+    [
+        ({"point": GATED}, 2, "cannot spread single numbers"),
+        ("prompt", 3, "learned tokens are read before DeepSpeed"),
+        ("prompt", 2, None),
+        ("lora", 3, None),
+    ],
+)
+def test_adapters_that_deepspeed_cannot_spread_are_refused_before_work(monkeypatch, base, method, stage, words):  # noqa: F811
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: object())
+    given = {"from": "base", "data": "d", "method": method, "parallel": {"method": "zero", "stage": stage}}
+    settings = VERB.parse(given)
+    monkeypatch.undo()
+    found = VERB.check(settings, {"base": facts_of(base)})
+    assert (words is None and not found) or words in found[0]

@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from graft.errors import RequestError
 from graft.train.parallel import Parallel
 from graft.train.settings import TrainSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+SWAPPED = ("_parameters", *HOOKS)
+"""What of a module DeepSpeed puts things into."""
 
 
 def configuration(parallel: Parallel, settings: TrainSettings) -> dict[str, Any]:
@@ -41,6 +45,11 @@ class Zero:
         self.model, self.pieces = model, settings.accumulate
         self.config = configuration(parallel, settings)
         self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if single := [name for name, p in model.named_parameters() if p.ndim == 0]:
+            raise RequestError(
+                f"expected parameters of one dimension or more, found the single number {single[0]} (a learned gate or "
+                "scale), which DeepSpeed cannot spread: use `parallel: fsdp`"
+            )
         self.numbered: list[nn.Parameter] = []
         self.engine: Any = None
 
@@ -137,14 +146,18 @@ class Zero:
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 if here:
                     whole[parameter] = nn.Parameter(parameter.detach().cpu().clone(), parameter.requires_grad)
-        held = {module: module._parameters for module, _, _ in places} if here else {}
-        for module, parameters in held.items():
-            module._parameters = {n: p if p is None else whole[p] for n, p in parameters.items()}
+        held = (
+            {module: {name: vars(module)[name] for name in SWAPPED} for module in self.model.modules()} if here else {}
+        )
+        for module, before in held.items():
+            module._parameters = {n: p if p is None else whole[p] for n, p in before["_parameters"].items()}
+            for name in HOOKS:
+                vars(module)[name] = {key: hook for key, hook in before[name].items() if not _of_deepspeed(hook)}
         try:
             yield
         finally:
-            for module, parameters in held.items():
-                module._parameters = parameters
+            for module, before in held.items():
+                vars(module).update(before)
 
     def release(self) -> None:
         """Leave the model as it came, on the CPU with all its weights, in every process."""
@@ -153,3 +166,8 @@ class Zero:
         self.engine.destroy()
         for module, parameters in whole.items():
             module._parameters = parameters
+
+
+def _of_deepspeed(hook: object) -> bool:
+    """Whether DeepSpeed hung this hook up."""
+    return str(getattr(hook, "__module__", "")).startswith("deepspeed")

@@ -101,6 +101,15 @@ class Tune(Verb[TuneSettings]):
                 f"tasks take turns, so that processes meet different ones in a step, and `parallel: {parallel.method}` "
                 "needs all in step: use `parallel: ddp`, or one data set (`data`)"
             ]
+        (chosen,) = settings.method.items()
+        points = _chosen_points(chosen) if parallel is not None and parallel.method == "zero" else []
+        if any(point.composition == "gated" or point.scale == "learned" for point in points):
+            return ["DeepSpeed cannot spread single numbers, such as a learned gate or scale: use `parallel: fsdp`"]
+        if any(point.form == "tokens" for point in points) and parallel is not None and parallel.spread == 3:
+            return [
+                "learned tokens are read before DeepSpeed puts the weights together that it spreads in stage 3: use "
+                "`parallel: fsdp`, or stage 1 or 2"
+            ]
         adapter, quantised = "full" not in settings.method, start.stored == "quantised"
         return unspreadable(parallel, start.config, adapter=adapter, quantised=quantised)
 
