@@ -344,6 +344,27 @@ def test_a_folder_and_what_is_no_text_are_wrong_requests(tmp_path, content, expe
     assert str(error.value).startswith(f"expected a recipe (a YAML file) at {path}, ")
 
 
+def test_files_that_may_not_be_read_are_named(recipe, tmp_path, monkeypatch):
+    path = recipe("family: f\ndata: {d: {source: text, path: d.txt}}\nmodels: {a: {grow: }}\n")
+    forbid(monkeypatch, "graft.data.files.open", tmp_path / "d.txt")
+    (problem,) = problems(path)
+    assert problem == f"line 2: data.d: {tmp_path}/d.txt: may not be read; change its permissions"
+    forbid(monkeypatch, "pathlib.io.open", path)
+    with pytest.raises(RequestError, match=r"found one that may not be read; change its permissions"):
+        read_recipe(path)
+
+
+def forbid(monkeypatch, name, path):
+    """Opening this file is refused, as it is to people who may not read it (whoever runs the tests may read all)."""
+
+    def opened(file, *args, **more):
+        if str(file) == str(path):
+            raise PermissionError(13, "Permission denied", str(file))
+        return open(file, *args, **more)
+
+    monkeypatch.setattr(name, opened, raising=False)
+
+
 def test_a_recipe_may_begin_with_a_mark_of_its_encoding(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(b"\xef\xbb\xbffamily: f\nmodels: {a: {grow: }}\n")

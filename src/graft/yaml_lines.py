@@ -68,7 +68,7 @@ def read_text(path: pathlib.Path, what: str) -> str:
         raise RequestError(f"expected {what} at {path}, found a folder") from None
     except PermissionError:
         raise RequestError(
-            f"expected {what} at {path}, found one that may not be read: change its permissions"
+            f"expected {what} at {path}, found one that may not be read; change its permissions"
         ) from None
     except OSError as error:
         raise RequestError(f"expected {what} at {path}, found none ({error.strerror})") from None
