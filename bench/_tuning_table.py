@@ -16,7 +16,7 @@ from graft.report.svg import element, line, linear, log_ticks, logarithmic, padd
 from graft.report.words import si
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 330.0, 300.0, 50.0, 12.0, 30.0, 44.0
-KEYS = 150.0
+KEYS = 235.0
 """Pixels of a name below the panels."""
 
 
@@ -72,14 +72,15 @@ Method = Mapping[float, Cell]
 
 
 def table(methods: Mapping[str, Method], shares: Sequence[float], whole: int) -> list[str]:
-    """Markdown: a method a line, its score at each size with its parameters in percent; the best of a size in bold."""
-    heads = [f"about {100 * share:g} %" for share in shares]
-    lines = [f"| method | rate | {' | '.join(heads)} |", "|---" * (len(shares) + 2) + "|"]
+    """Markdown: a method a line, its score at each size; in brackets its parameters in percent, its learning rate, and
+    the seeds where they are fewer than elsewhere. The best of a size in bold."""
+    lines = [f"| method | {' | '.join(f'about {100 * share:g} %' for share in shares)} |"]
+    lines.append("|---" * (len(shares) + 1) + "|")
+    seeds = max(len(cell.scores.statistics) for found in methods.values() for cell in found.values())
     best = {share: _best([found[share] for found in methods.values() if share in found]) for share in shares}
     for name, found in methods.items():
-        cells = [_cell(found.get(share), best[share], whole) for share in shares]
-        rates = ", ".join(dict.fromkeys(f"{cell.rate:g}" for cell in found.values()))
-        lines.append(f"| {name} | {rates} | {' | '.join(cells)} |")
+        cells = [_cell(found[share], best[share], whole, seeds) if share in found else "" for share in shares]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
@@ -88,12 +89,12 @@ def _best(cells: Sequence[Cell]) -> Cell | None:
     return (max if higher else min)(cells, key=lambda cell: cell.scores.value, default=None)
 
 
-def _cell(cell: Cell | None, best: Cell | None, whole: int) -> str:
-    if cell is None:
-        return ""
+def _cell(cell: Cell, best: Cell | None, whole: int, seeds: int) -> str:
     value = f"{cell.scores.value:.3f}"
     value = f"**{value}**" if cell is best else value
-    return f"{value} ± {cell.scores.half():.3f} ({100 * cell.parameters / whole:.2g} %)"
+    own = len(cell.scores.statistics)
+    fewer = "" if own == seeds else f", {own} of {seeds} seeds"
+    return f"{value} ± {cell.scores.half():.3f} ({100 * cell.parameters / whole:.2g} %, {cell.rate:g}{fewer})"
 
 
 def differences(
@@ -162,7 +163,7 @@ def _panel(panel: Panel, colours: Mapping[str, str], dashes: Mapping[str, str | 
     x = logarithmic(0.8 * min(costs), 1.25 * max(costs), LEFT, WIDTH - RIGHT)
     y = linear(low, high, *((HEIGHT - BOTTOM, TOP) if panel.higher else (TOP, HEIGHT - BOTTOM)))
     marks = ticks(low, high, 5)
-    steps = [step for step in log_ticks(min(costs), max(costs)) if str(step)[0] == "1"]
+    steps = log_ticks(0.8 * min(costs), 1.25 * max(costs))
     drawn = [text(LEFT, 16, panel.words, class_="quiet")]
     drawn += [line(LEFT, y(v), WIDTH - RIGHT, y(v), class_="grid") for v in marks.values]
     drawn += [text(LEFT - 8, y(v) + 4, marks.label(v), class_="tick", text_anchor="end") for v in marks.values]
@@ -173,11 +174,12 @@ def _panel(panel: Panel, colours: Mapping[str, str], dashes: Mapping[str, str | 
     for name, level in panel.levels.items():
         at = y(level.value)
         drawn.append(line(LEFT, at, WIDTH - RIGHT, at, stroke="#7c838b", stroke_dasharray="2 3"))
-        drawn.append(text(WIDTH - RIGHT, at - 4, name, class_="tick", text_anchor="end"))
+        drawn.append(text(LEFT + 4, at - 4, name, class_="tick"))
     for name, found in panel.methods.items():
         spots = sorted((x(cell.parameters), y(cell.scores.value)) for cell in found.values())
         told = ", ".join(f"{cell.parameters:,}: {cell.scores.value:.3f}" for cell in found.values())
-        dots = [element("circle", cx=px, cy=py, r=3.0, fill=colours[name]) for px, py in spots]
+        inside = colours[name] if dashes[name] is None else "var(--paper)"
+        dots = [element("circle", cx=px, cy=py, r=3.0, fill=inside, stroke=colours[name]) for px, py in spots]
         curve = path(spots, stroke=colours[name], fill="none", stroke_width=1.6, stroke_dasharray=dashes[name])
         drawn.append(element("g", title(f"{name}: {told}"), *([curve] if len(spots) > 1 else []), *dots))
     return drawn

@@ -8,8 +8,8 @@
 
 `grid`: tagging (UD English EWT), classification (CLINC intents), generation (tldr commands) from small pretrained
 models: the decoder of the domains family, or with `--on encoder` one that `encoder` pretrains by masked LM. The
-learning rate is searched for each method at its middle size on the dev split with the first seed, and used at all its
-sizes and by all seeds. `domains`: AdapterFusion and MAD-X on named entities of five domains. `tasks`: a task alone,
+learning rate is searched for each method at its middle size on the dev split with the first seed, and from there on at
+its other sizes. `domains`: AdapterFusion and MAD-X on named entities of five domains. `tasks`: a task alone,
 with another one, and after it. Every part goes on where it was cut short; `show` prints the tables of the grid as far
 as it is there and draws the picture. A larger run is other flags: `--steps`, `--train`, `--seeds`, `--limit`.
 """
@@ -218,17 +218,32 @@ class Grid:
         for share in (SEARCHED_AT, *(share for share in reversed(SHARES) if share != SEARCHED_AT)):
             yield from ((name, share, METHODS[name].rate) for name in names if share in fitting[name])
 
-    def rate_of(self, name: str, start: float) -> float:
-        """The rate of a method at all its sizes."""
-        if name in (NONE, FULL, HEAD):
-            return start if name == NONE else self.searched(name, None, start)
-        sizes = self.sizes(name)
-        return self.searched(name, SEARCHED_AT if SEARCHED_AT in sizes else next(iter(sizes)), start)
+    def rate_of(self, name: str, share: float | None, start: float) -> float:
+        """The rate of a method at a size: searched at the middle one; from there on lower for larger adapters, higher
+        for smaller ones, as long as that is better on the dev split."""
+        if name == NONE:
+            return start
+        sizes = self.sizes(name) if share is not None else {}
+        middle = SEARCHED_AT if SEARCHED_AT in sizes else next(iter(sizes), None)
+        rate = self.searched(name, middle, start)
+        if share is None or middle is None or share == middle:
+            return rate
+        place, way = LADDER.index(rate), -1 if share > middle else 1
+        while 0 <= place + way < len(LADDER):
+            here = {at: self._dev(name, share, at) for at in (place, place + way)}
+            if self._best(here) == place:
+                break
+            place += way
+        return LADDER[place]
 
     def fill(self) -> None:
-        """Everything: the searches, then all seeds at each size in turn."""
-        cells = [(name, share, self.rate_of(name, start)) for name, share, start in self.plan()]
-        for name, share, rate in cells:
+        """The searches at the middle sizes, then all seeds at each size in turn."""
+        cells = list(self.plan())
+        for name, share, start in cells:
+            if share in (None, SEARCHED_AT):
+                self.rate_of(name, share, start)
+        for name, share, start in cells:
+            rate = self.rate_of(name, share, start)
             for seed in range(1 if name == NONE else self.given.seeds):
                 self.run(name, share, rate, seed)
 
@@ -238,19 +253,17 @@ class Grid:
         found: dict[str, dict[float, Cell]] = {}
         for name in dict.fromkeys(row["method"] for row in rows):
             own = [row for row in rows if row["method"] == name]
-            rate = self._found_rate(own)
             for share in dict.fromkeys(row["share"] for row in own):
+                rate = self._found_rate([row for row in own if row["share"] == share and row["seed"] == 0])
                 here = [row for row in own if row["share"] == share and row["rate"] == rate]
-                if here:
-                    statistics = np.array([row["test"][metric] for row in sorted(here, key=lambda row: row["seed"])])
-                    scores = Seeds(metrics.metric_of(metric, statistics.shape[-1]), statistics)
-                    found.setdefault(name, {})[share or 0.0] = Cell(here[0]["trained"], rate, scores)
+                statistics = np.array([row["test"][metric] for row in sorted(here, key=lambda row: row["seed"])])
+                scores = Seeds(metrics.metric_of(metric, statistics.shape[-1]), statistics)
+                found.setdefault(name, {})[share or 0.0] = Cell(here[0]["trained"], rate, scores)
         return {name: found[name] for name in (NONE, HEAD, FULL, *METHODS) if name in found}
 
     def _found_rate(self, rows: list[dict[str, Any]]) -> float:
-        """The best rate of the searches in these rows."""
-        searched = {row["rate"]: row["dev"] for row in rows if row["seed"] == 0 and row["share"] in (None, SEARCHED_AT)}
-        searched = searched or {row["rate"]: row["dev"] for row in rows if row["seed"] == 0}
+        """The best rate in these rows, which are of the first seed."""
+        searched = {row["rate"]: row["dev"] for row in rows}
         higher = metrics.metric_of(self.task.metric).higher_is_better
         return (max if higher else min)(searched, key=lambda rate: searched[rate])
 
@@ -265,7 +278,8 @@ class Grid:
             }
             levels = {name: methods.pop(name)[0.0].scores for name in (NONE, HEAD, FULL) if name in methods}
             said = "; ".join(f"{name} {own.value:.3f} ± {own.half():.3f}" for name, own in levels.items())
-            lines += [f"**{self.task.name}**, {metric}: {said}.", "", *table(methods, SHARES, self.whole), ""]
+            lines += [f"**{self.task.name}**, {metric}: {said}.", ""]
+            lines += [*table(methods, SHARES, self.whole), ""] if methods else []
             if metric == self.task.metric:
                 full = {name: dict.fromkeys(SHARES, levels[FULL]) for name in methods} if FULL in levels else {}
                 lines += [f"Less {FULL} tuning:", "", *differences(methods, full, SHARES), ""]
