@@ -371,6 +371,11 @@ def test_values_too_large_for_the_dtype_are_refused(tmp_path):
     ("settings", "message"),
     [
         ({"method": "ties", "base": "x", "models": ["a"], "denisty": 0.2}, "did you mean 'density'"),
+        (
+            {"models": ["a"], "base": "x"},
+            r"base: linear takes no `base`; .*breadcrumbs, .* more do: name one as `method`",
+        ),
+        ({"method": "ties", "base": "x", "models": ["a"], "t": 1}, "t: ties takes no `t`; nearswap, slerp do"),
         ({"method": "ties", "models": ["a"]}, "base: this key is required and missing"),
         ({"method": "ties", "base": "a", "models": ["a", "b"]}, "expected a base that is not among the models"),
         ({"method": "ties", "base": "x", "models": ["a"], "density": 1.5}, "expected a density above 0"),

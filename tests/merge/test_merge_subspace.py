@@ -226,7 +226,10 @@ def test_inputs_and_outputs_of_a_layer_are_known_from_its_type(settings, twin, t
     [
         ({"method": "knots", "merge": "slerp"}, "'linear', 'ties', 'dare_linear' or 'dare_ties'"),
         ({"method": "iso_cts", "common": 0}, "greater than 0"),
-        ({"method": "tsv_merge", "density": 0.2}, "unknown key"),
+        (
+            {"method": "tsv_merge", "density": 0.2},
+            r"tsv_merge takes no `density`; breadcrumbs, .* name one as `method`",
+        ),
         ({"method": "wudi", "learning_rate": 0}, "greater than 0"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
@@ -66,7 +67,20 @@ class Merge(Verb[MergeSettings]):
         name = raw.get("method", "linear") if isinstance(raw, dict) else "linear"
         if not isinstance(name, str):
             raise SettingsError([Problem((*path, "method"), f"expected the name of a method, found {name!r}")])
-        return parse_varying(method("graft.merge", name).Settings, raw, path)
+        own = method("graft.merge", name).Settings
+        try:
+            return parse_varying(own, raw, path)
+        except SettingsError as error:
+            raise SettingsError([self._whose(problem, name, own, path) for problem in error.problems]) from None
+
+    def _whose(self, problem: Problem, name: str, own: type[Settings], path: tuple[str | int, ...]) -> Problem:
+        """An option that other methods have is said to be theirs."""
+        key, *rest = (*problem.path[len(path) :], "")
+        takers = [other for other, each in self.types().items() if key in each.model_fields]
+        if rest != [""] or key in own.model_fields or not takers:
+            return problem
+        listed = ", ".join(takers[:8]) + (f" and {len(takers) - 8} more" if len(takers) > 8 else "")
+        return replace(problem, message=f"{name} takes no `{key}`; {listed} do: name one as `method`")
 
     def located(self, settings: MergeSettings, root: Path) -> MergeSettings:
         found = {key: located(part, root) for key, part in judged_parts(settings).items() if part.task is not None}
@@ -140,7 +154,7 @@ class Merge(Verb[MergeSettings]):
     def estimate(self, settings: MergeSettings, models: Mapping[str, Facts]) -> Estimate:
         made = self.facts(settings, models, "")
         moved = made.bytes + sum(models[name].bytes for name in settings.parents)
-        memory = 300 * 2**20 + 2**22 * len(settings.parents)
+        memory = 330 * 2**20 + 2**24 * len(settings.parents)
         note = "streamed; by bytes moved at 1 GB/s"
         judges = [part for part in judged_parts(settings).values() if part.judges]
         if judges or settings.method == "learned_soup":
