@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from graft.ensemble.byte_level.byte_model import EXACT, ByteModel, Cover
 from graft.ensemble.byte_level.cover import Born, Told, chosen, fresh
-from graft.ensemble.byte_level.forest import Forest, Reader
+from graft.ensemble.byte_level.forest import Forest, style_of
 from graft.ensemble.byte_level.leaf import Leaf
+from graft.ensemble.byte_level.reader import Reader
 from graft.ensemble.byte_level.scorer import score
 from graft.ensemble.byte_level.spelling import spelling_of
 from graft.ensemble.byte_level.trie import Trie
@@ -65,8 +66,7 @@ def test_tokens_of_the_same_bytes_count_together():
     spelling = spelling_of(words)
     twice = (*spelling.later, b"ab")
     twin = Reader(model, type(spelling)(twice, twice, spelling.ends, spelling.start))
-    forest = Forest(twin)
-    _, behind = forest.root()
+    _, behind = Forest(twin, 1).root()
     logits = model(input_ids=torch.tensor([[1]])).logits[0, -1].detach()
     wanted = logits[[2, 3, 4, 5, 6]].double().softmax(-1)
     assert behind.root[ord("a")] == pytest.approx(float(wanted[1] + wanted[3] + wanted[4]), rel=1e-5)
@@ -81,7 +81,7 @@ def test_every_architecture_gives_the_enumerated_probabilities(make):
     """ALiBi and sliding windows do not honour a mask over a tree: those are read whole, and are as right."""
     model = make()
     reader = ByteModel(model, LEFT, EXACT)
-    assert reader.reader.style == ("plain" if model.config.model_type != "gpt2" else reader.reader.style)
+    assert style_of(reader.reader) == ("additive" if model.config.model_type == "gpt2" else "plain")
     assert torch.allclose(torch.tensor(stepwise(reader, b"bcab").next), by_hand(model, LEFT, b"bcab"), atol=1e-5)
     assert torch.allclose(told(model, LEFT, b"bcab")[0][-1], by_hand(model, LEFT, b"bcab"), atol=1e-5)
 
@@ -100,16 +100,18 @@ def test_a_known_text_gives_what_reading_it_byte_by_byte_gives(cover):
 def test_several_texts_in_step_are_each_alone_and_what_is_dead_is_cut_out_of_the_cache():
     reader = ByteModel(member(6, LEFT), LEFT, Cover(drop=0.05, most=3))
     texts = [b"abcab" * 12, b"ccbab" * 12, b"bacac" * 12]
-    forest = Forest(reader.reader)
-    states = [reader.begin(forest)] * 3
-    columns = 0
-    for data in zip(*texts, strict=True):
-        states = reader.advance(forest, states, data)
-        columns = max(columns, forest._columns)
-    for state, text in zip(states, texts, strict=True):
-        assert np.allclose(state.next, stepwise(reader, text).next, atol=1e-4)
-    assert forest._columns <= columns <= 2 * sum(len(text) for text in texts)
-    assert reader.reader.style == "bool"
+    alone = [stepwise(reader, text).next for text in texts]
+    for trees in ([0, 1, 2], [0, 0, 0]):
+        forest = Forest(reader.reader, 1 + max(trees))
+        states = reader.begin(forest, trees)
+        columns = 0
+        for data in zip(*texts, strict=True):
+            states = reader.advance(forest, states, data)
+            columns = max(columns, sum(forest._columns))
+        for state, wanted in zip(states, alone, strict=True):
+            assert np.allclose(state.next, wanted, atol=1e-4)
+        assert columns <= 2 * sum(len(text) for text in texts)
+    assert style_of(reader.reader) == "additive"
 
 
 def test_what_is_dropped_bounds_the_loss():
@@ -162,14 +164,14 @@ def test_what_a_tokenizer_makes_of_a_text_is_canonical_all_the_way():
     inner.train_from_iterator([text.replace("again;", "\n\n  \n")], trainer)
     words = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>")
     reader = ByteModel(llama(1, tokens=len(words.get_vocab())), words, Cover("canonical"))
-    leaf, tokens = Forest(reader.reader).root()[0], words(text)["input_ids"]
+    leaf, tokens = Forest(reader.reader, 1).root()[0], words(text)["input_ids"]
     assert len(tokens) < 0.6 * len(text.encode())
     for token in tokens:
-        assert reader._canonical(Born(leaf, token, 0.0, 0.0))
-        leaf = Leaf(leaf, token, leaf.slots)
-    root, ids = Forest(reader.reader).root()[0], words.get_vocab()
+        assert reader._canonical(Born(leaf, token, 0.0, 0.0, 1.0))
+        leaf = Leaf(leaf, token)
+    root, ids = Forest(reader.reader, 1).root()[0], words.get_vocab()
     pair = next(name for name in ids if len(name) == 2 and name.isascii() and name.isalpha())
-    assert not reader._canonical(Born(Leaf(root, ids[pair[0]], root.slots), ids[pair[1]], 0.0, 0.0))
+    assert not reader._canonical(Born(Leaf(root, ids[pair[0]]), ids[pair[1]], 0.0, 0.0, 1.0))
     assert math.isfinite(score(reader, [text[:60]])[0].log_probs.sum())
 
 
@@ -226,15 +228,18 @@ def test_nan_is_named():
 def test_the_least_likely_give_their_mass_to_the_likeliest_up_to_their_share():
     behind = Told(Trie([b"a"]), np.zeros(1, np.float32), np.eye(257)[97])
     moved = [fresh(None, behind, math.log(mass), 0.0) for mass in (0.5, 0.02)]
-    born = [Born(None, 0, math.log(mass), 0.0) for mass in (0.4, 0.05, 0.03)]
-    kept, new, rough = chosen(moved, born, 0.04, 0.04, None)
+    born = [Born(None, 0, math.log(mass), 0.0, mass) for mass in (0.4, 0.05, 0.03)]
+    kept, new, rough = chosen(moved, born, 1.0, 0.04, 0.04, None)
     assert ([each.mass for each in kept], rough) == ([pytest.approx(0.5), pytest.approx(0.02)], False)
     assert [each.mass for each in new] == [pytest.approx(0.43), pytest.approx(0.05)]
-    assert [each.mass for each in chosen(moved, born, 0.0, 0.0, 2)[1]] == [pytest.approx(0.43), pytest.approx(0.05)]
-    assert len(chosen(moved, born, 0.0, 0.0, None)[1]) == 3
-    _, new, rough = chosen(moved, born[1:], 0.2, 0.2, None)
+    assert [each.mass for each in chosen(moved, born, 1.0, 0.0, 0.0, 2)[1]] == [
+        pytest.approx(0.43),
+        pytest.approx(0.05),
+    ]
+    assert len(chosen(moved, born, 1.0, 0.0, 0.0, None)[1]) == 3
+    _, new, rough = chosen(moved, born[1:], 0.6, 0.2, 0.2, None)
     assert ([each.mass for each in new], rough) == ([pytest.approx(0.08)], True)
-    assert chosen([], [], 0.0, 0.0, None) == ([], [], False)
+    assert chosen([], [], 0.0, 0.0, 0.0, None) == ([], [], False)
 
 
 def test_a_trie_finds_ranges():
@@ -246,4 +251,4 @@ def test_a_trie_finds_ranges():
     assert (inner.read, inner.next(ord("x")), trie.longest(b"abx")) == (b"ab", None, (0, 2))
     assert trie.longest(b"x") is None
     logs = np.log(np.array([0.1, 0.2, 0.3, 0.15, 0.25], np.float32))
-    assert node.sums(logs, 0.0) == pytest.approx([0.65])
+    assert node.sums(logs) == pytest.approx([0.65])

@@ -17,8 +17,11 @@ from transformers import (
 )
 
 from graft import lineage, models
+from graft.data.examples import Encoder
 from graft.ensemble import VERB
 from graft.ensemble.model import EnsembleForSequenceClassification, ensemble_of
+from graft.ensemble.reading import classes
+from graft.ensemble.sources import Source
 from graft.ensemble.voting import classify
 from graft.errors import CannotCombine, RequestError, RunError
 
@@ -176,6 +179,19 @@ def test_a_gate_of_classifiers_is_fitted(family):
     assert found["loss"] < found["loss_without_gate"] + 1e-3
     ids, mask = texts()
     assert models.load(target)(input_ids=ids, attention_mask=mask).logits.shape == (3, 3)
+
+
+@torch.no_grad()
+def test_weights_are_fitted_on_texts_as_classifiers_are_trained_and_evaluated_on_them(family):
+    """Between the tokens that begin and end a text, and what a text says of special tokens is text."""
+    said = ["ab<eos>cd", "hello"]
+    read = classes(Source("bert", family / "bert", "bert"), said, ["bad", "good"])
+    rows = Encoder(letters(), 64, list(LABELS.values())).classified([{"text": t, "label": "bad"} for t in said])
+    assert [(row["input_ids"] == 2).sum() for row in rows] == [1, 1]
+    model = models.load(family / "bert")
+    told = torch.cat([model(input_ids=torch.from_numpy(row["input_ids"])[None]).logits for row in rows])
+    assert torch.allclose(read.log_probs, told.log_softmax(-1), atol=1e-6)
+    assert read.gold.tolist() == [0, 2]
 
 
 def test_labels_and_data_that_classifiers_do_not_know_are_refused(family):

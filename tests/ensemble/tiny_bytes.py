@@ -83,17 +83,17 @@ def by_hand(model, words, text):
 def told(model, words, text, cover=EXACT, **options):
     """[len(text) + 1, 257]: the same of the model over bytes, before each byte and behind the last."""
     reader = ByteModel(model, words, cover, **options)
-    forest = Forest(reader.reader)
-    state = reader.begin(forest)
+    forest = Forest(reader.reader, 1)
+    (state,) = reader.begin(forest, [0])
     nexts = [state.next]
-    last = reader.follow(forest, state, text, lambda place, state: nexts.append(state.next))
+    (last,) = reader.follow(forest, [state], [text], [lambda place, state: nexts.append(state.next)])
     return torch.tensor(np.stack(nexts)), last
 
 
 def stepwise(reader, text):
     """The state behind a text, byte by byte."""
-    forest = Forest(reader.reader)
-    state = reader.begin(forest)
+    forest = Forest(reader.reader, 1)
+    (state,) = reader.begin(forest, [0])
     for byte in text:
         (state,) = reader.advance(forest, [state], [byte])
     return state

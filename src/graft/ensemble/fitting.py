@@ -17,15 +17,13 @@ from graft.ensemble.classification import labels_of
 from graft.ensemble.configuration import kind_of, width_of
 from graft.ensemble.contributions import contributions
 from graft.ensemble.diversity import error_correlation
-from graft.ensemble.gate import fit_gate
 from graft.ensemble.kept import Kept, columns_of, kept_of, read, stride_of
-from graft.ensemble.linear import Settings, combine
 from graft.ensemble.members import config_of
 from graft.ensemble.reading import Item, Read, classes, common_context, distributions, pair_items, text_items
 from graft.ensemble.settings import EnsembleSettings, FittedWeights, GateSettings
 from graft.ensemble.sources import Source
 from graft.ensemble.union_said import union_said
-from graft.ensemble.weights import Fit, fit_linear, fit_log_linear
+from graft.ensemble.weights import Fit, fit_gated, fit_linear, fit_log_linear
 from graft.errors import CannotCombine
 from graft.evaluate.scorer import Scorer
 from graft.evaluate.unseen import check_unseen
@@ -70,13 +68,13 @@ def fit_weights(settings: EnsembleSettings, weights: FittedWeights, job: Job, so
     """
     check_unseen({member: job.models[member] for member in settings.names}, [weights.fit], job.data, job.root)
     text = held_out(weights.fit, weights.documents, job.data, job.root, job.device)
+    names = (weights.gate.looks_at if weights.gate is not None else None) or settings.names
+    seen = [place for place, source in enumerate(sources) if source.model in names]
     if settings.vocabulary == "bytes":
         from graft.ensemble.byte_level.fitting import fit as fit_over_bytes
 
-        return fit_over_bytes(settings, sources, text.texts, text.importance, job.device)
+        return fit_over_bytes(settings, sources, text.texts, text.importance, job.device, seen, job.seed)
     if weights.gate is not None:
-        names = weights.gate.looks_at or settings.names
-        seen = [place for place, source in enumerate(sources) if source.model in names]
         return _fit_gated(sources, text, weights.gate, seen, job.seed)
     if settings.rule == "log_linear":
         return _fit_product(sources, text, weights.top_k)
@@ -140,22 +138,7 @@ def _fit_gated(sources: list[Source], text: HeldOut, settings: GateSettings, loo
     )
     told = torch.stack([each.log_probs for each in kept])
     constant = _mixture(sources, text, told.numpy(), kept[0].texts.numpy(), _choices(sources[0]))
-    share = torch.as_tensor(importance, dtype=torch.float32)
-    start = torch.as_tensor(constant.weights, dtype=torch.float32)
-    conduct = {"looks_at": looks_at, "states": settings.hidden_states, "skip": settings.skip}
-    gate = fit_gate(told, inputs, start, share, hidden=settings.units, seed=seed, **conduct)
-    with torch.no_grad():
-        weights = gate.cut(inputs)
-        mixed = combine(list(told[..., None]), weights, Settings())[:, 0]
-    share = share / share.sum()
-    return replace(
-        constant,
-        weights=(share @ weights).double().numpy(),
-        loss=-float(share @ mixed),
-        constant=constant.loss,
-        gate=gate.plain(),
-        run=dict(enumerate((share @ (weights > 0).float()).tolist())),
-    )
+    return fit_gated(constant, told, inputs, importance, settings, looks_at, seed)
 
 
 def _read(sources: list[Source], text: HeldOut) -> list[Read]:

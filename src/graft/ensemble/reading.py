@@ -12,6 +12,7 @@ import torch
 
 from graft import models
 from graft.data.encode import encode
+from graft.data.examples import Encoder
 from graft.data.render import render
 from graft.ensemble.classification import labels_of
 from graft.ensemble.gate import last_state
@@ -157,9 +158,9 @@ def classes(source: Source, texts: Sequence[str], labels: Sequence[str], device:
     unknown = sorted(set(labels) - set(known))
     if unknown:
         raise CannotCombine(f"{source.name} knows the labels {', '.join(known)}, found {unknown[0]!r} in the data")
-    told = []
-    for text in texts:
-        ids = tokenizer(text, truncation=True, max_length=longest_context(model.config), return_tensors="pt")
-        told.append(model(**{name: value.to(model.device) for name, value in ids.items()}).logits.float().cpu())
+    encoder = Encoder(tokenizer, longest_context(model.config), list(known))
+    rows = encoder.classified([{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)])
+    ids = [torch.from_numpy(row["input_ids"])[None].to(model.device) for row in rows]
+    told = [model(input_ids=own).logits.float().cpu() for own in ids]
     gold = torch.tensor([known[label] for label in labels])
     return Read(torch.cat(told).log_softmax(-1), gold, torch.arange(len(texts)))

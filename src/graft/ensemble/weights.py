@@ -7,13 +7,16 @@ log-probability of the token that comes; a product's on the whole distributions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from graft.ensemble import linear
+from graft.ensemble.gate import fit_gate
 from graft.ensemble.log_linear import FLOOR
+from graft.ensemble.settings import GateSettings
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,38 @@ def fit_linear(
     loss = -float(share @ (np.log(weights @ probs) + top))
     alone = -np.where(np.isinf(log_probs[:, usable]).any(1), -np.inf, log_probs[:, usable] @ share)
     return Fit(weights, loss, alone, steps, gap)
+
+
+def fit_gated(
+    constant: Fit,
+    told: torch.Tensor,
+    inputs: torch.Tensor,
+    importance: np.ndarray,
+    settings: GateSettings,
+    looks_at: Sequence[int],
+    seed: int,
+) -> Fit:
+    """A gate for a mixture that looks at some members (their places), and what it gives on average.
+
+    `constant`: the best weights that follow no context; `told [members, tokens] float32`: log-probabilities of the
+    tokens that come; `inputs [tokens, inputs]`: features of the members it looks at; `importance [tokens]`.
+    """
+    share = torch.as_tensor(importance, dtype=torch.float32)
+    start = torch.as_tensor(constant.weights, dtype=torch.float32)
+    conduct = {"looks_at": looks_at, "states": settings.hidden_states, "skip": settings.skip}
+    gate = fit_gate(told, inputs, start, share, hidden=settings.units, seed=seed, **conduct)
+    with torch.no_grad():
+        weights = gate.cut(inputs)
+        mixed = linear.combine(list(told[..., None]), weights, linear.Settings())[:, 0]
+    share = share / share.sum()
+    return replace(
+        constant,
+        weights=(share @ weights).double().numpy(),
+        loss=-float(share @ mixed),
+        constant=constant.loss,
+        gate=gate.plain(),
+        run=dict(enumerate((share @ (weights > 0).float()).tolist())),
+    )
 
 
 def fit_log_linear(

@@ -91,7 +91,7 @@ def _show(
     if text is None:
         return ()
     if settings.vocabulary == "bytes":
-        spoken = byte_show.spoken_by(sources, weights, cover_of(settings), text, job.device)
+        spoken = byte_show.spoken_by(sources, weights, gate, cover_of(settings), text, job.device)
     elif settings.vocabulary == "union":
         spoken = spoken_in_union(sources, weights, text, job.device)
     else:
@@ -135,7 +135,7 @@ def _write(
 
     entries = _entries(job, settings, sources)
     if settings.vocabulary == "bytes":
-        config: Any = byte_configuration(settings, sources, entries, weights, job.out)
+        config: Any = byte_configuration(settings, sources, entries, weights, job.out, gate)
         atomic_write(job.out / "config.json", json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
         return
     first = home_of(sources[0].folder)

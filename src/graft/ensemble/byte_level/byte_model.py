@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from graft.data.encode import encode
+from graft.ensemble.byte_level.asking import Found, Reading, together
 from graft.ensemble.byte_level.cover import (
     Born,
     Hypothesis,
@@ -19,9 +21,10 @@ from graft.ensemble.byte_level.cover import (
     state_of,
     step_of,
 )
-from graft.ensemble.byte_level.forest import Forest, Reader
-from graft.ensemble.byte_level.leaf import UNREAD, Leaf
-from graft.ensemble.byte_level.spelling import spelling_of
+from graft.ensemble.byte_level.forest import Forest
+from graft.ensemble.byte_level.leaf import Leaf
+from graft.ensemble.byte_level.reader import Reader
+from graft.ensemble.byte_level.spelling import Spelling, spelling_of
 from graft.ensemble.configuration import context_of
 
 if TYPE_CHECKING:
@@ -29,8 +32,11 @@ if TYPE_CHECKING:
 
 AHEAD = 64
 """Tokens that are read ahead at once where the text is known."""
-SCOUT, NEAR = 128, 64
-"""Bytes behind the first sequence that must be read, in which others are looked for: the first time, and again."""
+SCOUT, NEAR = 96, 24
+"""Bytes behind the first sequence that must be read, in which others are looked for: of all texts that are read at the
+same time together, and of each at least."""
+FAR = 16
+"""Bytes further, in which others are looked for that are read as far as they cost nothing."""
 PROMOTED = 0.1
 """Share of the mass from which on a sequence that was not read is."""
 WINDOW = 16
@@ -53,13 +59,46 @@ class Cover:
 EXACT = Cover(drop=0.0, join=0.0, most=None)
 
 
+Note = Callable[[int, State], None]
+"""Is given the place of a byte and the state behind it."""
+
+
+class Lacking:
+    """What must be known before a text goes on: `leaves` that were not read, by their identity, the first `near` of
+    them soon, and what comes behind the tokens `alone`."""
+
+    def __init__(self) -> None:
+        self.leaves: dict[int, Leaf] = {}
+        self.alone: list[int] = []
+        self.near = 0
+
+
+class Line:
+    """One sequence through a text: `tokens` behind the leaf `above`, which has been read up to the byte `end`; `held`:
+    what of it was read and is still ahead, with the bytes at which that ends."""
+
+    def __init__(self, above: Leaf, tokens: Sequence[int], end: int):
+        self.above, self.tokens, self.end = above, tokens, end
+        self.held: list[tuple[int, Found]] = []
+
+    def go_on(self, found: Sequence[Found], spelling: Spelling, done: int) -> None:
+        """The first of its tokens have been read, the text up to byte `done`."""
+        for each in found:
+            self.above = each[0]
+            self.end += len((spelling.first if self.above.depth == 1 else spelling.later)[self.above.token] or b"")
+            self.held.append((self.end, each))
+        self.tokens = self.tokens[len(found) :]
+        self.held = [(end, each) for end, each in self.held if end > done]
+
+
 class Plan(NamedTuple):
     """What is followed of a state one byte on: what goes on (`moved`) and what is complete (`born`), whether that stays
-    unread (`rough`), and the log-probability of the byte (`step`)."""
+    unread (`rough`), the `mass` of all, and the log-probability of the byte (`step`)."""
 
     moved: list[Hypothesis]
     born: list[Born]
     rough: bool
+    mass: float
     step: float
 
 
@@ -90,137 +129,164 @@ class ByteModel:
         limit = context_of(model.config.to_dict()) if limit is None else limit
         self.reader = Reader(model, self.spelling, limit=limit, name=name)
         self.cover, self.tokenizer = cover, tokenizer
+        # what goes on as another one does must not be refused where that one is
+        self._join = cover.join if cover.tokenisations == "all" else 0.0
 
-    def begin(self, forest: Forest) -> State:
-        """Before the first byte."""
-        leaf, told = forest.root()
-        first = told.trie.root
-        open_ = [fresh(leaf, told, 0.0, 0.0)]
-        empty = [(leaf, int(told.trie.ids[place])) for place in range(first.low, first.low + first.own)]
-        logs = [float(told.logs[place]) for place in range(first.low, first.low + first.own)]
-        found = forest.read(empty) if empty else []
-        return state_of(open_ + [fresh(*pair, log, log) for pair, log in zip(found, logs, strict=True)])
+    def begin(self, forest: Forest, rows: Sequence[int]) -> list[State]:
+        """Before the first byte, in these trees."""
+        return together(forest, [self.beginning(forest, row) for row in rows])
 
     def advance(self, forest: Forest, states: Sequence[State], data: Sequence[int]) -> list[State]:
         """Each state one byte on, what is new read in one go. A byte that the model cannot write changes nothing."""
-        plans = [self._plan(forest, state, byte) for state, byte in zip(states, data, strict=True)]
-        read = iter(forest.read([(each.leaf, each.token) for plan in plans if not plan.rough for each in plan.born]))
-        made = []
-        for state, (moved, born, rough, step) in zip(states, plans, strict=True):
-            alone = self.reader.alone([each.token for each in born] if rough else [])
-            found = [_rough(*pair) for pair in zip(born, alone, strict=True)] if rough else []
-            found += [] if rough else [_sure(next(read), each) for each in born]
-            made.append(_next_state(state, [*moved, *found], step))
-        return made
+        readings = [self.advancing(forest, *pair) for pair in zip(states, data, strict=True)]
+        return together(forest, readings)
+
+    def follow(
+        self, forest: Forest, states: Sequence[State], texts: Sequence[bytes], notes: Sequence[Note]
+    ) -> list[State]:
+        """The state at the end of each known text; its note is given the state behind each of its bytes, in order."""
+        readings = [self.following(forest, *each) for each in zip(states, texts, notes, strict=True)]
+        return together(forest, readings)
 
     def chance(self, state: State, byte: int) -> float:
         """The log-probability of a byte behind a state."""
-        return step_of(state, *grown(state, byte))
+        return step_of(state, grown(state, byte).mass)
 
-    def follow(self, forest: Forest, state: State, data: bytes, note: Callable[[int, State], None]) -> State:
-        """The state at the end of a known text; `note` is given the state behind each of its bytes, in order.
+    def beginning(self, forest: Forest, row: int) -> Reading[State]:
+        """The state before the first byte of a tree's text."""
+        leaf, told = forest.root(row)
+        first = told.trie.root
+        open_ = [fresh(leaf, told, 0.0, 0.0)]
+        for place in range(first.low, first.low + first.own):
+            log = told.logs.item(place)
+            found = yield from forest.read(leaf, told.trie.ids.item(place))
+            open_.append(fresh(*found, log, log))
+        return state_of(open_)
 
-        The sequence that the tokenizer makes is read ahead in one go. Others are looked for as if they were rough,
-        read together, and the bytes behind the first of them are gone through again.
+    def advancing(self, forest: Forest, state: State, byte: int) -> Reading[State]:
+        """The state one byte on."""
+        data = bytes([byte])
+        while True:
+            done, found, lacking = self._pass(forest, state, data, 0, 0, _nothing)
+            if done:
+                return found
+            leaves = list(lacking.leaves.values())
+            yield from forest.catch_up(leaves, alone=[] if leaves else lacking.alone)
+
+    def following(self, forest: Forest, state: State, data: bytes, note: Note) -> Reading[State]:
+        """The state at the end of a known text.
+
+        The sequence that the tokenizer makes is read ahead. Others are looked for as if they were rough, read
+        together, and the bytes behind the first of them are gone through again.
         """
-        done = 0
+        done, line = 0, Line(state.open[0].leaf, [], 0)
         while done < len(data):
-            held = self._read_ahead(forest, state, data[done:])
-            stop = min(len(data), done + max(1, sum(len(self._spelt(leaf)) for leaf, _ in held)))
-            seen = done
+            if done >= line.end:
+                line = self._line(state, data, done)
+                found = yield from forest.chain(line.above, line.tokens[:AHEAD], self._parts(line))
+                line.go_on(found, self.spelling, done)
+            horizon = max(NEAR, SCOUT // len(forest))
+            stop = min(len(data), max(done + 1, line.end))
             while done < stop:
-                horizon = SCOUT if done >= seen else NEAR
-                seen = max(seen, min(done + horizon, stop))
-                done, state, wanted = self._pass(forest, state, data[:stop], done, horizon, note)
-                held += forest.catch_up(wanted)
+                done, state, lacking = self._pass(forest, state, data[:stop], done, horizon, note)
+                leaves = list(lacking.leaves.values())
+                # the line is read on where that costs nothing, as long as it is not far ahead
+                behind = (line.above, line.tokens[: AHEAD if line.end < done + 4 * FAR else 0])
+                found = yield from forest.catch_up(
+                    leaves[: lacking.near], leaves[lacking.near :], behind, lacking.alone
+                )
+                line.go_on(found, self.spelling, done)
         return state
 
-    def _spelt(self, leaf: Leaf) -> bytes:
-        spelt = self.spelling.first if leaf.depth == 1 else self.spelling.later
-        return spelt[leaf.token] or b""
+    def _line(self, state: State, data: bytes, done: int) -> Line:
+        """The likeliest sequence through the text: only a guess, which changes no result."""
+        likely = max(state.open, key=lambda each: each.mass)
+        if not likely.leaf.read:
+            return Line(likely.leaf, [], done)
+        begun = likely.node.read
+        tokens = self._cut(begun + data[done : done + 16 * AHEAD], likely.leaf.depth == 0)
+        return Line(likely.leaf, tokens, done - len(begun))
+
+    def _parts(self, line: Line) -> list[int]:
+        """Tokens that those of a line begin with: what comes behind them alone will be asked."""
+        if not self.cover.drop > 0:
+            return []
+        return [part for token in line.tokens[:AHEAD] for part in self.reader.parts(token)]
 
     def _pass(
-        self, forest: Forest, state: State, data: bytes, begin: int, horizon: int, note: Callable[[int, State], None]
-    ) -> tuple[int, State, list[Leaf]]:
+        self, forest: Forest, state: State, data: bytes, begin: int, horizon: int, note: Note
+    ) -> tuple[int, State, Lacking]:
         """Go on from byte `begin` as long as all is known; returns how far, the state there, what is to be read.
 
         Behind the first byte that something is lacking for, what stands for it is a guess: only to see what else is.
         """
         here, reached, exact = state, begin, True
-        wanted: dict[int, Leaf] = {}
-        single: list[int] = []
+        lacking = Lacking()
         for place in range(begin, len(data)):
-            moved, born, rough, step = self._plan(forest, here, data[place], None if exact else wanted)
-            known = list(moved)
-            for each in born:
-                found = None if rough else forest.find(each.leaf, each.token)
-                if found:
-                    known.append(_sure(found, each))
-                    continue
-                told, sure = self.reader.guess(each.token, here.open[0].told)
-                known.append(_rough(each, told))
-                exact = exact and rough and sure
-                single += [] if sure else [each.token]
-                if not rough:
-                    wanted[id(known[-1].leaf)] = known[-1].leaf
+            known, sure, step = self._known(forest, here, data[place], lacking)
             here = _next_state(here, known, step)
+            exact = exact and sure
             if exact:
                 reached, state = place + 1, here
                 note(place, here)
-            elif place - reached > horizon or len(wanted) > AHEAD:
+                continue
+            if place - reached <= horizon:
+                lacking.near = len(lacking.leaves)
+            if place - reached >= horizon + FAR or len(lacking.leaves) > AHEAD:
                 break
-        self.reader.alone(single if self.cover.drop > 0 else [])
-        return reached, state, list(wanted.values())
+        return reached, state, lacking
 
-    def _plan(self, forest: Forest, state: State, byte: int, wanted: dict[int, Leaf] | None = None) -> Plan:
-        """What is followed of a state one byte on, before the model is asked.
-
-        What has become likely of what was not read is read now; where `wanted` is given, it goes there.
-        """
-        moved, born = grown(state, byte)
-        step = step_of(state, moved, born)
+    def _plan(self, state: State, byte: int) -> Plan:
+        """What is followed of a state one byte on, before the model is asked."""
+        moved, born, mass = grown(state, byte)
+        step = step_of(state, mass)
         if self.cover.tokenisations == "canonical" and born:
             kept = [each for each in born if self._canonical(each)]
-            born = kept if kept or moved else born
-        # what goes on as another one does must not be refused where that one is
-        join = self.cover.join if self.cover.tokenisations == "all" else 0.0
-        moved, born, rough = chosen(moved, born, self.cover.drop, join, self.cover.most)
-        if any(each.rough for each in moved):
-            likely = PROMOTED * (sum(each.mass for each in moved) + sum(each.mass for each in born))
-            moved = [
-                self._promoted(forest, each, wanted) if each.rough and each.mass > likely else each for each in moved
-            ]
-        if wanted is None and not rough:
-            born = [self._grounded(forest, each) for each in born]
-        return Plan(moved, born, rough, step)
+            if kept or moved:
+                born, mass = kept, sum([each.mass for each in moved]) + sum([each.mass for each in kept])
+        return Plan(*chosen(moved, born, mass, self.cover.drop, self._join, self.cover.most), mass, step)
 
-    def _promoted(self, forest: Forest, rough: Hypothesis, wanted: dict[int, Leaf] | None) -> Hypothesis:
-        if wanted is not None and not forest.recall(rough.leaf):
-            wanted[id(rough.leaf)] = rough.leaf
-            return rough
-        leaf, told = self._read(forest, rough.leaf)
-        return again(rough, leaf, told, leaf.true)
+    def _known(self, forest: Forest, state: State, byte: int, lacking: Lacking) -> tuple[list[Hypothesis], bool, float]:
+        """The hypotheses of what is followed one byte on, whether all of it is known, and the byte's log-probability.
 
-    def _grounded(self, forest: Forest, born: Born) -> Born:
-        """The same, with the sequence before its last token read."""
-        if born.leaf.read:
-            return born
-        leaf, told = self._read(forest, born.leaf)
-        return born._replace(leaf=leaf, true=leaf.true + told.log(born.token))
+        What is `lacking` is noted; what has become likely of what was not read is to be read.
+        """
+        moved, born, rough, mass, step = self._plan(state, byte)
+        sure = True
+        for place, each in enumerate(moved):
+            if each.rough and each.mass > PROMOTED * mass:
+                if forest.recall(each.leaf):
+                    leaf, told = _twin(each.leaf)
+                    moved[place] = again(each, leaf, told, leaf.true)
+                else:
+                    lacking.leaves[id(each.leaf)] = each.leaf
+                    sure = False
+        for new in born:
+            found = None if rough else self._found(forest, new)
+            if found is not None:
+                moved.append(found)
+                continue
+            guess = self.reader.guess(new.token)
+            if guess is None and self.cover.drop > 0:
+                lacking.alone.append(new.token)
+            made = _rough(new, guess or state.open[0].told)
+            moved.append(made)
+            sure = sure and rough and guess is not None
+            if not rough:
+                lacking.leaves[id(made.leaf)] = made.leaf
+        return moved, sure, step
 
-    def _read(self, forest: Forest, leaf: Leaf) -> tuple[Leaf, Told]:
-        """The leaf of a sequence that was not read, read now."""
-        assert leaf.parent is not None
-        if leaf.twin is None:
-            forest.catch_up([leaf])
-        if leaf.twin is None:  # no room: what stands behind it is read first
-            leaf.twin = forest.read([(leaf.parent.now, leaf.token)])[0]
-        found = leaf.twin[0]
-        if leaf.true == -math.inf and not leaf.parent.read:
-            above, told = self._read(forest, leaf.parent)
-            leaf.true = above.true + told.log(leaf.token)
-        found.true = max(found.true, leaf.true)
-        return leaf.twin
+    def _found(self, forest: Forest, born: Born) -> Hypothesis | None:
+        """The hypothesis of a complete sequence, if it was read."""
+        found = forest.find(born.leaf, born.token)
+        if found is None:
+            return None
+        if not born.leaf.read and born.leaf.twin is not None:
+            leaf, told = _twin(born.leaf)
+            born = born._replace(true=leaf.true + told.log(born.token))
+        leaf, told = found
+        leaf.true = max(leaf.true, born.true)
+        return fresh(leaf, told, born.log, leaf.true)
 
     def _canonical(self, born: Born) -> bool:
         """Whether the tokenizer cuts the newest tokens as this sequence does; undecided inside a letter: yes.
@@ -241,22 +307,12 @@ class ByteModel:
             return True
         if not tokens or text != text.rstrip():
             return True
-        cut = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        (cut,) = encode([text], self.tokenizer)
         return cut == tokens if whole else cut[-WINDOW // 2 :] == tokens[-WINDOW // 2 :]
-
-    def _read_ahead(self, forest: Forest, state: State, data: bytes) -> list[tuple[Leaf, Told]]:
-        """Read the likeliest sequence on through the text: only a guess, which changes no result."""
-        likely = max(state.open, key=lambda each: each.mass)
-        if not likely.leaf.read:
-            return []
-        tokens = self._cut(likely.node.read + data[: 16 * AHEAD], likely.leaf.depth == 0)
-        if self.cover.drop > 0:
-            self.reader.alone([part for token in tokens[:AHEAD] for part in self.reader.parts(token)])
-        return forest.chain(likely.leaf, tokens[:AHEAD])
 
     def _cut(self, text: bytes, first: bool) -> list[int]:
         """Tokens that spell the text (or its beginning): the tokenizer's as far as they do, then the longest."""
-        ids = self.tokenizer.backend_tokenizer.encode(text.decode(errors="replace"), add_special_tokens=False).ids
+        (ids,) = encode([text.decode(errors="replace")], self.tokenizer)
         made: list[int] = []
         done = 0
         for token in ids:
@@ -275,28 +331,36 @@ class ByteModel:
         return made
 
 
+def _nothing(place: int, state: State) -> None:
+    """Notes nothing."""
+
+
 def _rough(born: Born, told: Told) -> Hypothesis:
     """The hypothesis of a sequence that is not read: it goes on as `told`, what comes behind its last token alone."""
-    leaf = Leaf(born.leaf, born.token, UNREAD)
+    leaf = Leaf(born.leaf, born.token)
     leaf.true = born.true
     return fresh(leaf, told, born.log, born.true, rough=True)
 
 
-def _sure(found: tuple[Leaf, Told], born: Born) -> Hypothesis:
-    """The hypothesis of a sequence that is read."""
-    leaf, told = found
-    leaf.true = max(leaf.true, born.true)
-    return fresh(leaf, told, born.log, leaf.true)
+def _twin(leaf: Leaf) -> Found:
+    """Of a leaf that was not read at first what it is now, with the sequence's own log-probability."""
+    assert leaf.twin is not None
+    if leaf.true == -math.inf and leaf.parent is not None and not leaf.parent.read and leaf.parent.twin is not None:
+        above, told = _twin(leaf.parent)
+        leaf.true = above.true + told.log(leaf.token)
+    leaf.twin[0].true = max(leaf.twin[0].true, leaf.true)
+    return leaf.twin
 
 
-def _next_state(before: State, open_: Sequence[Hypothesis], step: float) -> State:
+def _next_state(before: State, open_: list[Hypothesis], step: float) -> State:
     """The state of what is left. Where nothing is, no sequence writes this byte: it is left out of what is read.
 
     Where the next one cannot be written either, the bytes of tokens that are not complete are left out as well.
     """
-    if any(each.mass > 0 for each in open_):
-        return state_of(open_, before.log + step, step)
+    found = state_of(open_, before.log + step, step)
+    if found.total > 0:
+        return found
     if not before.stuck:
-        return replace(before, step=-math.inf, stuck=True)
+        return State(before.open, before.total, before.log, -math.inf, stuck=True)
     again_ = [fresh(each.leaf, each.told, math.log(each.mass), -math.inf, each.rough) for each in before.open]
     return state_of(again_, before.log, -math.inf)

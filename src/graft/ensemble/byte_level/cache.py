@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
@@ -12,13 +13,21 @@ from graft.ensemble.byte_level.forest import Forest
 from graft.errors import RequestError
 
 
+class Read(NamedTuple):
+    """How far a member has read a row: the `state` behind it (None: it has not begun), and ids that it has `missed`."""
+
+    state: State | None = None
+    missed: tuple[int, ...] = ()
+
+
 class ByteCache(Cache):
-    """`rows`: of each row the members' states, which nothing changes once they are made, so that beams are reordered by
-    choosing among them; `forests`: where each member's sequences lie; `length`: ids of a row, padding included."""
+    """`rows`: of each row how far the members have read, which nothing changes once it is made, so that beams are
+    reordered by choosing among them; `forests`: where each member's sequences lie; `length`: ids of a row, padding
+    included."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self.rows: list[tuple[State, ...]] = []
+        self.rows: list[tuple[Read, ...]] = []
         self.forests: list[Forest] = []
         self.length = 0
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,18 +22,42 @@ END = 256
 
 class Told:
     """What a model gives the token behind a sequence: `logs [tokens] float32` in the order of `trie`, and `root [257]
-    float64`, the probabilities of its first byte and of the end."""
+    float64`, the probabilities of its first byte and of the end. `held`: what was read behind it, which lives as long.
+    """
 
-    __slots__ = ("__weakref__", "_running", "logs", "root", "trie", "whole")
+    __slots__ = ("__weakref__", "_branches", "_running", "_steps", "held", "logs", "root", "trie", "whole")
 
     def __init__(self, trie: Trie, logs: np.ndarray, root: np.ndarray):
         self.trie, self.logs, self.root = trie, logs, root
         self.whole = float(root.sum())
+        self.held: list[Any] = []
         self._running: dict[int, np.ndarray] = {}
+        self._steps: dict[tuple[Node, int], Step | None] = {}
+        self._branches: dict[Node, np.ndarray] = {}
 
     def log(self, token: int) -> float:
         """The log-probability of a token."""
         return self.logs.item(self.trie.place[token])
+
+    def step(self, node: Node, byte: int) -> Step | None:
+        """What one more byte makes of a token that has come to a node; None where no token goes on like that."""
+        key = node, byte
+        if key not in self._steps:
+            after = node.next(byte)
+            self._steps[key] = None if after is None else self._step(after)
+        return self._steps[key]
+
+    def _step(self, after: Node) -> Step:
+        own = range(after.low, after.low + after.own)
+        ended = [(self.trie.ids.item(at), self.logs.item(at)) for at in own]
+        return Step(after, ended, self.behind(after) if after.high > own.stop else 0.0)
+
+    def branches(self, node: Node) -> np.ndarray:
+        """`[k] float64`: the probability of the tokens behind each of the node's next bytes."""
+        found = self._branches.get(node)
+        if found is None:
+            found = self._branches[node] = node.sums(self.logs)
+        return found
 
     def behind(self, node: Node) -> float:
         """The probability of all tokens that go on behind a node, those that end there left out."""
@@ -52,6 +75,15 @@ class Told:
             whole = running.item(-1)
             found = running.item(end - 1 - low) - (running.item(begin - 1 - low) if begin > low else 0.0)
         return found if found > CANCELLED * whole else float(np.exp(self.logs[begin:end], dtype=np.float64).sum())
+
+
+class Step(NamedTuple):
+    """`node`: where a byte leads to; `ended`: (id, log-probability) of the tokens that are complete there; `behind`:
+    the probability of those that go on."""
+
+    node: Node
+    ended: list[tuple[int, float]]
+    behind: float
 
 
 CANCELLED = 1e-6
@@ -73,30 +105,32 @@ class Hypothesis(NamedTuple):
 
 
 class Born(NamedTuple):
-    """A sequence that one more token has made: `leaf` before it, the token's id; `log`, `true` as of a hypothesis."""
+    """A sequence that one more token has made: `leaf` before it, the token's id; `log`, `true` as of a hypothesis,
+    `mass` its probability in the state's measure."""
 
     leaf: Any
     token: int
     log: float
     true: float
+    mass: float
+
+
+class State:
+    """All hypotheses for a text (`open`), which have `total` mass together. `log`: the log-probability that a text
+    begins with these bytes, as the states before saw it, `step`: what the last byte added to it, -inf where no sequence
+    writes that one, `stuck` where it is left out. Nothing changes it once it is made."""
+
+    __slots__ = ("log", "open", "step", "stuck", "total")
+
+    def __init__(
+        self, open_: Sequence[Hypothesis], total: float, log: float = 0.0, step: float = 0.0, stuck: bool = False
+    ):
+        self.open, self.total, self.log, self.step, self.stuck = open_, total, log, step, stuck
 
     @property
-    def mass(self) -> float:
-        """Its probability, in the state's measure."""
-        return math.exp(self.log)
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """All hypotheses for a text, which have `total` mass together. `log`: the log-probability that a text begins with
-    these bytes, as the states before saw it, `step`: what the last byte added to it, -inf where no sequence writes
-    that one, `stuck` where it is left out."""
-
-    open: tuple[Hypothesis, ...]
-    total: float
-    log: float = 0.0
-    step: float = 0.0
-    stuck: bool = False
+    def tree(self) -> int:
+        """The row of the forest that its sequences are in."""
+        return int(self.open[0].leaf.row)
 
     @property
     def next(self) -> np.ndarray:
@@ -104,7 +138,7 @@ class State:
         after = np.zeros(END + 1)
         for each in self.open:
             if each.node.depth:
-                after[each.node.bytes] += each.node.sums(each.told.logs, each.log)
+                after[each.node.bytes] += each.told.branches(each.node) * math.exp(each.log)
             else:
                 after += each.told.root * math.exp(each.log)
         return after / after.sum()
@@ -133,20 +167,35 @@ def again(rough: Hypothesis, leaf: Any, told: Told, true: float) -> Hypothesis:
     return Hypothesis(leaf, told, rough.node, math.log(rough.mass / behind), rough.mass, true, False)
 
 
-def grown(state: State, byte: int) -> tuple[list[Hypothesis], list[Born]]:
-    """What one more byte leaves of a state: sequences whose next token goes on, and those that it completes."""
+class Grown(NamedTuple):
+    """What one more byte leaves of a state: sequences whose next token goes on (`moved`), those that it completes
+    (`born`), and the `mass` of both."""
+
+    moved: list[Hypothesis]
+    born: list[Born]
+    mass: float
+
+
+def grown(state: State, byte: int) -> Grown:
+    """What one more byte leaves of a state."""
     moved: list[Hypothesis] = []
     born: list[Born] = []
+    total = 0.0
     for leaf, told, node, log, _, true, rough in state.open:
-        after = node.next(byte)
-        if after is None:
+        found = told.step(node, byte)
+        if found is None:
             continue
-        for at in range(after.low, after.low + after.own):
-            step = told.logs.item(at)
-            born.append(Born(leaf, told.trie.ids.item(at), log + step, -math.inf if rough else true + step))
+        after, ended, behind = found
+        scale = math.exp(log)
+        for token, step in ended:
+            mass = scale * math.exp(step)
+            born.append(Born(leaf, token, log + step, -math.inf if rough else true + step, mass))
+            total += mass
         if after.high > after.low + after.own:
-            moved.append(Hypothesis(leaf, told, after, log, math.exp(log) * told.behind(after), true, rough))
-    return moved, born
+            mass = scale * behind
+            moved.append(Hypothesis(leaf, told, after, log, mass, true, rough))
+            total += mass
+    return Grown(moved, born, total)
 
 
 FAINT = 1e-9
@@ -154,20 +203,23 @@ FAINT = 1e-9
 
 
 def chosen(
-    moved: Sequence[Hypothesis], born: Sequence[Born], drop: float, join: float, most: int | None
+    moved: list[Hypothesis], born: Sequence[Born], total: float, drop: float, join: float, most: int | None
 ) -> tuple[list[Hypothesis], list[Born], bool]:
     """What is followed: hypotheses that go on, complete sequences, and whether the only one of these is rough.
 
-    Complete sequences spell the same bytes. The least likely ones, which hold at most the share `join` of all mass
-    together, and all behind the `most` likeliest, give their mass to the likeliest: it is assumed that they go on as it
-    does. Where all of them hold at most the share `drop`, the model is not asked what comes behind any.
+    Complete sequences spell the same bytes. The least likely ones, which hold at most the share `join` of the mass of
+    all (`total`) together, and all behind the `most` likeliest, give theirs to the likeliest: it is assumed that they
+    go on as it does. Where all of them hold at most the share `drop`, the model is not asked what comes behind any.
     """
-    total = sum(each.mass for each in moved) + sum(each.mass for each in born)
     if not total > 0:
         return [], [], False
     if drop > 0 or join > 0:
-        moved = [each for each in moved if each.mass > FAINT * total or each.node.depth < 2]
-    ordered = sorted((each for each in born if each.mass > 0), key=lambda each: each.log, reverse=True)
+        faint = FAINT * total
+        moved = [each for each in moved if each.mass > faint or each.node.depth < 2]
+    ordered = [each for each in born if each.mass > 0]
+    if not ordered:
+        return moved, [], False
+    ordered.sort(key=lambda each: each.log, reverse=True)
     given = 0.0
     while len(ordered) > 1:
         mass = ordered[-1].mass
@@ -175,18 +227,15 @@ def chosen(
             break
         given += mass
         ordered.pop()
-    if not ordered:
-        return list(moved), [], False
     first = ordered[0]
     rough = len(ordered) == 1 and given + first.mass <= drop * total
     if given:
-        ordered[0] = first._replace(log=math.log(first.mass + given))
-    return list(moved), ordered, rough
+        ordered[0] = first._replace(log=math.log(first.mass + given), mass=first.mass + given)
+    return moved, ordered, rough
 
 
-def step_of(state: State, moved: Sequence[Hypothesis], born: Sequence[Born]) -> float:
-    """The log-probability of the byte that left this of a state."""
-    mass = sum([each.mass for each in moved]) + sum([each.mass for each in born])
+def step_of(state: State, mass: float) -> float:
+    """The log-probability of the byte that left so much mass of a state."""
     return math.log(mass / state.total) if mass > 0 else -math.inf
 
 
@@ -196,9 +245,11 @@ LEAST = 1e-60
 
 def state_of(hypotheses: Sequence[Hypothesis], log: float = 0.0, step: float = 0.0) -> State:
     """The state of these hypotheses; `log` (with the step) and `step` as in the state."""
-    total = sum([each.mass for each in hypotheses])
+    total = 0.0
+    for each in hypotheses:
+        total += each.mass
     if 0 < total < LEAST:
         shift = math.log(total)
         hypotheses = [each._replace(log=each.log - shift, mass=each.mass / total) for each in hypotheses]
         total = 1.0
-    return State(tuple(hypotheses), total, log, step)
+    return State(hypotheses, total, log, step)

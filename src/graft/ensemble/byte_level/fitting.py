@@ -10,14 +10,15 @@ import torch
 
 from graft import models
 from graft.ensemble.byte_level.byte_model import ByteModel, Cover
-from graft.ensemble.byte_level.scorer import distributions, score
+from graft.ensemble.byte_level.scorer import ROWS, bytes_of, distributions, score
 from graft.ensemble.configuration import context_of
 from graft.ensemble.contributions import contributions
 from graft.ensemble.diversity import error_correlation
+from graft.ensemble.gate import features
 from graft.ensemble.members import home_of
-from graft.ensemble.settings import CoverSettings, EnsembleSettings
+from graft.ensemble.settings import CoverSettings, EnsembleSettings, FittedWeights
 from graft.ensemble.sources import Source
-from graft.ensemble.weights import Fit, fit_linear, fit_log_linear
+from graft.ensemble.weights import Fit, fit_gated, fit_linear, fit_log_linear
 
 BYTES = 2**28
 """Distributions of one member that are kept at most; of longer texts, bytes at even distances are."""
@@ -31,20 +32,29 @@ def fit(
     texts: Sequence[str],
     importance: Callable[[np.ndarray], np.ndarray],
     device: str | None,
+    looks_at: Sequence[int] = (),
+    seed: int = 0,
 ) -> Fit:
     """Each member reads the text once; EM for a mixture, Newton's method for a product.
 
-    `importance`: how much each byte counts, from the places of the texts that they are in.
+    `importance`: how much each byte counts, from the places of the texts that they are in. `looks_at`, `seed`: of a
+    gate, where the settings ask for one.
     """
-    data = [text.encode("utf-8", "surrogatepass") for text in texts]
+    data = [bytes_of(text) for text in texts]
     places = np.repeat(np.arange(len(data)), [len(each) for each in data])
     cover = cover_of(settings)
     if settings.rule == "log_linear":
         return _product(sources, data, places, importance, cover, device)
-    told = np.stack([_gold(reader_of(source, cover, device), data) for source in sources])
-    share = importance(places)
-    found = replace(fit_linear(told, share), correlation=error_correlation(told))
-    return replace(found, contributions=contributions(told, NOTHING, share, texts=places))
+    gate = settings.weights.gate if isinstance(settings.weights, FittedWeights) else None
+    readers = (reader_of(source, cover, device) for source in sources)
+    said = [_said(reader, data) if gate is not None else (_gold(reader, data), None) for reader in readers]
+    told, share = np.stack([gold for gold, _ in said]), importance(places)
+    missed = contributions(told, NOTHING, share, texts=places)
+    found = replace(fit_linear(told, share), correlation=error_correlation(told), contributions=missed)
+    if gate is None:
+        return found
+    inputs = torch.cat([seen for seen in (said[number][1] for number in looks_at) if seen is not None], -1)
+    return fit_gated(found, torch.from_numpy(told).float(), inputs, share, gate, looks_at, seed)
 
 
 def cover_of(settings: EnsembleSettings) -> Cover:
@@ -61,6 +71,18 @@ def reader_of(source: Source, cover: Cover, device: str | None) -> ByteModel:
 
 def _gold(reader: ByteModel, data: Sequence[bytes]) -> np.ndarray:
     return np.concatenate([each.log_probs for each in score(reader, data)])
+
+
+def _said(reader: ByteModel, data: Sequence[bytes]) -> tuple[np.ndarray, torch.Tensor]:
+    """Of every byte of all texts its log-probability `[bytes] float32` and a gate's features before it `[bytes, 2]`."""
+    golds, seen = [], []
+    for begin in range(0, len(data), ROWS):
+        part = data[begin : begin + ROWS]
+        for text, nexts in zip(part, distributions(reader, part), strict=True):
+            log_probs = torch.from_numpy(nexts).log().float()
+            golds.append(log_probs[range(len(text)), list(text)])
+            seen.append(features([log_probs]))
+    return torch.cat(golds).numpy(), torch.cat(seen)
 
 
 def _product(
@@ -81,7 +103,8 @@ def _product(
 def _spread(reader: ByteModel, data: Sequence[bytes], stride: int) -> torch.Tensor:
     """`[bytes kept, 257] float32` log-probabilities before every `stride`-th byte of all texts."""
     kept, seen = [], 0
-    for text in data:
-        kept.append(torch.from_numpy(distributions(reader, text)[-seen % stride :: stride]).log().float())
-        seen += len(text)
+    for begin in range(0, len(data), ROWS):
+        for nexts in distributions(reader, data[begin : begin + ROWS]):
+            kept.append(torch.from_numpy(nexts[-seen % stride :: stride]).log().float())
+            seen += len(nexts)
     return torch.cat(kept)

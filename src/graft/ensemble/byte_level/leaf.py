@@ -13,26 +13,29 @@ UNREAD = np.zeros(0, np.int64)
 
 
 class Leaf:
-    """A token behind its `parent`, `depth` tokens from the start; `slots`: columns of the cache that it sees, its own
-    the last. `told`: what the model gives behind it, as long as somebody holds that; `true`: the log-probability of
-    the sequence, where it is known. `again`: the same, read with fewer tokens before it, where the model can read no
-    further. `twin`: of one that was not read, what it is when it has been.
+    """A token behind its `parent`, `depth` tokens from the start, in tree `row`; `slots`: columns of the tree that it
+    sees, its own the last. `told`: what the model gives behind it, as long as somebody holds that; `true`: the
+    log-probability of the sequence, where it is known. `again`: the same, read with fewer tokens before it, where the
+    model can read no further. `twin`: of one that was not read, what it is when it has been; `sought`: the
+    pass of the forest after which that was looked for last.
     """
 
-    __slots__ = ("__weakref__", "again", "depth", "parent", "slots", "token", "told", "true", "twin")
+    __slots__ = ("__weakref__", "again", "depth", "parent", "row", "slots", "sought", "token", "told", "true", "twin")
 
-    def __init__(self, parent: Leaf | None, token: int, slots: np.ndarray):
-        self.parent, self.token, self.slots = parent, token, slots
+    def __init__(self, parent: Leaf | None, token: int, row: int = 0):
+        self.parent, self.token, self.slots = parent, token, UNREAD
         self.depth: int = 0 if parent is None else parent.depth + 1
+        self.row: int = row if parent is None else parent.row
         self.told: weakref.ref[Told] | None = None
         self.again: Leaf | None = None
         self.true = -np.inf if parent is not None else 0.0
         self.twin: tuple[Leaf, Told] | None = None
+        self.sought = -1
 
     @property
     def read(self) -> bool:
         """Whether the model has read it."""
-        return self.slots is not UNREAD
+        return self.told is not None
 
     @property
     def now(self) -> Leaf:

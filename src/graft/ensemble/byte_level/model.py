@@ -7,7 +7,7 @@ Each member gives exact probabilities of the next byte (`byte_model.py`), which 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from graft import models
 from graft.ensemble.base import Ensemble
-from graft.ensemble.byte_level.byte_model import ByteModel, Cover
-from graft.ensemble.byte_level.cache import ByteCache
+from graft.ensemble.byte_level.asking import Reading, together
+from graft.ensemble.byte_level.byte_model import ByteModel, Cover, Note
+from graft.ensemble.byte_level.cache import ByteCache, Read
 from graft.ensemble.byte_level.configuration import ByteEnsembleConfig
 from graft.ensemble.byte_level.cover import State
 from graft.ensemble.byte_level.forest import Forest
 from graft.ensemble.byte_level.tokenizer import BOS, EOS, PAD, SIZE, byte_tokenizer
 from graft.ensemble.configuration import WORDS, EnsembleConfig, context_of, kind_of
+from graft.ensemble.gate import Told
 from graft.ensemble.members import home_of
 from graft.errors import RequestError
 
@@ -109,73 +111,31 @@ class EnsembleOverBytes(Ensemble, GenerationMixin):
         """Refused: a draft needs members of one vocabulary."""
         raise RequestError("speculation needs members of one vocabulary, found an ensemble over bytes: use generate")
 
+    def _begun(self, cache: ByteCache | None, batch: int) -> ByteCache:
+        """The cache, or a new one, with a place for every row and member."""
+        cache = ByteCache() if cache is None else cache
+        if not cache.forests:
+            cache.forests = [Forest(reader.reader) for reader in self.readers]
+            cache.rows = [(Read(),) * len(self.readers)] * batch
+        return cache
+
     @torch.no_grad()
-    def byte_probabilities(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, cache: ByteCache | None = None
-    ) -> list[np.ndarray]:
-        """Of each active member `[batch, length, 257] float64`: the next byte (or the end) behind each id."""
-        batch, length = input_ids.shape
-        kept = cache if cache is not None else ByteCache()
-        if not kept.forests:
-            kept.forests = [Forest(reader.reader) for reader in self.readers]
-            kept.rows = [()] * batch
-        keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -length:]
-        ids = [
-            [PAD if not real else token for token, real in zip(row, mask, strict=True)]
-            for row, mask in zip(input_ids.tolist(), keep.tolist(), strict=True)
-        ]
-        found = self._step(kept, ids) if length == 1 and kept.length else self._whole(kept, ids, cache is not None)
-        kept.length += length
-        return found
-
-    def _step(self, cache: ByteCache, ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """One id a row, all rows together."""
-        made: list[list[State]] = []
-        for place, (reader, forest) in enumerate(zip(self.readers, cache.forests, strict=True)):
-            states = [row[place] for row in cache.rows]
-            moving = [row for row, (token,) in enumerate(ids) if token < EOS]
-            new = reader.advance(forest, [states[row] for row in moving], [ids[row][0] for row in moving])
-            for row, state in zip(moving, new, strict=True):
-                states[row] = state
-            for row, (token,) in enumerate(ids):
-                if token in (BOS, EOS):
-                    states[row] = reader.begin(forest)
-            made.append(states)
-        cache.rows = list(zip(*made, strict=True))
-        return [np.stack([state.next for state in states])[:, None] for states in made]
-
-    def _whole(self, cache: ByteCache, ids: Sequence[Sequence[int]], keep: bool) -> list[np.ndarray]:
-        """Whole rows, one after the other; a prompt that stands there twice is read once."""
-        known: dict[tuple[Any, ...], tuple[list[np.ndarray], tuple[State, ...]]] = {}
-        for row, own in enumerate(ids):
-            key = (tuple(own), *map(id, cache.rows[row]))
-            if key not in known:
-                pairs = []
-                for place, reader in enumerate(self.readers):
-                    state = cache.rows[row][place] if cache.rows[row] else None
-                    pairs.append(self._row(reader, cache.forests[place], state, own, keep))
-                known[key] = [nexts for nexts, _ in pairs], tuple(state for _, state in pairs)
-        keys = [(tuple(own), *map(id, states)) for own, states in zip(ids, cache.rows, strict=True)]
-        cache.rows = [known[key][1] for key in keys]
-        return [np.stack([known[key][0][place] for key in keys]) for place in range(len(self.readers))]
-
-    def _row(
-        self, reader: ByteModel, forest: Forest, state: State | None, ids: Sequence[int], keep: bool
-    ) -> tuple[np.ndarray, State]:
-        """`[len(ids), 257]` and the state behind them; what is begun here is read apart from the other rows."""
-        own = Forest(reader.reader) if state is None else forest
-        state = reader.begin(own) if state is None else state
-        nexts = np.empty((len(ids), EOS + 1))
-        for begin, stop in _runs(ids):
-            data = [token for token in ids[begin:stop] if token < EOS]
-            if data:
-                state = reader.follow(own, state, bytes(data), _noting(nexts[begin:stop]))
-            else:
-                state = state if ids[begin] == PAD else reader.begin(own)
-                nexts[begin:stop] = state.next
-        if keep and own is not forest:
-            forest.adopt(own)
-        return nexts, state
+    def _read(
+        self, number: int, cache: ByteCache, ids: Sequence[Sequence[int]], places: np.ndarray
+    ) -> tuple[torch.Tensor, list[State]]:
+        """What an active member gives the next byte behind the ids at these places, `[batch, places, 259]`, with what
+        it has missed read first, and its states behind them."""
+        reader, forest = self.readers[number], cache.forests[number]
+        before = [row[number].state for row in cache.rows]
+        missed = [row[number].missed for row in cache.rows]
+        rows = [[*old, *new] for old, new in zip(missed, ids, strict=True)]
+        known = [state for state in before if state is not None]
+        if len(rows[0]) == 1 and len(known) == len(rows):
+            states = _advanced(reader, forest, known, [own for (own,) in rows])
+            nexts = np.stack([state.next for state in states])[:, None]
+        else:
+            nexts, states = _whole(reader, forest, before, rows, places + len(missed[0]))
+        return _log_probs(nexts, self.device), states
 
     def forward(
         self,
@@ -202,15 +162,34 @@ class EnsembleOverBytes(Ensemble, GenerationMixin):
             raise RequestError(
                 f"an ensemble over bytes has a cache of its own, found {type(past_key_values).__name__}: give none"
             )
-        cache = ByteCache() if use_cache and past_key_values is None else past_key_values
-        found = self.byte_probabilities(input_ids, attention_mask, cache)
-        log_probs = [_log_probs(each, logits_to_keep, self.device) for each in found]
-        mixed = self.combine(log_probs, self.weights, self.options)
-        self._check_outputs(mixed, log_probs, attention_mask)
+        batch, length = input_ids.shape
+        cache = self._begun(past_key_values, batch)
+        places = np.arange(length)
+        keep = logits_to_keep
+        places = places[keep.cpu().numpy()] if isinstance(keep, torch.Tensor) else places[-keep:]
+        mask = None if attention_mask is None else attention_mask[:, -length:]
+        ids = (input_ids if mask is None else input_ids.masked_fill(mask == 0, PAD)).tolist()
+        states: dict[int, list[State]] = {}
+
+        def read(number: int) -> Told:
+            log_probs, states[number] = self._read(number, cache, ids, places)
+            return Told(log_probs)
+
+        told, weights = self._told(read, None if mask is None else mask[:, torch.from_numpy(places)])
+        mixed = self.mixed(told, weights, attention_mask)
+        cache.rows = [
+            tuple(
+                Read(states[number][row]) if number in states else Read(old.state, (*old.missed, *ids[row]))
+                for number, old in enumerate(reads)
+            )
+            for row, reads in enumerate(cache.rows)
+        ]
+        cache.length += length
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=mixed, labels=labels, vocab_size=SIZE, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=mixed, past_key_values=cache)
+        given = use_cache or past_key_values is not None
+        return CausalLMOutputWithPast(loss=loss, logits=mixed, past_key_values=cache if given else None)
 
 
 def _check_decoders(config: EnsembleConfig) -> None:
@@ -224,6 +203,67 @@ def _check_decoders(config: EnsembleConfig) -> None:
             )
 
 
+def _advanced(reader: ByteModel, forest: Forest, states: Sequence[State], ids: Sequence[int]) -> list[State]:
+    """Each row one id on, all together."""
+    found = list(states)
+    moving = [row for row, token in enumerate(ids) if token < EOS]
+    begun = [row for row, token in enumerate(ids) if token in (BOS, EOS)]
+    new = reader.advance(forest, [states[row] for row in moving], [ids[row] for row in moving])
+    new += reader.begin(forest, [states[row].tree for row in begun])
+    for row, state in zip([*moving, *begun], new, strict=True):
+        found[row] = state
+    return found
+
+
+def _whole(
+    reader: ByteModel,
+    forest: Forest,
+    before: Sequence[State | None],
+    rows: Sequence[Sequence[int]],
+    places: np.ndarray,
+) -> tuple[np.ndarray, list[State]]:
+    """Many ids a row, all rows together; a prompt that stands there twice is read once.
+
+    Returns the next byte's probabilities `[batch, places, 257]` and the states behind the rows.
+    """
+    keys = [(tuple(own), id(state)) for own, state in zip(rows, before, strict=True)]
+    first = {key: row for row, key in reversed(list(enumerate(keys)))}
+    trees = iter(forest.plant(sum(before[row] is None for row in first.values())))
+    readings = [_row(reader, forest, before[row] or next(trees), rows[row], places) for row in first.values()]
+    found = dict(zip(first, together(forest, readings), strict=True))
+    return np.stack([found[key][0] for key in keys]), [found[key][1] for key in keys]
+
+
+def _row(
+    reader: ByteModel, forest: Forest, before: State | int, ids: Sequence[int], places: np.ndarray
+) -> Reading[tuple[np.ndarray, State]]:
+    """The next byte's probabilities `[places, 257]` behind these ids of a row, and the state behind all of them.
+
+    `before`: the state behind what it said before, or the tree of a new row.
+    """
+    state = before if isinstance(before, State) else (yield from reader.beginning(forest, before))
+    row_of = {int(place): row for row, place in enumerate(places)}
+    nexts = np.empty((len(places), EOS + 1))
+
+    def note(place: int, state: State) -> None:
+        if place in row_of:
+            nexts[row_of[place]] = state.next
+
+    for begin, stop in _runs(ids):
+        if ids[begin] < EOS:
+            state = yield from reader.following(forest, state, bytes(ids[begin:stop]), _behind(note, begin))
+        elif ids[begin] != PAD:
+            state = yield from reader.beginning(forest, state.tree)
+        if ids[begin] >= EOS:
+            note(begin, state)
+    return nexts, state
+
+
+def _behind(note: Note, places: int) -> Note:
+    """The same for a text that stands so many places further."""
+    return lambda place, state: note(places + place, state)
+
+
 def _runs(ids: Sequence[int]) -> Iterator[tuple[int, int]]:
     """(begin, end) of each stretch of bytes, and of each other id by itself."""
     begin = 0
@@ -235,21 +275,8 @@ def _runs(ids: Sequence[int]) -> Iterator[tuple[int, int]]:
         begin = stop
 
 
-def _noting(nexts: np.ndarray) -> Callable[[int, State], None]:
-    """What writes down the next byte's probabilities behind each byte, `[bytes, 257]`."""
-
-    def note(place: int, state: State) -> None:
-        nexts[place] = state.next
-
-    return note
-
-
-def _log_probs(nexts: np.ndarray, keep: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+def _log_probs(nexts: np.ndarray, device: torch.device) -> torch.Tensor:
     """`[batch, kept, 259] float32`: ids that are no bytes have probability zero, apart from the end."""
-    if isinstance(keep, torch.Tensor):
-        nexts = nexts[:, keep.cpu().numpy()]
-    elif keep:
-        nexts = nexts[:, -keep:]
     whole = torch.full((*nexts.shape[:-1], SIZE), -torch.inf)
     whole[..., : nexts.shape[-1]] = torch.from_numpy(nexts).log()
     return whole.to(device)

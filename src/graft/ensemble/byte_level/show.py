@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
 
 from graft.ensemble.byte_level.byte_model import ByteModel, Cover
 from graft.ensemble.byte_level.fitting import reader_of
 from graft.ensemble.byte_level.model import EnsembleOverBytes
-from graft.ensemble.byte_level.scorer import score
+from graft.ensemble.byte_level.scorer import bytes_of, distributions
+from graft.ensemble.gate import Gate, Told
 from graft.ensemble.sources import Source
 from graft.ensemble.spoken import Spoken
 
@@ -17,33 +20,49 @@ from graft.ensemble.spoken import Spoken
 def speaks(model: EnsembleOverBytes, text: str) -> Spoken:
     """Who speaks in `text`, a character a token."""
     names = [str(model.config.members[place]["name"]) for place in model.active]
-    return _spoken(names, model.weights.numpy(), [_gold(reader, text) for reader in model.readers], text)
+    told = [_told(reader, text) for reader in model.readers]
+    return _spoken(names, model.weights, model.gate, told, text)
 
 
 def spoken_by(
-    sources: Sequence[Source], weights: Sequence[float], cover: Cover, text: str, device: str | None = None
+    sources: Sequence[Source],
+    weights: Sequence[float],
+    gate: dict[str, Any] | None,
+    cover: Cover,
+    text: str,
+    device: str | None = None,
 ) -> Spoken:
     """Who speaks in `text` where these members are mixed, one after the other in memory."""
-    gold = [_gold(reader_of(source, cover, device), text) for source in sources]
-    return _spoken([source.name for source in sources], np.asarray(weights), gold, text)
+    told = [_told(reader_of(source, cover, device), text) for source in sources]
+    names = [source.name for source in sources]
+    return _spoken(names, torch.tensor(weights), Gate.from_plain(gate) if gate else None, told, text)
 
 
-def _gold(reader: ByteModel, text: str) -> np.ndarray:
-    return score(reader, [text])[0].log_probs
+def _told(reader: ByteModel, text: str) -> torch.Tensor:
+    """`[bytes, 257] float32` log-probabilities before each byte."""
+    (nexts,) = distributions(reader, [bytes_of(text)])
+    return torch.from_numpy(nexts).log().float()
 
 
-def _spoken(names: Sequence[str], weights: np.ndarray, gold: Sequence[np.ndarray], text: str) -> Spoken:
-    """`gold`: of each member `[bytes]` log-probabilities. A character's share is the mean of its bytes' shares, what a
-    member gives it the product of what it gives them; a byte that no member can write is shared by weight."""
-    parts = np.exp(np.stack(gold, -1)) * weights
+def _spoken(
+    names: Sequence[str], constant: torch.Tensor, gate: Gate | None, told: Sequence[torch.Tensor], text: str
+) -> Spoken:
+    """`told`: of each member `[bytes, 257]` log-probabilities. A character's share is the mean of its bytes' shares, as
+    its weight; what a member gives it is the product of what it gives them. A byte that no member can write is shared
+    by weight."""
+    data = list(bytes_of(text))
+    decided = constant.expand(len(data), -1) if gate is None else gate.decide([Told(told[n]) for n in gate.looks_at])
+    weights = decided.detach().double().numpy()
+    gold = np.stack([each[range(len(data)), data].double().numpy() for each in told], -1)
+    parts = np.exp(gold) * weights
     total = parts.sum(-1, keepdims=True)
-    shares = np.where(total > 0, parts / np.where(total > 0, total, 1), weights / weights.sum())
-    sizes = np.array([len(letter.encode("utf-8", "surrogatepass")) for letter in text])
+    shares = np.where(total > 0, parts / np.where(total > 0, total, 1), weights / weights.sum(-1, keepdims=True))
+    sizes = np.array([len(bytes_of(letter)) for letter in text])
     starts = np.cumsum(sizes) - sizes
     return Spoken(
         tuple(names),
         tuple(text),
         np.add.reduceat(shares, starts) / sizes[:, None],
-        np.broadcast_to(weights, (len(text), len(weights))),
-        np.exp(np.add.reduceat(np.stack(gold, -1), starts)),
+        np.add.reduceat(weights, starts) / sizes[:, None],
+        np.exp(np.add.reduceat(gold, starts)),
     )

@@ -38,11 +38,10 @@ class Node:
             found = self._next[byte] = Node(self._trie, begin + int(self.starts[place]), end, self.depth + 1, self.top)
         return found
 
-    def sums(self, logs: np.ndarray, log: float) -> np.ndarray:
-        """`[k] float64`: exp(log) times the probability of the tokens behind each next byte; `logs` of all tokens."""
-        if self.high - self.low - self.own == 1:
-            return np.exp(logs[self.high - 1 : self.high] + np.float64(log))
-        return np.add.reduceat(np.exp(logs[self.low + self.own : self.high] + np.float64(log)), self.starts)
+    def sums(self, logs: np.ndarray) -> np.ndarray:
+        """`[k] float64`: the probability of the tokens behind each next byte; `logs` of all tokens."""
+        probs = np.exp(logs[self.low + self.own : self.high], dtype=np.float64)
+        return probs if len(probs) == 1 else np.add.reduceat(probs, self.starts)
 
     @property
     def read(self) -> bytes:

@@ -20,8 +20,12 @@ def problems(settings: EnsembleSettings) -> list[str]:
         found.append(f"bytes are for rules that combine probabilities, found {settings.rule!r}")
     if settings.draft is not None:
         found.append("speculation is for members of one vocabulary, found bytes: leave the draft out")
-    if isinstance(settings.weights, FittedWeights) and settings.weights.gate is not None:
-        found.append("a gate is for members of one vocabulary, found bytes: leave the gate out")
+    gate = settings.weights.gate if isinstance(settings.weights, FittedWeights) else None
+    if gate is not None and gate.hidden_states:
+        found.append(
+            "a gate sees hidden states of members of one vocabulary, found bytes, at which a member follows several "
+            "token sequences and so has no single state: leave `hidden_states` out; it sees entropies"
+        )
     return found
 
 
@@ -31,8 +35,10 @@ def configuration(
     entries: list[dict[str, Any]],
     weights: list[float],
     out: Path,
+    gate: Any = None,
 ) -> Any:
-    """The ensemble's configuration, with its tokenizer written into `out`.
+    """The ensemble's configuration, with its tokenizer written into `out`; `gate`: its weights, where they follow the
+    context.
 
     Raises CannotCombine for a member whose tokens have no bytes of their own.
     """
@@ -46,4 +52,4 @@ def configuration(
         spelling_of(models.load_tokenizer(home_of(folder)), name=name)
     byte_tokenizer().save_pretrained(out)
     cover = (settings.cover or CoverSettings()).plain()
-    return ByteEnsembleConfig(entries, settings.rule, weights, settings.options, cover=cover)
+    return ByteEnsembleConfig(entries, settings.rule, weights, settings.options, gate, cover=cover)

@@ -1,0 +1,103 @@
+"""Texts that are read at the same time, in trees of one cache, say what each says by itself."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_bytes import LEFT, by_hand, member, tokenizer
+from tiny_members import gpt2
+
+from graft.ensemble.byte_level import forest as forests
+from graft.ensemble.byte_level.asking import Ask, together
+from graft.ensemble.byte_level.byte_model import EXACT, ByteModel, Cover
+from graft.ensemble.byte_level.cover import Born
+from graft.ensemble.byte_level.forest import Forest, style_of
+from graft.ensemble.byte_level.leaf import Leaf
+from graft.ensemble.byte_level.scorer import distributions, score
+
+TEXTS = [b"abcabcacb" * 5, b"", b"a", b"bcab", b"cabca" * 9, b"xbca", b"ccba" * 3]
+SOME = Cover(drop=0.03, join=0.3)
+
+
+@pytest.mark.parametrize("cover", [Cover(drop=0.0, join=0.0, most=2), SOME, Cover("canonical", 0.0, 0.0, None)])
+@pytest.mark.parametrize("limit", [None, 12])
+def test_scoring_many_texts_is_scoring_each(cover, limit):
+    reader = ByteModel(member(6, LEFT), LEFT, cover, limit=limit)
+    alone = [score(reader, [text])[0] for text in TEXTS]
+    for own, found in zip(alone, score(reader, TEXTS), strict=True):
+        assert found.log_probs == pytest.approx(own.log_probs, abs=1e-4)
+        assert found.lost == pytest.approx(own.lost, abs=1e-3)
+
+
+def test_distributions_of_many_texts_are_those_counted_by_hand():
+    model = member(6, LEFT)
+    texts = [b"abcab", b"", b"cb", b"bca"]
+    for text, nexts in zip(texts, distributions(ByteModel(model, LEFT, EXACT), texts), strict=True):
+        assert nexts.shape == (len(text), 257)
+        for end, found in enumerate(nexts):
+            assert np.allclose(found, by_hand(model, LEFT, text[:end]), atol=1e-6)
+        assert np.allclose(nexts.sum(-1), 1, atol=1e-12)
+
+
+def test_texts_in_one_pass_need_about_as_many_passes_as_the_longest_alone():
+    reader = ByteModel(gpt2(3), LEFT, SOME)
+    texts = [b"abcabcacb" * 4, b"cabca" * 7, b"ccbabcab" * 4, b"bacac" * 7]
+    score(reader, texts)  # what follows single tokens is read once and kept
+
+    def passes(texts):
+        before = reader.reader.forwards
+        score(reader, texts)
+        return reader.reader.forwards - before
+
+    alone = [passes([text]) for text in texts]
+    assert passes(texts) <= 1.5 * max(alone) < sum(alone)
+
+
+def test_padding_and_rows_that_wait_change_nothing(monkeypatch):
+    """Trees that need many and few tokens at once, in one pass and in several."""
+    reader = ByteModel(member(6, LEFT), LEFT, SOME)
+    wanted = score(reader, TEXTS)
+    for spare, logits in ((0, 2**24), (10**6, 2**24), (16, 64)):
+        monkeypatch.setattr(forests, "SPARE", spare)
+        monkeypatch.setattr(forests, "LOGITS", logits)
+        for own, found in zip(wanted, score(reader, TEXTS), strict=True):
+            assert found.log_probs == pytest.approx(own.log_probs, abs=1e-4)
+
+
+def test_what_two_ask_for_is_read_once():
+    reader = ByteModel(member(6, LEFT), LEFT, EXACT).reader
+    forest = Forest(reader, 1)
+    root = forest.root()[0]
+    token = int(reader.later.ids[0])
+
+    def asking():
+        (found,) = yield Ask([Leaf(root, token)])
+        (behind,) = yield Ask([Leaf(found[0], token)])
+        return found, behind
+
+    before = reader.tokens_read
+    (one, two), (same, again) = together(forest, [asking(), asking()])
+    assert reader.tokens_read - before == 2
+    assert (one[0] is same[0], two[0] is again[0]) == (True, True)
+    with torch.no_grad():
+        logits = reader.model(input_ids=torch.tensor([[1, token, token]])).logits[0, -1]
+    assert np.allclose(two[1].logs, logits[[*reader.later.ids, 2]].log_softmax(-1)[:-1], atol=1e-5)
+
+
+def test_a_special_token_that_a_text_speaks_of_is_written_by_its_letters():
+    words = tokenizer("<>abeos")
+    model = member(3, words)
+    ids = words.get_vocab()
+    reader = ByteModel(model, words, Cover("canonical", 0.0, 0.0, None))
+    assert reader._cut(b"a<eos>b", True) == [ids[letter] for letter in "a<eos>b"]
+    leaf = Forest(reader.reader, 1).root()[0]
+    for letter in "a<eos>":
+        assert reader._canonical(Born(leaf, ids[letter], 0.0, 0.0, 1.0))
+        leaf = Leaf(leaf, ids[letter])
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[1, *(ids[letter] for letter in "a<eos>")]])).logits[0]
+    allowed = [2, *(ids[letter] for letter in "<>abeos")]
+    wanted = [
+        float(row[allowed].log_softmax(-1)[allowed.index(ids[c])]) for row, c in zip(logits, "a<eos>b", strict=True)
+    ]
+    assert score(reader, ["a<eos>b"])[0].log_probs == pytest.approx(wanted, abs=1e-5)
+    assert style_of(reader.reader) == "additive"
