@@ -196,6 +196,20 @@ def test_an_older_folder_stays_until_the_new_one_is_whole(tmp_path):
     assert [p.name for p in target.iterdir()] == ["new"]
 
 
+def test_weights_may_be_read_by_whom_other_new_files_may_be(tmp_path):
+    theirs = tmp_path / "theirs.safetensors"
+    theirs.write_bytes(b"x")
+    theirs.chmod(0o600)
+    with atomic_folder(tmp_path / "made") as part:
+        save_file({"a": torch.ones(2)}, part / "model.safetensors")
+        (part / "model.safetensors").chmod(0o600)
+        os.link(theirs, part / "linked.safetensors")
+        (part / "config.json").write_text("{}")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "made").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+    assert modes["linked.safetensors"] == 0o600
+
+
 def test_of_two_that_make_the_same_folder_the_first_stays(tmp_path):
     target = tmp_path / "made"
     with atomic_folder(target, keep_existing=True) as part:

@@ -109,6 +109,22 @@ def test_force_makes_anew_and_what_comes_out_the_same_leaves_the_rest_standing(f
     assert weights(folder) == before
 
 
+def test_force_of_a_model_that_only_leaves_out_is_refused(family):
+    recipe, folder, _ = family
+    with pytest.raises(RequestError, match=r"expected only nodes to make anew .* that left .* need, found right"):
+        run(recipe, folder, only=["left"], force=["base", "right"], dry_run=True)
+
+
+def test_a_recipe_that_is_not_of_the_run_is_never_written_over(family, tmp_path):
+    recipe, _, _ = family
+    (tmp_path / "recipe.yaml").write_text("mine")
+    with pytest.raises(RequestError, match=r"recipe\.yaml, which no run put there: choose another"):
+        run(recipe, tmp_path)
+    assert (tmp_path / "recipe.yaml").read_text() == "mine"
+    (tmp_path / "recipe.yaml").write_text(recipe.read_text())
+    assert run(tmp_path / "recipe.yaml", tmp_path).made == ["base", "left", "right", "both"]
+
+
 def test_dry_run_touches_nothing(family):
     recipe, folder, _ = family
     plan = run(recipe, folder, dry_run=True).plan

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import struct
 import threading
 from collections.abc import Iterator, Mapping
@@ -393,6 +394,7 @@ def replace_folder(made: Path, target: Path, *, keep_existing: bool = False, on_
 
     `on_disk`: wait until the disk has it, so that it is whole even where the machine goes down.
     """
+    _permit(made)
     if on_disk:
         sync_folder(made)
     old = target.parent / f".{target.name}.{os.getpid()}.old"
@@ -410,6 +412,18 @@ def replace_folder(made: Path, target: Path, *, keep_existing: bool = False, on_
         raise
     shutil.rmtree(old, ignore_errors=True)
     sync(target.parent)
+
+
+def _permit(folder: Path) -> None:
+    """Files that safetensors wrote for their owner alone get the mode of all others that are new.
+
+    What stands elsewhere too is not ours.
+    """
+    os.umask(mask := os.umask(0))
+    for path in folder.rglob("*.safetensors"):
+        found = path.lstat()
+        if stat.S_ISREG(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o600 and found.st_nlink == 1:
+            path.chmod(0o666 & ~mask)
 
 
 def sync_folder(folder: Path) -> None:

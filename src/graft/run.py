@@ -81,6 +81,7 @@ def run(
         return RunResult(places.folder, make_plan(family, places, only=only, force=force, verify=verify))
     with locked(places, wait=wait):
         plan = make_plan(family, places, only=only, force=force, verify=verify)
+        _check_copy(places, family.text)
         atomic_write(places.folder / "recipe.yaml", family.text)
         try:
             made, cached = execute(plan, executor, device=device)
@@ -92,6 +93,15 @@ def run(
         rows = _measured(plan, device, plan.steps)
         report = importlib.import_module("graft.report").write_report(places.folder)
     return RunResult(places.folder, plan, made, cached, rows, report)
+
+
+def _check_copy(places: Places, text: str) -> None:
+    """Raises RequestError where the copy of the recipe that a run keeps would replace a file which is not its own."""
+    there = places.folder / "recipe.yaml"
+    if there.is_file() and not places.models.is_dir() and there.read_text(encoding="utf-8", errors="replace") != text:
+        raise RequestError(
+            f"expected the folder of a run or an empty one, found {there}, which no run put there: choose another"
+        )
 
 
 def executor_for(jobs: int = 1, launch: str | None = None) -> Executor:

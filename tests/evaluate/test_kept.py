@@ -154,6 +154,7 @@ def test_the_bytes_of_a_model_are_its_own_with_those_it_is_made_of_each_once(tmp
     base = folder_of(tmp_path / "base", {"model_type": "llama"}, weights=1000)
     other = folder_of(tmp_path / "other", {"model_type": "llama"}, weights=500)
     folder_of(base / "checkpoints" / "step-1", {"model_type": "llama"}, weights=300)
+    (base / "log.jsonl").write_bytes(bytes(900))
     whole = 1000 + (base / "config.json").stat().st_size
     assert disk_bytes(base) == whole
     assert disk_bytes(base / "checkpoints" / "step-1") == own(base / "checkpoints" / "step-1") > 300

@@ -253,7 +253,7 @@ def _compare(results: Results, a: Row, b: Row, first: _Redrawn, second: _Redrawn
 def disk_bytes(folder: Path) -> int:
     """Bytes of the model's files; an ensemble's are those of its members, an adapter's those of its base as well.
 
-    What several of them share is counted once; checkpoints are no part of the model.
+    What several of them share is counted once; checkpoints and the log of the training are no part of the model.
     """
     files: set[Path] = set()
     seen: set[Path] = set()
@@ -262,7 +262,7 @@ def disk_bytes(folder: Path) -> int:
         place = waiting.pop().resolve()
         if place not in seen:
             seen.add(place)
-            files |= {file for file in place.rglob("*") if "checkpoints" not in file.relative_to(place).parts}
+            files |= {f for f in place.rglob("*") if not {"checkpoints", "log.jsonl"} & {*f.relative_to(place).parts}}
             waiting += lineage.parts_of(place)
     return sum(file.stat().st_size for file in files if file.is_file())
 

@@ -12,9 +12,14 @@ class Places:
 
     folder: Path
 
+    @property
+    def models(self) -> Path:
+        """Where the artifacts lie."""
+        return self.folder / "models"
+
     def model(self, name: str) -> Path:
         """The artifact of a node."""
-        return self.folder / "models" / name
+        return self.models / name
 
     def work(self, name: str) -> Path:
         """Where a node is made: `out`, `scratch`, and the key of what is being made."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from graft.checkpoint import ADAPTER, read_file_headers, read_headers
-from graft.errors import CheckpointError, UnknownName
+from graft.errors import CheckpointError, RequestError, UnknownName
 from graft.lineage import hash_model, read_manifest, touched
 from graft.plan.keys import keys_of, recorded_parents, weights_hash
 from graft.plan.places import Places
@@ -62,15 +62,20 @@ def make_plan(
 ) -> Plan:
     """The plan of a recipe. `only`: these nodes and what they need; `force`: made anew; `verify`: hash all weights.
 
-    Raises UnknownName for a node that is not in the recipe.
+    Raises UnknownName for a node that is not in the recipe, RequestError where `only` leaves out what `force` names.
     """
     for name in [*only, *force]:
         if name not in recipe.models:
             raise UnknownName("model", name, recipe.models)
+    wanted = recipe.ancestors(only or recipe.models)
+    if left := [name for name in force if name not in wanted]:
+        raise RequestError(
+            f"expected only nodes to make anew (--force) that {', '.join(only)} (--only) need, found {', '.join(left)}"
+        )
     keys = keys_of(recipe)
     facts = recipe.facts(keys.__getitem__)
     steps, prepared = {}, set[str]()
-    for name in recipe.ancestors(only or recipe.models):
+    for name in wanted:
         node = recipe.models[name]
         state: State = "run"
         why = ""
