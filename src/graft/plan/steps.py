@@ -70,7 +70,8 @@ def make_plan(
     wanted = recipe.ancestors(only or recipe.models)
     if left := [name for name in force if name not in wanted]:
         raise RequestError(
-            f"expected only nodes to make anew (--force) that {', '.join(only)} (--only) need, found {', '.join(left)}"
+            f"expected nodes to make anew, `force` (--force), only among those that {', '.join(only)} needs, as `only` "
+            f"(--only) asks, found {', '.join(left)}"
         )
     keys = keys_of(recipe)
     facts = recipe.facts(keys.__getitem__)
