@@ -9,17 +9,22 @@ from typing import Any
 
 from graft import models
 from graft.errors import RequestError
+from graft.progress import say
 
 
 class Talk:
-    """A conversation. `reply` streams the answer to the next thing said; what was said before is remembered."""
+    """A conversation. `reply` streams the answer to the next thing said; what was said before is remembered, as far as
+    the model can read it."""
 
     def __init__(self, model: Path | str, *, system: str | None = None, device: str | None = None, hub: bool = False):
+        from graft.ensemble.configuration import context_of
+
         self.tokenizer = models.load_tokenizer(model, hub=hub)
         models.check_device(device)
         self.model = models.load(model, device=device, hub=hub)
         if not self.model.can_generate():
             raise RequestError(f"{model}: expected a model that generates text, found {type(self.model).__name__}")
+        self.context = context_of(self.model.config.to_dict())
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
         if system and not self.templated:
             raise RequestError(f"{model}: its tokenizer has no chat template, so that `system` says nothing to it")
@@ -35,7 +40,9 @@ class Talk:
         """Pieces of the answer as they are made. `temperature` 0: always the likeliest token."""
         from transformers import TextIteratorStreamer, set_seed
 
-        inputs = self._inputs(said)
+        inputs = self._inputs(said, max_tokens)
+        if self.context is not None and not self.model.config.is_encoder_decoder:
+            max_tokens = min(max_tokens, self.context - inputs["input_ids"].shape[1])
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failed: list[BaseException] = []
@@ -64,15 +71,71 @@ class Talk:
             raise failed[0]
         self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
-    def _inputs(self, said: str) -> dict[str, Any]:
+    def _inputs(self, said: str, max_tokens: int) -> dict[str, Any]:
+        import torch
+
         self.messages.append({"role": "user", "content": said})
-        if self.templated:
-            found: Any = self.tokenizer.apply_chat_template(
-                self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        else:
-            found = self.tokenizer(said, return_tensors="pt")
-        names = ("input_ids", "attention_mask")
-        if found["input_ids"].shape[1] == 0:
+        ids = self._ids()
+        if not ids:
             raise RequestError("expected some text to go on from, found none")
-        return {name: found[name].to(self.model.device) for name in names}
+        room, whole = self._room(max_tokens), len(ids)
+        if room is not None and whole > room:
+            ids = self._forget(room)
+            say(
+                f"what was said is {whole} tokens long, and the model reads {self.context}, the answer included: the "
+                f"oldest {whole - len(ids)} are left out"
+            )
+        given = torch.tensor([ids], device=self.model.device)
+        return {"input_ids": given, "attention_mask": torch.ones_like(given)}
+
+    def _ids(self) -> list[int]:
+        # how long it may be is looked at here, so that the tokenizer need not warn of it
+        if not self.templated:
+            return self.tokenizer(self.messages[-1]["content"], verbose=False)["input_ids"]
+        found: Any = self.tokenizer.apply_chat_template(
+            self.messages, add_generation_prompt=True, return_dict=False, tokenizer_kwargs={"verbose": False}
+        )
+        return found
+
+    def _room(self, max_tokens: int) -> int | None:
+        """Tokens that what was said may have, half of the context at least; None where no limit is known."""
+        if self.context is None or self.model.config.is_encoder_decoder:
+            return self.context
+        return self.context - min(max_tokens, self.context // 2)
+
+    def _forget(self, room: int) -> list[int]:
+        """Leave out the oldest messages, and of the last one its beginning; the ids of what is left, `room` at most.
+
+        The system message stays. Raises RequestError where it leaves no room.
+        """
+        if not self.templated:
+            return self._end(room)
+        first = int(self.messages[0]["role"] == "system")
+        while len(ids := self._ids()) > room and len(self.messages) > first + 1:
+            del self.messages[first]
+            while self.messages[first]["role"] != "user":
+                del self.messages[first]
+        last = self.messages[-1]
+        while len(ids) > room and last["content"]:
+            last["content"] = self._without(last["content"], len(ids) - room)
+            ids = self._ids()
+        if len(ids) > room:
+            raise RequestError(
+                f"the system message and the chat template take {len(ids)} tokens, and the model reads {self.context}, "
+                "the answer included: expected a shorter system message"
+            )
+        return ids
+
+    def _end(self, room: int) -> list[int]:
+        """The last ids of a text without a template, behind the start token where the tokenizer puts one."""
+        from graft.evaluate.limits import puts_start
+
+        ids = self._ids()
+        start = ids[: int(puts_start(self.tokenizer))]
+        return [*start, *ids[len(ids) - room + len(start) :]]
+
+    def _without(self, text: str, tokens: int) -> str:
+        """A text without its first tokens; it is cut between characters, at least one is gone."""
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        starts = [start for start, _ in found["offset_mapping"]]
+        return text[max(1, starts[tokens]) :] if tokens < len(starts) else ""
