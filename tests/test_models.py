@@ -8,6 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -18,7 +20,8 @@ from transformers import (
 
 from graft import data, models
 from graft.data.tokenizers import train_tokenizer
-from graft.errors import CheckpointError, RequestError
+from graft.errors import CheckpointError, GraftError, RequestError
+from graft.run import run
 
 SMALL = {
     "vocab_size": 400,
@@ -40,6 +43,12 @@ def made(kind):
     if kind == "qwen":
         return Qwen2ForCausalLM(Qwen2Config(**SMALL, num_key_value_heads=2))
     return LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=kind == "tied"))
+
+
+def loaded_by_recipe(folder):
+    recipe = folder.parent / f"{folder.name}.yaml"
+    recipe.write_text(f"family: f\nmodels:\n  a: {{load: {folder}}}\n")
+    return run(recipe, folder.parent / f"{folder.name}-run")
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +98,87 @@ def test_weights_that_are_missing_are_named(tmp_path):
         models.load(tmp_path)
 
 
-def test_weights_of_another_shape_are_refused(tmp_path):
-    models.save(made("llama"), None, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
-    with pytest.raises(CheckpointError, match="do not load"):
+def says(folder, **settings):
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+
+
+def two_layers(kind):
+    layers = {"gpt2": {"n_layer": 2}, "t5": {"num_layers": 2, "num_decoder_layers": 2}}
+    configs = {
+        "llama": lambda own: LlamaForCausalLM(LlamaConfig(**SMALL | own)),
+        "bert": lambda own: BertForMaskedLM(BertConfig(**SMALL | own)),
+        "gpt2": lambda own: GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=16, n_head=2, **own)),
+        "t5": lambda own: T5ForConditionalGeneration(
+            T5Config(vocab_size=400, d_model=16, d_kv=8, d_ff=32, num_heads=2, **own)
+        ),
+    }
+    return configs[kind](layers.get(kind, {"num_hidden_layers": 2}))
+
+
+@pytest.mark.parametrize("whole", [models.load, loaded_by_recipe], ids=["load", "recipe"])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"intermediate_size": 48}, r"model.layers.0.mlp.gate_proj.weight is \[32, 16\], expected \[48, 16\]; "),
+        ({"num_hidden_layers": 3}, r"missing 9: model.layers.2.input_layernorm.weight, "),
+        ({"num_hidden_layers": 1}, r"no block for 9: model.layers.1.input_layernorm.weight, "),
+    ],
+)
+def test_a_configuration_of_other_weights_is_refused(tmp_path, settings, words, whole):
+    models.save(two_layers("llama"), None, tmp_path)
+    says(tmp_path, **settings)
+    with pytest.raises(GraftError, match=f"do not fit config.json, which says LlamaForCausalLM: .*{words}"):
+        whole(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"), [("bert", "num_hidden_layers"), ("gpt2", "n_layer"), ("t5", "num_decoder_layers")]
+)
+def test_fewer_layers_than_there_are_weights_of_are_refused_whatever_the_architecture(tmp_path, kind, layers):
+    models.save(two_layers(kind), None, tmp_path)
+    models.load(tmp_path)
+    says(tmp_path, **{layers: 1})
+    with pytest.raises(CheckpointError, match=r"no block for \d+: "):
         models.load(tmp_path)
+
+
+def test_a_configuration_that_says_nothing_but_its_type_builds_nothing(tmp_path, monkeypatch):
+    """It stands for a model of billions of parameters."""
+    models.save(made("llama"), None, tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", None)
+    with pytest.raises(CheckpointError, match=r"model.embed_tokens.weight is \[400, 16\], expected \[32000, 4096\]"):
+        models.load(tmp_path)
+
+
+def test_stored_tensors_that_no_model_needs_do_not_matter(tmp_path):
+    """Those of another task's head, and what earlier versions of transformers stored for each layer."""
+    model = two_layers("llama")
+    models.save(model, None, tmp_path)
+    more = {"score.weight": torch.ones(2, 16), "model.layers.5.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(load_file(tmp_path / "model.safetensors") | more, tmp_path / "model.safetensors", {"format": "pt"})
+    assert models.load(tmp_path).num_parameters() == model.num_parameters()
+
+
+def test_weights_without_a_head_or_with_one_too_many_fit_the_model_below_it(tmp_path):
+    model = two_layers("llama")
+    models.save(model, None, tmp_path)
+    says(tmp_path, architectures=["LlamaModel"])
+    assert torch.equal(models.load(tmp_path).norm.weight, model.model.norm.weight)
+    weights = load_file(tmp_path / "model.safetensors")
+    bare = {name.removeprefix("model."): value for name, value in weights.items() if name != "lm_head.weight"}
+    save_file(bare, tmp_path / "model.safetensors", {"format": "pt"})
+    says(tmp_path, architectures=["LlamaForCausalLM"], tie_word_embeddings=True)
+    assert torch.equal(models.load(tmp_path).lm_head.weight, weights["model.embed_tokens.weight"])
+
+
+def test_of_tied_weights_either_may_be_stored(tmp_path):
+    models.save(made("tied"), None, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    assert torch.equal(models.load(tmp_path).lm_head.weight, weights["lm_head.weight"])
 
 
 def test_a_folder_without_a_tokenizer_says_so(tmp_path):

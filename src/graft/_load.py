@@ -78,8 +78,9 @@ class Load(Verb[LoadSettings]):
 
     def run(self, job: Job) -> dict[str, Any]:
         """Copy the model's files, so that the artifact stays what it is when the original changes."""
-        from graft.checkpoint import disk_errors
+        from graft.checkpoint import disk_errors, read_headers
         from graft.finite import check_folder, check_weights
+        from graft.models import check_fit
 
         assert isinstance(job.settings, LoadSettings)
         folder = fetched(job.settings)
@@ -87,6 +88,7 @@ class Load(Verb[LoadSettings]):
         if base is not None:
             check_folder(folder)
         elif any(folder.glob("*.safetensors")):
+            check_fit(folder, read_headers(folder))
             check_weights(folder)
         with disk_errors(job.out):
             shutil.copytree(

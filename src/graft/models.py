@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.adapters.facts import adapter_of_head
-from graft.checkpoint import ADAPTER, disk_errors, read_headers
+from graft.checkpoint import ADAPTER, Headers, disk_errors, read_headers
 from graft.errors import CheckpointError, RequestError
 from graft.finite import check_folder, check_loaded
+from graft.fitting import OLD_NAMES, architecture_of, beyond, misfits
 from graft.hub import fetch
-from graft.lineage import ADAPTED, GENERAL_TOKENIZERS, check_as_made
+from graft.lineage import ADAPTED, GENERAL_TOKENIZERS, check_as_made, read_config, read_manifest
 from graft.lora import add_to, base_folder, is_lora
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 SHARD_BYTES = 5 * 10**9
+Empty = Callable[[], AbstractContextManager[Any]]
 
 
 def check_device(name: str | None) -> None:
@@ -106,7 +109,7 @@ def load(
 
         return load_head(path, dtype=dtype, device=device)
     if not config.model_type.startswith("graft_"):
-        read_headers(path)
+        check_fit(path, read_headers(path))
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     # packed weights are made where they shall be: they cannot be moved on every device
     quantised = quantization is not None or getattr(config, "quantization_config", None) is not None
@@ -166,6 +169,51 @@ def model_class(config: PretrainedConfig) -> Any:
     if config.is_encoder_decoder:
         return transformers.AutoModelForSeq2SeqLM
     return transformers.AutoModelForCausalLM
+
+
+def without_memory() -> AbstractContextManager[Any]:
+    """Models that are made meanwhile have no memory behind their weights."""
+    import torch
+
+    return torch.device("meta")
+
+
+def made_empty(config: PretrainedConfig, empty: Empty = without_memory) -> PreTrainedModel:
+    """The model of a configuration, without memory behind its weights."""
+    made = model_class(config)
+    with empty():
+        return made.from_config(config) if hasattr(made, "from_config") else made(config)
+
+
+def check_fit(folder: Path, headers: Headers) -> None:
+    """That weights without a manifest have the names and shapes that the configuration beside them says.
+
+    What is packed, or converted while it is loaded, is not looked at. Raises CheckpointError naming what does not fit.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if is_lora(folder) or read_manifest(folder) is not None:
+        return
+    said = read_config(folder)
+    kind = str(said.get("model_type"))
+    old = any(OLD_NAMES.search(name) for name in headers)
+    if kind.startswith("graft_") or kind not in CONFIG_MAPPING or said.get("quantization_config") or old:
+        return
+    try:
+        model = made_empty(load_config(folder))
+    except Exception:  # noqa: BLE001  (whatever keeps it from being built is told by who loads it)
+        return
+    made, stored = architecture_of(model), {name: header.shape for name, header in headers.items()}
+    if made.converted:
+        return
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    more = [name for name in beyond(made, stored) if not any(re.search(pattern, name) for pattern in ignored)]
+    wrong = misfits(made, stored) + ([f"no block for {len(more)}: {', '.join(more[:5])}"] if more else [])
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: the weights do not fit config.json, which says {made.name}: {'; '.join(wrong)}; put there the "
+            "configuration that was saved with these weights"
+        )
 
 
 def _frozen_config(config: Any) -> PretrainedConfig:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -16,39 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from graft import remembered
 from graft.errors import CannotCombine, CheckpointError
+from graft.fitting import Architecture, Shapes, architecture_of, misfits
 from graft.lineage import read_config
+from graft.models import Empty, load_config, made_empty, without_memory
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-Shapes = Mapping[str, tuple[int, ...]]
 KIND = "architectures"
 """Of what is kept."""
-Empty = Callable[[], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The tensors of a `transformers` class."""
-
-    name: str
-    """Name of the class."""
-    shapes: Shapes
-    tied: Mapping[str, str]
-    """Tensors that are the same as another one and need not be stored."""
-    prefix: str
-    """What checkpoints of the model without its head leave out before names."""
-    converted: bool
-    """Checkpoints name their tensors otherwise and are converted while they are loaded."""
-    computed: Sequence[str] = ()
-    """Tensors that the model makes itself where they are not stored (sinusoidal positions)."""
-
-
-def without_memory() -> AbstractContextManager[Any]:
-    """Models that are made meanwhile have no memory behind their weights."""
-    import torch
-
-    return torch.device("meta")
 
 
 def empty_model(folder: Path, empty: Empty = without_memory) -> PreTrainedModel | None:
@@ -56,14 +30,9 @@ def empty_model(folder: Path, empty: Empty = without_memory) -> PreTrainedModel 
     `transformers` does not know it."""
     from transformers import CONFIG_MAPPING
 
-    from graft.models import load_config, model_class
-
     if read_config(folder).get("model_type") not in CONFIG_MAPPING:
         return None
-    config = load_config(folder)
-    made = model_class(config)
-    with empty():
-        return made.from_config(config) if hasattr(made, "from_config") else made(config)
+    return made_empty(load_config(folder), empty)
 
 
 def token_tensors(folder: Path) -> Shapes:
@@ -72,8 +41,6 @@ def token_tensors(folder: Path) -> Shapes:
     Raises CannotCombine where this `transformers` does not know the architecture.
     """
     import copy
-
-    from graft.models import load_config
 
     if empty_model(folder) is None:
         raise CannotCombine(
@@ -88,30 +55,13 @@ def token_tensors(folder: Path) -> Shapes:
 
 
 def _shapes(config: PretrainedConfig) -> Shapes:
-    from graft.models import model_class
-
-    made = model_class(config)
-    with without_memory():
-        model = made.from_config(config) if hasattr(made, "from_config") else made(config)
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    return {name: tuple(value.shape) for name, value in made_empty(config).state_dict().items()}
 
 
 def architecture(folder: Path, empty: Empty = without_memory) -> Architecture | None:
     """The architecture that `config.json` of `folder` names; None where this `transformers` does not know it."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
     model = empty_model(folder, empty)
-    if model is None:
-        return None
-    computed = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-    return Architecture(
-        type(model).__name__,
-        {name: tuple(value.shape) for name, value in model.state_dict().items()},
-        dict(getattr(model, "all_tied_weights_keys", None) or {}),
-        f"{model.base_model_prefix}.",
-        bool(get_model_conversion_mapping(model, add_legacy=False)),
-        [name for name in model.state_dict() if any(re.search(pattern, name) for pattern in computed)],
-    )
+    return None if model is None else architecture_of(model)
 
 
 def meaning(config: Mapping[str, Any]) -> str:
@@ -222,17 +172,8 @@ def verify(made: Architecture | None, shapes: Shapes) -> str:
         return "not checked: this version of transformers does not know the architecture"
     if made.converted:
         return f"not checked by name: transformers converts the tensors of {made.name} while it loads them"
-    found = {**shapes, **{made.prefix + name: shape for name, shape in shapes.items()}}
-    stored = set(made.shapes) - set(made.tied) - set(made.computed)
-    missing = sorted(stored - set(found))
-    wrong = [
-        f"{name} is {list(found[name])}, expected {list(shape)}"
-        for name, shape in made.shapes.items()
-        if name in found and found[name] != shape
-    ]
-    if missing or wrong:
-        lacks = [f"missing {len(missing)}: {', '.join(missing[:5])}"] if missing else []
-        raise CheckpointError(f"the output would not fit {made.name}: {'; '.join([*lacks, *wrong[:5]])}")
+    if wrong := misfits(made, shapes):
+        raise CheckpointError(f"the output would not fit {made.name}: {'; '.join(wrong)}")
     return made.name
 
 
