@@ -93,6 +93,20 @@ def test_a_device_that_is_not_there_is_said_before_anything_runs(family):
     assert not folder.exists()
 
 
+def test_a_run_of_which_a_part_failed_shows_what_there_is_and_then_what_failed(family):
+    recipe, folder = family
+    recipe.write_text(recipe.read_text() + "  c: {grow: {fails: true}}\n")
+    shown = invoke("run", recipe, "--out", folder)
+    assert shown.exit_code == 1
+    assert f"report: {folder / 'report.html'}" in shown.stdout
+    assert shown.stderr.splitlines()[-1] == "graft: c: the loss is NaN"
+    told = json.loads(invoke("run", recipe, "--out", folder, "--json").stdout)
+    assert (told["error"], told["kind"], told["exit_code"]) == ("c: the loss is NaN", "NodesFailed", 1)
+    assert (told["made"], told["cached"]) == ([], ["a", "b"])
+    assert told["report"] == str(folder / "report.html")
+    assert {"a", "b"} <= {one["name"] for one in told["models"]}
+
+
 def test_several_processes_are_refused_instead_of_waiting_for_each_other(family, monkeypatch):
     recipe, folder = family
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -166,7 +180,7 @@ def test_a_run_that_fails_exits_with_1_and_debug_shows_the_trace(family, monkeyp
     recipe, folder = family
     recipe.write_text("family: f\nmodels:\n  a: {grow: {fails: true}}\n")
     result = invoke("run", recipe, "--out", folder)
-    assert (result.exit_code, result.stdout) == (1, "")
+    assert (result.exit_code, "note: not made yet: a" in result.stdout) == (1, True)
     assert "graft: a: the loss is NaN" in result.stderr
     assert "Traceback" not in result.stderr
     monkeypatch.setenv("GRAFT_DEBUG", "1")

@@ -209,6 +209,45 @@ def test_a_measure_must_fit_the_architecture_of_the_models_it_is_taken_of(recipe
     ]
 
 
+def test_what_is_written_must_leave_room_for_a_prompt(recipe, tmp_path):
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "{n}", "completion": "b"}}\n' for n in range(200)))
+    for name, more in (("free", ""), ("chosen", "choices: [a, b]\n")):
+        task = f"name: {name}\ndata: p.test\nprompt: '{{{{ prompt }}}}'\ntarget: b\n{more}"
+        (tmp_path / f"{name}.yaml").write_text(task)
+    path = recipe("""
+        family: f
+        data: {p: {source: jsonl, path: p.jsonl}}
+        models:
+          short: {pretrain: {data: p, size: 1M, length: 64}}
+          child: {tune: {from: short, data: p}}
+          wide: {pretrain: {data: p, size: 1M, length: 256}}
+        evaluate:
+          - {measure: generation, on: [p.test]}
+          - {measure: generation, on: [p.test], models: [wide]}
+          - {measure: generation, on: [p.test], max_tokens: 63}
+          - measure: generation
+            on: [p.test]
+            models: [wide]
+            max_tokens: 256
+          - {task: free.yaml}
+          - {task: chosen.yaml}
+        """)
+    writes = "max_tokens: generation writes up to"
+    wanted = "expected models that read more, with room for a prompt, found"
+    short = f"{wanted} short (64), child (64): set `max_tokens: 32`, or another below 64, or name those"
+    found = problems(path)
+    for line, start in zip(
+        found,
+        (
+            f"line 9: evaluate.0.{writes} 64 tokens: {short} to measure with",
+            f"line 15: evaluate.3.{writes} 256 tokens: {wanted} wide (256): set `max_tokens: 128`",
+            f"line 16: evaluate.4.task: {tmp_path / 'free.yaml'}: max_tokens: the task writes up to 64 tokens: {short}",
+        ),
+        strict=True,
+    ):
+        assert line.startswith(start)
+
+
 def test_what_is_learned_from_is_not_measured_on(recipe):
     path = recipe("""
         family: f

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from graft.errors import CheckpointError, DiskError, Locked, RequestError, UnknownName
+from graft.errors import CheckpointError, DiskError, Failure, Locked, RequestError, ScoresFailed, UnknownName
 from graft.lineage import read_manifest
 from graft.run import NodesFailed, run
 
@@ -169,6 +169,36 @@ def test_what_was_made_is_measured_and_reported_although_a_node_failed(family, t
         run(recipe, folder)
     assert asked == [["base", "right"]]
     assert (folder / "report.html").is_file()
+
+
+def test_scores_that_fail_are_told_when_all_else_is_done(family, tmp_path, monkeypatch):
+    _, folder, _ = family
+    (tmp_path / "d.jsonl").write_text("".join(f'{{"text": "{n}"}}\n' for n in range(200)))
+    more = "data:\n  d: {source: jsonl, path: d.jsonl}\nevaluate:\n  - {measure: bits_per_byte, on: [d.test]}\n"
+
+    def measured(*_, **__):
+        raise ScoresFailed({"bits_per_byte of base on d.test": Failure("no", 1, "")}, [{"kind": "score"}])
+
+    monkeypatch.setattr("graft.evaluate.evaluate", measured)
+    recipe = write(tmp_path)
+    whole = recipe.read_text().rstrip() + "\n" + more
+    recipe.write_text(whole)
+    with pytest.raises(ScoresFailed) as told:
+        run(recipe, folder)
+    assert str(told.value) == "bits_per_byte of base on d.test: no"
+    assert told.value.done.made == ["base", "left", "right", "both"]
+    assert told.value.done.rows == [{"kind": "score"}]
+    assert told.value.done.report == folder / "report.html"
+    recipe.write_text(whole.replace("left: {grow: {", "left: {grow: {fails: true, "))
+    with pytest.raises(NodesFailed) as both:
+        run(recipe, folder, force=["left"])
+    assert str(both.value).splitlines() == [
+        "left: the loss is NaN",
+        "bits_per_byte of base on d.test: no",
+        "not made, because they hang on what failed: both",
+    ]
+    assert both.value.done.cached == ["base", "right"]
+    assert both.value.exit_code == 1
 
 
 def test_weights_that_were_changed_are_found_by_their_hash(family):

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from graft._worker import stop_with_parent
-from graft.executors import Failure, Outcome, attempt
+from graft.errors import Failure, attempt
+from graft.executors import Outcome
 from graft.lineage import Manifest
 from graft.making import Work, job_of, make, run_verb
 

@@ -80,7 +80,9 @@ def tidy(command: F) -> F:
 
 def _show_error(error: GraftError, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}))
+        answer = getattr(error, "answer", {})
+        said = {"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}
+        typer.echo(json.dumps({**answer, **said}))
     else:
         typer.echo(f"graft: {error}", err=True)
     if os.environ.get("GRAFT_DEBUG") == "1":
@@ -94,7 +96,9 @@ def _show_error(error: GraftError, as_json: bool) -> None:
 def by_option(problem: Problem) -> Problem:
     """What is wrong with a measure, by the option that says it."""
     place = problem.path[2:]
-    if problem.path[:1] != ("evaluate",) or not place:
+    if problem.path[:1] != ("evaluate",):
         return problem
+    if not place:
+        return Problem((), problem.message)
     option = f"--{place[0]}" if place[0] in ("on", "measure", "task") else f"--set {'.'.join(map(str, place))}=…"
     return Problem((option,), problem.message)

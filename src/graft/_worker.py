@@ -7,7 +7,7 @@ import pickle
 import sys
 import threading
 
-from graft.executors import attempt
+from graft.errors import attempt
 from graft.making import make
 
 

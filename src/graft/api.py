@@ -12,11 +12,16 @@ from typing import TYPE_CHECKING, Any
 from graft import tree as trees
 from graft.chatting import Talk
 from graft.checkpoint import atomic_write
-from graft.errors import RequestError
+from graft.errors import RequestError, SettingsError
+from graft.evaluate.settings import Measure, TaskMeasure
+from graft.evaluate.tasks import load_task
+from graft.lineage import facts_of
 from graft.models import check_device, load
 from graft.one import data_at, make_one
 from graft.plan import Places, Plan, make_plan
 from graft.recipe import read_recipe
+from graft.recipe.measures import check_models
+from graft.recipe.problems import Problems
 from graft.run import RunResult, locked, run
 
 if TYPE_CHECKING:
@@ -215,6 +220,7 @@ def evaluate(
     sets = {name: data.parse(value, ("data", name)) for name, value in raw.items()}
     places = Places(Path(out))
     with locked(places, wait=wait, trains=False):
+        _check_measures(parsed, folders, Path(root))
         return room.evaluate(
             folders,
             parsed,
@@ -224,6 +230,18 @@ def evaluate(
             seed=seed,
             device=device,
         )
+
+
+def _check_measures(measures: Sequence[Measure], folders: Mapping[str, Path], root: Path) -> None:
+    """Raises SettingsError for measures that cannot be taken of these models, before any is."""
+    # of a folder that tells nothing, what is wrong is said when it is measured
+    told = {name: Problems().attempt((), lambda: facts_of(folder)) for name, folder in folders.items()}  # noqa: B023
+    known = {name: facts for name, facts in told.items() if facts is not None and facts.architecture != "unknown"}
+    tasks = {n: load_task(root / m.task) for n, m in enumerate(measures) if isinstance(m, TaskMeasure)}
+    problems = Problems()
+    check_models(dict(enumerate(measures)), tasks, known, problems)
+    if problems.found:
+        raise SettingsError(problems.found)
 
 
 def _whole(file: str, asked: Collection[str], names: Collection[str]) -> dict[str, Any]:

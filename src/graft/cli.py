@@ -15,7 +15,7 @@ import typer
 import graft
 from graft._telling import Plainly, by_option, tidy
 from graft._verb_command import VerbCommand, assigned, methods_of, requested, rows_table
-from graft.errors import RequestError, SettingsError
+from graft.errors import RequestError, SettingsError, Unfinished
 
 app = typer.Typer(
     cls=Plainly,
@@ -45,6 +45,14 @@ def _print(value: Any) -> None:
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else 120).print(value)
+
+
+def _answer(value: dict[str, Any], failed: Unfinished | None) -> None:
+    """One JSON value on stdout; where something failed, it is left for what tells of that, beside it."""
+    if failed is not None:
+        failed.answer = value
+    else:
+        typer.echo(json.dumps(value))
 
 
 @app.callback(invoke_without_command=True)
@@ -82,19 +90,25 @@ def run(
     from graft.plan import plain, render
     from graft.run import run as run_recipe
 
-    done = run_recipe(
-        recipe, out, only=only or [], force=force or [], dry_run=dry_run, jobs=jobs, launch=launch, wait=wait,
-        verify=verify, device=device,
-    )  # fmt: skip
+    failed: Unfinished | None = None
+    try:
+        done = run_recipe(
+            recipe, out, only=only or [], force=force or [], dry_run=dry_run, jobs=jobs, launch=launch, wait=wait,
+            verify=verify, device=device,
+        )  # fmt: skip
+    except Unfinished as error:
+        done, failed = error.done, error
     if dry_run:
         typer.echo(json.dumps(plain(done.plan))) if json_ else _print(render(done.plan))
         return
     if json_:
         answer = {"folder": str(done.folder), "made": done.made, "cached": done.cached, "report": str(done.report)}
-        typer.echo(json.dumps(answer | reports.summary(done.folder)))
-        return
-    _print(reports.table(done.folder))
-    typer.echo(f"report: {done.report}")
+        _answer(answer | reports.summary(done.folder), failed)
+    else:
+        _print(reports.table(done.folder))
+        typer.echo(f"report: {done.report}")
+    if failed is not None:
+        raise failed
 
 
 @app.command()
@@ -415,6 +429,10 @@ def evaluate(
         )
     except SettingsError as error:
         raise SettingsError([by_option(p) for p in error.problems] if asked else error.problems) from None
+    except Unfinished as error:
+        error.answer = {"rows": error.done}
+        None if json_ else _print(reports.table(out))
+        raise
     typer.echo(json.dumps(rows)) if json_ else _print(reports.table(out))
 
 

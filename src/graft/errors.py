@@ -10,6 +10,7 @@
     │   ├── MissingExtra       an optional package that this request needs
     │   └── Locked             another process works on this folder
     └── RunError               the request was right and something went wrong while it ran
+        ├── Unfinished         some of it failed, all else was done: models not made, scores not taken
         ├── CheckpointError    weights that are corrupt, truncated, missing, NaN or Inf
         ├── TrainingError      a loss that is not finite; labels that an objective masks all
         └── DiskError          no space, no permission
@@ -20,8 +21,12 @@ A message says what was expected, what was found and what to do.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class GraftError(Exception):
@@ -77,6 +82,41 @@ class Locked(RequestError):
 
 class RunError(GraftError):
     """The request was right and something went wrong while it ran."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one of many was not done: the message, the exit code of its error, and the trace for those who debug."""
+
+    message: str
+    exit_code: int
+    trace: str
+
+
+def attempt(make: Callable[[], T]) -> T | Failure:
+    """What `make` gives, or why it gives nothing."""
+    try:
+        return make()
+    except GraftError as error:
+        return Failure(str(error), error.exit_code, traceback.format_exc())
+    except Exception as error:  # noqa: BLE001  (whatever goes wrong in one, the others go on and all is reported)
+        words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return Failure(words, RunError.exit_code, traceback.format_exc())
+
+
+class Unfinished(RunError):
+    """Some of what was asked for failed, all else was done: `failures` holds why, by what failed, `done` the rest."""
+
+    def __init__(self, failures: Mapping[str, Failure], done: Any, more: Sequence[str] = ()):
+        self.failures, self.done = dict(failures), done
+        super().__init__("\n".join([*(f"{name}: {failure.message}" for name, failure in failures.items()), *more]))
+        self.exit_code = min(failure.exit_code for failure in failures.values())
+        self.answer: Mapping[str, Any] = {}
+        """What a command says of `done` as JSON, beside the failure."""
+
+
+class ScoresFailed(Unfinished):
+    """One or more scores could not be taken; `failures` holds why, by measure, model and data set."""
 
 
 class CheckpointError(RunError):

@@ -13,15 +13,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import traceback
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from graft import verbs
-from graft.errors import GraftError, RequestError, RunError
+from graft.errors import Failure, RequestError, attempt
 from graft.lineage import Manifest
 from graft.machine import share_of_cores
 from graft.making import Work, make
@@ -29,18 +26,7 @@ from graft.settings import Settings
 from graft.train.parallel import Parallel
 from graft.train.settings import TrainSettings
 
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a node was not made: the message, the exit code of its error, and the trace for those who debug."""
-
-    message: str
-    exit_code: int
-    trace: str
-
-
 Outcome = Manifest | Failure
-T = TypeVar("T")
 
 
 class Executor(Protocol):
@@ -186,14 +172,3 @@ def misplaced(executor: Executor, name: str, settings: Settings) -> str | None:
             "(`parallel.devices: 2`), or what starts them (`launch='torchrun --nproc-per-node 2'`, --launch)"
         )
     return None
-
-
-def attempt(make: Callable[[], T]) -> T | Failure:
-    """What `make` gives, or why it gives nothing."""
-    try:
-        return make()
-    except GraftError as error:
-        return Failure(str(error), error.exit_code, traceback.format_exc())
-    except Exception as error:  # noqa: BLE001  (whatever goes wrong in one node, the others go on and all is reported)
-        words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return Failure(words, RunError.exit_code, traceback.format_exc())

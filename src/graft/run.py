@@ -13,8 +13,8 @@ from typing import Any
 
 from graft import machine
 from graft.checkpoint import atomic_write, disk_errors
-from graft.errors import CheckpointError, Locked, RequestError, RunError
-from graft.executors import Executor, Failure, Here, Launched, Outcome, Processes, misplaced
+from graft.errors import CheckpointError, Failure, Locked, RequestError, ScoresFailed, Unfinished
+from graft.executors import Executor, Here, Launched, Outcome, Processes, misplaced
 from graft.making import Work
 from graft.models import check_device
 from graft.plan import Places, Plan, Step, make_plan, standing
@@ -40,16 +40,13 @@ class RunResult:
     report: Path | None = None
 
 
-class NodesFailed(RunError):
+class NodesFailed(Unfinished):
     """One or more nodes could not be made; `failures` holds why, by node. What did not hang on them was made."""
 
-    def __init__(self, failures: Mapping[str, Failure], left_out: Collection[str]):
-        self.failures = dict(failures)
-        lines = [f"{name}: {failure.message}" for name, failure in failures.items()]
-        if left_out:
-            lines.append(f"not made, because they hang on what failed: {', '.join(left_out)}")
-        super().__init__("\n".join(lines))
-        self.exit_code = min(failure.exit_code for failure in failures.values())
+    def __init__(self, failures: Mapping[str, Failure], left_out: Collection[str], done: Any):
+        self.left_out = list(left_out)
+        more = [f"not made, because they hang on what failed: {', '.join(left_out)}"] if left_out else []
+        super().__init__(failures, done, more)
 
 
 def run(
@@ -71,7 +68,8 @@ def run(
     `only`: these nodes and what they need. `force`: these are made anew. `jobs`: nodes side by side. `launch`: the
     command that starts several processes to train one model together, such as `torchrun --nproc-per-node 2`. `wait`:
     wait for another run on the same folder rather than refuse. `verify`: hash the weights of everything that is there.
-    Raises RequestError for what is wrong with the request, NodesFailed where a node could not be made.
+    Raises RequestError for what is wrong with the request, and when all else is done NodesFailed where a node could not
+    be made, ScoresFailed where only scores are missing; `done` of these is the RunResult.
     """
     check_device(device)
     executor = executor or executor_for(jobs, launch)
@@ -83,16 +81,21 @@ def run(
         plan = make_plan(family, places, only=only, force=force, verify=verify)
         _check_copy(places, family.text)
         atomic_write(places.folder / "recipe.yaml", family.text)
+        failed: NodesFailed | None = None
+        names: Collection[str] = plan.steps
         try:
             made, cached = execute(plan, executor, device=device)
-        except NodesFailed:
+        except NodesFailed as error:
             # what was made is measured all the same: the failure is told when that is done
-            _measured(plan, device, _standing(plan))
-            importlib.import_module("graft.report").write_report(places.folder)
-            raise
-        rows = _measured(plan, device, plan.steps)
+            failed, (made, cached), names = error, error.done, _standing(plan)
+        rows, missing = _measured(plan, device, names)
         report = importlib.import_module("graft.report").write_report(places.folder)
-    return RunResult(places.folder, plan, made, cached, rows, report)
+    done = RunResult(places.folder, plan, made, cached, rows, report)
+    if failed is not None:
+        raise NodesFailed({**failed.failures, **missing}, failed.left_out, done)
+    if missing:
+        raise ScoresFailed(missing, done)
+    return done
 
 
 def _check_copy(places: Places, text: str) -> None:
@@ -157,7 +160,8 @@ def execute(plan: Plan, executor: Executor, *, device: str | None = None) -> tup
     """Make what is missing, parents first; (made, cached). What does not hang on a failed node is made all the same.
 
     Raises CheckpointError for artifacts that were changed after they were made, RequestError for nodes that this
-    executor cannot make as they say and trainings that do not fit into the memory, NodesFailed for nodes that failed.
+    executor cannot make as they say and trainings that do not fit into the memory, NodesFailed for nodes that failed:
+    `done` is (made, cached).
     """
     if plan.damaged:
         raise CheckpointError("\n".join(plan.damaged))
@@ -206,7 +210,7 @@ class _Course:
             for future in finished:
                 self._finish(self.running.pop(future), future.result())
         if self.failures:
-            raise NodesFailed(self.failures, list(self.waiting))
+            raise NodesFailed(self.failures, list(self.waiting), (self.made, self.cached))
         return self.made, self.cached
 
     def _start_ready(self) -> bool:
@@ -264,16 +268,23 @@ def _standing(plan: Plan) -> list[str]:
     return [name for name, step in plan.steps.items() if standing(step, plan)]
 
 
-def _measured(plan: Plan, device: str | None, names: Collection[str]) -> list[Mapping[str, Any]]:
+def _measured(
+    plan: Plan, device: str | None, names: Collection[str]
+) -> tuple[list[Mapping[str, Any]], Mapping[str, Failure]]:
+    """The rows, and why others are missing."""
     recipe: Recipe = plan.recipe
     if not recipe.evaluate or not names:
-        return []
-    return importlib.import_module("graft.evaluate").evaluate(
-        {name: plan.folder(name) for name in names},
-        recipe.evaluate,
-        data=recipe.data,
-        root=recipe.root,
-        out=plan.places.folder,
-        seed=recipe.seed,
-        device=device,
-    )
+        return [], {}
+    try:
+        rows = importlib.import_module("graft.evaluate").evaluate(
+            {name: plan.folder(name) for name in names},
+            recipe.evaluate,
+            data=recipe.data,
+            root=recipe.root,
+            out=plan.places.folder,
+            seed=recipe.seed,
+            device=device,
+        )
+    except ScoresFailed as error:
+        return error.done, error.failures
+    return rows, {}

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+import graft
 from graft import data, models
-from graft.errors import DataError, RequestError, RunError, SettingsError
+from graft.errors import DataError, RequestError, RunError, ScoresFailed, SettingsError
 from graft.evaluate import evaluate, parse
 from graft.evaluate.items import subjects
 from graft.evaluate.scorer import Scorer
@@ -335,6 +336,45 @@ def test_a_model_that_gives_nan_is_named(tokenizer, sets, tmp_path):
     models.save(broken, tokenizer, tmp_path / "broken")
     with pytest.raises(RunError, match=r"broken on plain\.test"):
         run({"broken": tmp_path / "broken"}, [{"measure": "bits_per_byte", "on": ["plain.test"]}], sets, tmp_path)
+
+
+def test_what_cannot_be_measured_of_a_model_stops_nothing_else(family, sets, tmp_path):
+    raw = [
+        {"measure": "generation", "on": ["pairs.test"], "max_tokens": 10**6, "models": ["gpt2"]},
+        {"measure": "bits_per_byte", "on": ["other.test"]},
+    ]
+    with pytest.raises(ScoresFailed) as told:
+        run(family, raw, sets, tmp_path)
+    assert told.value.exit_code == 1
+    (line,) = str(told.value).splitlines()
+    assert line.startswith("generation of gpt2 on pairs.test: expected fewer than")
+    assert [(row["kind"], row["measure"]) for row in told.value.done] == [
+        ("score", "bits_per_byte"), ("score", "bits_per_byte"), ("comparison", "bits_per_byte"),
+    ]  # fmt: skip
+    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 3
+
+
+def test_measures_of_one_name_that_fail_are_told_each(family, sets, tmp_path):
+    raw = [{"measure": "generation", "on": ["pairs.test"], "max_tokens": size} for size in (10**6, 10**7)]
+    with pytest.raises(ScoresFailed) as told:
+        run({"gpt2": family["gpt2"]}, raw, sets, tmp_path)
+    assert [line.split(":")[-1] for line in str(told.value).splitlines()] == [" 1000000", " 10000000"]
+
+
+def test_what_leaves_no_room_for_a_prompt_is_said_before_any_is_measured(family, sets, tmp_path):
+    plain = {"pairs": {"source": "jsonl", "test": str(tmp_path / "pairs.jsonl")}}
+    (tmp_path / "t.yaml").write_text("name: t\ndata: pairs.test\nprompt: p\ntarget: x\nmax_tokens: 1000000\n")
+    asked = [{"measure": "generation", "on": ["pairs.test"], "max_tokens": 10**6}, {"task": "t.yaml"}]
+    with pytest.raises(SettingsError) as told:
+        graft.evaluate(family, asked, data_sets=plain, root=tmp_path, out=tmp_path / "out")
+    first, second = str(told.value).splitlines()
+    assert first.startswith(
+        "evaluate.0.max_tokens: generation writes up to 1000000 tokens: expected models that read more"
+    )
+    assert "llama (" in first
+    assert "gpt2 (" in first
+    assert f"{tmp_path / 't.yaml'}: max_tokens: the task writes up to 1000000 tokens" in second
+    assert not (tmp_path / "out" / "results.jsonl").exists()
 
 
 def test_a_model_that_rules_a_text_out_gets_no_number_and_stops_nobody(family, sets, tmp_path, monkeypatch):

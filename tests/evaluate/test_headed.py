@@ -12,7 +12,7 @@ import graft
 from graft import models
 from graft.cli import app
 from graft.data.examples import Encoder, Window
-from graft.errors import RecipeError, RequestError
+from graft.errors import RecipeError, RequestError, ScoresFailed
 from graft.evaluate.headed import LONGEST_ANSWER, best_span
 from graft.evaluate.metrics import entities, text_metric
 from graft.multitask.folder import find_head
@@ -115,6 +115,20 @@ def test_the_commands_split_and_measure(family, monkeypatch):
     assert "it has colour, name, place" in " ".join(wrong.output.split())
 
 
+def test_the_command_says_what_can_be_measured_of_an_encoder(family, monkeypatch):
+    monkeypatch.chdir(family)
+    for name, advice in (
+        ("multi", "take classification or tagging or spans of multi (`measure`, --measure)"),
+        ("base", "of an encoder its heads are measured"),
+    ):
+        wrong = CliRunner().invoke(
+            app, ["eval", f"run/models/{name}", "--on", "colours.test", "--recipe", "heads.yaml"]
+        )
+        assert wrong.exit_code == 2
+        expected = f"expected models of the architecture decoder, found {name} (encoder): {advice}"
+        assert wrong.stderr.splitlines()[-1] == f"graft: {expected}"
+
+
 def test_which_head_is_found_by_data_task_or_being_the_only_one(family):
     multi = family / "run" / "models" / "multi"
     assert find_head(multi, data="names").task == find_head(multi, task="name").task == "name"
@@ -212,5 +226,5 @@ def test_heads_and_models_that_write_are_compared_over_the_same_labels(family):
     assert rows(family)["multi", "accuracy"]["value"] > 0.9
     wrong = recipe.replace("red, green, blue, mauve", "mauve, pink")
     (family / "labels.yaml").write_text(wrong)
-    with pytest.raises(RequestError, match=r"knows \(blue, green, red\), found mauve, pink"):
+    with pytest.raises(ScoresFailed, match=r"multi on colours\.test: .* knows \(blue, green, red\), found mauve, pink"):
         graft.run(family / "labels.yaml", family / "run")

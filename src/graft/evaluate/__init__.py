@@ -6,9 +6,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from graft.evaluate.settings import MEASURES, Measure, OnData, TaskMeasure, misfit, parse, parse_one, untakable
+from graft.evaluate.settings import (
+    MEASURES,
+    Measure,
+    OnData,
+    TaskMeasure,
+    misfit,
+    parse,
+    parse_one,
+    roomless,
+    untakable,
+)
 
-__all__ = ["MEASURES", "Measure", "OnData", "TaskMeasure", "evaluate", "misfit", "parse", "parse_one", "untakable"]
+__all__ = [
+    "MEASURES",
+    "Measure",
+    "OnData",
+    "TaskMeasure",
+    "evaluate",
+    "misfit",
+    "parse",
+    "parse_one",
+    "roomless",
+    "untakable",
+]
 
 
 def evaluate(
@@ -25,6 +46,8 @@ def evaluate(
 
     `models` are folders by name, `data` the settings of every data set. What stands there already for the same weights,
     task version and settings is not measured again. Models are compared in pairs on the same items.
+
+    Raises ScoresFailed, when all else is done, where a measure of a model could not be taken; `done`: the other rows.
     """
     from graft.evaluate.work import evaluate as work
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from graft.lineage import CONTEXTS
@@ -21,6 +23,11 @@ def most_tokens(config: Any, tokenizer: Any) -> int:
     """All the tokens that a model can read; where its configuration does not say, as its tokenizer says, else 2048."""
     said = getattr(tokenizer, "model_max_length", None) or UNLIMITED
     return min(_lengths(config), default=2048 if said >= UNLIMITED else int(said))
+
+
+def named_length(config: Mapping[str, Any]) -> int | None:
+    """Tokens that a plain configuration names for all that the model can read; None where it names none."""
+    return min(_lengths(SimpleNamespace(**config)), default=None)
 
 
 def _lengths(config: Any) -> list[int]:

@@ -184,6 +184,9 @@ def misfit(measure: OnData, reference: str, format: str) -> str | None:
     return f"{name} on {reference}: expected data of the format {' or '.join(measure.formats)}, found {format}"
 
 
+NAME_THEM = "name those to measure with `models: […]`"
+
+
 def untakable(
     measure: Measure, architectures: Mapping[str, str], heads: Mapping[str, Collection[str]] | None = None
 ) -> str | None:
@@ -191,8 +194,8 @@ def untakable(
 
     `heads`: the kinds of heads that each model has.
     """
-    wrong = {n: a for n, a in architectures.items() if n in (measure.models or architectures)}
-    wrong = {n: a for n, a in wrong.items() if a not in measure.architectures}
+    asked = {n: a for n, a in architectures.items() if n in (measure.models or architectures)}
+    wrong = {n: a for n, a in asked.items() if a not in measure.architectures}
     if isinstance(measure, Headed):
         wrong = {n: a for n, a in wrong.items() if measure.kind not in (heads or {}).get(n, ())}
     if not wrong:
@@ -200,7 +203,36 @@ def untakable(
     found = ", ".join(f"{name} ({architecture})" for name, architecture in wrong.items())
     kinds = " or ".join(measure.architectures)
     kinds += f" or with a head for {measure.kind}" if isinstance(measure, Headed) else ""
-    return f"expected models of the architecture {kinds}, found {found}: name those to measure with `models: […]`"
+    ways = [f"{' or '.join(dict.fromkeys(own))} of {name}" for name in wrong if (own := (heads or {}).get(name))]
+    advice = [f"take {', '.join(ways)} (`measure`, --measure)"] if ways else []
+    if len(wrong) < len(asked):
+        advice.append(NAME_THEM)
+    elif not ways:
+        advice.append("of an encoder its heads are measured" if "encoder" in wrong.values() else "take another measure")
+    return f"expected models of the architecture {kinds}, found {found}: {', or '.join(advice)}"
+
+
+def roomless(
+    measure: Measure, max_tokens: int | None, lengths: Mapping[str, int], heads: Mapping[str, Collection[str]]
+) -> str | None:
+    """Why models that read `lengths` tokens, prompt and answer together, cannot write `max_tokens`; None where all can.
+
+    `heads`: the kinds of heads that each model has, which answer without writing.
+    """
+    if max_tokens is None:
+        return None
+    kind = measure.kind if isinstance(measure, Headed) else None
+    writing = {n: size for n, size in lengths.items() if n in (measure.models or lengths) and kind not in heads[n]}
+    short = {n: size for n, size in writing.items() if size <= max_tokens}
+    if not short:
+        return None
+    name = getattr(measure, "measure", "the task")
+    found = ", ".join(f"{model} ({size})" for model, size in short.items())
+    room = min(short.values()) // 2
+    way = f"set `max_tokens: {room}`, or another below {min(short.values())}" if room else "measure it otherwise"
+    others = f", or {NAME_THEM}" if len(short) < len(writing) else ""
+    wanted = f"{name} writes up to {max_tokens} tokens: expected models that read more, with room for a prompt"
+    return f"{wanted}, found {found}: {way}{others}"
 
 
 def parse_one(raw: Any, path: tuple[str | int, ...] = ()) -> Measure:

@@ -6,8 +6,8 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from graft import lineage, models
-from graft.errors import RequestError, RunError
+from graft.errors import Failure, RequestError, RunError, ScoresFailed, attempt
 from graft.evaluate import metrics, statistics
 from graft.evaluate.headed import HeadScorer
 from graft.evaluate.items import Scored, Subject, score, subjects
 from graft.evaluate.results import Results, Row, key_of
 from graft.evaluate.scorer import Scorer
 from graft.evaluate.settings import Measure
+from graft.progress import say
 
 VERSION = 3
 """Counted up when the same model and items give other numbers."""
@@ -50,32 +51,56 @@ def evaluate(
     hashes = {name: lineage.hash_model(folder) for name, folder in folders.items()}
     rows: list[Row] = []
     scored: dict[tuple[str, int], list[Row]] = {}
+    failures: dict[str, Failure] = {}
     for name, folder in folders.items():
-        scorer: Scorer | None = None
-        headed = HeadScorer(folder, device)
+        readers = _Readers(folder, device)
         for number, subject in enumerate(asked):
             if name not in (subject.measure.models or folders):
                 continue
             key = _key(name, hashes[name], subject, seed)
-            found = _known(results, key, subject)
-            if found is None:
-                with_head = headed.answers(subject)
-                scorer = scorer if with_head else scorer or _scorer(folder, device)
-                reader = headed if with_head or scorer is None else scorer
-                found = _measure(results, key, name, folder, hashes[name], subject, reader, seed)
+            found = attempt(
+                lambda: (
+                    _known(results, key, subject)  # noqa: B023
+                    or _measure(results, key, name, folder, hashes[name], subject, readers.of(subject), seed)  # noqa: B023
+                )
+            )
+            if isinstance(found, Failure):
+                failures[_told(name, subject, failures)] = replace(found, exit_code=RunError.exit_code)
+                continue
             scored[name, number] = found
             rows += found
-        del scorer, headed
     for number in range(len(asked)):
         rows += _compared(results, [scored[n, number] for n in folders if (n, number) in scored], seed)
+    if failures:
+        raise ScoresFailed(failures, rows)
     return rows
 
 
-def _scorer(folder: Path, device: str | None) -> Scorer:
-    import torch
+def _told(name: str, subject: Subject, others: Collection[str]) -> str:
+    """What could not be measured, told at once, since what is left may take long; another name than `others`."""
+    words = f"{subject.name} of {name} on {subject.on}"
+    say(f"{words}: failed")
+    return words if words not in others else f"{words} ({subject.measure.plain()})"
 
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Scorer(models.load(folder, device=place), models.load_tokenizer(folder))
+
+class _Readers:
+    """What reads a model's items: its heads, or the model itself, loaded when it is asked first."""
+
+    def __init__(self, folder: Path, device: str | None):
+        self.folder, self.device = folder, device
+        self.headed = HeadScorer(folder, device)
+        self._scorer: Scorer | None = None
+
+    def of(self, subject: Subject) -> Scorer | HeadScorer:
+        """What answers a subject."""
+        if self.headed.answers(subject):
+            return self.headed
+        if self._scorer is None:
+            import torch
+
+            place = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            self._scorer = Scorer(models.load(self.folder, device=place), models.load_tokenizer(self.folder))
+        return self._scorer
 
 
 def _key(model: str, model_hash: str, subject: Subject, seed: int) -> str:
@@ -111,10 +136,7 @@ def _measure(
     """Score, write the items, then the rows."""
     before, started = scorer.tokens_read, time.perf_counter()
     with PeakMemory() as memory:
-        try:
-            found = scorer.score(subject) if isinstance(scorer, HeadScorer) else score(subject, scorer)
-        except RunError as error:
-            raise RunError(f"{name} on {subject.on}: {error}") from None
+        found = scorer.score(subject) if isinstance(scorer, HeadScorer) else score(subject, scorer)
     seconds = time.perf_counter() - started
     cost = {
         "tokens_per_s": (scorer.tokens_read - before) / max(seconds, 1e-9),
@@ -137,7 +159,7 @@ def _row(
     metric, sums = scored.metric, scored.statistics
     value = float(metric.value(sums.sum(0, keepdims=True))[0])
     if np.isnan(value):
-        raise RunError(f"{name} on {subject.on}: {metric.name} is not a number; check the model's weights")
+        raise RunError(f"{metric.name} is not a number; check the model's weights")
     note = "" if np.isfinite(value) else "infinite: the model gives probability zero to what comes"
     if metric.proportion:
         low, high = statistics.wilson(float(sums[:, 0].sum()), len(sums))

@@ -9,6 +9,8 @@ from typing import Any
 from graft import evaluate
 from graft.data import DataSettings, open_corpus, split_ref
 from graft.data.settings import HuggingFace
+from graft.evaluate.limits import named_length
+from graft.evaluate.tasks import Task
 from graft.recipe.problems import Problems, Where
 from graft.recipe.sections import Node
 from graft.settings import references
@@ -90,20 +92,43 @@ def _split_parts(reference: str, sets: Mapping[str, DataSettings]) -> set[str]:
     return {f"{part}.{split}" for part in _all_parts(name, sets) or {name}}
 
 
-def check_models(measures: Measures, models: Mapping[str, Facts], problems: Problems) -> None:
-    """A measure must fit the models that it is taken of, and these must have a tokenizer."""
+def check_models(
+    measures: Measures, tasks: Mapping[int, Task], models: Mapping[str, Facts], problems: Problems
+) -> None:
+    """A measure must fit the models that it is taken of, and these must have a tokenizer and room for what they write.
+
+    `tasks`: those that the measures name, by the place of the measure.
+    """
     architectures = {name: facts.architecture for name, facts in models.items()}
     heads = {name: facts.heads.values() for name, facts in models.items()}
+    lengths = _lengths(models)
     silent = {name for name, facts in models.items() if facts.tokenizer == frozenset()}
     for place, measure in measures.items():
         if wrong := evaluate.untakable(measure, architectures, heads):
             problems.note(("evaluate", place), wrong)
+        task = tasks.get(place)
+        if wrong := evaluate.roomless(measure, _most_written(measure, task), lengths, heads):
+            where = "max_tokens" if task is None else "task"
+            problems.note(("evaluate", place, where), wrong if task is None else f"{task.place}: max_tokens: {wrong}")
         for name in sorted(silent.intersection(measure.models or models)):
             problems.note(
                 ("evaluate", place),
                 f"{name} has no tokenizer, so that it reads no text: put its tokenizer.json into its folder, or name "
                 "those to measure with `models: […]`",
             )
+
+
+def _lengths(models: Mapping[str, Facts]) -> dict[str, int]:
+    """Tokens that each decoder reads, prompt and answer together, as far as configurations tell."""
+    known = {name: named_length(facts.config) for name, facts in models.items() if facts.architecture == "decoder"}
+    return {name: length for name, length in known.items() if length is not None}
+
+
+def _most_written(measure: evaluate.Measure, task: Task | None) -> int | None:
+    """The most tokens that are written for an item; None where nothing is written."""
+    if task is None:
+        return getattr(measure, "max_tokens", None)
+    return task.settings.max_tokens if task.choices is None else None
 
 
 def _formats(sets: Mapping[str, DataSettings], root: Path, problems: Problems) -> dict[str, str]:

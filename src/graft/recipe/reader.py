@@ -71,7 +71,7 @@ class _Reader:
         measures = {place: measure for place, measure in measures.items() if place not in unsure}
         formats = check_formats(sets, nodes, measures, self.root, self.problems)
         check_splits(sets, nodes, measures, formats, self.root, self.problems)
-        check_tasks(measures, Sets(outline.data, sets, formats, self.root), self.problems)
+        tasks = check_tasks(measures, Sets(outline.data, sets, formats, self.root), self.problems)
         check_unseen(sets, nodes, measures, self.problems)
         data_order = ordered("data", {name: parts_of(settings) for name, settings in sets.items()}, self.problems)
         order = ordered("models", {name: node.models for name, node in nodes.items()}, self.problems)
@@ -87,7 +87,7 @@ class _Reader:
         )
         facts = self._combinations(recipe, formats)
         sound = facts.keys() & nodes.keys() - self.problems.of("models")
-        check_models(measures, {name: facts[name] for name in nodes if name in sound}, self.problems)
+        check_models(measures, tasks, {name: facts[name] for name in nodes if name in sound}, self.problems)
         return recipe
 
     def _outline(self) -> Outline | None:

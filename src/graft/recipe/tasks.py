@@ -28,26 +28,35 @@ class Sets:
     root: Path
 
 
-def check_tasks(measures: Measures, sets: Sets, problems: Problems) -> None:
-    """Read every task and make its first prompts and answers; what is wrong is noted with its line in its file."""
+def check_tasks(measures: Measures, sets: Sets, problems: Problems) -> dict[int, Task]:
+    """Read every task and make its first prompts and answers; what is wrong is noted with its line in its file.
+
+    The tasks that say all that was meant, by the place of their measures.
+    """
+    tasks = {}
     for place, measure in measures.items():
         if isinstance(measure, evaluate.TaskMeasure):
-            for message in _problems(sets.root / measure.task, sets):
+            task, messages = _read(sets.root / measure.task, sets)
+            for message in messages:
                 problems.note(("evaluate", place, "task"), message)
+            if task is not None:
+                tasks[place] = task
+    return tasks
 
 
-def _problems(file: Path, sets: Sets) -> list[str]:
+def _read(file: Path, sets: Sets) -> tuple[Task | None, list[str]]:
+    """The task in a file, if it says all that was meant, and what is wrong with it."""
     try:
         document, functions = read_task(file)
     except RequestError as error:
-        return _messages(error)
+        return None, _messages(error)
     own = Problems()
     task, sure = own.salvage((), lambda raw: make_task(parse(TaskSettings, raw), functions, str(file)), document.value)
     corpus = _corpus(document.value, file, sets, own)
     found = _messages(in_file(file, document, own.found)) if own.found else []
     if task is None or corpus is None:
-        return found
-    return found + _tried(task, corpus, sure, file)
+        return task if sure else None, found
+    return task if sure else None, found + _tried(task, corpus, sure, file)
 
 
 def _messages(error: RequestError) -> list[str]:
