@@ -98,7 +98,7 @@ def test_a_split_that_is_not_there_is_found_before_work_starts(folder):
 def test_a_wrong_record_is_found_before_work_starts_in_whichever_split(folder):
     root = folder(train=texts(0, 5), test=[{"text": None}])
     (problem,) = data.problems(opened(root).settings, root)
-    assert problem.startswith("set, test 1: expected a field 'text'")
+    assert problem.startswith("set, test 1: expected a value in the field 'text'")
 
 
 def test_a_measure_that_does_not_fit_a_folder_is_found_before_work_starts(folder):

@@ -145,6 +145,17 @@ def test_what_a_document_is(tmp_path, settings, expected):
             r"packed inside, found a .gz; unpack it",
         ),
         ("a.parquet.xz", lzma.compress(b"PAR1"), {"source": "parquet"}, r"packed inside, found a .xz; unpack it"),
+        (
+            "a.jsonl",
+            b'{"text": "a", "label": null}\n',
+            {},
+            r"line 1: expected a value in the field 'label' \(labelled data\), found null",
+        ),
+        ("a.jsonl", b"\n  \n", {}, r"expected records, found nothing but white space"),
+        ("a.csv", b"text,label\n", {"source": "csv"}, r"expected records, found no row below a header"),
+        ("a.csv", b"text;label\na;b\n", {"source": "csv"}, r"found the fields text;label \(one name: .* by ';'\?"),
+        ("a.csv", b"text;label\na, b;c\n", {"source": "csv"}, r"line 2: expected 1 values .* separated by ';'\?"),
+        ("a.csv", b"body;label\na;c\n", {"source": "csv", "format": "text"}, r"'text' .* separated by ';'\?"),
         ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', {}, r"line 1: expected `messages` as a list"),
     ],
 )
@@ -155,9 +166,16 @@ def test_a_bad_file_is_named_with_the_line(tmp_path, name, content, raw, message
 
 
 def test_an_empty_text_file_is_named(tmp_path):
-    (tmp_path / "a.txt").write_text("\n \n")
-    with pytest.raises(DataError, match=r"a.txt: expected text, found an empty file"):
-        list(corpus({"source": "text", "path": "a.txt"}, tmp_path).records("train"))
+    for content, found in (("", "an empty file"), ("\n \n", "nothing but white space")):
+        (tmp_path / "a.txt").write_text(content)
+        with pytest.raises(DataError, match=rf"a.txt: expected text, found {found}"):
+            list(corpus({"source": "text", "path": "a.txt"}, tmp_path).records("train"))
+
+
+def test_records_that_are_read_as_one_text_are_told_their_source(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))
+    with pytest.raises(DataError, match=r"1 distinct document.*; a.jsonl.gz is read as plain text: `source: jsonl`"):
+        list(corpus({"source": "text", "path": "a.jsonl.gz"}, tmp_path).records("dev"))
 
 
 def test_a_file_that_is_not_there_is_named_before_anything_is_read(tmp_path):

@@ -2,6 +2,7 @@
 
 from graft.data.corpus import AnyCorpus, Corpus, MixedCorpus, has_dev, nearest_ref, open_corpus, problems, split_ref
 from graft.data.settings import SPLITS, DataSettings, Mixture, Source, parse
+from graft.data.sources import misread
 
 __all__ = [
     "SPLITS",
@@ -12,6 +13,7 @@ __all__ = [
     "Mixture",
     "Source",
     "has_dev",
+    "misread",
     "nearest_ref",
     "open_corpus",
     "parse",

@@ -117,11 +117,12 @@ class Corpus:
     def _why_empty(self, split: str) -> str:
         documents = sum(1 for _ in self._all())
         without = "; with `splits: {dev: 0}` models are trained without one" if split == "dev" else ""
+        hint = f"; {said}" if (said := sources.misread(self.settings, self.root)) else ""
         return (
             f"{self.name}.{split}: expected at least one document, found none: the data set has {documents} distinct "
             f"document{'s' * (documents != 1)}, split by hash; give it more documents (for text, "
             f"`document: paragraph` or `line` makes smaller ones), larger `splits`, or a file of its own "
-            f"(`{split}: …`){without}"
+            f"(`{split}: …`){without}{hint}"
         )
 
 

@@ -45,6 +45,11 @@ def find(path: str, source: str, root: Path) -> list[Path]:
     return sorted(found)
 
 
+def source_of(path: Path) -> str | None:
+    """The source that files with such an ending are for; None where it does not tell."""
+    return next((source for source, suffixes in SUFFIXES.items() if _plain_suffix(path) in suffixes), None)
+
+
 def _plain_suffix(path: Path) -> str:
     return (Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix).lower()
 

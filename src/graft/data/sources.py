@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ Tagged = tuple[str | None, Record]
 
 SAME = "same"
 """In the place of a split: that of the record before, whose text goes on here."""
+BLANK = {"jsonl": "nothing but white space", "csv": "no row below a header", "parquet": "none"}
+"""What is said of a file that holds something, and no records, by its source."""
 MOST = 1 << 22
 """Bytes of a document in a text file that are held at once; a longer one comes in parts."""
 
@@ -65,6 +67,16 @@ def content_files(settings: kinds.Source, root: Path) -> list[tuple[str | None, 
         return list(_placed(settings, root))
     assert isinstance(settings, kinds.HuggingFace)
     return [(None, path) for path in hugging_face.files(settings, root)]
+
+
+def misread(settings: kinds.DataSettings, root: Path) -> str:
+    """A hint where a file that is read as plain text ends as files of records do; empty where none does."""
+    if not isinstance(settings, kinds.TextFiles):
+        return ""
+    for _, path in _placed(settings, root):
+        if (source := files.source_of(path)) not in (None, "text"):
+            return f"{path.name} is read as plain text: `source: {source}` reads the records in it"
+    return ""
 
 
 def commit(settings: kinds.Source, root: Path) -> str | None:
@@ -122,7 +134,7 @@ def _text(settings: kinds.TextFiles, root: Path) -> Iterator[Tagged]:
             empty = False
             yield (SAME if goes_on and split is None else split), {"text": text}
         if empty:
-            raise DataError(f"{path}: expected text, found an empty file")
+            raise DataError(f"{path}: expected text, found {_blank(path, 'nothing but white space')}")
 
 
 def _documents(path: Path, settings: kinds.TextFiles) -> Iterator[tuple[bool, str]]:
@@ -169,7 +181,13 @@ def _records(settings: kinds.Records, root: Path) -> Iterator[Tagged]:
         for place, row in rows(path):
             yield split, shape.record(row, place)
         if place == f"{path}":
-            raise DataError(f"{path}: expected records, found an empty file")
+            raise DataError(f"{path}: expected records, found {_blank(path, BLANK[settings.source])}")
+
+
+def _blank(path: Path, words: str) -> str:
+    """What there is in a file of which nothing can be read: nothing at all, or what `words` say."""
+    with files.open_bytes(path) as file:
+        return words if file.read(1) else "an empty file"
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Record]]:
@@ -203,10 +221,20 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Record]]:
             place = f"{path}, line {reader.line_num}"
             if None in row or None in row.values():
                 found = len([v for k, v in row.items() if k is not None and v is not None]) + len(row.get(None) or [])
-                raise DataError(f"{place}: expected {len(names)} values as in the header, found {found}")
+                wanted = f"expected {len(names)} values as in the header"
+                raise DataError(f"{place}: {wanted}, found {found}{_separated(names)}")
             yield place, row
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: expected comma-separated values ({error})") from None
+
+
+def _separated(names: Collection[Any]) -> str:
+    """A hint where the one name of a header looks like several with another separator between; else empty."""
+    (one, *others) = map(str, names) if names else [""]
+    other = next((sign for sign in ";|\t" if sign in one), None)
+    if others or other is None:
+        return ""
+    return f" (one name: is it several, separated by {other!r}? `.csv` is read by commas, `.tsv` by tabs)"
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Record]]:
@@ -247,11 +275,14 @@ class Shape:
         record = {}
         for name in kinds.FIELDS[self.format]:
             key = self.fields.get(name, name)
-            if key not in row or row[key] is None:
+            if key not in row:
                 raise DataError(
-                    f"{place}: expected a field {key!r} ({self.format} data), found {', '.join(map(str, row))}; "
-                    f"say where it stands with `fields: {{{name}: …}}`"
+                    f"{place}: expected a field {key!r} ({self.format} data), found {', '.join(map(str, row))}"
+                    f"{_separated(row)}; say where it stands with `fields: {{{name}: …}}`"
                 )
+            if row[key] is None:
+                wanted = f"expected a value in the field {key!r} ({self.format} data), found null"
+                raise DataError(f"{place}: {wanted}; give it one, or leave the record out")
             record[name] = _checked(name, row[key], place)
         _check_tags(record, place)
         return record
@@ -261,7 +292,8 @@ class Shape:
             if all(self.fields.get(name, name) in row for name in names):
                 return format
         known = "; ".join(f"{format}: {', '.join(names)}" for format, names in kinds.FIELDS.items())
-        raise DataError(f"{place}: found the fields {', '.join(map(str, row))}, expected those of a format ({known})")
+        found = f"found the fields {', '.join(map(str, row))}{_separated(row)}"
+        raise DataError(f"{place}: {found}, expected those of a format ({known})")
 
 
 def _checked(name: str, value: Any, place: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from graft.data import misread
 from graft.machine import size
 from graft.plan.steps import Plan, Step
 
@@ -56,7 +57,7 @@ def render(plan: Plan) -> Table:
         state = "forced" if step.forced else STATES[step.state]
         figures = (count(cost.parameters), size(cost.disk_bytes), size(cost.memory_bytes), seconds)
         table.add_row(step.node.name, made_by, state, *figures)
-    table.caption, table.caption_justify = "\n".join(_notes(plan)), "left"
+    table.caption, table.caption_justify = "\n".join([*_notes(plan), *_misread(plan)]), "left"
     return table
 
 
@@ -67,6 +68,12 @@ def _notes(plan: Plan) -> list[str]:
         if _to_make(step) and step.estimate.note:
             notes.setdefault(step.estimate.note, []).append(name)
     return [f"{', '.join(names)}: {note}" for note, names in notes.items()]
+
+
+def _misread(plan: Plan) -> list[str]:
+    """A hint for each data set that looks as if another source were meant."""
+    hints = {name: misread(settings, plan.recipe.root) for name, settings in plan.recipe.data.items()}
+    return [f"{name}: {hint}" for name, hint in hints.items() if hint]
 
 
 def _to_make(step: Step) -> bool:
