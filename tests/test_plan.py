@@ -16,7 +16,7 @@ from graft.plan.keys import keys_of
 from graft.plan.table import clock, count
 from graft.pretrain.architectures import Shape, build, config_for
 from graft.recipe import read_recipe
-from graft.run import run
+from graft.run import NodesFailed, run
 from graft.train.estimate import BYTES_A_TOKEN, LEARNED, TOKENISED, cpu_flops
 from graft.train.memory import PROCESS
 
@@ -80,10 +80,34 @@ def test_states_follow_the_folder(recipe, tmp_path):
     begun = places.work("left")
     begun.mkdir(parents=True)
     (begun / "key").write_text(keys(recipe)["left"])
+    (begun / "scratch").mkdir()
+    (begun / "scratch" / "state.json").write_text("{}")
     (places.work("alone")).mkdir(parents=True)
     (places.work("alone") / "key").write_text("another")
     states = {name: step.state for name, step in make_plan(read_recipe(recipe), places).steps.items()}
     assert states == {"base": "cached", "left": "resume", "alone": "run"}
+
+
+def test_a_node_that_failed_before_its_first_step_is_to_be_made_not_gone_on_with(recipe, tmp_path):
+    recipe.write_text(RECIPE.replace("steps: 1}", "steps: 1, fails: true}"))
+    places = Places(tmp_path / "run")
+    with pytest.raises(NodesFailed):
+        run(recipe, places.folder)
+    steps = make_plan(read_recipe(recipe), places).steps
+    assert (places.work("alone") / "key").read_text() == steps["alone"].key
+    assert {name: step.state for name, step in steps.items()} == {"base": "cached", "left": "cached", "alone": "run"}
+
+
+def test_records_that_are_read_as_plain_text_are_pointed_out_below_the_table(recipe, tmp_path):
+    def shown():
+        out = io.StringIO()
+        Console(file=out, width=160).print(render(make_plan(read_recipe(recipe), Places(tmp_path / "run"))))
+        return out.getvalue()
+
+    hint = "notes: notes.jsonl is read as plain text: `source: jsonl` reads the records in it"
+    assert hint not in shown()
+    recipe.write_text(RECIPE.replace("source: jsonl", "source: text"))
+    assert hint in shown()
 
 
 def test_totals_count_what_is_still_to_be_made(recipe, tmp_path):

@@ -9,7 +9,7 @@ from typing import Literal
 
 from graft.checkpoint import ADAPTER, read_file_headers, read_headers
 from graft.errors import CheckpointError, RequestError, UnknownName
-from graft.lineage import hash_model, read_manifest, touched
+from graft.lineage import MANIFEST, hash_model, read_manifest, touched
 from graft.plan.keys import keys_of, recorded_parents, weights_hash
 from graft.plan.places import Places
 from graft.plan.preparing import with_preparation
@@ -95,8 +95,15 @@ def _state(node: Node, key: str, places: Places, verify: bool) -> tuple[State, s
         return "damaged", f"{why}; `force=[{node.name!r}]` (--force {node.name}) makes it anew"
     if why == "":
         return "cached", ""
-    begun = places.work(node.name) / "key"
-    return ("resume" if begun.is_file() and begun.read_text() == key else "run"), ""
+    return ("resume" if _begun(places.work(node.name), key) else "run"), ""
+
+
+def _begun(work: Path, key: str) -> bool:
+    """Whether a killed run left of this node what it can be gone on from: a state, or the whole that is to be moved."""
+    mark = work / "key"
+    if not mark.is_file() or mark.read_text() != key:
+        return False
+    return (work / "out" / MANIFEST).is_file() or any(path.is_file() for path in (work / "scratch").rglob("*"))
 
 
 def standing(step: Step, plan: Plan) -> bool:
