@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import graft
@@ -189,6 +190,19 @@ def test_the_check_tries_the_points_on_a_skeleton(base):  # noqa: F811
     assert "expected layers with biases, found none" in problems(method="bitfit")[0]
     assert "does not fold" in problems(method="pfeiffer", fold=True)[0]
     assert "no adapters for the method further" in problems(method="further")[0]
+
+
+def test_the_plan_of_an_adapter_that_lies_apart_counts_what_is_written(tmp_path, base):  # noqa: F811
+    made, start = run(tmp_path, base, method=LORA, budget="1 steps"), facts(base)
+
+    def planned(**raw):
+        return VERB.estimate(VERB.parse({"from": "base", "data": "d", "method": LORA, **raw}), {"base": start})
+
+    written = load_file(tmp_path / "out" / "adapter.safetensors")
+    assert planned().parameters == made["parameters"] == start.parameters + made["trained_parameters"]
+    assert planned().disk_bytes == sum(4 * value.numel() for value in written.values())
+    whole = planned(fold=True)
+    assert (whole.parameters, whole.disk_bytes) == (start.parameters, 4 * start.parameters)
 
 
 def test_adapted_models_are_no_whole_weights():

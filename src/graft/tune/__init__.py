@@ -165,7 +165,11 @@ class Tune(Verb[TuneSettings]):
         frozen = start.bytes / start.parameters if start.stored == "quantised" and start.parameters else 4.0
         (chosen,) = settings.method.items()
         reads = None if known is None or trained is None else kept_by(_chosen_points(chosen), known)
-        return training_estimate(start.parameters, settings, length, known, trained, frozen_bytes=frozen, reads=reads)
+        cost = training_estimate(start.parameters, settings, length, known, trained, frozen_bytes=frozen, reads=reads)
+        if trained is None or settings.fold:
+            return cost
+        # an adapter that lies apart is all that is written
+        return replace(cost, parameters=start.parameters + trained, disk_bytes=4 * trained)
 
     def preparation(
         self, settings: TuneSettings, models: Mapping[str, Facts], text: Mapping[str, float]
