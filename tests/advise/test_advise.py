@@ -1,6 +1,7 @@
 """Advice names a method that fits, says on what evidence and how sure it is, and writes a recipe that a plan takes."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -165,12 +166,21 @@ def test_a_share_that_is_given_is_kept(tmp_path, base):
 @pytest.mark.parametrize("kind", list(ROWS))
 def test_the_recipe_compares_the_method_with_neighbours_and_full_tuning_and_a_plan_takes_it(tmp_path, base, kind):
     found = advised(tmp_path, base, kind, write=tmp_path / "check.yaml")
-    made = yaml.safe_load((tmp_path / "check.yaml").read_text())
+    text = (tmp_path / "check.yaml").read_text()
+    made = yaml.safe_load(text)
+    assert not re.search(r"[&*]id\d", text)
     assert {found.method, "full"} <= set(made["models"])
     assert len(made["models"]) >= 1 + 2 * 3
     plan = graft.plan(tmp_path / "check.yaml", tmp_path / "run")
     assert set(plan.steps) == set(made["models"])
     assert made["evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("share", "words"), [(100.0, "100"), (12.3, "12"), (0.5, "0.5"), (0.01234, "0.012"), (1.2e-6, "0.0000012")]
+)
+def test_shares_are_written_without_an_exponent(share, words):
+    assert advice.percent(share) == words
 
 
 def test_advice_within_a_memory_is_what_the_plan_calls_fitting(tmp_path, base):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,9 @@ class Advice:
 
         head = [f"# Checks the advice: {self.method} for {self.task}, beside its neighbours and full tuning."]
         head += ["# Two learning rates each: compare a method at its better one.", ""]
-        return "\n".join(head) + yaml.safe_dump(dict(self.recipe), sort_keys=False, allow_unicode=True, width=110)
+        # as values that nodes do not share, which would be written as anchors
+        apart = json.loads(json.dumps(dict(self.recipe)))
+        return "\n".join(head) + yaml.safe_dump(apart, sort_keys=False, allow_unicode=True, width=110)
 
 
 def advise(
@@ -161,7 +165,7 @@ def _data(name: str, documents: int, characters: int, wanted: float, task: str, 
     why = "as asked" if given else "where the published figures are"
     if not given and task != "classification":
         why = "a trained number holds about 2 bits, a byte of such text says about 1 (guesses)"
-    return f"{name}: {documents:,} documents, {characters:,} characters; {wanted:.2g} % of the parameters ({why})"
+    return f"{name}: {documents:,} documents, {characters:,} characters; {percent(wanted)} % of the parameters ({why})"
 
 
 def _memory(best: Candidate, limit: int | None) -> list[str]:
@@ -185,6 +189,11 @@ def _strength(studies: Sequence[Study], task: str, stood: Standing | None, facts
     if stood is not None and stood.far:
         said.append("figures of the advised method are at other shares of the parameters")
     return "; ".join([*said, f"this model has {count(facts.parameters)} parameters: a place to start, no more"])
+
+
+def percent(share: float) -> str:
+    """A percentage to two digits, without an exponent: `100`, `0.023`."""
+    return f"{Decimal(f'{share:.2g}'):f}"
 
 
 PATHS = ("path", "train", "dev", "test")

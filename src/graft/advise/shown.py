@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from graft.advise.advice import Advice
+from graft.advise.advice import Advice, percent
 from graft.advise.candidates import Candidate
 from graft.machine import size
 
@@ -40,6 +40,6 @@ def _row(candidate: Candidate, advice: Advice) -> tuple[str, ...]:
         kept = f"{100 * stood.kept:.1f} %{' (other sizes)' if stood.far else ''}"
     changes = [f"{name}: {str(value).lower()}" for name, value in candidate.changes.items()]
     changes += ["base in 4 bits"] if candidate.packed and not candidate.why_not else []
-    trained = f"{candidate.trained:,} ({candidate.share:.2g} %)" if candidate.trained else ""
+    trained = f"{candidate.trained:,} ({percent(candidate.share)} %)" if candidate.trained else ""
     memory = size(candidate.memory_bytes) if candidate.memory_bytes else ""
     return candidate.method, trained, memory, kept, candidate.why_not or ", ".join(changes)
