@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -82,6 +83,24 @@ def test_a_damaged_manifest_is_named(tmp_path):
     (tmp_path / "graft.json").write_text('{"name": ')
     with pytest.raises(CheckpointError, match=r"graft.json: the manifest is damaged"):
         lineage.read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ({"seed": "x"}, "seed: input should be a valid integer, unable to parse string as an integer, found 'x'"),
+        ({"key": 3, "hash": None}, "key: input should be a valid string, found 3, and 1 more"),
+        ({"files": {"a": ["b", 0]}}, "files.a.0: input should be a valid integer, .*, found 'b'"),
+        (None, "Invalid JSON: EOF while parsing .*"),
+        ([], "expected a mapping with format, name, .*, found \\[\\]"),
+    ],
+)
+def test_of_a_damaged_manifest_the_field_is_named_in_one_line(tmp_path, content, why):
+    text = json.dumps({**manifest().plain(), **content} if isinstance(content, dict) else content)
+    (tmp_path / "graft.json").write_text('{"name": ' if content is None else text)
+    with pytest.raises(CheckpointError) as error:
+        lineage.read_manifest(tmp_path)
+    assert re.fullmatch(f".*graft.json: the manifest is damaged \\({why}\\); remove the file .*", str(error.value))
 
 
 def test_facts_without_a_manifest_come_from_configuration_and_headers(tmp_path):

@@ -274,9 +274,37 @@ def test_weights_that_are_no_numbers_are_problems_with_lines(recipe):
           b: {merge: {models: {a: .inf}}}
           c: {ensemble: {members: {a: .nan}}}
         """)
-    found = problems(path)
-    assert any(p.startswith("line 5: models.b.merge.models") and "a finite number, found inf" in p for p in found)
-    assert any(p.startswith("line 6: models.c.ensemble.members") and "a finite number, found nan" in p for p in found)
+    assert problems(path) == [
+        "line 5: models.b.merge.models.a: input should be a finite number, found inf",
+        "line 6: models.c.ensemble.members.a: input should be a finite number, found nan",
+    ]
+
+
+def test_of_numbers_that_are_all_wrong_it_is_not_said_that_there_is_none(recipe):
+    path = recipe("""
+        family: f
+        models:
+          a: {grow: }
+          b: {grow: }
+          i: {merge: {models: {a: .nan, b: .inf}}}
+        """)
+    assert problems(path) == [
+        "line 6: models.i.merge.models.a: input should be a finite number, found nan",
+        "line 6: models.i.merge.models.b: input should be a finite number, found inf",
+    ]
+    path.write_text("family: f\nmodels: {i: {merge: {models: {}}}}\n")
+    assert "at least 1 item" in problems(path)[0]
+
+
+@pytest.mark.parametrize("settings", ["pretrain: {data: d, size: 1M, seed: 3}", "grow: {seed: 3}"])
+def test_a_seed_among_the_settings_of_a_verb_is_told_where_seeds_stand(recipe, settings):
+    data = "data:\n  d: {source: text, document: line, path: d.txt}\n"
+    (problem,) = problems(recipe(f"family: f\n{data}models:\n  a: {{{settings}}}\n"))
+    verb = settings.partition(":")[0]
+    assert problem == (
+        f"line 5: models.a.{verb}.seed: expected `seed` beside `{verb}` (`a: {{{verb}: …, seed: …}}`) or at the top of "
+        "the recipe, found it among the verb's settings"
+    )
 
 
 def test_raw_records_cannot_be_trained_on(recipe, tmp_path):
@@ -309,8 +337,9 @@ def test_a_broken_model_is_a_problem_with_a_line_as_any_other(recipe, tmp_path):
     [
         ("family: f\nmodels: [1\nb: 2", "line 3: this is not YAML: while parsing a flow sequence, expected ',' or ']'"),
         ("- a\n- b", "line 1: expected the sections family, seed, data, models, evaluate, report, found a list"),
-        ("", "expected the sections family, seed, data, models, evaluate, report, found an empty file"),
-        ("# nothing yet\n", "expected the sections family, seed, data, models, evaluate, report, found an empty file"),
+        ("", "expected the sections family, seed, data, models, evaluate, report, found nothing"),
+        (" \n\n", "expected the sections family, seed, data, models, evaluate, report, found nothing"),
+        ("# nothing yet\n", "expected the sections family, seed, data, models, evaluate, report, found nothing"),
         (
             "just words",
             "line 1: expected the sections family, seed, data, models, evaluate, report, found the text",

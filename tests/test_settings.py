@@ -120,6 +120,13 @@ def test_of_several_types_that_may_stand_somewhere_only_the_meant_one_is_spoken_
     assert [line[: len(start)] for line, start in zip(found, expected, strict=True)] == expected
 
 
+def test_what_is_to_be_a_mapping_is_said_by_its_keys_not_by_the_name_of_a_class():
+    assert problems({"from": "base", "inner": 3}) == ["models.soup.inner: expected a mapping with rank, found 3"]
+    (problem,) = problems("base")
+    assert problem.startswith("models.soup: expected a mapping with from, models, data, density")
+    assert problem.endswith("found 'base'")
+
+
 def test_all_problems_are_reported_at_once():
     found = problems({"density": 2, "budget": "two", "x": 1})
     assert len(found) == 4

@@ -16,12 +16,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 import graft
 from graft import lora, remembered
 from graft.checkpoint import ADAPTER, INDEX, WIDTH, TensorHeader, TensorReader, atomic_write, read_headers, weight_files
 from graft.errors import CheckpointError, DiskError, RequestError
 from graft.lora import is_lora
 from graft.machine import boot, cores
+from graft.misfits import problems
 from graft.pickles import hash_pickles, is_pickled, pickled_bytes
 from graft.settings import Settings
 from graft.verb import Facts
@@ -100,8 +103,19 @@ def read_manifest(folder: Path) -> Manifest | None:
         return Manifest.model_validate_json(path.read_text())
     except ValueError as error:
         raise CheckpointError(
-            f"{path}: the manifest is damaged; remove the file or make the model anew ({error})"
+            f"{path}: the manifest is damaged ({_damage(error)}); remove the file or make the model anew"
         ) from None
+
+
+def _damage(error: ValueError) -> str:
+    """What is wrong with a manifest, in one line: its first wrong field, or why it is no JSON or no text."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    found = error.errors()
+    if found[0]["type"] == "json_invalid":
+        return found[0]["msg"]
+    first, *others = problems(Manifest, found, None, ())
+    return f"{first}, and {len(others)} more" if others else str(first)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

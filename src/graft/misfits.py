@@ -170,12 +170,16 @@ def _known(value: Mapping[Any, Any], keys: Sequence[str]) -> float:
 def _wanted(fault: _Fault, name: str, one: Any) -> str:
     """What an alternative would have been, for a value that resembles none."""
     if _is_settings(one):
-        return f"a mapping with {', '.join(keys_of(one))}"
+        return _mapping(one)
     said = str(fault.error["msg"])
     if not said.startswith("Input should be "):
         return name
     wanted = said.removeprefix("Input should be ")
     return wanted if fault.error["type"] == "literal_error" else wanted.partition(",")[0]
+
+
+def _mapping(settings: type[BaseModel]) -> str:
+    return f"a mapping with {', '.join(keys_of(settings))}"
 
 
 def _sentence(fault: _Fault) -> str:
@@ -188,6 +192,8 @@ def _sentence(fault: _Fault) -> str:
         tag, valid = error["ctx"]["tag"], re.findall(r"'([^']*)'", error["ctx"]["expected_tags"])
         kind = error["ctx"]["discriminator"].strip("'")
         return f"unknown {kind} {tag!r}{nearest(tag, valid)}; there are: {', '.join(valid)}"
+    if error["type"] == "model_type":  # pydantic would name the class
+        return f"expected {_mapping(fault.settings)}, found {error['input']!r}"
     if error["type"] == "missing":
         return "this key is required and missing"
     if error["type"] == "value_error":  # a validator of ours says what it found

@@ -19,7 +19,7 @@ from graft.cli import app
 from graft.ensemble import VERB
 from graft.ensemble.gate import Gate
 from graft.ensemble.model import ensemble_of
-from graft.errors import CheckpointError, RequestError, RunError
+from graft.errors import CheckpointError, RequestError, RunError, SettingsError
 
 
 def command(family, *words):  # noqa: F811
@@ -55,6 +55,19 @@ def test_weights_that_do_not_sum_to_one_with_the_normalised_ones(family):  # noq
     assert "normalised they are [0.4, 0.6]" in message
     with pytest.raises(RequestError, match=r"weights of zero or more, found .*log_linear allows negative ones"):
         ensemble_of({"a": llama(), "b": gpt2()}, [1.5, -0.5])
+
+
+@pytest.mark.parametrize("written", [[1], [0.5, 0.5], {"a": 0.5, "b": 0.5}, 1])
+def test_numbers_in_the_place_of_fitted_weights_are_told_where_they_stand(written):
+    with pytest.raises(SettingsError) as error:
+        VERB.parse({"members": ["a", "b"], "weights": written})
+    (problem,) = error.value.problems
+    assert str(problem) == (
+        f"weights: expected `uniform` or `{{fit: DATA.dev}}`, found {written!r}; numbers stand beside the members: "
+        "`members: {a: 0.5, b: 0.5}`"
+    )
+    with pytest.raises(SettingsError, match=r"weights.fit: this key is required and missing"):
+        VERB.parse({"members": ["a", "b"], "weights": {"documents": 3}})
 
 
 def test_a_product_of_negative_weights_only(family):  # noqa: F811

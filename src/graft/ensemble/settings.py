@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from graft.settings import DataRef, ModelRef, Settings
 
@@ -202,6 +202,16 @@ class EnsembleSettings(Settings):
     def _named(cls, raw: Any) -> Any:
         if isinstance(raw, dict) and isinstance(raw.get("combine"), str):
             return {**raw, "combine": {raw["combine"]: {}}}
+        return raw
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _fitted(cls, raw: Any) -> Any:
+        numbers = list(raw.values()) if isinstance(raw, dict) and not raw.keys() & FittedWeights.model_fields else raw
+        numbers = numbers if isinstance(numbers, list) else [numbers]
+        if numbers and all(isinstance(each, int | float) and not isinstance(each, bool) for each in numbers):
+            where = "numbers stand beside the members: `members: {a: 0.5, b: 0.5}`"
+            raise ValueError(f"expected `uniform` or `{{fit: DATA.dev}}`, found {raw!r}; {where}")
         return raw
 
     @model_validator(mode="after")

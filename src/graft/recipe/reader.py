@@ -11,7 +11,7 @@ from typing import Any
 from graft import data as data_room
 from graft import verbs
 from graft.data import DataSettings, nearest_ref, split_ref
-from graft.errors import RecipeError, nearest
+from graft.errors import Problem, RecipeError, SettingsError, nearest
 from graft.misfits import keys_of
 from graft.recipe.ceilings import PLACE, Ceilings, ceilings
 from graft.recipe.measures import Measures, check_formats, check_models, check_unseen, parts_of, read_measures
@@ -21,7 +21,7 @@ from graft.recipe.sections import Node, Outline, Recipe, readable
 from graft.recipe.splits import check_splits
 from graft.recipe.tasks import Sets, check_tasks
 from graft.settings import Settings, parse, references
-from graft.verb import Facts
+from graft.verb import Facts, Verb
 from graft.yaml_lines import Document, read_text, read_yaml
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -94,7 +94,7 @@ class _Reader:
         raw = self.document.value
         if not isinstance(raw, dict):
             if not self.problems.found:
-                found = {type(None): "an empty file", list: "a list", str: f"the text {str(raw)[:60]!r}"}
+                found = {type(None): "nothing", list: "a list", str: f"the text {str(raw)[:60]!r}"}
                 what = found.get(type(raw), f"{raw!r}")
                 self.problems.note((), f"expected the sections {', '.join(keys_of(Outline))}, found {what}")
             return None
@@ -132,7 +132,7 @@ class _Reader:
         verb, _ = self.problems.salvage(path, lambda named: verbs.verb(named[0]), [str(named)])
         if verb is None:
             return None
-        settings, sure = self.problems.salvage(path, lambda raw: verb.parse(raw, path), raw[named])
+        settings, sure = self.problems.salvage(path, lambda raw: _parsed(verb, raw, path), raw[named])
         if settings is None:
             return None
         located = self.problems.attempt(path, lambda: verb.located(settings, self.root))
@@ -194,3 +194,18 @@ class _Reader:
         else:
             words = "name the merges that have one: `ceiling: [NAME, …]`"
             self.problems.note(PLACE, f"there is no ensemble of the models of {merge}: {message}; {words}")
+
+
+def _parsed(verb: Verb[Any], raw: Any, path: Where) -> Settings:
+    """A verb's settings. A seed among them that the verb has no place for is told where seeds stand."""
+    try:
+        return verb.parse(raw, path)
+    except SettingsError as error:
+        raise SettingsError([_seed_beside(problem, path) for problem in error.problems]) from None
+
+
+def _seed_beside(problem: Problem, path: Where) -> Problem:
+    if problem.path != (*path, "seed") or not problem.message.startswith("unknown key"):
+        return problem
+    places = f"beside `{path[2]}` (`{path[1]}: {{{path[2]}: …, seed: …}}`) or at the top of the recipe"
+    return Problem(problem.path, f"expected `seed` {places}, found it among the verb's settings")

@@ -47,10 +47,11 @@ def salvaged(parse: Callable[[Any], T], raw: Any, path: Where) -> Salvaged[T]:
 
 
 def _owed(problem: Problem, left_out: Sequence[Where]) -> bool:
-    """Whether a problem may come of a value that was left out: it stands at its place, or around it and names it."""
-    around = len(problem.path)
+    """Whether a problem may come of a value that was left out: it stands at its place, or around it and names it, or
+    asks for more where nothing is left."""
+    around, emptied = len(problem.path), problem.message.endswith("found {}")
     inside = [gone[around:] for gone in left_out if gone[:around] == problem.path]
-    return any(not rest or _names(problem.message, rest[0]) for rest in inside)
+    return any(not rest or emptied or _names(problem.message, rest[0]) for rest in inside)
 
 
 def _names(message: str, key: str | int) -> bool:
