@@ -431,7 +431,8 @@ def evaluate(
         raise SettingsError([by_option(p) for p in error.problems] if asked else error.problems) from None
     except Unfinished as error:
         error.answer = {"rows": error.done}
-        None if json_ else _print(reports.table(out))
+        if error.done and not json_:
+            _print(reports.table(out))
         raise
     typer.echo(json.dumps(rows)) if json_ else _print(reports.table(out))
 

@@ -77,9 +77,9 @@ def run(
     places = Places(Path(out) if out is not None else Path("runs") / family.family)
     if dry_run:
         return RunResult(places.folder, make_plan(family, places, only=only, force=force, verify=verify))
+    _check_copy(places, family.text)
     with locked(places, wait=wait):
         plan = make_plan(family, places, only=only, force=force, verify=verify)
-        _check_copy(places, family.text)
         atomic_write(places.folder / "recipe.yaml", family.text)
         failed: NodesFailed | None = None
         names: Collection[str] = plan.steps
@@ -101,7 +101,8 @@ def run(
 def _check_copy(places: Places, text: str) -> None:
     """Raises RequestError where the copy of the recipe that a run keeps would replace a file which is not its own."""
     there = places.folder / "recipe.yaml"
-    if there.is_file() and not places.models.is_dir() and there.read_text(encoding="utf-8", errors="replace") != text:
+    ran = places.lock.exists() or places.models.is_dir()
+    if not ran and there.is_file() and there.read_text(encoding="utf-8", errors="replace") != text:
         raise RequestError(
             f"expected the folder of a run or an empty one, found {there}, which no run put there: choose another"
         )

@@ -14,6 +14,7 @@ from graft.advise.candidates import Candidate, fitted, sized
 from graft.advise.check import learned, recipe
 from graft.advise.evidence import Claim, Standing, Study, evidence, standing
 from graft.errors import RequestError
+from graft.evaluate.limits import named_length
 from graft.lineage import facts_of
 from graft.machine import size
 from graft.methods import method_names
@@ -101,7 +102,7 @@ def advise(
     shown = [ranked[0], *[each for each in ranked[1:] if each.method != "full"][:2]]
     shown += [found[0]] if found[0] not in shown and not found[0].why_not else []
     placed = {key: _absolute(raw, root) for key, raw in data.items()}
-    made = recipe(model, placed, name, corpus.format, facts.architecture, training, shown)
+    made = recipe(model, placed, name, corpus.format, facts.architecture, training, shown, named_length(facts.config))
     build_recipe(Document(made), root.resolve())
     said = [_data(name, documents, characters, wanted, task, share is not None), *why, *_memory(ranked[0], limit)]
     strength = _strength(studies, task, stood.get(ranked[0].method), facts)

@@ -13,6 +13,8 @@ RATES = {"full": 1e-4, "few": 1e-3}
 """Guesses of the lower of two learning rates; few weights want about ten times what all want (see the evidence)."""
 STEP = 3
 """The second learning rate is so many times the first."""
+ANSWER = 64
+"""Tokens that a measured answer has at most where nothing is said."""
 HEADS = {"labelled": "classification", "tagged": "tagging", "spans": "spans"}
 """The head that learns from data of a format."""
 
@@ -25,8 +27,10 @@ def recipe(
     architecture: str,
     training: Mapping[str, Any],
     shown: Sequence[Candidate],
+    reads: int | None = None,
 ) -> dict[str, Any]:
-    """A recipe as plain values. `name`: the data set of `data` that is learned; `kind`: its format."""  # fmt: skip
+    """A recipe as plain values. `name`: the data set of `data` that is learned; `kind`: its format; `reads`: tokens
+    that the model can read, prompt and answer together, where it says so."""
     models: dict[str, Any] = {"base": {"load": str(model.resolve())}}
     if any(candidate.packed for candidate in shown):
         models["packed"] = {"quantize": {"from": "base", "bits": 4}}
@@ -40,7 +44,7 @@ def recipe(
         "seed": 0,
         "data": dict(data),
         "models": models,
-        "evaluate": measures(name, kind, architecture, tuned),
+        "evaluate": measures(name, kind, architecture, tuned, reads),
     }
 
 
@@ -58,11 +62,12 @@ def learned(name: str, kind: str, architecture: str) -> dict[str, Any]:
     return {"data": name}
 
 
-def measures(name: str, kind: str, architecture: str, tuned: Sequence[str]) -> list[dict[str, Any]]:
+def measures(name: str, kind: str, architecture: str, tuned: Sequence[str], reads: int | None) -> list[dict[str, Any]]:
     """What is measured on the test split: what the data ask for, and how well text is predicted."""
     on = {"on": [f"{name}.test"]}
     if kind in HEADS:
         return [{"measure": HEADS[kind], **on, "models": list(tuned)}]
-    written = {"measure": "generation", **on, "metrics": ["token_f1", "chrf"]}
+    room = {} if reads is None or reads > 2 * ANSWER else {"max_tokens": max(reads // 2, 1)}
+    written = {"measure": "generation", **on, "metrics": ["token_f1", "chrf"], **room}
     read = {"measure": "bits_per_byte", **on}
     return [written] * (kind in ("completion", "pairs")) + [read] * (architecture == "decoder")
