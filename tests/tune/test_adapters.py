@@ -20,7 +20,7 @@ from graft.pretrain.architectures import Shape, build, config_for
 from graft.tune import VERB
 from graft.verb import Facts
 
-from .test_full import ROWS, base, run, tokenizer_and_ids  # noqa: F401  (a fixture)
+from .test_full import ROWS, base, goes_on_with_the_same_bytes, run, tokenizer_and_ids  # noqa: F401  (a fixture)
 
 LORA = {"lora": {"rank": 2}}
 KINDS = {
@@ -104,24 +104,8 @@ def test_learned_positions_leave_room_for_learned_tokens(tmp_path, base):  # noq
 
 
 def test_a_killed_training_of_an_adapter_goes_on_with_the_same_bytes(tmp_path, base, monkeypatch):  # noqa: F811
-    from graft.train.loop import Training
-
     how = {"method": {"lora": {"rank": 2, "dropout": 0.2}}, "budget": "6 steps", "checkpoint_every": "1 steps"}
-    run(tmp_path / "whole", base, **how)
-    learn = Training._learn
-
-    def stop(self, *args):
-        if self.at.step == 3:
-            raise KeyboardInterrupt
-        return learn(self, *args)
-
-    monkeypatch.setattr(Training, "_learn", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", base, **how)
-    monkeypatch.setattr(Training, "_learn", learn)
-    run(tmp_path / "cut", base, **how)
-    whole, cut = (tmp_path / name / "out" / "adapter.safetensors" for name in ("whole", "cut"))
-    assert whole.read_bytes() == cut.read_bytes()
+    goes_on_with_the_same_bytes(tmp_path, base, monkeypatch, how)
 
 
 def test_up_rate_moves_what_starts_at_zero_faster(tmp_path, base):  # noqa: F811

@@ -67,6 +67,27 @@ def run(folder, base, format="text", **raw):
     return VERB.run(job)
 
 
+def goes_on_with_the_same_bytes(tmp_path, base, monkeypatch, how):
+    """A training of an adapter, stopped before its fourth step, ends as one that was not."""
+    from graft.train.loop import Training
+
+    run(tmp_path / "whole", base, **how)
+    learn = Training._learn
+
+    def stop(self, *args):
+        if self.at.step == 3:
+            raise KeyboardInterrupt
+        return learn(self, *args)
+
+    monkeypatch.setattr(Training, "_learn", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", base, **how)
+    monkeypatch.setattr(Training, "_learn", learn)
+    run(tmp_path / "cut", base, **how)
+    whole, cut = (tmp_path / name / "out" / "adapter.safetensors" for name in ("whole", "cut"))
+    assert whole.read_bytes() == cut.read_bytes()
+
+
 def changed(base, tuned):
     with TensorReader(base) as before, TensorReader(tuned) as after:
         assert before.names == after.names

@@ -12,7 +12,7 @@ from graft.errors import RequestError
 from graft.lineage import facts_of
 from graft.tune import VERB
 
-from .test_full import base, run  # noqa: F401  (a fixture)
+from .test_full import base, goes_on_with_the_same_bytes, run  # noqa: F401  (a fixture)
 
 
 def test_any_type_of_peft_is_tuned_saved_loaded_and_folded(tmp_path, base):  # noqa: F811
@@ -86,24 +86,8 @@ def test_prompts_of_peft_are_trained_saved_loaded_and_scored(tmp_path, base, con
 
 def test_a_killed_training_of_p_tuning_goes_on_with_the_same_bytes(tmp_path, base, monkeypatch):  # noqa: F811
     pytest.importorskip("peft")
-    from graft.train.loop import Training
-
     how = {"method": {"peft": PROMPTS["p_tuning"]}, "budget": "5 steps", "checkpoint_every": "1 steps"}
-    run(tmp_path / "whole", base, **how)
-    learn = Training._learn
-
-    def stop(self, *args):
-        if self.at.step == 3:
-            raise KeyboardInterrupt
-        return learn(self, *args)
-
-    monkeypatch.setattr(Training, "_learn", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", base, **how)
-    monkeypatch.setattr(Training, "_learn", learn)
-    run(tmp_path / "cut", base, **how)
-    whole, cut = (tmp_path / name / "out" / "adapter.safetensors" for name in ("whole", "cut"))
-    assert whole.read_bytes() == cut.read_bytes()
+    goes_on_with_the_same_bytes(tmp_path, base, monkeypatch, how)
 
 
 LINEARS = {"target_modules": "all-linear"}

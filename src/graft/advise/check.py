@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from graft.advise.candidates import Candidate
+from graft.evaluate.settings import Generation
 
 RATES = {"full": 1e-4, "few": 1e-3}
 """Guesses of the lower of two learning rates; few weights want about ten times what all want (see the evidence)."""
 STEP = 3
 """The second learning rate is so many times the first."""
-ANSWER = 64
-"""Tokens that a measured answer has at most where nothing is said."""
 HEADS = {"labelled": "classification", "tagged": "tagging", "spans": "spans"}
 """The head that learns from data of a format."""
 
@@ -67,7 +66,8 @@ def measures(name: str, kind: str, architecture: str, tuned: Sequence[str], read
     on = {"on": [f"{name}.test"]}
     if kind in HEADS:
         return [{"measure": HEADS[kind], **on, "models": list(tuned)}]
-    room = {} if reads is None or reads > 2 * ANSWER else {"max_tokens": max(reads // 2, 1)}
+    usual = Generation.model_fields["max_tokens"].default
+    room = {} if reads is None or reads >= 2 * usual else {"max_tokens": max(reads // 2, 1)}
     written = {"measure": "generation", **on, "metrics": ["token_f1", "chrf"], **room}
     read = {"measure": "bits_per_byte", **on}
     return [written] * (kind in ("completion", "pairs")) + [read] * (architecture == "decoder")
