@@ -497,7 +497,7 @@ def show(
 def gains(
     models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Folders of models of one vocabulary.")],
     on: Annotated[str, typer.Option("--on", help="Held-out text (a file, or NAME.SPLIT of --recipe).")],
-    documents: Annotated[int, typer.Option(min=2, help="At most so many documents of each data set are read.")] = 200,
+    documents: Annotated[int, typer.Option(min=2, help="Draw at most so many documents of each data set.")] = 200,
     recipe: Annotated[Path | None, typer.Option(help="Take the data sets of this.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the intervals.")] = 0,
     device: Device = None,

@@ -57,6 +57,9 @@ ROOMS = (
 TYPICAL = 500
 """Guess: tokens of a document."""
 
+FITTING = 2
+"""Counted up when the same settings fit other weights: ensembles whose weights are fitted are then made anew."""
+
 
 class Ensemble(Verb[EnsembleSettings]):
     """Combines predictions; the members stay as they are."""
@@ -79,6 +82,10 @@ class Ensemble(Verb[EnsembleSettings]):
         rule = method("graft.ensemble", settings.rule)
         options = parse(rule.Settings, settings.options, (*path, "combine", settings.rule))
         return settings.model_copy(update={"combine": {settings.rule: options.plain()}})
+
+    def content(self, settings: EnsembleSettings) -> Any:
+        fitted = isinstance(settings.weights, FittedWeights)
+        return {**settings.content(), **({"fitting": FITTING} if fitted else {})}
 
     def check(self, settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[str]:
         from graft.ensemble.checks import problems

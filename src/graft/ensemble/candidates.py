@@ -30,8 +30,9 @@ def predicted(
 ) -> Gains:
     """What mixtures of the models in `folders` would gain on `reference`, a data set of `sets` with its split.
 
-    At most `documents` of each part are read, each cut to the shortest context of the models. Raises RequestError for
-    models that do not write, CannotCombine for models that cut the text differently or were trained on it.
+    At most `documents` of each part, drawn by their hashes, are read, each cut to the shortest context of the models.
+    Raises RequestError for models that do not write, CannotCombine for models that cut the text differently or were
+    trained on it.
     """
     check_unseen(folders, [reference], sets, root)
     text = held_out(reference, documents, sets, root, device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from graft import data, models
-from graft.data.corpus import text_of
+from graft.data.corpus import drawn, text_of
 from graft.ensemble.classification import labels_of
 from graft.ensemble.configuration import kind_of, width_of
 from graft.ensemble.contributions import contributions
@@ -52,10 +51,10 @@ class HeldOut:
 
 
 def held_out(reference: str, documents: int, sets: Mapping[str, Any], root: Path, device: str | None) -> HeldOut:
-    """At most `documents` of each part of a data set's split."""
+    """At most `documents` of each part of a data set's split, drawn from all of it by their hashes."""
     name, split = data.split_ref(reference)
     corpus = data.open_corpus(sets, name, root)
-    read = [list(itertools.islice(part.records(split), documents)) for part, _ in corpus.parts]
+    read = [drawn(part.records(split), documents) for part, _ in corpus.parts]
     parts = np.repeat(np.arange(len(read)), [len(records) for records in read])
     shares = np.array([share for _, share in corpus.parts])
     return HeldOut([record for records in read for record in records], corpus.format, parts, shares, device)

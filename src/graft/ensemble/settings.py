@@ -35,7 +35,10 @@ class FittedWeights(Settings):
     """Weights found on held-out text that no member was trained on."""
 
     fit: Annotated[DataRef, Field(description="Data set and split, such as `mixed.dev`.")]
-    documents: Annotated[int, Field(gt=0, description="At most so many documents of each data set are read.")] = 200
+    documents: Annotated[
+        int,
+        Field(gt=0, description="At most so many documents of each data set, drawn from all of it by their hashes."),
+    ] = 200
     top_k: Annotated[
         int | None,
         Field(

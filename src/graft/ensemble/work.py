@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from graft.data import open_corpus, split_ref
+from graft.data.corpus import text_of
 from graft.ensemble.byte_level.work import configuration as byte_configuration
 from graft.ensemble.checks import constants
 from graft.ensemble.settings import EnsembleSettings, FittedWeights
@@ -82,11 +84,11 @@ def _show(
     from graft.checkpoint import atomic_write
     from graft.ensemble.byte_level import show as byte_show
     from graft.ensemble.byte_level.fitting import cover_of
-    from graft.ensemble.fitting import held_out
     from graft.ensemble.show import spoken_by, spoken_in_union
     from graft.ensemble.spoken import FILE
 
-    texts = held_out(reference, 1, job.data, job.root, job.device).texts
+    name, split = split_ref(reference)
+    texts = map(text_of, open_corpus(job.data, name, job.root).records(split))
     text = next((text[:SHOWN] for text in texts if text.strip()), None)
     if text is None:
         return ()
