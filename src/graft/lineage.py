@@ -21,6 +21,7 @@ from pydantic import ValidationError
 import graft
 from graft import lora, remembered
 from graft.checkpoint import ADAPTER, INDEX, WIDTH, TensorHeader, TensorReader, atomic_write, read_headers, weight_files
+from graft.data.contents import Content
 from graft.errors import CheckpointError, DiskError, RequestError
 from graft.lora import is_lora
 from graft.machine import boot, cores
@@ -58,6 +59,8 @@ class DataUse(Settings):
     fingerprint: str
     commits: dict[str, str] = {}
     """Of what is read from the hub: the commit, by the name of the data set."""
+    contents: list[Content] = []
+    """What the split was read from: one for each data set that it is mixed from."""
 
 
 class Manifest(Settings):

@@ -47,10 +47,24 @@ class Corpus:
             del settings["revision"]
             settings["commit"] = self.commit
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for split, content in self._file_hashes:
+            digest.update(f"{split} {content}\n".encode())
+        return digest.hexdigest()
+
+    @property
+    def hashes(self) -> list[tuple[str | None, str]]:
+        """(split it is given to, sha256 of the content) of every file, or one for a commit on the hub."""
+        if self.commit is None:
+            return self._file_hashes
+        return [(None, hashlib.sha256(f"{getattr(self.settings, 'name', '')}@{self.commit}".encode()).hexdigest())]
+
+    @cached_property
+    def _file_hashes(self) -> list[tuple[str | None, str]]:
+        found = []
         for split, path in sources.content_files(self.settings, self.root):
             with open(path, "rb") as file:
-                digest.update(f"{split} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-        return digest.hexdigest()
+                found.append((split, hashlib.file_digest(file, "sha256").hexdigest()))
+        return found
 
     @property
     def commit(self) -> str | None:
@@ -255,13 +269,21 @@ def _canonical(record: Record) -> str:
     return json.dumps(record, sort_keys=True, ensure_ascii=False)
 
 
-def _split_of(identity: int, settings: Source, given: set[str]) -> str:
-    place = identity / 2**64
+def spans(settings: Source, given: Collection[str]) -> dict[str, tuple[float, float]]:
+    """Split → from and below which number the hashes of its documents are, as shares of the highest hash.
+
+    Nothing that is split by hash goes into those of dev and test that are `given`.
+    """
     dev = 0.0 if "dev" in given else settings.splits.dev
     test = 0.0 if "test" in given else settings.splits.test
-    if place < test:
+    return {"test": (0.0, test), "dev": (test, test + dev), "train": (test + dev, 1.0)}
+
+
+def _split_of(identity: int, settings: Source, given: set[str]) -> str:
+    place, found = identity / 2**64, spans(settings, given)
+    if place < found["test"][1]:
         return "test"
-    return "dev" if place < test + dev else "train"
+    return "dev" if place < found["dev"][1] else "train"
 
 
 def _content_settings(settings: Source) -> dict[str, Any]:

@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from graft import data, lineage
+from graft.data.contents import contents
 from graft.errors import CannotCombine
+from graft.lineage import DataUse
 
 
 def check_unseen(folders: Mapping[str, Path], on: Sequence[str], sets: Mapping[str, Any], root: Path) -> None:
-    """Raises CannotCombine where a model, or one that it was made from, was trained on one of the data sets `on`."""
+    """Raises CannotCombine where a model, or one that it was made from, was trained on one of the data sets `on`.
+
+    A data set is known by its content and settings; under other settings by its files, where documents of them may be
+    in both splits.
+    """
     for reference in on:
         name, split = data.split_ref(reference)
         corpus = data.open_corpus(sets, name, root)
-        fingerprints = [corpus.fingerprint, *(part.fingerprint for part, _ in corpus.parts)]
+        fingerprints = {corpus.fingerprint, *(part.fingerprint for part, _ in corpus.parts)}
+        read = contents(corpus, split)
         for model, folder in folders.items():
-            trained = trained_on(folder)
-            for seen in (trained[f, split] for f in fingerprints if (f, split) in trained):
-                raise CannotCombine(
-                    f"{model} was trained on {seen}.{split}: weights fitted on it would favour the model that knows it "
-                    f"by heart; fit them on held-out text ({seen}.dev)"
-                )
+            for use in trained_on(folder):
+                favoured = f"{model} was trained on {use.name}.{use.split}"
+                why = "weights fitted on it would favour the model that knows it by heart; fit them on held-out text"
+                if use.fingerprint in fingerprints and use.split == split:
+                    raise CannotCombine(f"{favoured}: {why} ({use.name}.dev)")
+                if any(seen.meets(asked) for seen in use.contents for asked in read):
+                    raise CannotCombine(f"{favoured}, which is read from the same files as {reference}: {why}")
 
 
-def trained_on(folder: Path) -> dict[tuple[str, str], str]:
-    """(fingerprint, split) of the data that went into a model's weights, its ancestors' included, with its name.
+def trained_on(folder: Path) -> Iterator[DataUse]:
+    """The data that went into a model's weights, its ancestors' included.
 
     From the manifests; a split named `dev` only chose among checkpoints. A model without a manifest gives nothing.
     """
     manifest = lineage.read_manifest(folder)
-    if manifest is None:
-        return {}
-    found = {(use.fingerprint, use.split): use.name for use in manifest.data if use.split == "train"}
-    for parent in manifest.parents:
-        found |= trained_on(folder / parent.path)
-    return found
+    if manifest is not None:
+        yield from (use for use in manifest.data if use.split == "train")
+        for parent in manifest.parents:
+            yield from trained_on(folder / parent.path)

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from graft.data import open_corpus, split_ref
+from graft.data.contents import contents
 from graft.lineage import DataUse, read_manifest
 from graft.lineage import known_hash as weights_hash
 from graft.recipe import Node, Recipe
@@ -42,7 +43,8 @@ def data_uses(recipe: Recipe, node: Node) -> list[DataUse]:
 def _data_use(recipe: Recipe, name: str, split: str) -> DataUse:
     corpus = open_corpus(recipe.data, name, recipe.root)
     commits = {part.name: part.commit for part, _ in corpus.parts if part.commit is not None}
-    return DataUse(name=name, split=split, fingerprint=corpus.fingerprint, commits=commits)
+    read = contents(corpus, split)
+    return DataUse(name=name, split=split, fingerprint=corpus.fingerprint, commits=commits, contents=read)
 
 
 def recorded_parents(folder: Path) -> Mapping[str, str]:
