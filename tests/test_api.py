@@ -9,7 +9,7 @@ import pytest
 import graft
 from graft.errors import DataError, RecipeError, RequestError
 from graft.lineage import read_manifest
-from graft.one import data_at, make_one
+from graft.one import data_at, data_named, make_one
 
 
 def test_rooms_are_callable_whether_they_were_imported_first_or_not():
@@ -120,6 +120,20 @@ def test_a_data_file_is_known_by_its_suffix(tmp_path):
         data_at(str(tmp_path / "weights.bin"))
     with pytest.raises(DataError, match=r"found nothing at nowhere\.jsonl"):
         data_at("nowhere.jsonl")
+
+
+def test_a_file_is_read_whole_where_no_split_of_it_is_named_and_nobody_trains(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"text": "x"}')
+    (tmp_path / "own.yaml").write_text("source: text\npath: x.txt\n")
+    a, b, own = (str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "own.yaml"))
+    known = {"code": {"source": "python-library"}}
+    found = data_named([a, b, f"{b}.test", own, "code.dev"], known)
+    assert found.pop("code") == known["code"]
+    assert found == {a: data_at(a) | {"splits": {"dev": 0, "test": 0}}, b: data_at(b), own: data_at(own)}
+    assert data_named([a, "code"], known, whole=False) == known | {a: data_at(a)}
+    with pytest.raises(DataError, match="data sets are: code"):
+        data_named(["cod"], known)
 
 
 def test_a_report_is_written_again_from_python(tmp_path, growing):

@@ -17,7 +17,7 @@ from graft.evaluate.settings import Measure, TaskMeasure
 from graft.evaluate.tasks import load_task
 from graft.lineage import facts_of
 from graft.models import check_device, load
-from graft.one import data_at, make_one
+from graft.one import data_at, data_named, make_one
 from graft.plan import Places, Plan, make_plan
 from graft.recipe import read_recipe
 from graft.recipe.measures import check_models
@@ -26,6 +26,7 @@ from graft.run import RunResult, locked, run
 
 if TYPE_CHECKING:
     from graft.advise import Advice as TuningAdvice
+    from graft.data import DataSettings
     from graft.deltas import Advice, Deltas, Outcome
     from graft.ensemble.gains import Gains
     from graft.ensemble.show import Spoken
@@ -204,8 +205,6 @@ def evaluate(
     files, of which all is measured where no split is named. The rows are also in `out/results.jsonl`. `wait`: wait for
     another run, or measuring, in `out` rather than refuse (Locked).
     """
-    from graft import data
-    from graft.data import split_ref
     from graft.settings import references
 
     check_device(device)
@@ -215,9 +214,7 @@ def evaluate(
         raise RequestError("expected at least one measure, such as {'measure': 'bits_per_byte', 'on': ['d.jsonl']}")
     parsed = room.parse(list(measures), ("evaluate",))
     asked = {ref for m in parsed for kind, ref, _ in references(m) if kind == "data"}
-    files = {split_ref(ref)[0] for ref in asked} - set(data_sets or {})
-    raw = {**(data_sets or {}), **{file: _whole(file, asked, data_sets or ()) for file in sorted(files)}}
-    sets = {name: data.parse(value, ("data", name)) for name, value in raw.items()}
+    sets = _sets(asked, data_sets)
     places = Places(Path(out))
     with locked(places, wait=wait, trains=False):
         _check_measures(parsed, folders, Path(root))
@@ -244,15 +241,11 @@ def _check_measures(measures: Sequence[Measure], folders: Mapping[str, Path], ro
         raise SettingsError(problems.found)
 
 
-def _whole(file: str, asked: Collection[str], names: Collection[str]) -> dict[str, Any]:
-    """Settings of the data in `file`: not split by hash where all of what is `asked` of it names no split."""
-    from graft.data import split_ref
+def _sets(asked: Collection[str], data_sets: Mapping[str, Any] | None) -> dict[str, DataSettings]:
+    """All data sets, those in files that are `asked` for as well."""
+    from graft.data import parse
 
-    found = data_at(file, names)
-    own_words = file.endswith((".yaml", ".yml")) or "path" not in found
-    if own_words or any(ref != file and split_ref(ref)[0] == file for ref in asked):
-        return found
-    return {**found, "splits": {"dev": 0, "test": 0}}
+    return {name: parse(raw, ("data", name)) for name, raw in data_named(asked, data_sets or {}).items()}
 
 
 def _named(models: Sequence[Path | str] | Mapping[str, Path | str]) -> dict[str, Path]:
@@ -279,13 +272,10 @@ def gains(
 ) -> Gains:
     """What mixtures of models would gain on held-out text, and who should join in which order, before any is made.
 
-    `on` names one of `data_sets` (settings as in a recipe) with its split, or is a file.
+    `on` names one of `data_sets` (settings as in a recipe) with its split, or is a file, of which all is read where no
+    split is named.
     """
-    from graft import data
-    from graft.data import split_ref
-
-    raw = data_sets or {split_ref(on)[0]: data_at(split_ref(on)[0])}
-    sets = {name: data.parse(value, ("data", name)) for name, value in raw.items()}
+    sets = _sets([on], data_sets)
     room, folders = importlib.import_module("graft.ensemble.candidates"), _named(models)
     check_device(device)
     return room.predicted(folders, sets, on, root=Path(root), documents=documents, seed=seed, device=device)
@@ -312,7 +302,6 @@ def deltas(
     `merge`: a method, or settings with a method among them, measured on `on` beside the mean. `allow_pickle` as in a
     merge. Raises RequestError for a merge without `on`.
     """
-    from graft.data import parse, split_ref
     from graft.merge.inputs import readable
 
     check_device(device)
@@ -327,11 +316,9 @@ def deltas(
         found = replace(room.deltas(below, folders), base=str(base))
         if on is not None:
             judge = importlib.import_module("graft.evaluate.judge").Judge
-            raw = data_sets or {split_ref(on)[0]: data_at(split_ref(on)[0])}
-            sets = {name: parse(value, ("data", name)) for name, value in raw.items()}
             measures = [{"measure": measure, "on": [on], "limit": limit}]
             (asked,) = importlib.import_module("graft.evaluate").parse(measures)
-            judged = judge.of(asked, sets, Path(root))
+            judged = judge.of(asked, _sets([on], data_sets), Path(root))
             more = {"merge": wanted, "sets": data_sets, "root": Path(root)}
             seen = room.outcome(folders, judged, base=below, points=points, device=device, **more)
     advice = room.advise(found)

@@ -17,6 +17,7 @@ from graft.plan.places import beside
 from graft.recipe import Recipe, build_recipe
 from graft.run import execute, executor_for, locked
 from graft.settings import references
+from graft.train.settings import TrainSettings
 from graft.yaml_lines import Document, read_text, read_yaml
 
 SOURCES = {
@@ -112,10 +113,28 @@ def one_node(
         name = f"{name}-{verb}"
     if begin is not None:
         verbs.verb(verb).begin(parsed, folders, begin)
-    files = {split_ref(ref)[0] for kind, ref in named if kind == "data"} - set(data)
-    sets = {**data, **{file: data_at(file, data) for file in sorted(files)}}
+    # a training has a dev split of its data; whatever else reads a file is to read all of it
+    sets = data_named([ref for kind, ref in named if kind == "data"], data, whole=not isinstance(parsed, TrainSettings))
     value = {"family": name, "seed": seed, "data": sets, "models": {name: {verb: settings}}}
     return build_recipe(Document(value), root.resolve(), outside=folders)
+
+
+def data_named(asked: Collection[str], sets: Mapping[str, Any], *, whole: bool = True) -> dict[str, Any]:
+    """Settings of all data sets: the `sets` that are known, and of the files among what is `asked` for.
+
+    `whole`: a file of which no split is asked for by name is not split by hash: all of it is read. Raises DataError for
+    what is neither a data set nor a file.
+    """
+    files = {split_ref(ref)[0] for ref in asked} - set(sets)
+    parted = {split_ref(ref)[0] for ref in asked if split_ref(ref)[0] != ref}
+    found = {file: data_at(file, sets) for file in sorted(files)}
+    unsplit = [file for file in found if whole and file not in parted and _is_ours_to_split(file, found[file])]
+    return {**sets, **found, **{file: {**found[file], "splits": {"dev": 0, "test": 0}} for file in unsplit}}
+
+
+def _is_ours_to_split(file: str, settings: Mapping[str, Any]) -> bool:
+    """Whether nobody but this command has said how what is read of `file` is split."""
+    return "path" in settings and not file.endswith((".yaml", ".yml"))
 
 
 def data_at(place: str, names: Collection[str] = ()) -> dict[str, Any]:

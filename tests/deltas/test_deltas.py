@@ -127,6 +127,9 @@ def test_held_out_data_show_parents_mean_ensemble_and_barriers(trained, tmp_path
     named = {name: folders[name] for name in ("up", "down")}
     _, _, seen = graft.deltas(folders["base"], named, on=str(root / "all.jsonl"), points=3, page=page, limit=10)
     assert list(seen.scores) == ["base", "up", "down", "mean of the weights", "ensemble"]
+    measures = [{"measure": "bits_per_byte", "on": [str(root / "all.jsonl")], "limit": 10}]
+    (row,) = graft.evaluate({"up": folders["up"]}, measures, out=tmp_path / "rows")
+    assert seen.scores["up"] == pytest.approx(row["value"], rel=1e-6)
     (line,) = seen.lines.values()
     assert line.values[0] == pytest.approx(seen.scores["up"], rel=1e-5)
     assert line.values[2] == pytest.approx(seen.scores["down"], rel=1e-5)

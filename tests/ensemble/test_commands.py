@@ -41,6 +41,8 @@ def test_fit_show_and_gains_behind_the_verb(family):  # noqa: F811
     assert f"weight {found['weights']['llama']:+.3f}" in shown
     assert "missed by" in shown
     assert "Shapley" in shown
+    (use,) = json.loads((family / "fitted" / "graft.json").read_text())["data"]
+    assert [(content["low"], content["high"]) for content in use["contents"]] == [(0.0, 1.0)]
     same = graft.ensemble(family / "same", members=list(map(str, members)), weights={"fit": str(text), "documents": 20})
     assert fitted(same)["weights"] == found["weights"]
     spoken = json.loads(graft_("ensemble", "show", family / "fitted", "--text", "the line", "--json"))

@@ -96,6 +96,10 @@ def test_the_command_prints_who_should_join(family):  # noqa: F811
     printed = CliRunner().invoke(app, [*words, "--json"])
     found = json.loads(printed.stdout)
     assert found["documents"] == 20
+    whole = CliRunner().invoke(app, [*words[:-1], "999", "--json"])
+    assert json.loads(whole.stdout)["documents"] == 60
+    split = CliRunner().invoke(app, [*words[:-3], f"{family / 'text.jsonl'}.train", "--json"])
+    assert json.loads(split.stdout)["documents"] < 60
     assert set(found["losses"]) == set(NAMES)
     assert [step["gain"] is None for step in found["steps"]] == [True, False, False]
     assert found["correlation"]["llama"]["llama"] == pytest.approx(1)

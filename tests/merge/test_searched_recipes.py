@@ -135,6 +135,8 @@ def test_a_search_and_the_spread_over_seeds_by_options(root, data, trained, tmp_
     assert done.exit_code == 0, done.output
     notes = json.loads(done.stdout)["notes"]["search"]
     assert (notes["by"], len(notes["tried"])) == ("golden", 4)
+    # the whole file is read
+    assert [use["contents"][0]["low"] for use in json.loads(done.stdout)["data"]] == [0.0]
     done = invoke("merge", tmp_path / "dare", *pair, "--method", "dare_ties", "--seeds", "3", "--seed", "7")
     assert done.exit_code == 0, done.output
     assert "3 seeds: " in done.stdout
