@@ -21,6 +21,7 @@ from transformers import (
 from graft import data, models
 from graft.data.tokenizers import train_tokenizer
 from graft.errors import CheckpointError, GraftError, RequestError
+from graft.lineage import facts_of
 from graft.run import run
 
 SMALL = {
@@ -130,6 +131,26 @@ def test_a_configuration_of_other_weights_is_refused(tmp_path, settings, words, 
     says(tmp_path, **settings)
     with pytest.raises(GraftError, match=f"do not fit config.json, which says LlamaForCausalLM: .*{words}"):
         whole(tmp_path)
+
+
+@pytest.mark.parametrize("whole", [models.load, loaded_by_recipe], ids=["load", "recipe"])
+def test_a_configuration_that_was_edited_after_the_model_was_made_is_refused_where_it_does_not_fit(tmp_path, whole):
+    models.save(two_layers("llama"), None, tmp_path / "a")
+    loaded_by_recipe(tmp_path / "a")
+    made = tmp_path / "a-run" / "models" / "a"
+    says(made, rope_theta=5000.0)
+    models.load(made)
+    says(made, num_hidden_layers=1)
+    facts_of(made)  # notes the new stamps of its files, since the weights are the same
+    with pytest.raises(GraftError, match=r"do not fit config.json, .* no block for 9: model.layers.1.input_layernorm"):
+        whole(made)
+
+
+def test_a_configuration_as_it_was_made_with_is_not_asked_again(tmp_path, monkeypatch):
+    models.save(two_layers("llama"), None, tmp_path / "a")
+    loaded_by_recipe(tmp_path / "a")
+    monkeypatch.setattr(models, "made_empty", lambda config: pytest.fail("the model was built to be looked at"))
+    models.load(tmp_path / "a-run" / "models" / "a")
 
 
 @pytest.mark.parametrize(

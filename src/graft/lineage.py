@@ -80,6 +80,8 @@ class Manifest(Settings):
     hash: str
     files: dict[str, list[int]] = {}
     """Size and time of the last change (ns) of the files of the weights when their hash was taken."""
+    config: str = ""
+    """sha256 of `config.json`, where there is one: weights are asked whether they fit another one."""
     boot: str | None = None
     """Of the machine's run that wrote the files, where nobody waited until the disk had them."""
     initialisation: str

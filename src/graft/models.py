@@ -15,7 +15,7 @@ from graft.errors import CheckpointError, RequestError
 from graft.finite import check_folder, check_loaded
 from graft.fitting import OLD_NAMES, architecture_of, beyond, misfits
 from graft.hub import fetch
-from graft.lineage import ADAPTED, GENERAL_TOKENIZERS, check_as_made, read_config, read_manifest
+from graft.lineage import ADAPTED, GENERAL_TOKENIZERS, check_as_made, hash_file, read_config, read_manifest
 from graft.lora import add_to, base_folder, is_lora
 
 if TYPE_CHECKING:
@@ -186,13 +186,15 @@ def made_empty(config: PretrainedConfig, empty: Empty = without_memory) -> PreTr
 
 
 def check_fit(folder: Path, headers: Headers) -> None:
-    """That weights without a manifest have the names and shapes that the configuration beside them says.
+    """That weights have the names and shapes that the configuration beside them says.
 
-    What is packed, or converted while it is loaded, is not looked at. Raises CheckpointError naming what does not fit.
+    A configuration that is, by its hash in the manifest, the one they were made with is not asked. What is packed, or
+    converted while it is loaded, is not looked at. Raises CheckpointError naming what does not fit.
     """
     from transformers import CONFIG_MAPPING
 
-    if is_lora(folder) or read_manifest(folder) is not None:
+    manifest = read_manifest(folder)
+    if is_lora(folder) or (manifest is not None and manifest.config == hash_file(folder / "config.json")):
         return
     said = read_config(folder)
     kind = str(said.get("model_type"))
