@@ -221,27 +221,30 @@ def test_what_is_written_must_leave_room_for_a_prompt(recipe, tmp_path):
           short: {pretrain: {data: p, size: 1M, length: 64}}
           child: {tune: {from: short, data: p}}
           wide: {pretrain: {data: p, size: 1M, length: 256}}
+          duo: {ensemble: {members: [wide, short], vocabulary: union}}
+          alone: {ensemble: {members: [wide]}}
+          bytes: {ensemble: {members: [wide, short], vocabulary: bytes}}
         evaluate:
           - {measure: generation, on: [p.test]}
           - {measure: generation, on: [p.test], models: [wide]}
           - {measure: generation, on: [p.test], max_tokens: 63}
           - measure: generation
             on: [p.test]
-            models: [wide]
+            models: [wide, alone]
             max_tokens: 256
           - {task: free.yaml}
           - {task: chosen.yaml}
         """)
     writes = "max_tokens: generation writes up to"
     wanted = "expected models that read more, with room for a prompt, found"
-    short = f"{wanted} short (64), child (64): set `max_tokens: 32`, or another below 64, or name those"
+    short = f"{wanted} short (64), child (64), duo (64): set `max_tokens: 32`, or another below 64, or name those"
     found = problems(path)
     for line, start in zip(
         found,
         (
-            f"line 9: evaluate.0.{writes} 64 tokens: {short} to measure with",
-            f"line 15: evaluate.3.{writes} 256 tokens: {wanted} wide (256): set `max_tokens: 128`",
-            f"line 16: evaluate.4.task: {tmp_path / 'free.yaml'}: max_tokens: the task writes up to 64 tokens: {short}",
+            f"line 12: evaluate.0.{writes} 64 tokens: {short} to measure with",
+            f"line 18: evaluate.3.{writes} 256 tokens: {wanted} wide (256), alone (256): set `max_tokens: 128`",
+            f"line 19: evaluate.4.task: {tmp_path / 'free.yaml'}: max_tokens: the task writes up to 64 tokens: {short}",
         ),
         strict=True,
     ):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from graft.ensemble.settings import EnsembleSettings, FittedWeights
 from graft.errors import Problem, SettingsError, UnknownName
+from graft.evaluate.limits import named_length
 from graft.methods import method, method_names
 from graft.settings import Settings, parse
 from graft.train.estimate import cpu_flops, on_this_cpu
@@ -101,6 +102,7 @@ class Ensemble(Verb[EnsembleSettings]):
             first.vocabulary if settings.vocabulary == "same" else f"{settings.vocabulary}:{key}",
             sum(models[name].parameters * count for name, count in times.items()),
             sum(models[name].bytes * count for name, count in times.items()) if settings.self_contained else 0,
+            _config(settings, members),
             mergeable=False,
             trained_on=frozenset().union(*(m.trained_on for m in members)),
         )
@@ -138,6 +140,18 @@ def _fitting_seconds(settings: EnsembleSettings, weights: FittedWeights, models:
         for entry in settings.entries
     )
     return 2 * read * weights.documents * TYPICAL / cpu_flops()
+
+
+def _config(settings: EnsembleSettings, members: Sequence[Facts]) -> dict[str, Any]:
+    """What is known of the configuration: over tokens, an ensemble reads no more of them than its shortest member, and
+    has the vocabulary that its members share; over bytes it reads texts of any length."""
+    if settings.vocabulary == "bytes":
+        return {}
+    said = {"max_position_embeddings": [named_length(member.config) for member in members]}
+    if settings.vocabulary == "same":
+        said["vocab_size"] = [member.config.get("vocab_size") for member in members]
+    known = {name: [value for value in values if value is not None] for name, values in said.items()}
+    return {name: min(values) for name, values in known.items() if values}
 
 
 def _times(settings: EnsembleSettings) -> dict[str, int]:
