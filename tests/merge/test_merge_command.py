@@ -9,6 +9,8 @@ from graft._verb_command import requested
 from graft.cli import app
 from graft.errors import RequestError
 from graft.lineage import read_manifest
+from graft.merge import engine
+from graft.run import NodesFailed
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +61,18 @@ def test_flags_of_the_command_may_be_said_as_settings_are(folders, tmp_path):
     assert invoke(*changed, "--force", "false").exit_code == 2
     assert invoke(*changed, "--force", "true").exit_code == 0
     assert read_manifest(tmp_path / "o").settings["dtype"] == "bfloat16"
+
+
+def test_a_merge_that_failed_before_its_first_tensor_is_planned_as_to_be_made(folders, tmp_path, monkeypatch):
+    recipe = tmp_path / "family.yaml"
+    loads = "".join(f"  {name}: {{load: {folder}}}\n" for name, folder in folders.items())
+    recipe.write_text(f"family: f\nmodels:\n{loads}  soup: {{merge: {{models: [a, b]}}}}\n")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(engine, "stream", fail)
+    with pytest.raises(NodesFailed, match="the disk is full"):
+        graft.run(recipe, tmp_path / "run")
+    assert (tmp_path / "run" / "work" / "soup" / "out" / "config.json").is_file()
+    assert graft.plan(recipe, tmp_path / "run").steps["soup"].state == "run"

@@ -46,6 +46,14 @@ def test_other_work_begins_anew(sync_bytes, reboot, tmp_path):
     assert Journal(tmp_path / "journal", "another", tmp_path).finished == set()
 
 
+def test_nothing_lies_there_before_a_tensor_is_finished(reboot, tmp_path):
+    noted(tmp_path / "journal", [], tmp_path)
+    assert not (tmp_path / "journal").exists()
+    noted(tmp_path / "journal", NAMES, tmp_path)
+    noted(tmp_path / "journal", [], tmp_path, what="another")
+    assert not (tmp_path / "journal").exists()
+
+
 def test_it_goes_on_wherever_a_kill_cut_it(sync_bytes, reboot, tmp_path):
     path = tmp_path / "journal"
     noted(path, NAMES, tmp_path)

@@ -27,7 +27,8 @@ ON_DISK = json.dumps(None)
 class Journal:
     """`.finished` names, `.note(name, size)` from any thread.
 
-    The file: what is done (JSON-ready; notes of any other work are thrown away), on which run of the machine, names.
+    The file: what is done (JSON-ready; notes of any other work are thrown away), on which run of the machine, names. It
+    is there as soon as there is something to go on from.
     """
 
     def __init__(self, path: Path, what: Any, folder: Path):
@@ -38,8 +39,12 @@ class Journal:
         head = [json.dumps(what, sort_keys=True), json.dumps(boot() or str(uuid.uuid4()))]
         durable, there = self._read(head)
         self.finished = {*durable, *there}
-        noted = [*map(json.dumps, durable), ON_DISK, *map(json.dumps, there)]
-        atomic_write(path, "".join(f"{line}\n" for line in (*head, *noted)))
+        self._first = [] if self.finished else [*head, ON_DISK]
+        if self.finished:
+            noted = [*map(json.dumps, durable), ON_DISK, *map(json.dumps, there)]
+            atomic_write(path, "".join(f"{line}\n" for line in (*head, *noted)))
+        else:
+            path.unlink(missing_ok=True)
 
     def _read(self, head: Sequence[str]) -> tuple[list[str], list[str]]:
         """Names that were brought to the disk, and those behind them that are there as the machine still runs."""
@@ -56,7 +61,8 @@ class Journal:
     def note(self, name: str, size: int) -> None:
         """A tensor of `size` bytes has been written whole."""
         with self._lock:
-            self._append(json.dumps(name))
+            self._append(*self._first, json.dumps(name))
+            self._first = []
             self.finished.add(name)
             self._bytes += size
             if self._bytes >= self._every:
@@ -65,6 +71,6 @@ class Journal:
                 self._append(ON_DISK)
                 self._bytes = 0
 
-    def _append(self, line: str) -> None:
+    def _append(self, *lines: str) -> None:
         with open(self.path, "a") as file:
-            file.write(line + "\n")
+            file.write("".join(f"{line}\n" for line in lines))
