@@ -72,9 +72,10 @@ class Load(Verb[LoadSettings]):
         return facts_of(fetched(settings))
 
     def estimate(self, settings: LoadSettings, models: Mapping[str, Facts]) -> Estimate:
-        facts = self.facts(settings, models, "")
-        read = min(facts.bytes, CHECKED_AT_ONCE * cores())
-        return Estimate(facts.parameters, facts.bytes, PROCESS + read, facts.bytes / 5e8, "looked through and copied")
+        facts, copied = self.facts(settings, models, ""), _copied_bytes(fetched(settings))
+        size = facts.bytes if copied is None else copied
+        read = min(size, CHECKED_AT_ONCE * cores())
+        return Estimate(facts.parameters, size, PROCESS + read, size / 5e8, "looked through and copied")
 
     def run(self, job: Job) -> dict[str, Any]:
         """Copy the model's files, so that the artifact stays what it is when the original changes."""
@@ -104,6 +105,16 @@ class Load(Verb[LoadSettings]):
 def fetched(settings: LoadSettings) -> Path:
     """Where the model lies; downloaded first where it is on the hub. Raises RequestError where the hub has none."""
     return fetch(settings.path, settings.revision) if settings.hub else Path(settings.path)
+
+
+def _copied_bytes(folder: Path) -> int | None:
+    """Size of the weights in the folder itself, where a model is loaded from other folders as well; else None."""
+    from graft.lineage import parts_of
+
+    if not parts_of(folder):
+        return None
+    files = (path for path in folder.rglob("*.safetensors") if "checkpoints" not in path.relative_to(folder).parts)
+    return sum(path.stat().st_size for path in files)
 
 
 def _hashes(folder: Path) -> dict[str, str]:

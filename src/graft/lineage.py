@@ -423,6 +423,17 @@ def parts_of(folder: Path) -> list[Path]:
     return [place for place in found if place is not None and place.is_dir()]
 
 
+def folders_behind(folder: Path) -> list[Path]:
+    """All folders that a model is loaded from: its own, its parts' (`parts_of`) and theirs, each once."""
+    found, waiting = dict[Path, None](), [Path(folder).resolve()]
+    while waiting:
+        place = waiting.pop()
+        if place not in found:
+            found[place] = None
+            waiting += [part.resolve() for part in parts_of(place)]
+    return list(found)
+
+
 HEADS = {
     "classification": "ForSequenceClassification",
     "tagging": "ForTokenClassification",
@@ -486,15 +497,15 @@ def _facts_of(folder: Path) -> Facts:
     manifest = read_manifest(folder)
     if manifest is not None and not manifest.mergeable:
         return Facts(
-            manifest.architecture, manifest.initialisation, manifest.vocabulary, manifest.parameters, 0, config, False,
-            frozenset(manifest.trained_on),
+            manifest.architecture, manifest.initialisation, manifest.vocabulary, manifest.parameters,
+            _bytes_behind(folder), config, False, frozenset(manifest.trained_on),
         )  # fmt: skip
     if ADAPTED in config and "head_of" in config[ADAPTED]:
         own = facts_of(folder / config[ADAPTED]["head_of"])
-        return replace(own, architecture="encoder", config=config, bytes=(folder / "head.safetensors").stat().st_size)
+        return replace(own, architecture="encoder", config=config, bytes=_bytes_behind(folder))
     if ADAPTED in config:
         base = facts_of(folder / config[ADAPTED]["base"]["path"])
-        return replace(base, config=config, mergeable=False, bytes=(folder / ADAPTER).stat().st_size)
+        return replace(base, config=config, mergeable=False, bytes=_bytes_behind(folder))
     headers = read_headers(folder)
     size = sum(h.end - h.start for h in headers.values())
     if manifest is not None:
@@ -513,6 +524,11 @@ def _facts_of(folder: Path) -> Facts:
     return Facts(
         architecture_of(config), f"unknown:{hash_weights(folder)[:32]}", vocabulary_hash(folder), count, size, config
     )
+
+
+def _bytes_behind(folder: Path) -> int:
+    """Size of all weights that a model is loaded from: its own, its members', its base's, each folder's once."""
+    return sum(path.stat().st_size for place in folders_behind(folder) for path in place.glob("*.safetensors"))
 
 
 def parameters_in(headers: Iterable[TensorHeader], config: Mapping[str, Any]) -> int:

@@ -29,7 +29,7 @@ class Facts:
     parameters: int
     """Number of parameters that are stored."""
     bytes: int
-    """Size of the weights on disk."""
+    """Size of the weights that it is loaded from, those of members and of an adapter's base among them."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """The `transformers` configuration, or what of it is known already."""
     mergeable: bool = True

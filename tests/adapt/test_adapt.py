@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import graft
 from graft import lineage, models
 from graft.adapt import VERB
 from graft.adapters import adapters_of, adopt
@@ -10,6 +11,7 @@ from graft.adapters.folder import averaged
 from graft.data.tokenizers import train_tokenizer
 from graft.errors import CheckpointError, RequestError, SettingsError
 from graft.methods import method
+from graft.train.memory import PROCESS
 from graft.verb import Facts, Job
 
 
@@ -142,6 +144,27 @@ def test_facts_of_a_folder_without_a_manifest_are_those_of_its_base(tmp_path, ba
         frozen.architecture, frozen.vocabulary, frozen.initialisation,
     )  # fmt: skip
     assert not low.mergeable
+
+
+def test_the_plan_counts_the_base_of_adapters_on_disk(tmp_path, base):
+    def size(*folders):
+        return sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
+
+    low, wide = (adapter(base, tmp_path / name, "lora", rank=rank) for name, rank in (("low", 2), ("wide", 4)))
+    assert lineage.facts_of(low).bytes == size(low, base)
+    made = graft.ensemble(tmp_path / "duo", members=[str(low), str(wide)])
+    # the base is in memory once
+    assert lineage.facts_of(made).bytes == size(low, wide, base)
+    recipe = tmp_path / "family.yaml"
+    recipe.write_text(
+        "family: f\nmodels:\n  low: {load: low}\n  duo: {ensemble: {members: {low: 1}}}\n"
+        "  nested: {ensemble: {members: {duo: 1}}}\n"
+    )
+    steps = graft.plan(recipe, tmp_path / "run").steps
+    assert steps["low"].estimate.disk_bytes == size(low)
+    for name in ("duo", "nested"):
+        assert steps[name].estimate.memory_bytes == PROCESS + size(low, base)
+        assert steps[name].estimate.disk_bytes == 0
 
 
 def test_settings_that_mean_nothing_are_refused():

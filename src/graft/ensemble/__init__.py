@@ -101,7 +101,7 @@ class Ensemble(Verb[EnsembleSettings]):
             f"of:{key}",
             first.vocabulary if settings.vocabulary == "same" else f"{settings.vocabulary}:{key}",
             sum(models[name].parameters * count for name, count in times.items()),
-            sum(models[name].bytes * count for name, count in times.items()) if settings.self_contained else 0,
+            sum(models[name].bytes * count for name, count in times.items()),
             _config(settings, members),
             mergeable=False,
             trained_on=frozenset().union(*(m.trained_on for m in members)),

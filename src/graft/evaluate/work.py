@@ -278,14 +278,8 @@ def disk_bytes(folder: Path) -> int:
     What several of them share is counted once; checkpoints and the log of the training are no part of the model.
     """
     files: set[Path] = set()
-    seen: set[Path] = set()
-    waiting = [Path(folder)]
-    while waiting:
-        place = waiting.pop().resolve()
-        if place not in seen:
-            seen.add(place)
-            files |= {f for f in place.rglob("*") if not {"checkpoints", "log.jsonl"} & {*f.relative_to(place).parts}}
-            waiting += lineage.parts_of(place)
+    for place in lineage.folders_behind(folder):
+        files |= {f for f in place.rglob("*") if not {"checkpoints", "log.jsonl"} & {*f.relative_to(place).parts}}
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
