@@ -192,6 +192,23 @@ models:
 """
 
 
+def test_how_often_a_training_is_saved_and_who_is_told_of_it_are_no_part_of_its_key(tmp_path):
+    (tmp_path / "d.txt").write_text("".join(f"text {n}\n" for n in range(200)))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(TRAINED)
+    plain_one = read_recipe(path)
+    more = "batch_size: 16, checkpoint_every: 5 minutes, track: [tensorboard]"
+    path.write_text(TRAINED.replace("batch_size: 16", more))
+    told_of = read_recipe(path)
+    assert told_of.models["base"].settings.track == ["tensorboard"]
+    assert keys_of(told_of) == keys_of(plain_one)
+    path.write_text(TRAINED.replace("batch_size: 16", "batch_size: 8"))
+    assert keys_of(read_recipe(path))["base"] != keys_of(plain_one)["base"]
+    # the keys of what was made before anything was left out stay as they were
+    settings = plain_one.models["base"].settings
+    assert settings.content() == {name: value for name, value in settings.plain().items() if name != "parallel"}
+
+
 def test_what_does_not_fit_is_told_the_kindest_change_first_and_each_change_fits(tmp_path):
     (tmp_path / "d.txt").write_text("".join(f"text {n}\n" for n in range(200)))
     path = tmp_path / "f.yaml"

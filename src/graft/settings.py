@@ -29,14 +29,19 @@ class Settings(BaseModel):
 
     placement: ClassVar[frozenset[str]] = frozenset()
     """Fields that say where and by how many the work is done, and nothing of what comes out."""
+    silent: ClassVar[frozenset[str]] = frozenset()
+    """Fields that say how often the work is saved and who is told of it, and nothing of what comes out."""
 
     def plain(self) -> dict[str, Any]:
         """As JSON-ready values under the names people write (`from`, not `from_`), defaults included."""
         return self.model_dump(mode="json", by_alias=True)
 
     def content(self) -> dict[str, Any]:
-        """`plain()` without what says where the work is done: what decides the result."""
-        return self.model_dump(mode="json", by_alias=True, exclude=set(self.placement))
+        """`plain()` without what says where the work is done, and with the defaults of what says how it is saved and
+        told: what decides the result."""
+        fields = type(self).model_fields
+        defaults = {name: fields[name].get_default(call_default_factory=True) for name in sorted(self.silent)}
+        return self.model_dump(mode="json", by_alias=True, exclude=set(self.placement)) | defaults
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ class Training:
     @property
     def identity(self) -> str:
         """Hash of what must be the same for a state to be this training's."""
-        settings = {k: v for k, v in self.settings.content().items() if k not in ("checkpoint_every", "track")}
+        settings = {k: v for k, v in self.settings.content().items() if k not in self.settings.silent}
         facts = [settings, self.seed, self.steps, len(self.rows), self.learner.shapes]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

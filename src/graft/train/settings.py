@@ -122,6 +122,7 @@ class TrainSettings(Settings):
     """How to train. Verbs inherit these, so that they stand directly in the verb's settings."""
 
     placement: ClassVar[frozenset[str]] = frozenset({"parallel"})
+    silent: ClassVar[frozenset[str]] = frozenset({"checkpoint_every", "track"})
 
     budget: Budget = Field(
         default_factory=lambda: Budget(amount=1, unit="epochs"),
