@@ -7,8 +7,11 @@ import pytest
 import torch
 
 import graft
+from graft import machine
 from graft.errors import RequestError
+from graft.executors import processes_of
 from graft.lineage import read_manifest
+from graft.plan.fit import launched
 from graft.run import NodesFailed
 
 RECIPE = """
@@ -96,6 +99,47 @@ def test_processes_that_nobody_starts_are_asked_for_before_work(recipe, tmp_path
     with pytest.raises(RequestError, match=r"base: expected several models side by side \(jobs\) or several"):
         graft.run(recipe, tmp_path / "run", device="cpu", jobs=2)
     assert not (tmp_path / "run" / "models").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "processes"),
+    [
+        ("torchrun --nproc-per-node 2", 2),
+        ("torchrun --nproc_per_node=4 --nnodes 3 --rdzv-endpoint host:1", 12),
+        ("torchrun --standalone", 1),
+        ("torchrun --nproc-per-node gpu", None),
+        ("torchrun --nproc-per-node 2 --nnodes 1:4", None),
+        ("python -m torch.distributed.run --nproc-per-node 8", 8),
+        ("accelerate launch --multi_gpu --num_processes 4", 4),
+        ("accelerate launch", None),
+        ("mpirun -np 6", 6),
+        ("srun -n 16", 16),
+        ("./start.sh", None),
+    ],
+)
+def test_a_launcher_says_how_many_processes_it_starts(command, processes):
+    assert processes_of(shlex.split(command)) == processes
+
+
+def test_what_does_not_fit_into_the_memory_of_one_of_the_processes_is_refused_before_they_start(
+    recipe, tmp_path, monkeypatch
+):
+    spread = RECIPE.replace("size: 80k", "size: 40M").replace("batch_size: 8,", "batch_size: 8, parallel: fsdp,")
+    recipe.write_text(spread)
+    plan = graft.plan(recipe, tmp_path / "run")
+    two = launched(plan, 2).steps["base"].estimate.memory_bytes
+    recipe.write_text(spread.replace("parallel: fsdp", "parallel: {method: fsdp, devices: 2}"))
+    assert two == graft.plan(recipe, tmp_path / "run").steps["base"].estimate.memory_bytes
+    assert two < 0.8 * plan.steps["base"].estimate.memory_bytes
+    recipe.write_text(spread)
+    monkeypatch.setattr(machine, "memory", lambda device: int(0.7 * two))
+    with pytest.raises(RequestError, match=r"expected trainings that fit into .* of memory, found base: does not fit"):
+        graft.run(recipe, tmp_path / "run", launch=launcher())
+    assert not (tmp_path / "run" / "work").exists()
+    # enough for each of two; that the launcher then fails is not found before
+    monkeypatch.setattr(machine, "memory", lambda device: two)
+    with pytest.raises(NodesFailed, match="its processes ended early"):
+        graft.run(recipe, tmp_path / "run", only=["base"], launch="false --nproc-per-node 2")
 
 
 def test_what_goes_wrong_in_the_processes_is_said(recipe, tmp_path):

@@ -6,6 +6,8 @@ Another executor need only have what `Executor` has.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import os
 import pickle
 import shlex
@@ -13,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -145,9 +148,31 @@ class Launched(Here):
                 f"expected a launcher such as 'torchrun --nproc-per-node 2', found no program {words[0]!r}"
             )
         self._command = [found, *words[1:]]
+        self.processes = processes_of(words)
+        """How many train a model together, where the command tells."""
 
     def _launcher(self, work: Work) -> list[str]:
         return self._command
+
+
+EACH_MACHINE, MACHINES = "nproc-per-node", "nnodes"
+"""Options of torchrun: processes on a machine, and machines; one where nothing is said."""
+IN_ALL = ("num-processes", "ntasks", "np", "n")
+"""Options of other launchers (accelerate, srun, mpirun) for processes on all machines together."""
+
+
+def processes_of(words: Sequence[str]) -> int | None:
+    """How many processes a launcher's command starts, on all machines; None where its words do not tell."""
+    options: dict[str, str] = {}
+    for word, following in itertools.pairwise([*words, ""]):
+        name, equals, value = word.partition("=")
+        if word.startswith("-"):
+            options[name.lstrip("-").replace("_", "-")] = value if equals else following
+    if EACH_MACHINE in options or Path(words[0]).name == "torchrun":
+        said = [options.get(name, "1") for name in (EACH_MACHINE, MACHINES)]
+    else:
+        said = [next((options[name] for name in IN_ALL if name in options), "")]
+    return math.prod(map(int, said)) if all(value.isdecimal() for value in said) else None
 
 
 def parallel_of(settings: Settings) -> Parallel | None:

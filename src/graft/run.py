@@ -18,7 +18,7 @@ from graft.executors import Executor, Here, Launched, Outcome, Processes, mispla
 from graft.making import Work
 from graft.models import check_device
 from graft.plan import Places, Plan, Step, make_plan, standing
-from graft.plan.fit import fits
+from graft.plan.fit import fits, launched
 from graft.plan.fit import told as told_of
 from graft.plan.keys import data_uses
 from graft.plan.places import OneModel
@@ -170,8 +170,7 @@ def execute(plan: Plan, executor: Executor, *, device: str | None = None) -> tup
     if wrong := [why for node in to_make if (why := misplaced(executor, node.name, node.settings))]:
         raise RequestError("\n".join(wrong))
     try:
-        if not isinstance(executor, Launched):
-            _check_room(plan, device)
+        _check_room(plan, executor, device)
         return _Course(plan, executor, device).follow()
     finally:
         executor.close()
@@ -181,8 +180,16 @@ SURE = 1.15
 """Estimates of memory are within 15 % of what was measured (docs/tuning.md): beyond that a training cannot fit."""
 
 
-def _check_room(plan: Plan, device: str | None) -> None:
-    """Raises RequestError for trainings that are to run and need more memory than there is, before anything loads."""
+def _check_room(plan: Plan, executor: Executor, device: str | None) -> None:
+    """Raises RequestError for trainings that are to run and need more memory than there is, before anything loads.
+
+    Where a launcher starts several processes, for what one of them needs; of one that does not tell how many it starts
+    nothing is known.
+    """
+    if isinstance(executor, Launched):
+        if executor.processes is None:
+            return
+        plan = launched(plan, executor.processes)
     steps = [s for s in plan.steps.values() if s.state != "cached" and isinstance(s.node.settings, TrainSettings)]
     if not steps:
         return

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from graft.errors import SettingsError
-from graft.plan.steps import Plan
+from graft.plan.steps import Plan, Step
 from graft.settings import Bytes, Settings, parse
+from graft.train.parallel import Parallel
 from graft.train.settings import TrainSettings
 from graft.verb import Facts, Verb
 
@@ -50,6 +51,21 @@ def memory_limit(words: str) -> int:
 
 class _Limit(Settings):
     fit: Annotated[Bytes, Field(gt=0, description="Memory of the machine or device.")]
+
+
+def launched(plan: Plan, processes: int) -> Plan:
+    """The plan as it is where a launcher has so many processes train each model, with the memory of one of them."""
+    facts = plan.recipe.facts(lambda name: name)
+
+    def together(step: Step) -> Step:
+        settings, spread = step.node.settings, getattr(step.node.settings, "parallel", None) or Parallel()
+        if not isinstance(settings, TrainSettings) or processes % spread.tensor:
+            return step
+        changed = settings.model_copy(update={"parallel": spread.model_copy(update={"devices": processes})})
+        cost = step.node.verb.estimate(changed, {model: facts[model] for model in step.node.models})
+        return replace(step, node=replace(step.node, settings=changed), estimate=cost)
+
+    return replace(plan, steps={name: together(step) for name, step in plan.steps.items()})
 
 
 def fits(plan: Plan, limit: int) -> list[Fit]:

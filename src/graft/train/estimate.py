@@ -96,7 +96,7 @@ def training_estimate(
     average = 4 * (parameters if trained is None else trained) if settings.ema else 0.0
     if spread.spread == 3:
         average /= devices
-    read = step_tokens / settings.accumulate / (devices // spread.tensor)
+    read = step_tokens / settings.accumulate / max(1, devices // spread.tensor)
     activations = _activations(parameters, settings, read, known, reads)
     kept, elsewhere = _kept(spread, states, average)
     # gradients come as activations go; those of the pieces before stand beside the activations of the next
