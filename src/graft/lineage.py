@@ -504,8 +504,12 @@ def _facts_of(folder: Path) -> Facts:
         own = facts_of(folder / config[ADAPTED]["head_of"])
         return replace(own, architecture="encoder", config=config, bytes=_bytes_behind(folder))
     if ADAPTED in config:
-        base = facts_of(folder / config[ADAPTED]["base"]["path"])
-        return replace(base, config=config, mergeable=False, bytes=_bytes_behind(folder))
+        place = folder / config[ADAPTED]["base"]["path"]
+        if not (place / "config.json").is_file() and not is_lora(place):
+            return _homeless(folder, config, False)
+        if not (folder / ADAPTER).is_file():
+            raise CheckpointError(f"{folder}: expected the adapters' weights in {ADAPTER}, found no such file")
+        return replace(facts_of(place), config=config, mergeable=False, bytes=_bytes_behind(folder))
     headers = read_headers(folder)
     size = sum(h.end - h.start for h in headers.values())
     if manifest is not None:
@@ -550,17 +554,21 @@ def _pickled_facts(folder: Path, config: dict[str, Any]) -> Facts:
     return Facts(architecture_of(config), start, vocabulary_hash(folder), size // width, size, config, stored="pickle")
 
 
+def _homeless(folder: Path, config: Mapping[str, Any], mergeable: bool) -> Facts:
+    """Those of an adapter whose base is not on this machine: next to nothing."""
+    spoken = vocabulary_hash(folder) if (folder / "tokenizer.json").is_file() else "none:"
+    return Facts("unknown", "unknown:", spoken, 0, 0, config, mergeable)
+
+
 def _lora_facts(folder: Path) -> Facts:
     """Those of the base that an adapter names; of a base that is not to be found nothing is known."""
     base = lora.base_folder(folder)
     manifest = read_manifest(folder)
     trained_on = frozenset(manifest.trained_on) if manifest is not None else frozenset()
-    own = (folder / "tokenizer.json").is_file()
     if base is None:
-        spoken = vocabulary_hash(folder) if own else "none:"
-        return Facts("unknown", "unknown:", spoken, 0, 0, {}, True, trained_on, "adapter")
+        return replace(_homeless(folder, {}, True), trained_on=trained_on, stored="adapter")
     found = facts_of(base)
-    spoken = vocabulary_hash(folder) if own else found.vocabulary
+    spoken = vocabulary_hash(folder) if (folder / "tokenizer.json").is_file() else found.vocabulary
     return replace(found, vocabulary=spoken, stored="adapter", trained_on=found.trained_on | trained_on)
 
 

@@ -9,13 +9,23 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graft.checkpoint import INDEX, LORA, SINGLE, Headers, TensorHeader, atomic_write, read_file_headers
+from graft.checkpoint import (
+    INDEX,
+    LORA,
+    SINGLE,
+    Headers,
+    TensorHeader,
+    TensorReader,
+    atomic_write,
+    read_file_headers,
+)
 from graft.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
@@ -47,15 +57,44 @@ class Factors:
 
 
 @dataclass(frozen=True)
+class Shift:
+    """`scale` times the adapter's vector `own`, added to one of the base."""
+
+    own: str
+    scale: float
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """Rows (`axis` 0) or columns (1) of the tensor as it is stored, times `1 + scale · own`."""
+
+    own: str
+    scale: float
+    axis: int
+
+
+Change = Factors | Shift | Rescale
+
+
+@dataclass(frozen=True)
 class Lora:
     """What an adapter's folder holds. Names of tensors are those that the base's model gives them."""
 
     folder: Path
     config: Mapping[str, Any]
-    changes: Mapping[str, Factors]
+    changes: Mapping[str, tuple[Change, ...]]
+    """What becomes of a tensor, in this order."""
     whole: Mapping[str, str]
     """Tensors that take the place of the base's, before any change: name in the base → name in the adapter's file."""
     headers: Headers
+
+
+class LoraReader(TensorReader):
+    """Reads the tensors of an adapter's file."""
+
+    def __init__(self, lora: Lora):
+        self.folder, self.headers = lora.folder.resolve(), lora.headers
+        self._files = {file: os.open(file, os.O_RDONLY) for file in {header.file for header in lora.headers.values()}}
 
 
 def is_lora(folder: Path | str) -> bool:
@@ -112,7 +151,7 @@ def read_lora(folder: Path) -> Lora:
     if not path.is_file():
         raise CheckpointError(f"{folder}: expected {LORA} beside {CONFIG}, found none")
     headers = read_file_headers(path)
-    changes: dict[str, Factors] = {}
+    changes: dict[str, tuple[Change, ...]] = {}
     whole: dict[str, str] = {}
     for name in headers:
         module, kind, rest = _parts(name)
@@ -120,7 +159,8 @@ def read_lora(folder: Path) -> Lora:
             other = name.replace(kind, kind[:-1] + "B")
             if other not in headers:
                 raise CheckpointError(f"{path}: expected {other} beside {name}, found none")
-            changes[f"{module}.weight"] = _factors(config, module, name, other, headers, kind == "lora_embedding_A")
+            factors = _factors(config, module, name, other, headers, kind == "lora_embedding_A")
+            changes[f"{module}.weight"] = (factors,)
         elif kind is None:
             whole[rest] = name
         elif kind not in ("lora_B", "lora_embedding_B"):
@@ -187,11 +227,12 @@ def add_to(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     with torch.no_grad():
         for name, stored in found.whole.items():
             _untied(model, name).copy_(own[stored])
-        for name, factors in found.changes.items():
+        for name, changes in found.changes.items():
             weight = _untied(model, name)
-            change = factors.scale * (own[factors.b].float() @ own[factors.a].float())
-            turned = change.shape != weight.shape or (factors.transposed and change.shape[0] == change.shape[1])
-            weight.copy_(weight.float() + (change.T if turned else change).to(weight.device))
+            for factors in (each for each in changes if isinstance(each, Factors)):
+                change = factors.scale * (own[factors.b].float() @ own[factors.a].float())
+                turned = change.shape != weight.shape or (factors.transposed and change.shape[0] == change.shape[1])
+                weight.copy_(weight.float() + (change.T if turned else change).to(weight.device))
     return model
 
 

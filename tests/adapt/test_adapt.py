@@ -190,6 +190,8 @@ def test_what_was_trained_on_is_passed_on():
 def test_how_an_adapter_is_related_says_what_to_do(tmp_path, base):
     from graft.relate import relate
 
-    found = relate(base, adapter(base, tmp_path / "low", "lora", rank=2))
-    assert (found.kind, found.weights, found.predictions) == ("adapter", "after alignment", "yes")
-    assert "fold it" in found.weights_why
+    low = adapter(base, tmp_path / "low", "lora", rank=2)
+    assert "read as the model that it makes of" in relate(base, low).evidence
+    found = relate(base, adapter(base, tmp_path / "wide", "houlsby", 1, width=3))
+    assert (found.kind, found.weights, found.predictions) == ("adapter", "no", "yes")
+    assert "adapters on one model are put together without (adapt)" in found.weights_why

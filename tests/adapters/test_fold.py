@@ -41,6 +41,16 @@ def test_biases_and_factors_fold(model_name, name):
     assert (logits(fold(model)) - expected).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("form", ["bias", "scale"])
+def test_what_stands_before_a_layer_folds_beside_what_stands_behind_it(form):
+    model = family("gpt2")
+    ahead = point(form=form, insertion="after", on=["before down", "before qkv"])
+    adopt(model, [ahead, *points("lora"), *points("bitfit")])
+    moved(model)
+    expected = logits(model)
+    assert (logits(fold(model)) - expected).abs().max() < TOLERANCE
+
+
 @pytest.mark.parametrize("composition", ["add", "scaled", "gated"])
 @pytest.mark.parametrize("insertion", ["parallel", "after"])
 def test_any_linear_point_at_a_single_layer_folds(insertion, composition):

@@ -238,9 +238,12 @@ def test_a_merge_of_adapters_says_how_it_would_work(tmp_path, base, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").symlink_to(base)
     (tmp_path / "f.yaml").write_text(RECIPE.replace("[base, whole]", "[base, low]"))
-    done = CliRunner().invoke(app, ["plan", "f.yaml"])
-    assert done.exit_code == 2
-    assert "fold" in done.output
+    assert CliRunner().invoke(app, ["plan", "f.yaml"]).exit_code == 0
+    for name in ("wide", "both"):
+        (tmp_path / "f.yaml").write_text(RECIPE.replace("[base, whole]", f"[base, {name}]"))
+        done = CliRunner().invoke(app, ["plan", "f.yaml"])
+        assert done.exit_code == 2
+        assert "is no change of weights: put adapters together on their model" in " ".join(done.output.split())
 
 
 def test_the_command_and_the_function_tune_an_adapter(tmp_path, base, monkeypatch):  # noqa: F811

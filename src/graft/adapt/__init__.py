@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.adapt.settings import AdaptSettings
-from graft.adapters.facts import adapted_facts, folded_facts, is_adapted
+from graft.adapters.facts import adapted_facts, folded_facts, is_adapted, points_of
 from graft.errors import RequestError
 from graft.settings import Settings, parse
 from graft.train.memory import PROCESS
@@ -69,7 +69,8 @@ class Adapt(Verb[AdaptSettings]):
 
     def facts(self, settings: AdaptSettings, models: Mapping[str, Facts], key: str) -> Facts:
         first = models[settings.start]
-        made = folded_facts(first) if settings.fold else adapted_facts(first)
+        others = [point for name in settings.names[1:] for point in points_of(models[name])]
+        made = folded_facts(first) if settings.fold else adapted_facts(first, others)
         return replace(made, trained_on=frozenset().union(*(facts.trained_on for facts in models.values())))
 
     def estimate(self, settings: AdaptSettings, models: Mapping[str, Facts]) -> Estimate:

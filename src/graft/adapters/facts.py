@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from graft.adapters.point import SUBLAYERS, Point
 from graft.checkpoint import atomic_write
 from graft.lineage import ADAPTED, read_config
 from graft.verb import Facts
+
+FOLD = "fold it first ({adapt: {adapters: [...], fold: true}})"
+TOGETHER = "put adapters together on their model ({adapt: {adapters: [...], how: average}}), or use an ensemble"
 
 
 def is_adapted(facts: Facts) -> bool:
@@ -18,12 +23,54 @@ def is_adapted(facts: Facts) -> bool:
     return facts.config.get("model_type") == ADAPTED
 
 
-def adapted_facts(start: Facts) -> Facts:
-    """Facts of `start` with an adapter that lies apart: it has no whole weights to average."""
-    if is_adapted(start):
-        return start
-    inner: dict[str, Any] = {"model_type": start.config.get("model_type")}
+def adapted_facts(start: Facts, points: Iterable[Mapping[str, Any]] = (), *, peft: bool = False) -> Facts:
+    """Facts of `start` with an adapter of these points (as plain values) that lies apart: it has no whole weights to
+    average. `peft`: it is of one of peft's own types."""
+    known = start.config.get(ADAPTED) or {"model_type": start.config.get("model_type")}
+    inner = {**known, "peft": {}} if peft else dict(known)
+    if said := list(points):
+        name = f"adapter {len(known.get('adapters', {})) + 1}"
+        inner["adapters"] = {**known.get("adapters", {}), name: said}
+        inner["active"] = [*known.get("active", []), [name, 1.0]]
     return replace(start, mergeable=False, config={**start.config, "model_type": ADAPTED, ADAPTED: inner})
+
+
+def points_of(facts: Facts) -> list[dict[str, Any]]:
+    """The points of a model's active adapters, as plain values, where they are known."""
+    entry = facts.config.get(ADAPTED, {})
+    return [point for _, points in _active(entry) for point in points]
+
+
+def _active(entry: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    return [(name, entry.get("adapters", {}).get(name, [])) for name, _ in entry.get("active", [])]
+
+
+def obstacles(entry: Mapping[str, Any]) -> list[str]:
+    """Why what `config.json` says of adapters is no change of their model's weights that can be worked out a piece at
+    a time, a sentence for each point, with what works instead; empty where it is."""
+    if "peft" in entry:
+        return [f"adapters of peft's own types are no changes that a merge can read: {FOLD}"]
+    if HEAD_OF in entry:
+        return ["a head beside an adapter has no weights to merge: name the adapter that it stands on"]
+    parsed = [(name, Point.model_validate(raw)) for name, points in _active(entry) for raw in points]
+    return [f"{name}, {point.form} on {', '.join(point.on)}, {why}" for name, point in parsed if (why := _bars(point))]
+
+
+def _bars(point: Point) -> str:
+    """Why a point cannot be read as a change of weights, with what works; empty where it can."""
+    if point.form not in ("linear", "scale", "bias"):
+        return f"is no change of weights: {TOGETHER}"
+    if any(word in SUBLAYERS for place in point.on for word in place.split("|")):
+        return f"spans layers and so has no weight to fold into: {TOGETHER}"
+    inside = any(place.startswith("before ") or place == "intermediate" for place in point.on)
+    if point.composition == "gated" or (point.form != "scale" and inside) or (point.form == "linear" and _mixes(point)):
+        return f"needs the whole weight to be folded: {FOLD}"
+    return ""
+
+
+def _mixes(point: Point) -> bool:
+    """Whether what a linear point adds depends on other weights than its own."""
+    return point.directions or point.insertion == "after"
 
 
 def folded_facts(start: Facts) -> Facts:
@@ -60,6 +107,12 @@ def adapted_base(folder: Path) -> Path | None:
         return adapted_base(place)
     said = read_config(folder).get(ADAPTED)
     return None if said is None else folder / said["base"]["path"]
+
+
+def base_there(folder: Path) -> Path | None:
+    """`adapted_base`, where a model is in it."""
+    base = adapted_base(folder)
+    return base if base is not None and (base / "config.json").is_file() else None
 
 
 def place_base(folder: Path, base: Path, seen_from: Path) -> None:

@@ -140,19 +140,14 @@ def _folded_module(path: str, sites: list[tuple[Site, float]]) -> Iterator[tuple
         bias = _through(sites, old_bias.float()[None], None)[0]  # type: ignore[union-attr]
         yield f"{path}.bias", bias.to(old_bias.dtype)  # type: ignore[union-attr]
         return
-    columns = oriented(module).float().t()  # row i is what the module makes of the i-th unit vector
-    outside = [(site, weight) for site, weight in sites if not site.place.before]
-    units = torch.eye(len(columns), device=columns.device)
-    for site, weight in sites:
-        if site.place.before:
-            units = site(units, None, weight)
-    columns = units @ columns
-    bias = torch.zeros(columns.shape[1], device=columns.device) if old_bias is None else old_bias.float()
-    nothing = torch.zeros(1, len(units), device=columns.device)
-    zero = _through(outside, torch.zeros_like(bias)[None], nothing)
-    weight_t = _through(outside, columns, units) - zero
+    plain = oriented(module).float().t()  # row i is what the module makes of the i-th unit vector
+    before, outside = ([pair for pair in sites if pair[0].place.before == first] for first in (True, False))
+    units = _through(before, torch.eye(len(plain), device=plain.device), None)
+    nothing = _through(before, torch.zeros(1, len(plain), device=plain.device), None)
+    zero = _through(outside, nothing @ plain, nothing)
+    weight_t = _through(outside, units @ plain, units) - zero
     if old_bias is not None:
-        yield f"{path}.bias", _through(outside, bias[None], nothing)[0].to(old_bias.dtype)
+        yield f"{path}.bias", _through(outside, nothing @ plain + old_bias.float(), nothing)[0].to(old_bias.dtype)
     stored = module.weight
     assert isinstance(stored, torch.Tensor)
     turned = weight_t if type(module).__name__ == "Conv1D" else weight_t.t()

@@ -12,11 +12,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from graft.adapters.facts import base_there
 from graft.deltas.measure import Deltas
 from graft.errors import RequestError
 from graft.lineage import read_manifest
 from graft.lora import base_folder, is_lora
-from graft.merge.inputs import readable
+from graft.merge.inputs import is_adapter, readable
 from graft.relate import Relation, relate
 
 ALIKE = 0.5
@@ -78,7 +79,12 @@ def _explained(models: Mapping[str, Path], base: Path | None, adapters_of: Path 
 
 def _lost(model: Path, base: Path | None) -> Path | None:
     """The base, where the model is an adapter whose own is not on this machine."""
-    return base if is_lora(model) and base_folder(model) is None else None
+    return base if is_adapter(model) and _below(model) is None else None
+
+
+def _below(model: Path) -> Path | None:
+    """Where the model that an adapter names lies on this machine."""
+    return base_folder(model) if is_lora(model) else base_there(model)
 
 
 def _instead(found: Relation) -> list[str]:
@@ -98,8 +104,8 @@ def common_base(models: Sequence[Path]) -> Path | None:
 
 
 def _made_from(model: Path) -> Path | None:
-    if is_lora(model):
-        below = base_folder(model)
+    if is_adapter(model):
+        below = _below(model)
         return below.resolve() if below is not None else None
     manifest = read_manifest(model)
     parents = manifest.parents if manifest is not None else []

@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from graft.errors import CannotCombine, GraftError, Problem, SettingsError
+from graft.errors import CannotCombine, GraftError, Problem, RequestError, SettingsError
 from graft.evaluate.settings import DRAWN
 from graft.merge._options import OnData, SubspaceSettings
 from graft.merge.inputs import settled
@@ -43,6 +43,7 @@ ROOMS = (
     "space",
     "stream",
     "symmetry",
+    "table",
     "telling",
     "varying",
     "vocabulary",
@@ -58,6 +59,14 @@ class Merge(Verb[MergeSettings]):
 
     def types(self) -> Mapping[str, type[Settings]]:
         return {name: module.Settings for name, module in methods("graft.merge").items()}
+
+    def methods(self, settings: Mapping[str, Any]) -> list[dict[str, str]]:
+        """Every method with what it does, what it needs and its options. Raises RequestError for anything beside."""
+        from graft.merge.table import rows
+
+        if settings:
+            raise RequestError(f"expected nothing beside --methods, found {', '.join(settings)}")
+        return rows({name: module.Settings for name, module in methods("graft.merge").items()})
 
     def types_of(self, raw: Mapping[str, Any]) -> Mapping[str, type[Settings]]:
         name = str(raw.get("method", "linear"))
@@ -106,15 +115,15 @@ class Merge(Verb[MergeSettings]):
         from graft.merge.preflight import anyway, problems
 
         never, may_be_forced = problems(settings, models)
-        first = models[settings.parents[0]].architecture
+        first, lying = models[settings.parents[0]].architecture, settled(settings, models)
         beside = settings.search or settings.seeds or settings.barrier
         if beside and hasattr(method("graft.merge", settings.method), "make"):
             never.append(f"{settings.method} makes no model: leave `search`, `seeds` and `barrier` out")
         if settings.barrier is not None:
             never += [
-                f"{name} is stored as {models[name].stored}: a `barrier` is measured between models of safetensors"
+                f"{name} is stored as {lying[name].stored}: a `barrier` is measured between models of safetensors"
                 for name in settings.names
-                if models[name].stored != "safetensors"
+                if lying[name].stored != "safetensors"
             ]
         for judged in judged_parts(settings).values():
             if judged.judges and first not in (kinds := judged.entry().architectures):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from graft.adapters.facts import TOGETHER
 from graft.errors import CannotCombine
+from graft.lora import Factors, Rescale
 from graft.merge.settings import NormalisedSettings
 
 if TYPE_CHECKING:
@@ -14,9 +17,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from graft.checkpoint import TensorReader
     from graft.lora import Lora
     from graft.merge._factors import Pair
-    from graft.verb import Job
+    from graft.verb import Facts, Job
 
 
 class Settings(NormalisedSettings):
@@ -46,24 +50,27 @@ class Settings(NormalisedSettings):
 def make(job: Job, settings: Settings) -> dict[str, Any]:
     """Write the adapter's folder; the notes give ranks and, where columns were dropped, the error of each tensor."""
     from graft.lineage import facts_of
-    from graft.lora import base_folder, is_lora, read_lora
     from graft.merge._write_lora import write_lora
+    from graft.merge.inputs import changes_in, is_adapter
     from graft.merge.preflight import anyway, problems
 
-    if models := [name for name in settings.names if not is_lora(job.models[name])]:
+    facts = {name: facts_of(folder) for name, folder in job.models.items()}
+    never, forced = problems(settings, facts)
+    if models := [name for name in settings.names if facts[name].mergeable and not is_adapter(job.models[name])]:
         raise CannotCombine(f"{models[0]} is a model: `extract_lora` makes an adapter of its difference to a base")
-    never, forced = problems(settings, {name: facts_of(folder) for name, folder in job.models.items()})
     if refused := [*never, *anyway(settings, forced)]:
         raise CannotCombine("\n".join(refused))
-    parts = {name: read_lora(job.models[name]) for name in settings.names}
-    first = parts[settings.names[0]]
-    home = job.models[settings.adapters_of] if settings.adapters_of else base_folder(first.folder)
+    homes = {name: _home(job, settings, name) for name in settings.names}
+    parts = {name: changes_in(job.models[name], homes[name] or Path()) for name in settings.names}
+    first, home = parts[settings.names[0]], homes[settings.names[0]]
     named = str(home.resolve()) if home is not None else str(first.config.get("base_model_name_or_path"))
     pairs = sums(parts, settings.factors, settings.rank, settings.energy)
+    if not pairs:
+        raise CannotCombine(f"{', '.join(parts)} change no linear layers: {TOGETHER}")
     whole = _whole(parts, settings.factors, home)
     write_lora(
         job.out, pairs, whole, base=named, dtype=settings.dtype or "float32", embeddings=_embeddings(parts),
-        turned=bool(first.config.get("fan_in_fan_out")), architecture=_task(first),
+        turned=any(_turned(part) for part in parts.values()), architecture=_task(first, facts[settings.names[0]]),
     )  # fmt: skip
     lost = {name: round(pair.error, 6) for name, pair in pairs.items() if pair.error > 0}
     truncated = settings.rank is not None or settings.energy is not None
@@ -75,6 +82,16 @@ def make(job: Job, settings: Settings) -> dict[str, Any]:
     return {"notes": notes, "forced": forced}
 
 
+def _home(job: Job, settings: Settings, name: str) -> Path | None:
+    """The model that an adapter stands on; None where one of peft's names none that is on this machine."""
+    from graft.lora import base_folder, is_lora
+    from graft.merge.inputs import home_of
+
+    given, folder = job.models[settings.adapters_of] if settings.adapters_of else None, job.models[name]
+    lost = given is None and is_lora(folder) and base_folder(folder) is None
+    return None if lost else home_of(name, folder, given)
+
+
 def sums(parts: Mapping[str, Lora], weights: list[float], rank: int | None, energy: float | None) -> dict[str, Pair]:
     """Module → factors of the weighted sum.
 
@@ -83,13 +100,13 @@ def sums(parts: Mapping[str, Lora], weights: list[float], rank: int | None, ener
     """
     from graft.merge._factors import concatenated, refactored
 
-    modules = {name.removesuffix(".weight"): None for part in parts.values() for name in part.changes}
+    modules = {name.removesuffix(".weight") for part in parts.values() for name in part.changes if _product(part, name)}
     made = {}
     for module in sorted(modules):
         own = {
             name: (part, weight)
             for (name, part), weight in zip(parts.items(), weights, strict=True)
-            if f"{module}.weight" in part.changes
+            if _product(part, f"{module}.weight")
         }
         found = [_pair(name, part, module, weight) for name, (part, weight) in own.items()]
         shapes = {(pair.b.shape[0], pair.a.shape[1]) for pair in found}
@@ -101,37 +118,61 @@ def sums(parts: Mapping[str, Lora], weights: list[float], rank: int | None, ener
     return made
 
 
+def _product(part: Lora, name: str) -> list[Factors]:
+    """The factors by which an adapter changes a tensor. Raises CannotCombine where it multiplies the tensor."""
+    changes = part.changes.get(name, ())
+    if any(isinstance(change, Rescale) for change in changes):
+        raise CannotCombine(
+            f"{part.folder}: the adapter multiplies {name}, which is no sum of factors: {{adapt: {{adapters: [...]}}}} "
+            "lets adapters run one after the other, and any other method makes a model of them"
+        )
+    return [change for change in changes if isinstance(change, Factors)]
+
+
 def _pair(name: str, part: Lora, module: str, weight: float) -> Pair:
-    from graft.checkpoint import TensorReader
-    from graft.merge._factors import Pair
+    from graft.lora import LoraReader
+    from graft.merge._factors import Pair, concatenated
     from graft.merge.stream import Source
 
-    factors = part.changes[f"{module}.weight"]
-    with TensorReader(part.folder) as reader:
-        a, b = (Source(name, reader, factor).read() for factor in (factors.a, factors.b))
-    return Pair(a, b.mul_(factors.scale * weight))
+    found = []
+    with LoraReader(part) as reader:
+        for factors in _product(part, f"{module}.weight"):
+            a, b = (Source(name, reader, factor).read() for factor in (factors.a, factors.b))
+            found.append(Pair(a, b.mul_(factors.scale * weight)))
+    return concatenated(found)
 
 
 def _embeddings(parts: Mapping[str, Lora]) -> frozenset[str]:
     return frozenset(
         name.removesuffix(".weight")
         for part in parts.values()
-        for name, factors in part.changes.items()
-        if "lora_embedding" in factors.a
+        for name in part.changes
+        if any("lora_embedding" in factors.a for factors in _product(part, name))
     )
 
 
-def _task(part: Lora) -> str:
+def _turned(part: Lora) -> bool:
+    """Whether weights of linear layers are stored as [in, out]."""
+    each = (factors for name in part.changes for factors in _product(part, name))
+    return any(factors.transposed and "lora_embedding" not in factors.a for factors in each)
+
+
+def _task(part: Lora, facts: Facts) -> str:
+    if facts.architecture != "unknown":
+        return facts.architecture
     return {"SEQ_2_SEQ_LM": "encoder-decoder", "CAUSAL_LM": "decoder"}.get(str(part.config.get("task_type")), "encoder")
 
 
-def _whole(parts: Mapping[str, Lora], weights: list[float], home: Any) -> dict[str, Tensor]:
-    """Tensors that adapters hold whole: the base's, and the weighted sum of their differences from it."""
+def _whole(parts: Mapping[str, Lora], weights: list[float], home: Path | None) -> dict[str, Tensor]:
+    """Tensors that adapters hold whole or shift: the base's, and the weighted sum of their differences from it."""
+    from graft.lora import Shift
+
+    shifted = {name for part in parts.values() for name, found in part.changes.items() if isinstance(found[0], Shift)}
     # what an adapter both holds and changes is a copy of the base's tensor
-    names = sorted({name for part in parts.values() for name in part.whole if name not in part.changes})
+    names = sorted(shifted | {name for part in parts.values() for name in part.whole if name not in part.changes})
     if not names:
         return {}
-    if both := [name for name in names for part in parts.values() if name in part.changes]:
+    if both := [name for name in names for part in parts.values() if _product(part, name)]:
         raise CannotCombine(
             f"{both[0]} is held whole by one adapter and changed by factors in another: fold one of them"
         )
@@ -141,20 +182,26 @@ def _whole(parts: Mapping[str, Lora], weights: list[float], home: Any) -> dict[s
             "which it is, as `adapters_of`"
         )
     from graft.checkpoint import TensorReader
-    from graft.lora import stands_for
+
+    with TensorReader(home) as base:
+        return {name: _changed(name, parts, weights, base) for name in names}
+
+
+def _changed(name: str, parts: Mapping[str, Lora], weights: list[float], base: TensorReader) -> Tensor:
+    """The base's tensor and the weighted sum of what the adapters make of it beside."""
+    from graft.lora import LoraReader, Shift, stands_for
     from graft.merge.stream import Source
 
-    made = {}
-    with TensorReader(home) as base:
-        for name in names:
-            there = stands_for(name, base.headers)
-            if there is None:
-                raise CannotCombine(f"{home}: expected {name}, which the adapters hold whole, found none")
-            start = Source(str(home), base, there).read()
-            made[name] = start.clone()
-            for (adapter, part), weight in zip(parts.items(), weights, strict=True):
-                if name in part.whole:
-                    with TensorReader(part.folder) as reader:
-                        own = Source(adapter, reader, part.whole[name]).read()
-                    made[name].add_(own.sub_(start), alpha=weight)
+    there = stands_for(name, base.headers)
+    if there is None:
+        raise CannotCombine(f"{base.folder}: expected {name}, which the adapters hold whole, found none")
+    start = Source(str(base.folder), base, there).read()
+    made = start.clone()
+    for (adapter, part), weight in zip(parts.items(), weights, strict=True):
+        with LoraReader(part) as reader:
+            if name in part.whole:
+                made.add_(Source(adapter, reader, part.whole[name]).read().sub_(start), alpha=weight)
+            for change in part.changes.get(name, ()):
+                if isinstance(change, Shift):
+                    made.add_(Source(adapter, reader, change.own).read(), alpha=weight * change.scale)
     return made

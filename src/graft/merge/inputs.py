@@ -10,10 +10,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from graft.adapters.facts import adapted_base, base_there, frozen_config, is_adapted, obstacles
 from graft.checkpoint import Headers, TensorReader, read_headers
 from graft.errors import CannotCombine, RequestError
-from graft.lineage import read_config
-from graft.lora import base_folder, is_lora, new_rows, read_lora, stands_for
+from graft.lineage import ADAPTED, is_quantised, read_config
+from graft.lora import Lora, base_folder, is_lora, new_rows, read_lora, stands_for
 from graft.pickles import converted, is_pickled, refusal
 from graft.verb import Facts
 
@@ -35,7 +36,12 @@ class Input:
             return read_headers(self.folder)
         from graft.merge.adapted import adapted_headers
 
-        return adapted_headers(read_lora(self.folder), read_headers(self.home), self.tied_apart)
+        return adapted_headers(self.changes, read_headers(self.home), self.tied_apart)
+
+    @cached_property
+    def changes(self) -> Lora:
+        """What an adapter makes of its base."""
+        return changes_in(self.folder, self.home)
 
     @cached_property
     def apart(self) -> frozenset[str]:
@@ -62,14 +68,14 @@ class Input:
             return config
         from graft.merge.vocabulary import with_size
 
-        rows = new_rows(read_lora(self.folder), read_headers(self.home), config.get("vocab_size"))
+        rows = new_rows(self.changes, read_headers(self.home), config.get("vocab_size"))
         return config if rows is None else with_size(config, rows)
 
     @cached_property
     def tied_apart(self) -> dict[str, str]:
         """Tensors that the base does not store, as they are the same as another one, and that the adapter changes."""
         base = read_headers(self.home)
-        own = read_lora(self.folder)
+        own = self.changes
         if all(stands_for(name, base) for name in (*own.changes, *own.whole)):
             return {}
         from graft.merge.architecture import architecture
@@ -83,7 +89,7 @@ class Input:
             return TensorReader(self.folder)
         from graft.merge.adapted import AdaptedReader
 
-        return AdaptedReader(self.folder, self.home, self.tied_apart)
+        return AdaptedReader(self.changes, self.home, self.tied_apart)
 
 
 def inputs(settings: MergeSettings, folders: Mapping[str, Path]) -> dict[str, Input]:
@@ -108,13 +114,40 @@ def _home(settings: MergeSettings, name: str, folders: Mapping[str, Path]) -> Pa
 
 def home_of(name: str, folder: Path, adapters_of: Path | None = None, base: Path | None = None) -> Path:
     """The folder of the model itself, or of the one that an adapter stands on: `adapters_of` where that is said, else
-    the one that the adapter names, else `base`. Raises CannotCombine where there is none of them."""
-    if not is_lora(folder):
+    the one that the adapter names, else `base`.
+
+    Raises CannotCombine where there is none of them, or where it is no model, and CheckpointError where graft's own
+    adapter was made for other weights.
+    """
+    if not is_adapter(folder):
         return folder
-    found = adapters_of or base_folder(folder) or base
+    named = base_folder(folder) if is_lora(folder) else base_there(folder)
+    found = adapters_of or named or base
     if found is None:
         raise CannotCombine(homeless(name))
+    if is_lora(found) or adapted_base(found) is not None:
+        raise CannotCombine(f"{name} stands on {found}, which is an adapter itself: fold that one into its model first")
+    unpacked = adapters_of is not None and named is not None and is_quantised(named)
+    if not (is_lora(folder) or unpacked):
+        from graft.adapters.folder import check_base, entry_of
+
+        # the weights that packed ones stand for have another hash
+        check_base(folder, entry_of(folder), found)
     return found
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds changes of another model's weights that can be read a piece at a time, and no model."""
+    return is_lora(folder) or (adapted_base(folder) is not None and not obstacles(read_config(folder)[ADAPTED]))
+
+
+def changes_in(folder: Path, home: Path) -> Lora:
+    """What the adapter in `folder` makes of the model in `home`; in the form of peft, or graft's own."""
+    if is_lora(folder):
+        return read_lora(folder)
+    from graft.adapters.affine import read_affine
+
+    return read_affine(folder, home)
 
 
 def unpickled(settings: MergeSettings, folders: Mapping[str, Path], cache: Path) -> dict[str, Path]:
@@ -156,6 +189,11 @@ def settled(settings: MergeSettings, models: Mapping[str, Facts]) -> dict[str, F
 
 
 def _settled(settings: MergeSettings, models: Mapping[str, Facts], facts: Facts) -> Facts:
+    if is_adapted(facts) and not obstacles(facts.config[ADAPTED]):
+        # what is merged is the model, of which the folder holds the changes
+        config = frozen_config(dict(facts.config))
+        size = 4 if config.get("dtype", config.get("torch_dtype", "float32")) == "float32" else 2
+        facts = replace(facts, mergeable=True, config=config, stored="adapter", bytes=size * facts.parameters)
     if facts.stored != "adapter":
         return facts
     under = models[settings.adapters_of] if settings.adapters_of is not None else facts

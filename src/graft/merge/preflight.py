@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from graft.adapters.facts import is_adapted, obstacles
 from graft.checkpoint import FLOATS, Headers
 from graft.errors import CannotCombine
 from graft.lineage import ADAPTED, facts_of
@@ -60,11 +61,11 @@ class Layout:
     """How the rows of embeddings are matched, where that is asked for."""
 
 
-def _whole(facts: Facts) -> str:
-    """How a model that has no weights of its own comes by some."""
-    if facts.config.get("model_type") == ADAPTED:
-        return "fold the adapter into its model first ({adapt: {adapters: [...], fold: true}})"
-    return "merge its members"
+def _weightless(name: str, facts: Facts) -> str:
+    """That a model has no weights to merge, and what works instead."""
+    if is_adapted(facts):
+        return f"{name} is an adapter that no merge can read: {'; '.join(obstacles(facts.config[ADAPTED]))}"
+    return f"{name} has no weights of its own to average: merge its members; {INSTEAD}"
 
 
 def problems(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[list[str], list[str]]:
@@ -75,11 +76,7 @@ def problems(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[list
     if lost := [name for name in settings.parents if models[name].architecture == "unknown"]:
         # adapters are added up without a base; whether they stand on one is told by their shapes
         return ([] if settings.makes == "adapter" else [homeless(name) for name in lost]), []
-    never = [
-        f"{name} has no weights of its own to average: {_whole(models[name])}; {INSTEAD}"
-        for name in settings.parents
-        if not models[name].mergeable
-    ]
+    never = [_weightless(name, models[name]) for name in settings.parents if not models[name].mergeable]
     never += [refusal(pickled)] if pickled and not settings.allow_pickle else []
     never += [f"{name} {QUANTISED % name}" for name, facts in models.items() if facts.stored == "quantised"]
     if isinstance(settings, OnData) and settings.on is not None:

@@ -106,7 +106,7 @@ def _kinship(a: Input, b: Input, words: Overlap | None, seed: int) -> Kinship:
     manifests = [_manifest(part) for part in (a, b)]
     if ADAPTED in ours or ADAPTED in theirs:
         return "adapter", "what one of them holds lies beside the weights of a frozen model", None, None
-    if any(m is not None and not m.mergeable for m in manifests):
+    if any(m is not None and not m.mergeable and p.folder == p.home for m, p in zip(manifests, (a, b), strict=True)):
         return "ensemble", "a manifest says that the model has no weights of its own", None, None
     if different := different_keys(ours, theirs, ("model_type",)):
         return "different architecture", "; ".join(different), None, None
@@ -187,9 +187,9 @@ def _weights(
         case "ensemble":
             return "no", "an ensemble has no weights of its own: merge its members"
         case "adapter":
-            return "after alignment", (
-                "an adapter's weights are changes of its model's: fold it ({adapt: {adapters: [...], fold: true}}) and "
-                "merge what that gives; adapters on one model are put together without (adapt)"
+            return "no", (
+                "what it changes is no sum with the weights of its model: where it folds, merge what folding gives "
+                "({adapt: {adapters: [...], fold: true}}); adapters on one model are put together without (adapt)"
             )
         case "not comparable":
             return "no", "their tensors have different names or shapes, or are stored packed: convert one of the two"

@@ -154,7 +154,11 @@ class Tune(Verb[TuneSettings]):
         heads = {name: task.head for name, task in settings.tasks.items() if task.head != "text"}
         if "full" in settings.method:
             return replace(start, heads=heads)
-        return replace(folded_facts(start) if settings.fold else adapted_facts(start), heads=heads)
+        if settings.fold:
+            return replace(folded_facts(start), heads=heads)
+        (chosen,) = settings.method.items()
+        points = [point.plain() for point in _chosen_points(chosen)]
+        return replace(adapted_facts(start, points, peft=chosen[0] == "peft"), heads=heads)
 
     def estimate(self, settings: TuneSettings, models: Mapping[str, Facts]) -> Estimate:
         from graft.train.estimate import training_estimate
