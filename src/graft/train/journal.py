@@ -13,6 +13,7 @@ from typing import Any
 from graft.checkpoint import disk_errors
 from graft.progress import Progress
 from graft.train.place import Place
+from graft.train.trackers import Title, Trackers
 
 Entry = Mapping[str, float | None]
 
@@ -23,7 +24,16 @@ class Journal:
     Opening it after a resume at step n cuts the lines of later steps, and a line a kill has torn.
     """
 
-    def __init__(self, place: Place, out: Path, step: int, steps: int, settings: Mapping[str, Any], quiet: bool | None):
+    def __init__(
+        self,
+        place: Place,
+        out: Path,
+        step: int,
+        steps: int,
+        settings: Mapping[str, Any],
+        title: Title,
+        quiet: bool | None = None,
+    ):
         self.place, self.file = place, out / "log.jsonl"
         self.progress = Progress("training", steps, "steps", quiet=True if not place.main else quiet)
         self.progress.begin_at(step)
@@ -34,26 +44,14 @@ class Journal:
                 out.mkdir(parents=True, exist_ok=True)
                 keep_until(self.file, step)
                 self._handle = self.file.open("ab")
-        self._begin_trackers(out, settings)
-
-    def _begin_trackers(self, out: Path, settings: Mapping[str, Any]) -> None:
-        accelerator = self.place.accelerator
-        if accelerator.log_with:
-            flat = {
-                key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()
-            }
-            # what a killed run told TensorBoard after this step is not shown twice
-            extra = {"tensorboard": {"purge_step": self.step + 1}} if self.step else {}
-            accelerator.init_trackers(out.resolve().name, config=flat, init_kwargs=extra)
+        self.trackers = Trackers(place, title, settings, step)
 
     def write(self, entry: Entry) -> None:
         """One line. Trackers get the numbers under the same names."""
         if self._handle is not None:
             with disk_errors(self.file):
                 self._handle.write(json.dumps(entry).encode() + b"\n")
-        if self.place.accelerator.log_with:
-            numbers = {name: value for name, value in entry.items() if name != "step"}
-            self.place.accelerator.log(numbers, step=int(entry["step"] or 0))
+        self.trackers.tell(entry)
 
     def show(self, step: int, note: str) -> None:
         """Move the progress to `step`."""
@@ -77,8 +75,7 @@ class Journal:
         self.progress.__exit__(kind, error, trace)
         if self._handle is not None:
             self._handle.close()
-        if self.place.accelerator.log_with:
-            self.place.accelerator.end_training()
+        self.trackers.close()
 
 
 def keep_until(file: Path, step: int) -> None:

@@ -38,6 +38,7 @@ from graft.train.schedule import rate
 from graft.train.settings import TrainSettings
 from graft.train.shards import whole_on_main
 from graft.train.state import WRITTEN_A_SECOND, forget_states, pause, read_state, write_state
+from graft.train.trackers import Title
 
 Save = Callable[[Any, Path], None]
 """Writes a model as a complete Hugging Face folder into a folder that exists and is empty."""
@@ -79,6 +80,7 @@ def train(
     device: str | None = None,
     save: Save | None = None,
     before_step: Callable[[int], None] | None = None,
+    title: Title | None = None,
 ) -> TrainResult:
     """Train `model` in place; go on where a killed run with the same `scratch` stood.
 
@@ -87,13 +89,17 @@ def train(
     the dev loss (mean over all units of its first rows). `save` is needed for kept checkpoints and the moving average.
     Writes `out/log.jsonl` and `out/checkpoints/`; only the main process writes. `before_step(step)` is called before
     step 0, 1, …, in every process; what it changes must be a buffer of the model, which a resumed training has again.
+    `title`: what trackers call the training; by the name of `out`, if not given.
 
     Raises RequestError for settings that do not fit what is given, TrainingError where labels are all masked or the
     loss is not finite, KeyboardInterrupt after Ctrl-C (with the state saved).
     """
     place = Place(device, settings.track, Path(out), settings.parallel)
     _check_request(settings, rows, dev, save, place.shares)
-    training = Training(model, rows, objective, settings, Path(out), Path(scratch), seed, dev, save, place, before_step)
+    title = title or Title("graft", Path(out).resolve().name)
+    training = Training(
+        model, rows, objective, settings, Path(out), Path(scratch), seed, dev, save, place, title, before_step
+    )
     with Interrupt() as interrupt, memory_kept():
         training.resume()
         training.run(interrupt)
@@ -131,9 +137,10 @@ class Training:
         dev: Rows | None,
         save: Save | None,
         place: Place,
+        title: Title,
         before_step: Callable[[int], None] | None = None,
     ):
-        self.before_step = before_step
+        self.before_step, self.title = before_step, title
         self.rows, self.dev, self.objective, self.settings = rows, dev, objective, settings
         self.out, self.scratch, self.seed, self.save, self.place = out, scratch, seed, save, place
         self.model = self._prepare(model)
@@ -230,7 +237,7 @@ class Training:
         self.kept = Kept(self.out / "checkpoints", keep, self.kept_before, self.at.step) if self.place.main else None
         rows, pin = self.rows, self.place.device.type == "cuda"
         with (
-            Journal(self.place, self.out, self.at.step, self.steps, self.settings.plain(), None) as self.journal,
+            Journal(self.place, self.out, self.at.step, self.steps, self.settings.plain(), self.title) as self.journal,
             Ahead(rows, self._plans(), self.objective, pin) as steps,
         ):
             scaled = self.learner.scaler.is_enabled()

@@ -15,6 +15,7 @@ from graft.train.loop import Save, train
 from graft.train.losses import TokenLoss
 from graft.train.place import main_first, tell
 from graft.train.settings import TrainSettings
+from graft.train.trackers import Title
 from graft.verb import Job
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def train_on_text(
     tell(job, f"training on {len(learned):,} rows of up to {length:,} tokens")
     result = train(
         model, learned, TokenLoss(), job.settings, job.out, scratch=job.scratch, seed=job.seed, dev=dev,
-        device=job.device, save=write,
+        device=job.device, save=write, title=Title.of(job),
     )  # fmt: skip
     write(model, job.out)
     notes = {}

@@ -30,6 +30,7 @@ from graft.train.meta import EpisodeRows, MetaLoss
 from graft.train.multitask import MultiTask
 from graft.train.place import main_first, processes, tell
 from graft.train.settings import Budget
+from graft.train.trackers import Title
 from graft.tune.settings import TuneSettings
 from graft.tune.tasks import Mixing, Task, unfit
 from graft.verb import Job
@@ -120,6 +121,7 @@ def _train(
         device=job.device,
         save=write,
         before_step=weights,
+        title=Title.of(job),
     )
     losses = {f"dev_loss/{name}": dev_loss(multi, name, part) for name, part in dev.items()}
     learned = zip(multi.tasks, multi.weights.tolist(), strict=True) if weights else ()
