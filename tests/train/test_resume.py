@@ -2,6 +2,7 @@
 
 import multiprocessing
 import random
+import shutil
 import time
 
 import pytest
@@ -69,6 +70,10 @@ def test_sigkill_at_random_moments_changes_no_byte(tmp_path, start):
             kills += 1
         else:
             assert process.exitcode == 0
+            if kills == 0:
+                # a busy machine was slower before: sooner, then
+                shutil.rmtree(tmp_path / "killed")
+                length /= 2
     assert kills >= 1
     assert (tmp_path / "killed" / "weights").read_bytes() == (tmp_path / "whole" / "weights").read_bytes()
     assert files(tmp_path / "killed" / "out") == files(tmp_path / "whole" / "out")
