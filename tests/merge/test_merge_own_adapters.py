@@ -170,6 +170,7 @@ def test_biases_and_turned_weights_are_added_up(folders, tmp_path):
     for name, value in out.items():
         wanted = before[name] + 0.5 * (u[name] - before[name]) + 2 * (v[name] - before[name])
         torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5)
+    same(out, folded_by_peft(folders["turned"], tmp_path / "both"))
 
 
 def test_what_is_no_sum_of_factors_is_not_added_up(folders, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def write_lora(
     """
     ranks = Counter(pair.rank for pair in pairs.values())
     common = max(ranks, key=lambda rank: (ranks[rank], rank))
+    biases = _biases(pairs, whole)
     own = {re.escape(name): pair.rank for name, pair in sorted(pairs.items()) if pair.rank != common}
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -50,12 +51,12 @@ def write_lora(
         "rank_pattern": own,
         "alpha_pattern": own,
         "target_modules": sorted(pairs),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in whole if name not in biases}) or None,
         "fan_in_fan_out": turned,
-        "bias": "none",
+        "bias": "all" if biases else "none",
         "inference_mode": True,
     }
-    tensors = {f"{START}{name}": values for name, values in whole.items()}
+    tensors = {f"{START}{biases.get(name, name)}": values for name, values in whole.items()}
     for name, pair in pairs.items():
         a, b = ("lora_embedding_A", "lora_embedding_B") if name in embeddings else ("lora_A.weight", "lora_B.weight")
         tensors |= {f"{START}{name}.{a}": pair.a, f"{START}{name}.{b}": pair.b}
@@ -65,3 +66,10 @@ def write_lora(
     with disk_errors(out):
         save_file(cast, out / LORA, metadata={"format": "pt"})
     atomic_write(out / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def _biases(pairs: Collection[str], whole: Collection[str]) -> dict[str, str]:
+    """Of tensors that are held whole, the biases of modules that are not, and what they are called in peft's files."""
+    modules = {name: name.removesuffix(".bias") for name in whole if name.endswith(".bias")}
+    alone = {name: module for name, module in modules.items() if f"{module}.weight" not in whole}
+    return {name: f"{module}.base_layer.bias" if module in pairs else name for name, module in alone.items()}
