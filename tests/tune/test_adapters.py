@@ -118,6 +118,28 @@ def test_up_rate_moves_what_starts_at_zero_faster(tmp_path, base):  # noqa: F811
     assert sizes[1] == pytest.approx(16 * sizes[0], rel=0.02)
 
 
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_gates_open_at_a_rate_of_their_own(tmp_path, base, name):  # noqa: F811
+    opened, keys = [], []
+    for rate in (1, 20):
+        out = tmp_path / str(rate)
+        how = {name: {"length": 3, "gate_rate": rate}}
+        run(out, base, method=how, budget="1 steps", learning_rate=1e-4, clip=None)
+        (site, *_) = adapters_of(models.load(out / "out")).sites["m"].values()
+        opened.append(float((site.gate if name == "prefix" else site.gates[0]).abs().mean()))
+        keys.append(site.keys if name == "prefix" else site.embeddings)
+    assert opened[1] == pytest.approx(20 * opened[0], rel=0.02)
+    torch.testing.assert_close(*keys)  # behind a gate of zero nothing else has learned yet
+
+
+def test_a_rate_without_a_gate_is_refused():
+    with pytest.raises(SettingsError, match=r"expected gate_rate with `gate: true`, found 3 without a gate"):
+        VERB.parse({"from": "base", "data": "d", "method": {"prefix": {"gate": False, "gate_rate": 3}}})
+    plain = {"form": "linear", "on": ["query"], "size": 2, "gate_rate": 3}
+    with pytest.raises(SettingsError, match=r"expected gate_rate beside a gate, found it with form 'linear'"):
+        VERB.parse({"from": "base", "data": "d", "method": {"point": plain}})
+
+
 def test_kept_checkpoints_and_the_average_are_adapters_too(tmp_path, base):  # noqa: F811
     run(tmp_path, base, method=LORA, ema=0.9, keep={"last": 1}, evaluate_every=2)
     for name in ("step-4", "ema"):

@@ -27,6 +27,13 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+def closed_gate(point: Point, *shape: int) -> nn.Parameter:
+    """A gate of zero, of this shape, that learns as fast as `point` says."""
+    gate = nn.Parameter(torch.zeros(shape))
+    gate.rate = point.gate_rate  # type: ignore[attr-defined]
+    return gate
+
+
 class Site(nn.Module):
     """A point at a place: `site(h, x, weight)` is the new h. `module` is the frozen module h comes from."""
 
@@ -46,7 +53,7 @@ class Site(nn.Module):
         if point.composition == "scaled" and point.scale == "learned":
             self.scale = nn.Parameter(torch.ones(()))
         if point.composition == "gated":
-            self.gate = nn.Parameter(torch.zeros(()))
+            self.gate = closed_gate(point)
 
     def delta(self, source: torch.Tensor) -> torch.Tensor:
         """Δh `[…, outputs]` from x, or from h where the point is inserted after the module."""

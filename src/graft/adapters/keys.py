@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from graft.adapters.forms import closed_gate
 from graft.adapters.places import CROSS, Layout
 from graft.adapters.point import Point, chosen
 from graft.errors import RequestError
@@ -67,7 +68,7 @@ class KeySite(nn.Module):
         count = point.size or 1
         self.keys = nn.Parameter(torch.randn(shapes.key_heads, count, shapes.key_size) * shapes.key_size**-0.5)
         self.values = nn.Parameter(torch.randn(shapes.key_heads, count, shapes.value_size) * shapes.value_size**-0.5)
-        self.gate = nn.Parameter(torch.zeros(shapes.heads)) if point.gate else None
+        self.gate = closed_gate(point, shapes.heads) if point.gate else None
 
     def given(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Its own."""
@@ -87,7 +88,7 @@ class TokenSite(nn.Module):
         table = embedding.weight
         rows = torch.randint(len(table), (point.size or 1,), device="cpu").to(table.device)
         self.embeddings = nn.Parameter(table.detach()[rows].float().clone())
-        gates = [nn.Parameter(torch.zeros(shape.heads)) for shape in shapes] if point.gate else []
+        gates = [closed_gate(point, shape.heads) for shape in shapes] if point.gate else []
         self.gates = nn.ParameterList(gates)
         self.read: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Keys and values of each attention module, made anew for every call of the model."""

@@ -121,6 +121,14 @@ class Point(Settings):
             "identity; without it as published."
         ),
     ] = True
+    gate_rate: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="Learning rate of a gate (`gate`, `composition: gated`), as a multiple: it starts at zero, and "
+            "what is behind it learns only as far as it is open.",
+        ),
+    ] = 1.0
     shift: Annotated[
         bool, Field(description="Softmax: learned keys take up positions, so that the text begins behind them.")
     ] = False
@@ -129,6 +137,11 @@ class Point(Settings):
         list[str], Field(description="Fusion: the adapters it attends over; none named: those that are active.")
     ] = []
 
+    @property
+    def gated(self) -> bool:
+        """Whether it has a learned gate."""
+        return self.composition == "gated" or (self.gate and self.form in ("softmax", "tokens"))
+
     @model_validator(mode="after")
     def _check(self) -> Point:
         if (self.form in SIZED) != (self.size is not None):
@@ -136,6 +149,8 @@ class Point(Settings):
             raise ValueError(f"expected {need} for the form {self.form!r}, found {self.size}")
         if self.composition != "scaled" and self.scale != 1.0:
             raise ValueError(f"a scale goes with composition: scaled, found composition: {self.composition}")
+        if self.gate_rate != 1.0 and not self.gated:
+            raise ValueError(f"expected gate_rate beside a gate, found it with form {self.form!r} without one")
         linear_only = [name for name in ("start", "directions") if getattr(self, name) not in ("zero", False)]
         if linear_only and (self.form != "linear" or self.insertion != "parallel"):
             raise ValueError(f"{linear_only[0]} is for linear points in parallel, found form {self.form!r}")

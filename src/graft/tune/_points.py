@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from graft.adapters.point import Layers, Nonlinearity, Point
 from graft.settings import Settings
@@ -26,17 +26,43 @@ class Bottleneck(Settings):
     layers: Layers = None
 
 
-class Keys(Settings):
-    """Learned keys and values in attention."""
+GATE_RATE = 10.0
+"""How many times as fast as the rest a gate learns."""
 
-    length: Annotated[int, Field(ge=1, description="Learned keys in each attention.")] = 16
+
+class Gate(Settings):
+    """The gate of learned keys or tokens."""
+
     gate: Annotated[
         bool,
         Field(
             description="A gate for each head, zero at first: training starts from the model as it is. Without it as "
-            "published, from random keys."
+            "published, from random keys or tokens."
         ),
     ] = True
+    gate_rate: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="Learning rate of the gate, as a multiple: keys and values learn only as far as it is open.",
+        ),
+    ] = GATE_RATE
+
+    @model_validator(mode="after")
+    def _rate_of_a_gate(self) -> Gate:
+        if not self.gate and self.gate_rate != GATE_RATE:
+            raise ValueError(f"expected gate_rate with `gate: true`, found {self.gate_rate:g} without a gate")
+        return self
+
+    def gated(self) -> dict[str, Any]:
+        """What a point is told of its gate."""
+        return {"gate": self.gate, "gate_rate": self.gate_rate if self.gate else 1.0}
+
+
+class Keys(Gate):
+    """Learned keys and values in attention."""
+
+    length: Annotated[int, Field(ge=1, description="Learned keys in each attention.")] = 16
     layers: Layers = None
 
 
@@ -63,6 +89,6 @@ def keys(settings: Keys, on: list[str]) -> Point:
         on=on,
         layers=settings.layers,
         size=settings.length,
-        gate=settings.gate,
         shift=not settings.gate,
+        **settings.gated(),
     )

@@ -7,20 +7,13 @@ from typing import Annotated
 from pydantic import Field
 
 from graft.adapters.point import Point
-from graft.settings import Settings as Base
+from graft.tune._points import Gate
 
 
-class Settings(Base):
+class Settings(Gate):
     """The model reads so many learned tokens before the text. In encoders they are read by themselves."""
 
     length: Annotated[int, Field(ge=1, description="Learned tokens.")] = 16
-    gate: Annotated[
-        bool,
-        Field(
-            description="A gate for each head, zero at first: training starts from the model as it is. Without it as "
-            "published, from random tokens."
-        ),
-    ] = True
 
 
 def points(settings: Settings) -> list[Point]:
@@ -31,6 +24,6 @@ def points(settings: Settings) -> list[Point]:
             insertion="parallel",
             on=["input"],
             size=settings.length,
-            gate=settings.gate,
+            **settings.gated(),
         )
     ]
