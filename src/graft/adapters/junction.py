@@ -73,7 +73,7 @@ class Junction:
         plain = [(s, weight) for s, weight in active if isinstance(s, LowRank) and s.plain and not s.after]
         types = {site.down.dtype for site, _ in plain}
         if self.place.single and len(plain) == len(active) and len(types) == 1:
-            self.light = [Light(site.down, site.up, float(site.scale * weight)) for site, weight in plain]
+            self.light = [Light(site, float(site.scale * weight)) for site, weight in plain]
             self.type, self.of = types.pop(), [site for site, _ in plain]
 
     def _applies(self, output: Any) -> bool:
@@ -111,20 +111,28 @@ class Junction:
 
 
 class Light:
-    """h + scale · up(down(x)) in as few operations as there are, h being changed in place: for decoding."""
+    """h + scale · up(down(x)) in as few operations as there are, h being changed in place: for decoding.
 
-    def __init__(self, down: torch.Tensor, up: torch.Tensor, scale: float):
-        self.down, self.up, self.scale = down, up, scale
-        self.place, self.turned = up.data_ptr(), up.detach().t()[None]
+    The site's weights are looked up anew each time: where they lie in parts they are others in each call of the model.
+    """
+
+    def __init__(self, site: LowRank, scale: float):
+        self.weights, self.scale = site._parameters, scale
+        self.up: torch.Tensor | None = None
+        self.place = 0
+        self.turned: torch.Tensor = site.up
 
     def added(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """`h [rows, length, outputs]` with the change; any other shape too."""
-        low = linear(x, self.down)
-        if self.up.data_ptr() != self.place:  # the weights lie elsewhere by now
-            self.place, self.turned = self.up.data_ptr(), self.up.detach().t()[None]
+        down, up = self.weights["down"], self.weights["up"]
+        assert down is not None
+        assert up is not None
+        low = linear(x, down)
         if h.dim() == 3 and h.shape[0] == 1:  # one row: the product is added as it is made
+            if up is not self.up or up.data_ptr() != self.place:  # the weights lie elsewhere by now
+                self.up, self.place, self.turned = up, up.data_ptr(), up.detach().t()[None]
             return h.baddbmm_(low, self.turned, alpha=self.scale)
-        return h.add_(linear(low, self.up), alpha=self.scale)
+        return h.add_(linear(low, up), alpha=self.scale)
 
 
 @dataclass(frozen=True)
