@@ -9,6 +9,7 @@ from tiny import Stops
 from torch import nn
 
 from graft.errors import RequestError, SettingsError
+from graft.train import eight_bits
 from graft.train import optimizer as optimizers
 from graft.train.estimate import training_estimate
 from graft.train.memory import OPTIMIZER_BYTES
@@ -144,3 +145,51 @@ def test_paged_moments_go_on_with_the_same_bytes_on_a_gpu():
     set_moments(other, held)
     assert all(torch.equal(t.cpu(), held[name]) for name, t in moments(other).items())
     assert getattr(other.state[model.weight]["state1"], "is_paged", False)
+
+
+def codes_of_a_model():
+    """Moments of 8 bits behind some steps: the state of one parameter of 96 x 64."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 96, bias=False)
+    optimizer = stepped(model, tiny.settings(**EIGHT))
+    return optimizer.state[model.weight]
+
+
+def test_codes_come_again_from_numbers_and_their_scales():
+    state = codes_of_a_model()
+    held = eight_bits.spread(state)
+    assert held["state1"].dtype == held["absmax1"].dtype == torch.float32
+    assert held["state1"].shape == held["absmax1"].shape == (96, 64)
+    again = {name: torch.zeros_like(value) if isinstance(value, torch.Tensor) else 0 for name, value in state.items()}
+    again |= {name: state[name] for name in eight_bits.TABLES.values()}
+    eight_bits.put(again, held)
+    for name in ("state1", "state2", "absmax1", "absmax2"):
+        assert torch.equal(again[name], state[name]), name
+    # halves of 48 rows are 12 blocks each: cut so, nothing is lost either
+    codes, scales = eight_bits.coded(held["state1"][48:], held["absmax1"][48:], state["qmap1"])
+    assert torch.equal(codes, state["state1"][48:])
+    assert torch.equal(scales, state["absmax1"][12:])
+
+
+def test_blocks_that_are_cut_elsewhere_lose_little():
+    state = codes_of_a_model()
+    held = eight_bits.spread(state)
+    rest, scale = held["state1"][1:], held["absmax1"][1:]  # 64 numbers later
+    codes, scales = eight_bits.coded(rest, scale, state["qmap1"])
+    again = eight_bits.numbers(codes, eight_bits.each(scales, rest), state["qmap1"])
+    largest = eight_bits.each(scales, rest)
+    assert float(((again - rest).abs() / largest).max()) < 0.02  # half of the table's widest step, at its ends
+    assert not torch.equal(again, rest)
+
+
+def test_moments_of_32_bits_are_read_into_8_and_back():
+    state = codes_of_a_model()
+    plain = {"state1": torch.zeros(96, 64), "state2": torch.zeros(96, 64)}
+    eight_bits.put(plain, state)
+    held = eight_bits.spread(state)
+    assert torch.equal(plain["state1"], held["state1"])
+    assert torch.equal(plain["state2"], held["state2"])
+    back = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+    eight_bits.put(back, plain)
+    error = eight_bits.spread(back)["state2"] - held["state2"]
+    assert float(error.abs().max()) < 0.02 * float(held["state2"].max())

@@ -1,5 +1,6 @@
 """Weights spread over two processes (gloo, on loopback) learn what one does, and go on where a kill left them."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from graft.train.parallel import Parallel, problems
 from graft.train.state import read_state
 
 MORE = {"accumulate": 2, "evaluate_every": 3, "keep": {"last": 1}, "ema": 0.9, "checkpoint_every": "1 step"}
+EIGHT = {"optimizer": "adamw_8bit", "checkpoint_every": "1 step"}
 CASES = {
     "fsdp": {"given": {**MORE, "parallel": "fsdp"}, "stop": 7},
     "offload": {"given": {**MORE, "parallel": {"method": "fsdp", "offload": "cpu"}, "gradient_checkpointing": True}},
@@ -28,7 +30,14 @@ CASES = {
     "whole": {"given": {**MORE, "parallel": "fsdp"}},
     "states": {"given": {"checkpoint_every": "1 step", "parallel": "fsdp"}},
     "bf16": {"given": {"precision": "bf16", "parallel": "fsdp"}},
+    "eight": {"given": {**EIGHT, "parallel": "fsdp"}, "stop": 4, "width": 64},
+    "eight, whole": {"given": {**EIGHT, "parallel": "fsdp"}, "width": 64},
 }
+if importlib.util.find_spec("bitsandbytes") is None:
+    CASES = {name: case for name, case in CASES.items() if "eight" not in name}
+
+
+ROUGH = ("bf16", "eight", "eight, whole")
 
 
 def launch(script, folder, cases, **environment):
@@ -55,12 +64,13 @@ def two(tmp_path_factory):
 @pytest.mark.parametrize("name", list(CASES))
 def test_two_processes_that_share_the_weights_are_one(two, tmp_path, name):
     given = {key: value for key, value in CASES[name]["given"].items() if key != "parallel"}
-    together.train_case(tmp_path, given)
+    rough = name in ROUGH
+    together.train_case(tmp_path, given, width=CASES[name].get("width", 16))
     mine, theirs = load_file(tmp_path / "weights"), load_file(two / name / "weights")
     assert mine.keys() == theirs.keys()
     # sums of gradients, and with `tensor` of products, are added in another order; in bf16 a gradient near zero may
-    # then have another sign, and Adam's first steps go by signs
-    tolerance = {"rtol": 2e-2, "atol": 1e-2} if name == "bf16" else {"rtol": 1e-4, "atol": 2e-5}
+    # then have another sign, and Adam's first steps go by signs; halves of small matrices have moments of 32 bits
+    tolerance = {"rtol": 2e-2, "atol": 1e-2} if rough else {"rtol": 1e-4, "atol": 2e-5}
     for key, tensor in mine.items():
         torch.testing.assert_close(theirs[key], tensor, **tolerance, msg=lambda text, key=key: f"{key}: {text}")
     logs = tiny.log(tmp_path), tiny.log(two / name)
@@ -69,15 +79,18 @@ def test_two_processes_that_share_the_weights_are_one(two, tmp_path, name):
         assert {k: a[k] for k in ("step", "tokens") if k in a} == {k: b[k] for k in ("step", "tokens") if k in b}
         for key in ("loss", "dev_loss", "ema_dev_loss", "grad_norm"):
             assert (key in a) == (key in b)
-            assert abs(a.get(key, 0) - b.get(key, 0)) < (2e-2 if name == "bf16" else 2e-4), (a, b)
+            assert abs(a.get(key, 0) - b.get(key, 0)) < (2e-2 if rough else 2e-4), (a, b)
 
 
-def test_a_killed_training_in_parts_ends_with_the_same_bytes(two):
+@pytest.mark.parametrize(("killed", "whole"), [("fsdp", "whole"), ("eight", "eight, whole")])
+def test_a_killed_training_in_parts_ends_with_the_same_bytes(two, killed, whole):
+    if killed not in CASES:
+        pytest.skip("needs bitsandbytes")
     files = lambda name: {p.relative_to(two / name): p.read_bytes()  # noqa: E731
                           for p in sorted((two / name / "out").rglob("*.safetensors"))}  # fmt: skip
-    assert files("fsdp") == files("whole")
-    assert (two / "fsdp" / "weights").read_bytes() == (two / "whole" / "weights").read_bytes()
-    assert [e["step"] for e in tiny.log(two / "fsdp")] == [e["step"] for e in tiny.log(two / "whole")]
+    assert files(killed) == files(whole)
+    assert (two / killed / "weights").read_bytes() == (two / whole / "weights").read_bytes()
+    assert [e["step"] for e in tiny.log(two / killed)] == [e["step"] for e in tiny.log(two / whole)]
 
 
 @pytest.mark.parametrize("name", ["fsdp", "tensor"])
@@ -141,7 +154,7 @@ def test_a_setting_that_cannot_be_honoured_is_refused(given, words):
     [
         ({"compile": True}, "expected `compile: false`"),
         ({"precision": "fp16"}, "fp32 or bf16"),
-        ({"optimizer": "adamw_8bit"}, "expected `optimizer: adamw`"),
+        ({"optimizer": "paged_adamw_8bit"}, "expected `optimizer: adamw or adamw_8bit` with `parallel: fsdp`"),
     ],
 )
 def test_what_weights_in_parts_cannot_be_trained_with_is_refused(given, words):
@@ -184,9 +197,13 @@ GPT2 = {
         ({"tensor": 2}, GPT2, {}, "no plan for splitting GPT2LMHeadModel"),
         ({"tensor": 4}, CONFIG, {}, "expected heads that `parallel.tensor: 4` divides, found num_attention_heads 2"),
         ({"tensor": 2}, CONFIG, {"adapter": True}, "adapters read and change whole layers"),
-        ({"method": "fsdp"}, CONFIG, {"quantised": True}, "packed weights cannot be spread"),
+        ({"method": "fsdp"}, CONFIG, {"quantised": True, "adapter": True}, None),
+        ({"tensor": 2}, CONFIG, {"quantised": True, "adapter": True}, "adapters read and change whole layers"),
+        ({"method": "zero", "stage": 2}, CONFIG, {"quantised": True, "adapter": True}, None),
+        ({"method": "zero", "stage": 3}, CONFIG, {"quantised": True, "adapter": True}, "use stage 1 or 2, or"),
     ],
 )
-def test_what_speaks_against_it_is_found_before_work(given, config, kind, words):
+def test_what_speaks_against_it_is_found_before_work(monkeypatch, given, config, kind, words):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: object())
     found = problems(parse(Parallel, given), config, **{"adapter": False, "quantised": False, **kind})
     assert (words is None and not found) or words in found[0]

@@ -52,11 +52,11 @@ class Stops(Exception):
     """As a kill would."""
 
 
-def tiny_model(dropout=0.0):
+def tiny_model(dropout=0.0, width=16):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,
-        hidden_size=16,
+        hidden_size=width,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,

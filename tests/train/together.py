@@ -1,9 +1,11 @@
 """Run as a script by every process that a launcher starts, several trainings: python together.py FOLDER CASES_JSON
 
-Each case has a name, settings, and may have `stop`: the step in which its first attempt is killed.
+Each case has a name, settings, and may have `stop`: the step in which its first attempt is killed, and `width`: that of
+the model.
 """
 
 import contextlib
+import copy
 import json
 import sys
 from pathlib import Path
@@ -27,14 +29,15 @@ class StopsAt(tiny.ByteLoss):
         return super().__call__(model, batch)
 
 
-def train_case(folder, given, stop=None):
+def train_case(folder, given, stop=None, width=16):
     """What tiny.train_into does, with a kill on the way; the model that comes out is what a plain one is."""
+    fresh = tiny.tiny_model(width=width)
     dev = tiny.byte_rows(20, skip=100)
     if stop is not None:
         with contextlib.suppress(tiny.Stops):
-            tiny.run(folder, given, model=tiny.tiny_model(), dev=dev, objective=StopsAt(stop))
-    result, trained = tiny.run(folder, given, model=tiny.tiny_model(), dev=dev)
-    assert type(trained) is type(tiny.tiny_model())
+            tiny.run(folder, given, model=copy.deepcopy(fresh), dev=dev, objective=StopsAt(stop))
+    result, trained = tiny.run(folder, given, model=copy.deepcopy(fresh), dev=dev)
+    assert type(trained) is type(fresh)
     assert not any(vars(module).get("forward") for module in trained.modules())
     with torch.no_grad():
         outputs = trained(input_ids=torch.arange(5)[None]).logits
@@ -48,4 +51,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     PartialState(cpu=True)
     for case in json.loads(sys.argv[2]):
-        train_case(Path(sys.argv[1]) / case["name"], case["given"], case.get("stop"))
+        train_case(Path(sys.argv[1]) / case.pop("name"), **case)

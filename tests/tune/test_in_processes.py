@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import graft
 from graft import models
+from graft.adapters.packed import is_packed
 from graft.adapters.stack import adapters_of
 from graft.lineage import facts_of
 from graft.tune import VERB
@@ -30,23 +32,37 @@ ADAPTERS = {
     "prompt": {"method": "prompt", **FSDP},
     "folded": {"method": {"lora": {"rank": 4}}, "fold": True, **FSDP},
 }
+PACKED = {"method": {"lora": {"rank": 4}}, "keep": {"last": 1}, **FSDP}
+TWO = {"method": "zero", "stage": 2}
 ZERO = {
     "lora": {"method": {"lora": {"rank": 4, "up_rate": 16}}, "parallel": {"method": "zero", "stage": 3}},
     "prefix": {"method": "prefix", "parallel": {"method": "zero", "stage": 2}},
     "folded": {"method": "lora", "fold": True, "keep": {"last": 1}, "parallel": {"method": "zero", "offload": "cpu"}},
 }
 TEXT = {"colour": "colours", "tag": "words"}
+LEARNED, META = {"batches": "in_turn", "learn": {"every": 2}}, {"meta": {"steps": 2, "rows": 2}}
+SPREAD = {
+    "mixed": {"tasks": TASKS, "given": {"batch_size": 2, "keep": {"last": 1}, **FSDP}},
+    "tasks below an adapter": {"tasks": TASKS, "given": {"batch_size": 4, "method": {"lora": {"rank": 2}}, **OFFLOAD}},
+    "texts": {"tasks": TEXT, "given": {"batch_size": 2, "method": {"prompt": {"length": 3}}, **FSDP}},
+}
+"""Tasks whose rows do not go into every process's batch, on weights in parts."""
 MULTI = {
-    "heads": {"tasks": TASKS, "given": {"batch_size": 8, "mixing": {"batches": "in_turn", "learn": {"every": 2}}}},
-    "fomaml": {"tasks": TASKS, "given": {"batch_size": 4, "mixing": {"meta": {"steps": 2, "rows": 2}}}},
+    **SPREAD,
+    "heads": {"tasks": TASKS, "given": {"batch_size": 8, "mixing": LEARNED}},
+    "fomaml": {"tasks": TASKS, "given": {"batch_size": 4, "mixing": META}},
     "reptile": {"tasks": TASKS, "given": {"batch_size": 4, "mixing": {"meta": {"how": "reptile", "rows": 2}}}},
 }
 
 
 @pytest.fixture(scope="module")
-def cases(base, encoder):  # noqa: F811
+def cases(base, encoder, tmp_path_factory):  # noqa: F811
     """All of them, with what each starts from."""
-    adapters = {name: {"given": given, "start": str(base)} for name, given in ADAPTERS.items()}
+    starts = {name: str(base) for name in ADAPTERS}
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        folder = tmp_path_factory.mktemp("packed")
+        starts |= {f"on {b} bits": str(graft.quantize(folder / str(b), from_=base, bits=b)) for b in (4, 8)}
+    adapters = {name: {"given": ADAPTERS.get(name, PACKED), "start": start} for name, start in starts.items()}
     return adapters | {name: {**case, "start": str(encoder)} for name, case in MULTI.items()}
 
 
@@ -105,11 +121,39 @@ def test_tasks_in_two_processes_are_tasks_in_one(two, tmp_path, cases, name):
     assert_close(weights(tmp_path / "out"), weights(two / name / "0" / "out"), rtol=1e-3, atol=2e-5)
 
 
-def test_tasks_and_weights_in_parts_are_refused_before_work(base):  # noqa: F811
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_adapter_on_packed_weights_learns_in_two_processes_what_it_learns_in_one(two, tmp_path, cases, bits):
+    """The packed weights are whole in both, the rest is in parts."""
+    pytest.importorskip("bitsandbytes")
+    by_one(tmp_path, cases[f"on {bits} bits"])
+    wanted = load_file(tmp_path / "out" / "adapter.safetensors")
+    # 8 bits round the activations too
+    tolerance = {"rtol": 1e-3, "atol": 2e-5} if bits == 4 else {"rtol": 1e-2, "atol": 1e-3}
+    for place in (Path("out"), Path("out/checkpoints/step-4")):
+        found = load_file(two / f"on {bits} bits" / "0" / place / "adapter.safetensors")
+        assert_close(found, wanted, **tolerance)
+    assert any(map(is_packed, models.load(two / f"on {bits} bits" / "1" / "out").modules()))
+
+
+@pytest.mark.parametrize("name", list(SPREAD))
+def test_what_tasks_in_parts_report_is_what_one_process_reports(two, tmp_path, cases, name):
+    by_one(tmp_path, cases[name])
+    logs = [[json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
+            for folder in (tmp_path, two / name / "0")]  # fmt: skip
+    assert len(logs[0]) == len(logs[1]) > 0
+    for one, other in zip(*logs, strict=True):
+        for key in ("step", "loss", "dev_loss", "grad_norm"):
+            assert one.get(key, 0) == pytest.approx(other.get(key, 0), abs=2e-4), (one, other)
+
+
+def test_what_tasks_need_whole_weights_for_is_refused_before_work(base):  # noqa: F811
     facts = {"base": facts_of(base)}
-    settings = VERB.parse({"from": "base", "tasks": TEXT, "parallel": "fsdp"})
-    assert "use `parallel: ddp`, or one data set" in VERB.check(settings, facts)[0]
-    assert VERB.check(VERB.parse({"from": "base", "tasks": TEXT, "parallel": "ddp"}), facts) == []
+    given = {"from": "base", "tasks": TEXT, "parallel": "fsdp"}
+    assert VERB.check(VERB.parse(given), facts) == []
+    for mixing, name in ((LEARNED, "mixing.learn"), (META, "mixing.meta")):
+        (wrong,) = VERB.check(VERB.parse({**given, "mixing": mixing}), facts)
+        assert f"`{name}` takes gradients beside the training's own" in wrong
+        assert VERB.check(VERB.parse({**given, "mixing": mixing, "parallel": "ddp"}), facts) == []
     split = {"from": "base", "data": "d", "parallel": {"tensor": 2}}
     assert VERB.check(VERB.parse(split), facts) == []
     assert "adapters read and change whole layers" in VERB.check(VERB.parse({**split, "method": "lora"}), facts)[0]
@@ -119,6 +163,9 @@ def test_tasks_and_weights_in_parts_are_refused_before_work(base):  # noqa: F811
 def test_few_weights_are_learned_under_deepspeed_too(tmp_path, base):  # noqa: F811
     pytest.importorskip("deepspeed")
     cases = {name: {"given": given, "start": str(base)} for name, given in ZERO.items()}
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        packed = graft.quantize(tmp_path / "packed", from_=base, bits=4)
+        cases["packed"] = {"given": {**ZERO["lora"], "parallel": TWO}, "start": str(packed)}
     launch(tmp_path / "two", cases, **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}))
     for name, case in cases.items():
         by_one(tmp_path / name, case)
@@ -127,6 +174,17 @@ def test_few_weights_are_learned_under_deepspeed_too(tmp_path, base):  # noqa: F
             load_file(folder / "out" / file) for folder in (tmp_path / "two" / name / "0", tmp_path / name)
         )
         assert_close(found, wanted, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_tasks_as_text_are_learned_under_deepspeed_too(tmp_path, encoder, stage):  # noqa: F811
+    pytest.importorskip("deepspeed")
+    given = {"batch_size": 2, "parallel": {"method": "zero", "stage": stage}}
+    case = {"tasks": TEXT, "given": given, "start": str(encoder)}
+    launch(tmp_path / "two", {"mixed": case}, **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}))
+    by_one(tmp_path / "one", case)
+    assert_close(weights(tmp_path / "one" / "out"), weights(tmp_path / "two/mixed/0/out"), rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -145,3 +203,12 @@ def test_adapters_that_deepspeed_cannot_spread_are_refused_before_work(monkeypat
     monkeypatch.undo()
     found = VERB.check(settings, {"base": facts_of(base)})
     assert (words is None and not found) or words in found[0]
+
+
+def test_heads_that_deepspeed_would_move_where_a_step_does_not_reach_them_are_refused(monkeypatch, base):  # noqa: F811
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: object())
+    facts, zero = {"base": facts_of(base)}, {"from": "base", "parallel": {"method": "zero", "stage": 1}}
+    one, several, texts = (VERB.parse({**zero, "tasks": t}) for t in ({"tag": TASKS["tag"]}, TASKS, TEXT))
+    monkeypatch.undo()
+    assert "heads that a step does not reach stay as they are" in VERB.check(several, facts)[0]
+    assert VERB.check(one, facts) == VERB.check(texts, facts) == []

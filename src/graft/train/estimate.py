@@ -83,9 +83,10 @@ def training_estimate(
     """Disk, memory (the process, weights, gradients, two moments, activations) and time on a CPU.
 
     `known` None: activations by rule of thumb. `trained` None: all parameters are; else so many beside `parameters`,
-    which are frozen and lie in `frozen_bytes` each; `reads` as in `activation_bytes`. A token costs 6 floating-point
-    operations a parameter (Kaplan et al. 2020, section 2.1). Budgets in epochs have no estimate of time, since that
-    takes reading the data. Where the settings name several devices, the memory is that of one of them.
+    which are frozen and lie in `frozen_bytes` each (under 4: packed, which stay whole on every device); `reads` as in
+    `activation_bytes`. A token costs 6 floating-point operations a parameter (Kaplan et al. 2020, section 2.1). Budgets
+    in epochs have no estimate of time, since that takes reading the data. Where the settings name several devices, the
+    memory is that of one of them.
     """
     step_tokens = settings.batch_size * length
     amount, unit = settings.budget.amount, settings.budget.unit
@@ -98,11 +99,13 @@ def training_estimate(
         average /= devices
     read = step_tokens / settings.accumulate / max(1, devices // spread.tensor)
     activations = _activations(parameters, settings, read, known, reads)
-    kept, elsewhere = _kept(spread, states, average)
+    packed = parameters * frozen_bytes if frozen_bytes < 4 else 0.0
+    kept, elsewhere = _kept(spread, states, average, packed)
     # gradients come as activations go; those of the pieces before stand beside the activations of the next
     gradients = 0 if spread.offload else states.gradients
     passing = max(gradients, activations) if settings.accumulate == 1 else gradients + activations
-    memory = PROCESS + kept + passing + (_together(parameters, known) if spread.spread == 3 else 0)
+    together = _together(parameters, known, packed > 0) if spread.spread == 3 else 0
+    memory = PROCESS + kept + passing + together
     seconds = None if tokens is None else 6 * parameters * tokens / cpu_flops()
     notes = [_convention(settings, trained, frozen_bytes), f"time {on_this_cpu()}"]
     notes += [] if known else ["activations by rule of thumb"]
@@ -111,21 +114,26 @@ def training_estimate(
     return Estimate(parameters, 4 * parameters, int(memory), seconds, "; ".join(notes))
 
 
-def _kept(spread: Parallel, states: States, average: float) -> tuple[float, float]:
-    """Bytes that lie on a device between steps, and in the CPU's memory."""
+def _kept(spread: Parallel, states: States, average: float, packed: float) -> tuple[float, float]:
+    """Bytes that lie on a device between steps, `packed` weights among them, and in the CPU's memory."""
     if not spread.offload:
         return states.weights + states.optimizer + average, 0
     offloaded = states.gradients + states.optimizer
     if spread.spread < 3:
         return states.weights + average, offloaded
-    return 0, offloaded + states.weights + average
+    return packed, offloaded + states.weights - packed + average
 
 
-def _together(parameters: int, known: Dimensions | None) -> float:
-    """Bytes of the weights in parts that are whole at a time: embeddings, one block and its gradient, and the next."""
+def _together(parameters: int, known: Dimensions | None, packed: bool = False) -> float:
+    """Bytes of the weights in parts that are whole at a time: embeddings, one block and its gradient, and the next.
+
+    Blocks of `packed` weights are whole anyway.
+    """
     if known is None:
         return 4 * parameters / 5
     outside = min(parameters, known.vocabulary * known.width)
+    if packed:
+        return 4 * outside
     return 4 * (outside + 3 * (parameters - outside) / known.layers)
 
 
@@ -135,8 +143,9 @@ def states_of(parameters: int, settings: TrainSettings, trained: int | None, fro
     whole = parameters + (trained or 0)
     spread = settings.parallel or Parallel()
     return model_states(
-        whole, convention, trained=trained, frozen_bytes=frozen_bytes, stage=spread.spread, devices=spread.devices or 1
-    )
+        whole, convention, trained=trained, frozen_bytes=frozen_bytes, stage=spread.spread,
+        devices=spread.devices or 1, packed=frozen_bytes < 4,
+    )  # fmt: skip
 
 
 def _convention(settings: TrainSettings, trained: int | None, frozen_bytes: float) -> str:

@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from graft.adapters.stack import adapters_of
+from graft.adapters.packed import is_packed
+from graft.adapters.stack import Adapters
 from graft.train.parallel import Parallel
 from graft.train.shards import whole
 from graft.train.tensor_parallel import split
@@ -22,8 +23,8 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load
 class Sharded:
     """A model whose weights lie in parts: each of its blocks is put together while it computes, and only then.
 
-    `processes` in all hold it, `parallel.tensor` of them each part of a matrix. Scalars stay whole in every process;
-    nobody averages their gradients.
+    `processes` in all hold it, `parallel.tensor` of them each part of a matrix. Scalars and packed weights stay whole
+    in every process; nobody averages the gradients of scalars.
     """
 
     def __init__(self, model: nn.Module, device: str, processes: int, parallel: Parallel):
@@ -105,8 +106,10 @@ def _spread(model: nn.Module, mesh: DeviceMesh, offload: bool) -> None:
     scalars = {p for p in model.parameters() if p.ndim == 0}
     for scalar in scalars:
         scalar.data = scalar.data.to(mesh.device_type)
+    packed = [module.to(mesh.device_type) for module in model.modules() if is_packed(module)]
+    whole = scalars | {module.get_parameter("weight") for module in packed}
     for module in [*blocks(model), model]:
-        fully_shard(module, mesh=mesh, offload_policy=policy, ignored_params=scalars)
+        fully_shard(module, mesh=mesh, offload_policy=policy, ignored_params=whole)
         assert isinstance(module, FSDPModule)
         # a sum that is divided behind it: gloo knows no mean
         module.set_force_sum_reduction_for_comms(True)
@@ -118,8 +121,8 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     None where adapters have learned tokens: what comes of these leaves a block by its keys and values, so that backward
     passes come upon the block without notice; the model is then put together from one end of a step to the other.
     """
-    stack = adapters_of(model)
-    if stack is not None and any(point.form == "tokens" for points in stack.points.values() for point in points):
+    stacks = [module for module in model.modules() if isinstance(module, Adapters)]
+    if any(point.form == "tokens" for stack in stacks for points in stack.points.values() for point in points):
         return []
     lists: list[str] = []
     found: list[nn.Module] = []

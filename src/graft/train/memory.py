@@ -66,15 +66,18 @@ def model_states(
     frozen_bytes: float = 2.0,
     stage: Literal[0, 1, 2, 3] = 0,
     devices: int = 1,
+    packed: bool = False,
 ) -> States:
     """Weights, gradients and optimizer state of a model on each of `devices` under ZeRO `stage`.
 
     `trained` parameters have gradients and optimizer state (None: all); the others lie in `frozen_bytes` each: 2 in
-    16 bits, NF4_BYTES in 4. Stage 1 spreads the optimizer's state, 2 the gradients too, 3 (FSDP's full sharding) all.
+    16 bits, NF4_BYTES in 4. Stage 1 spreads the optimizer's state, 2 the gradients too, 3 (FSDP's full sharding) all,
+    but for frozen weights that are `packed`, which stay whole.
     """
     moving = parameters if trained is None else trained
-    own = moving * convention.weights + (parameters - moving if trained is not None else 0) * frozen_bytes
-    weights = own / (devices if stage >= 3 else 1)
+    frozen = (parameters - moving if trained is not None else 0) * frozen_bytes
+    parts = devices if stage >= 3 else 1
+    weights = moving * convention.weights / parts + frozen / (1 if packed else parts)
     gradients = moving * convention.gradients / (devices if stage >= 2 else 1)
     return States(weights, gradients, moving * convention.optimizer / (devices if stage >= 1 else 1))
 

@@ -21,6 +21,8 @@ from graft.train.losses import TokenLoss
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from graft.data.rows import Rows
+
 
 class MultiTask(nn.Module):
     """`root`: the model with its own head; `heads`: models that share its body, by task. Tasks without one are text.
@@ -38,6 +40,8 @@ class MultiTask(nn.Module):
         self.kinds = dict(kinds)
         self.tasks = list(kinds)
         self.register_buffer("weights", torch.ones(len(self.tasks)))
+        self.blanks: dict[str, Batch] = {}
+        """A row of each task without labels, where processes must be in step; see `keep_step`."""
         if not any(kind == "text" for kind in kinds.values()):
             self._freeze_unused()
 
@@ -48,6 +52,21 @@ class MultiTask(nn.Module):
             if id(parameter) not in used and "graft_adapters" not in name:
                 parameter.requires_grad_(False)
 
+    def keep_step(self, parts: Mapping[str, Rows]) -> None:
+        """Make processes that hold the model in parts, each of which all must put together, meet the same tasks.
+
+        Whatever task one of them has rows of in a batch, the others read a row of it without labels, which has no loss.
+        """
+        self.blanks = {name: without_labels(part.collate([part[0]])) for name, part in parts.items()}
+
+    def _in_step(self, own: Mapping[str, Batch]) -> dict[str, Batch]:
+        """The batches of all tasks that any process has rows of, in one order; every process must ask."""
+        device = self.weights.device
+        there = torch.tensor([float(task in own) for task in self.tasks], device=device)
+        torch.distributed.all_reduce(there)
+        met = [task for task, count in zip(self.tasks, there.tolist(), strict=True) if count]
+        return {t: own[t] if t in own else {n: x.to(device) for n, x in self.blanks[t].items()} for t in met}
+
     @property
     def loss(self) -> TaskLoss:
         """The objective of this model."""
@@ -55,9 +74,8 @@ class MultiTask(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The loss of a batch of any of the tasks, summed over its units, each task's times its weight."""
-        parts = [
-            self.weights[self.tasks.index(task)] * self.task_loss(task, own) for task, own in by_task(batch).items()
-        ]
+        own = self._in_step(by_task(batch)) if self.blanks else by_task(batch)
+        parts = [self.weights[self.tasks.index(task)] * self.task_loss(task, rows) for task, rows in own.items()]
         return torch.stack(parts).sum()
 
     def task_loss(self, task: str, batch: Batch) -> torch.Tensor:
@@ -80,6 +98,11 @@ class MultiTask(nn.Module):
         """Compile the models, not what chooses between them."""
         for model in (self.root, *self.heads.values()):
             model.compile(*args, **options)
+
+
+def without_labels(batch: Batch) -> dict[str, torch.Tensor]:
+    """The same inputs, with nothing to learn from them."""
+    return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
 
 
 class TaskLoss:

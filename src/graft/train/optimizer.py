@@ -9,13 +9,11 @@ import torch
 from torch import nn
 
 from graft.errors import RequestError, TrainingError
+from graft.train import eight_bits
 from graft.train.settings import TrainSettings
 
 CLASSES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
 """The setting `optimizer` → the class of bitsandbytes."""
-
-CONSTANT = ("qmap1", "qmap2")
-"""What bitsandbytes holds beside the moments of every parameter and never changes: the values that 8 bits stand for."""
 
 
 def adamw(
@@ -86,14 +84,19 @@ def check_optimizer(name: str, device: torch.device | str | None) -> None:
         ) from None
 
 
-def moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """All of its state that changes, by `NUMBER.NAME`: the parameter's number, as in `state_dict`, and what it is."""
-    return {
-        f"{number}.{name}": value if isinstance(value, torch.Tensor) else torch.tensor(value)
-        for number, (_, _, p) in enumerate(_parameters(optimizer))
-        for name, value in optimizer.state.get(p, {}).items()
-        if name not in CONSTANT
-    }
+def moments(optimizer: torch.optim.Optimizer, *, in_parts: bool = False) -> dict[str, torch.Tensor]:
+    """All of its state that changes, by `NUMBER.NAME`: the parameter's number, as in `state_dict`, and what it is.
+
+    `in_parts`: parameters are parts of larger ones, so that moments of 8 bits are given as numbers.
+    """
+    found = {}
+    for number, (_, _, p) in enumerate(_parameters(optimizer)):
+        state = optimizer.state.get(p, {})
+        state = eight_bits.spread(state) if in_parts and "state1" in state else state
+        for name, value in state.items():
+            if name not in eight_bits.TABLES.values():  # which never change
+                found[f"{number}.{name}"] = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+    return found
 
 
 def set_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -113,11 +116,12 @@ def set_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Te
 
 
 def _put(state: dict[str, Any], held: Mapping[str, torch.Tensor]) -> None:
-    for name, value in held.items():
+    eight_bits.put(state, held)
+    for name in (name for name in state if name in held and name not in eight_bits.NAMES):
         if isinstance(state[name], torch.Tensor):
-            state[name].copy_(value)
+            state[name].copy_(held[name])
         else:
-            state[name] = int(value)
+            state[name] = int(held[name])
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, int, nn.Parameter]]:

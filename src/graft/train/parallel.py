@@ -79,8 +79,11 @@ def problems(parallel: Parallel | None, config: Mapping[str, Any], *, adapter: b
     """
     if parallel is None or parallel.method == "ddp":
         return []
-    if quantised:
-        return [f"packed weights cannot be spread (`parallel: {parallel.method}`): use ddp, or unpack them first"]
+    if quantised and parallel.method == "zero" and parallel.spread == 3:
+        return [
+            "DeepSpeed cannot spread packed weights, as stage 3 would: use stage 1 or 2, or `parallel: fsdp`, which "
+            "leaves them whole and spreads the rest"
+        ]
     if parallel.tensor == 1:
         return []
     if adapter:

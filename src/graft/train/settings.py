@@ -237,8 +237,10 @@ class TrainSettings(Settings):
             raise ValueError(f"expected `compile: false` with `parallel: {method}`, found true; ddp compiles")
         if self.precision == "fp16":
             raise ValueError(f"expected precision fp32 or bf16 with `parallel: {method}`, found fp16")
-        if self.optimizer != "adamw":
-            raise ValueError(f"expected `optimizer: adamw` with `parallel: {method}`, found {self.optimizer}")
+        possible = ("adamw", "adamw_8bit") if method == "fsdp" else ("adamw",)
+        if self.optimizer not in possible:
+            words = " or ".join(possible)
+            raise ValueError(f"expected `optimizer: {words}` with `parallel: {method}`, found {self.optimizer}")
         if self.ema is not None and method == "zero":
             raise ValueError(
                 "expected `ema` with `parallel: ddp` or `fsdp`, found zero, which holds weights its own way"

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from graft.train.eight_bits import SCALES, each
 from graft.train.optimizer import moments, set_moments
 
 
@@ -92,11 +93,14 @@ class Parts:
     def moments(self, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
         """The optimizer's state by `NUMBER.NAME`, laid out as the parameters are."""
         owners = self._owners(optimizer)
-        return {name: like(owners[_number(name)], tensor) for name, tensor in moments(optimizer).items()}
+        held = moments(optimizer, in_parts=self.in_parts)
+        return {name: like(owners[_number(name)], tensor) for name, tensor in held.items()}
 
     def set_moments(self, optimizer: torch.optim.Optimizer, held: Mapping[str, torch.Tensor]) -> None:
         """Put back what `moments` gave, whole."""
         owners = self._owners(optimizer)
+        if self.in_parts:  # scales of blocks are not cut as the numbers are
+            held = {name: _of_each(name, tensor, owners[_number(name)]) for name, tensor in held.items()}
         set_moments(optimizer, {name: part_of(tensor, owners[_number(name)]) for name, tensor in held.items()})
 
     def take_gradients(self) -> None:
@@ -148,6 +152,12 @@ class Parts:
 
 def _number(name: str) -> int:
     return int(name.partition(".")[0])
+
+
+def _of_each(name: str, tensor: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
+    """Scales of blocks of a parameter's moments as one for each of its numbers; anything else as it is."""
+    in_blocks = name.partition(".")[2] in SCALES.values() and tensor.shape != owner.shape
+    return each(tensor, owner) if in_blocks else tensor
 
 
 @torch.no_grad()

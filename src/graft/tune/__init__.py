@@ -15,6 +15,7 @@ from graft.errors import CannotCombine, Problem, RequestError, SettingsError
 from graft.methods import method, method_names
 from graft.settings import Settings, parse
 from graft.train.memory import Dimensions
+from graft.train.parallel import Parallel
 from graft.train.parallel import problems as unspreadable
 from graft.tune.settings import TuneSettings, longest
 from graft.tune.tasks import unfit
@@ -96,22 +97,12 @@ class Tune(Verb[TuneSettings]):
     def _spread(settings: TuneSettings, start: Facts) -> list[str]:
         """What speaks against spreading the training over processes as the settings wish."""
         parallel = settings.parallel
-        if settings.tasks and parallel is not None and parallel.method != "ddp":
-            return [
-                f"tasks take turns, so that processes meet different ones in a step, and `parallel: {parallel.method}` "
-                "needs all in step: use `parallel: ddp`, or one data set (`data`)"
-            ]
-        (chosen,) = settings.method.items()
-        points = _chosen_points(chosen) if parallel is not None and parallel.method == "zero" else []
-        if any(point.composition == "gated" or point.scale == "learned" for point in points):
-            return ["DeepSpeed cannot spread single numbers, such as a learned gate or scale: use `parallel: fsdp`"]
-        if any(point.form == "tokens" for point in points) and parallel is not None and parallel.spread == 3:
-            return [
-                "learned tokens are read before DeepSpeed puts the weights together that it spreads in stage 3: use "
-                "`parallel: fsdp`, or stage 1 or 2"
-            ]
+        if parallel is None or parallel.method == "ddp":
+            return []
         adapter, quantised = "full" not in settings.method, start.stored == "quantised"
-        return unspreadable(parallel, start.config, adapter=adapter, quantised=quantised)
+        by_zero = _not_by_zero(settings, parallel) if parallel.method == "zero" else []
+        more = unspreadable(parallel, start.config, adapter=adapter, quantised=quantised)
+        return [*_needing_whole_weights(settings, parallel), *by_zero, *more][:1]
 
     def _fits(self, settings: TuneSettings, start: Facts) -> list[str]:
         """What is wrong with the adapter for this model, tried on its skeleton where its configuration is known."""
@@ -186,6 +177,35 @@ class Tune(Verb[TuneSettings]):
         from graft.tune.work import run
 
         return run(job)
+
+
+def _needing_whole_weights(settings: TuneSettings, parallel: Parallel) -> list[str]:
+    """What of the mixing of tasks works on whole weights alone."""
+    return [
+        f"`mixing.{name}` takes gradients beside the training's own, for which weights must be whole, and "
+        f"`parallel: {parallel.method}` spreads them: use `parallel: ddp`, or leave it out"
+        for name in ("learn", "meta")
+        if getattr(settings.mixing, name) is not None
+    ]
+
+
+def _not_by_zero(settings: TuneSettings, parallel: Parallel) -> list[str]:
+    """What DeepSpeed cannot train."""
+    points = _chosen_points(*settings.method.items())
+    found = []
+    if len(settings.tasks) > 1 and any(task.head != "text" for task in settings.tasks.values()):
+        found.append(
+            "heads that a step does not reach stay as they are, but DeepSpeed would move them on by their momentum: "
+            "use `parallel: fsdp`, or give all tasks `head: text`"
+        )
+    if any(point.composition == "gated" or point.scale == "learned" for point in points):
+        found.append("DeepSpeed cannot spread single numbers, such as a learned gate or scale: use `parallel: fsdp`")
+    if any(point.form == "tokens" for point in points) and parallel.spread == 3:
+        found.append(
+            "learned tokens are read before DeepSpeed puts the weights together that it spreads in stage 3: use "
+            "`parallel: fsdp`, or stage 1 or 2"
+        )
+    return found
 
 
 def _chosen_points(chosen: tuple[str, dict[str, Any]]) -> list[Point]:
