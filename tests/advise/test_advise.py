@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import graft
 from graft import data, models
 from graft.advise import advice, candidates, evidence
-from graft.advise.evidence import Score, Study, standing
+from graft.advise.evidence import Score, Study, alike, standing
 from graft.cli import app
 from graft.data.tokenizers import train_tokenizer
 from graft.errors import RequestError
@@ -67,11 +67,11 @@ def test_the_table_names_methods_that_there_are_and_where_every_figure_comes_fro
     assert {study.task for study in table.studies} == {"classification", "generation"}
 
 
-def study(data, better="higher", **scores):
+def study(data, better="higher", parameters=10**8, **scores):
     made = [Score(method=name.rstrip("_"), share=share, score=score) for name, (share, score) in scores.items()]
     return Study(
         task="generation", data=data, rows=1, model="m", architecture="decoder", metric="x", better=better, full=20.0,
-        source="s", scores=made,
+        source="s", scores=made, parameters=parameters,
     )  # fmt: skip
 
 
@@ -87,6 +87,20 @@ def test_a_method_stands_by_the_figures_at_the_nearest_shares():
     far = standing([two], "prompt", 5.0)
     assert (far.kept, far.far) == (0.5, True)
     assert standing([one, two], "ia3", 1.0) is None
+
+
+def test_models_of_another_size_have_no_say_where_nearer_ones_were_studied():
+    small, middle, big = (study("d", parameters=10**n) for n in (6, 8, 9))
+    assert alike([small, middle, big], 10**6) == [small]
+    assert alike([small, middle, big], 7 * 10**9) == [middle, big]
+    assert alike([middle], 10**3) == [middle]
+
+
+def published(monkeypatch):
+    """Only what others measured, on models of 100 million parameters and more."""
+    table = evidence()
+    kept = table.model_copy(update={"studies": [study for study in table.studies if not study.here]})
+    monkeypatch.setattr(advice, "evidence", lambda: kept)
 
 
 def test_methods_are_sized_to_the_share_and_those_that_find_no_place_say_so(base):
@@ -134,7 +148,8 @@ def test_a_base_is_packed_where_nothing_else_makes_an_adapter_fit():
     assert found.memory_bytes <= 2.6e9
 
 
-def test_text_is_learned_by_all_weights_where_there_is_room_and_by_lora_for_many_tasks(tmp_path, base):
+def test_text_is_learned_by_all_weights_where_there_is_room_and_by_lora_for_many_tasks(tmp_path, base, monkeypatch):
+    published(monkeypatch)
     whole = advised(tmp_path, base)
     assert (whole.task, whole.method) == ("text", "full")
     assert any("Biderman" in reason for reason in whole.why)
@@ -145,7 +160,8 @@ def test_text_is_learned_by_all_weights_where_there_is_room_and_by_lora_for_many
     assert "those of generation stand in" in shared.strength
 
 
-def test_labels_are_learned_by_few_weights_since_figures_say_that_they_suffice(tmp_path, base):
+def test_labels_are_learned_by_few_weights_since_figures_say_that_they_suffice(tmp_path, base, monkeypatch):
+    published(monkeypatch)
     found = advised(tmp_path, base, "labelled")
     assert found.task == "classification"
     stood = found.standings

@@ -12,7 +12,7 @@ from typing import Any
 from graft import data as sets
 from graft.advise.candidates import Candidate, fitted, sized
 from graft.advise.check import learned, recipe
-from graft.advise.evidence import Claim, Standing, Study, evidence, standing
+from graft.advise.evidence import Claim, Standing, Study, alike, evidence, standing
 from graft.errors import RequestError
 from graft.evaluate.limits import named_length
 from graft.lineage import facts_of
@@ -94,6 +94,7 @@ def advise(
     documents, characters = _amount(corpus)
     wanted = share if share is not None else _wanted(task, characters, facts.parameters)
     studies = [study for study in evidence().studies if study.task == task] or _others(evidence().studies)
+    studies = alike(studies, facts.parameters)
     training = {**learned(name, corpus.format, facts.architecture), "budget": budget}
     names = sorted({score.method for study in studies for score in study.scores} & set(method_names("graft.tune")))
     found = [fitted(each, facts, training, limit) for each in sized(names, facts, int(wanted * facts.parameters / 100))]

@@ -15,6 +15,9 @@ from graft.settings import Settings, parse
 
 Task = Literal["classification", "generation", "instructions", "text", "packed"]
 
+ALIKE = 10.0
+"""Studies on models whose size differs from the one in question by this many times more than that of the nearest study
+do are left aside: models of 5 million parameters tell little of those of 500 million, and the other way round."""
 NEAR = 5.0
 """Shares of parameters that differ by more than this factor tell little of each other."""
 
@@ -34,6 +37,7 @@ class Study(Settings):
     data: str
     rows: int
     model: str
+    parameters: Annotated[int, Field(gt=0, description="Of the model, about.")]
     architecture: Literal["decoder", "encoder", "encoder-decoder"]
     metric: str
     better: Literal["higher", "lower"] = "higher"
@@ -93,6 +97,12 @@ def evidence() -> Evidence:
     return parse(Evidence, document.value, ("evidence",))
 
 
+def alike(studies: Sequence[Study], parameters: int) -> list[Study]:
+    """The studies on models nearest in size to one of so many parameters."""
+    away = [max(study.parameters / parameters, parameters / study.parameters) for study in studies]
+    return [study for study, far in zip(studies, away, strict=True) if far <= ALIKE * min(away)]
+
+
 def standing(studies: Sequence[Study], method: str, share: float) -> Standing | None:
     """How `method` stood at about `share` percent of the parameters; None where no study has it."""
     found = [(study, score) for study in studies if (score := study.nearest(method, share)) is not None]
@@ -105,7 +115,7 @@ def standing(studies: Sequence[Study], method: str, share: float) -> Standing | 
 
 
 def _words(study: Study, score: Score) -> str:
-    where = "measured here" if study.here else study.source
+    where = f"measured with graft: {study.source}" if study.here else study.source
     return (
         f"{study.metric} {score.score:g}, full tuning {study.full:g}, with {score.share:g} % of {study.model} on "
         f"{study.data} ({where})"
