@@ -1,13 +1,16 @@
 """What memory a training was said to need beside the peak of what torch held, counted at every operation of the loop.
 
 OMP_NUM_THREADS=4 python bench/memory.py [--only "gpt2 25M, LoRA" …]
+OMP_NUM_THREADS=1 python bench/memory.py --spread
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -35,7 +38,29 @@ CASES: dict[str, dict[str, Any]] = {
     "gpt2 25M, bf16": {"kind": "gpt2", "width": 512, "layers": 8, "precision": "bf16"},
     "gpt2 25M, LoRA": {"kind": "gpt2", "width": 512, "layers": 8, "method": "lora"},
 }
-SETTINGS = ("precision", "gradient_checkpointing", "accumulate", "optimizer", "batch_size")
+LLAMA = {"width": 512, "layers": 8}
+TWO, FOUR = {"method": "fsdp", "devices": 2}, {"method": "fsdp", "devices": 4}
+SPREAD: dict[str, dict[str, Any]] = {
+    "llama 25M, fp32, 2 processes": {**LLAMA, "parallel": TWO},
+    "llama 25M, fp32, 4 processes": {**LLAMA, "parallel": FOUR},
+    "llama 85M, fp32, 2 processes": {"width": 768, "layers": 12, "parallel": TWO},
+    "llama 85M, fp32, 4 processes": {"width": 768, "layers": 12, "parallel": FOUR},
+    "llama 85M, checkpointing, 4 processes": {
+        "width": 768, "layers": 12, "gradient_checkpointing": True, "parallel": FOUR,
+    },
+    "llama 85M, accumulate 2, 2 processes": {"width": 768, "layers": 12, "accumulate": 2, "parallel": TWO},
+    "llama 85M, moments of 8 bits, 2 processes": {
+        "width": 768, "layers": 12, "optimizer": "adamw_8bit", "parallel": TWO,
+    },
+    "llama 25M, LoRA, 2 processes": {**LLAMA, "method": "lora", "parallel": TWO},
+    "llama 85M, LoRA, checkpointing, 4 processes": {
+        "width": 768, "layers": 12, "method": "lora", "gradient_checkpointing": True, "parallel": FOUR,
+    },
+    "llama 25M in NF4, LoRA, 2 processes": {**LLAMA, "method": "lora", "bits": 4, "parallel": TWO},
+    "gpt2 25M, fp32, 4 processes": {"kind": "gpt2", **LLAMA, "parallel": FOUR},
+}  # fmt: skip
+"""Models spread over processes (gloo, each with one thread): what the one holds that holds most, while it trains."""
+SETTINGS = ("precision", "gradient_checkpointing", "accumulate", "optimizer", "batch_size", "parallel")
 LENGTH, ROWS, VOCABULARY = 512, 8, 8000
 
 
@@ -96,21 +121,37 @@ class Held:
         self.known, self.now, self.peak = WeakIdKeyDictionary(), 0, 0
 
     def add(self, tensor: Any) -> None:
-        """A tensor that may be new; its storage counts until it goes."""
-        storage = tensor.untyped_storage()
+        """A tensor that may be new; its storage counts until it goes. Of one in parts, the part that is here."""
+        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
         if storage not in self.known:
-            size = storage.nbytes()
+            size = [storage.nbytes()]
             self.known[storage] = size
-            self.now += size
+            self.now += size[0]
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self.free, size)
 
-    def free(self, size: int) -> None:
+    def free(self, size: list[int]) -> None:
         """A storage is gone."""
-        self.now -= size
+        self.now -= size[0]
 
-    def watching(self) -> Any:
-        """Inside, every operation is looked at, those of backward and of the optimizer too."""
+    def look(self) -> None:
+        """Storages may have grown or shrunk in their place, as those of weights in parts do."""
+        for storage, size in list(self.known.items()):
+            self.now += storage.nbytes() - size[0]
+            size[0] = storage.nbytes()
+        self.peak = max(self.peak, self.now)
+
+    def anew(self) -> None:
+        """What there was before does not count."""
+        gc.collect()
+        self.look()
+        self.peak = self.now
+
+    def watching(self, resized: bool = False) -> Any:
+        """Inside, every operation is looked at, those of backward and of the optimizer too.
+
+        `resized`: at each of them all storages are, which may have another size than before.
+        """
         import torch
         from torch.utils._python_dispatch import TorchDispatchMode
         from torch.utils._pytree import tree_map_only
@@ -123,6 +164,8 @@ class Held:
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 found = func(*args, **(kwargs or {}))
                 tree_map_only(torch.Tensor, held.add, found)
+                if resized:
+                    held.look()
                 return found
 
         return Watch()
@@ -139,7 +182,7 @@ def weights_in(model: Any) -> Iterator[Any]:
 
 
 def one(case: dict[str, Any], room: Path) -> dict[str, float]:
-    """Train two steps; bytes said and bytes taken."""
+    """Train two steps; bytes said and bytes taken. Of several processes those of the one that takes most."""
     import numpy as np
 
     from graft.data.rows import ListRows
@@ -151,23 +194,43 @@ def one(case: dict[str, Any], room: Path) -> dict[str, float]:
     from graft.train.settings import TrainSettings
 
     options = {k: v for k, v in case.items() if k in SETTINGS}
-    given = {"budget": "2 steps", "batch_size": ROWS, "checkpoint_every": "100 steps", **options}
+    spread = "parallel" in case
+    given = {"budget": f"{2 + spread} steps", "batch_size": ROWS, "checkpoint_every": "100 steps", **options}
     settings = parse(TrainSettings, given)
     model, more = made(case, room)
     draw = np.random.default_rng(0)
     rows = []
-    for _ in range(ROWS * 2):
+    for _ in range(ROWS * (2 + spread)):
         ids = draw.integers(3, VOCABULARY, LENGTH)
         places = {"segments": np.zeros(LENGTH, np.int64), "positions": np.arange(LENGTH)}
         rows.append({"input_ids": ids, "labels": ids, **places})
     known, parameters = Dimensions.of(model.config.to_dict()), config_parameters(case)
     said = training_estimate(parameters, settings, LENGTH, known, **more).memory_bytes - PROCESS
-    held = Held()
+    held, peaks = Held(), list[int]()
     for tensor in weights_in(model):
         held.add(tensor)
-    with held.watching():
-        train(model, ListRows(rows), TokenLoss(), settings, room / "out", scratch=room / "scratch", seed=0)
-    return {"said": said, "took": held.peak, "parameters": parameters}
+
+    def before(step: int) -> None:
+        """Of a model in parts, count what two steps take: not its loading and its putting together again."""
+        if step == 0:
+            held.anew()
+        peaks.append(held.peak)
+
+    with held.watching(resized=spread):
+        train(
+            model, ListRows(rows), TokenLoss(), settings, room / "out", scratch=room / "scratch", seed=0,
+            before_step=before if spread else None,
+        )  # fmt: skip
+    return {"said": said, "took": most_of_all(peaks[-1]) if spread else held.peak, "parameters": parameters}
+
+
+def most_of_all(mine: int) -> int:
+    """The largest of what the processes have."""
+    import torch
+
+    found = torch.tensor(mine)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return int(found)
 
 
 def config_parameters(case: dict[str, Any]) -> int:
@@ -179,21 +242,33 @@ def config_parameters(case: dict[str, Any]) -> int:
         return int(AutoModelForCausalLM.from_config(config(case)).num_parameters())
 
 
+def measured(name: str) -> dict[str, float]:
+    """A case in a process of its own, or in several."""
+    processes = {**CASES, **SPREAD}[name].get("parallel", {}).get("devices")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
+    command = [sys.executable, *launcher, __file__, "--one", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
 def main() -> None:
     """A process a case, then the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", help="one case, for the script itself")
-    parser.add_argument("--only", nargs="+", choices=CASES, metavar="CASE", help="these cases")
+    every = {**CASES, **SPREAD}
+    parser.add_argument("--only", nargs="+", choices=every, metavar="CASE", help="these cases")
+    parser.add_argument("--spread", action="store_true", help="the cases of several processes")
     given = parser.parse_args()
     if given.one:
         with tempfile.TemporaryDirectory() as room:
-            print(json.dumps(one(CASES[given.one], Path(room))))
+            found = one(every[given.one], Path(room))
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(found))
         return
     print("### memory of training, said and taken\n")
     print("| case | parameters | said, MB | taken, MB | error |\n|---|---|---|---|---|")
-    for name in given.only or CASES:
-        done = subprocess.run([sys.executable, __file__, "--one", name], capture_output=True, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
+    for name in given.only or (SPREAD if given.spread else CASES):
+        found = measured(name)
         error = found["said"] / found["took"] - 1
         sizes = f"{found['said'] / 1e6:,.0f} | {found['took'] / 1e6:,.0f}"
         print(f"| {name} | {found['parameters'] / 1e6:.1f}M | {sizes} | {error:+.0%} |", flush=True)
