@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,13 @@ def make_one(
     check_device(device)
     executor = executor_for(launch=launch)
     target = Path(out)
+    if target.exists() and not target.is_dir():
+        raise RequestError(f"expected a folder to write, found the file {target}: choose another name")
     places = beside(target)
     begin = None if target.exists() else places.cache
-    recipe = one_node(verb, target.name, settings, data=data or {}, seed=seed, root=Path(root), hub=hub, begin=begin)
+    # a folder may be called what no node may: `llama-3.1-merge`
+    called = re.sub(r"[^A-Za-z0-9_-]", "-", target.absolute().name).lstrip("-_") or verb
+    recipe = one_node(verb, called, settings, data=data or {}, seed=seed, root=Path(root), hub=hub, begin=begin)
     if used := [ref for ref, folder in recipe.outside.items() if folder.resolve() == target.resolve()]:
         raise RequestError(f"{target} is {used[0]}, which it is to be made from: choose another folder")
     (name,) = recipe.models

@@ -216,6 +216,34 @@ def test_explaining_a_merge_merges_nothing(folders, tmp_path):
     assert "try first: " in shown.output
     assert "  because " in shown.output
     assert not out.exists()
+    told = shown.output.splitlines()[-1].split()
+    assert told[:5] == ["graft", *words[:4]]
+    assert told[5:7] == words[4:6]
+    assert CliRunner().invoke(app, told[1:]).exit_code == 0
+    assert out.is_dir()
+
+
+@pytest.mark.parametrize("more", [["--method", "ties"], ["--density", "0.3"], ["--models", "{a: 0.3, b: 0.7}"]])
+def test_what_an_explanation_does_not_take_is_refused(more, folders):
+    models = [] if more[0] == "--models" else [str(folders["a"]), str(folders["b"])]
+    shown = CliRunner().invoke(app, ["merge", "out", *models, "--explain", *more])
+    assert shown.exit_code == 2
+    assert "beside --explain, which suggests the rest, found " in shown.stderr
+
+
+def alike(found, cosine, largest):
+    """The findings with task vectors that have these cosines, and this share in the largest fifth."""
+    cosines = [[1.0 if i == j else cosine for j in range(3)] for i in range(3)]
+    whole = dataclasses.replace(found.whole, cosines=cosines, conflicts=0.4)
+    return dataclasses.replace(found, whole=whole, largest=[largest] * 3)
+
+
+def test_trimming_is_suggested_only_where_it_costs_little(found):
+    assert advise(alike(found, 0.05, 0.65)).method == "task_arithmetic"
+    assert advise(alike(found, 0.05, 0.8)).method == "task_arithmetic"
+    assert "fisher or regmean" in " ".join(advise(alike(found, 0.05, 0.8)).also)
+    assert advise(alike(found, 0.05, 0.95)).method == "ties"
+    assert advise(alike(found, 0.8, 0.95)).method == "linear"
 
 
 def test_without_a_base_the_relation_decides(folders, tmp_path):

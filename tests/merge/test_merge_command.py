@@ -31,6 +31,22 @@ def test_models_as_words_and_as_an_option_are_refused(words):
     assert requested("merge", ["o", "--models", "{a: -1}"], []) == ("o", {"models": {"a": -1}})
 
 
+def test_a_folder_may_be_called_what_no_node_may(folders, tmp_path):
+    out = tmp_path / "llama-3.1 merge"
+    assert invoke("merge", out, folders["a"], folders["b"]).exit_code == 0
+    assert read_manifest(out).name == "llama-3-1-merge"
+    assert graft.load(out)
+    assert "is there already" not in invoke("merge", out, folders["a"], folders["b"]).stderr
+
+
+def test_a_file_is_no_folder_to_write(folders, tmp_path):
+    (tmp_path / "x").write_text("kept")
+    refused = invoke("merge", tmp_path / "x", folders["a"], folders["b"])
+    assert refused.exit_code == 2
+    assert "expected a folder to write, found the file" in refused.stderr
+    assert (tmp_path / "x").read_text() == "kept"
+
+
 def test_a_model_may_have_the_name_of_one_it_is_made_from(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(folders["a"].parent)
     made = invoke("merge", tmp_path / "a", "a", "b")

@@ -26,6 +26,11 @@ def test_a_misspelt_option_is_refused_with_the_right_one(misspelt, right):
         VERB.parse({"method": "ties", "base": "x", "models": ["a"]} | misspelt)
 
 
+def test_a_misspelt_option_of_another_method_is_told_by_its_right_name():
+    with pytest.raises(SettingsError, match=r"unknown key.*; other methods take `density`$"):
+        VERB.parse({"models": ["a", "b"], "denisty": 0.2})
+
+
 def test_rows_of_a_larger_vocabulary_are_never_dropped_silently(folders, tmp_path):
     large = save(model(0, vocab_size=80), tmp_path / "large", words=80)
     both = folders | {"large": large}

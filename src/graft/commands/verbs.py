@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ import typer
 from graft._telling import tidy
 from graft._verb_command import methods_of, requested, rows_table
 from graft.commands.options import Device, Json, Launch, Wait, shown
+from graft.errors import RequestError
 
 WORDS = {
     "pretrain": "Train a model from scratch.\n\n"
@@ -91,10 +93,19 @@ def _explain(words: list[str], settings: list[str], as_json: bool) -> None:
     """Which merge suits these models and why; nothing is merged."""
     from graft import api
 
-    _, written = requested("merge", words, settings)
-    said = {name: written[name] for name in ("base", "adapters_of", "allow_pickle") if name in written}
-    advice = api.explain(list(written.get("models", [])), **said)
-    told = [f"try first: {advice.method} {dict(advice.settings) or ''}".rstrip()]
+    out, written = requested("merge", words, settings)
+    models, known = written.pop("models", []), ("base", "adapters_of", "allow_pickle")
+    if idle := [*(name for name in written if name not in known), *(["weights"] if isinstance(models, dict) else [])]:
+        raise RequestError(
+            f"expected nothing but models and {', '.join(known)} beside --explain, which suggests the rest, found "
+            f"{', '.join(idle)}"
+        )
+    advice = api.explain(list(models), **written)
+    told = [f"try first: {advice.method}"]
     told += [f"  because {reason}" for reason in advice.why]
     told += [f"  then: {', '.join(advice.also)}"] if advice.also else []
+    if advice.method != "none":
+        beside = f" --adapters-of {shlex.quote(written['adapters_of'])}" if "adapters_of" in written else ""
+        beside += " --allow-pickle" if written.get("allow_pickle") else ""
+        told.append(f"graft merge {' '.join(map(shlex.quote, [out, *models]))}{advice.options}{beside}")
     typer.echo(json.dumps(advice.plain()) if as_json else "\n".join(told))

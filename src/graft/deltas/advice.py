@@ -6,8 +6,9 @@ with the sum of their costs, is what a merge is measured against.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ from graft.relate import Relation, relate
 
 ALIKE = 0.5
 """Cosine above which task vectors count as runs of one task."""
-TRIMMABLE = 0.7
-"""Share of ‖δ‖² in the largest fifth above which a density of 0.2 loses little."""
+TRIMMABLE = 0.9
+"""Share of ‖δ‖² in the largest fifth above which a density of 0.2 loses little; of normal numbers that fifth holds
+0.65."""
+SEARCHED = "search: {over: {scale: [0, 1.5]}, on: …}"
+WITH_TEXT = "fisher or regmean (on: …), where there is text of what each model was tuned on"
 FAR = 0.5
 """‖δ‖ / ‖θ₀‖ above which a model has left the neighbourhood of its base."""
 
@@ -36,6 +40,14 @@ class Advice:
     settings: Mapping[str, Any]
     why: Sequence[str]
     also: Sequence[str] = field(default_factory=list)
+    base: str | None = None
+    """The folder that task vectors are measured from, where the method has one."""
+
+    @property
+    def options(self) -> str:
+        """What the command has behind the models to do as is suggested."""
+        base = "" if self.base is None else f" --base {shlex.quote(self.base)}"
+        return f"{base} --method {self.method}" + "".join(f" --{key} {value}" for key, value in self.settings.items())
 
     def plain(self) -> dict[str, Any]:
         """As JSON-ready values."""
@@ -74,7 +86,8 @@ def _explained(models: Mapping[str, Path], base: Path | None, adapters_of: Path 
     if base is None:
         why = ["the base is not known (name it: `base`, --base): without it there are no task vectors to look at"]
         return Advice("linear", {}, why, ["slerp", "greedy_soup"])
-    return advise(deltas(base, models, adapters_of=adapters_of))
+    advice = advise(deltas(base, models, adapters_of=adapters_of))
+    return advice if advice.method == "linear" else replace(advice, base=str(base))
 
 
 def _lost(model: Path, base: Path | None) -> Path | None:
@@ -117,7 +130,7 @@ def advise(found: Deltas) -> Advice:
     why = _far(found)
     if len(found.models) == 1:
         reason = "one task vector: how far to go along it is the one thing to find (Ilharco et al. 2023)"
-        return Advice("task_arithmetic", {"scale": 1.0}, [*why, reason], ["search: {over: {scale: [0, 1.5]}, on: …}"])
+        return Advice("task_arithmetic", {"scale": 1.0}, [*why, reason], [SEARCHED])
     pairs = [found.whole.cosines[i][j] or 0.0 for i, j in combinations(range(len(found.models)), 2)]
     mean = sum(pairs) / len(pairs)
     kept = min(found.largest)
@@ -132,14 +145,20 @@ def advise(found: Deltas) -> Advice:
             f"signs contradict in {conflicts:.0%} of the elements that several models changed "
             f"(independent changes: {found.by_chance:.0%}), which an elected sign settles (Yadav et al. 2023)",
         ]
-        return Advice("ties", {"density": 0.2, "scale": 1.0}, [*why, *reasons], ["dare_ties", "task_arithmetic"])
-    spread = f"the changes are spread out: the largest fifth holds {kept:.0%}, so that trimming would lose much"
-    return Advice("task_arithmetic", {"scale": _scale(found)}, [*why, apart, spread], ["tsv_merge", "iso_c", "ties"])
+        return Advice("ties", {"density": 0.2, "scale": 1.0}, [*why, *reasons], [SEARCHED, "task_arithmetic"])
+    reasons = [
+        f"the changes are spread out: the largest fifth holds {kept:.0%} of each task vector (65% if they were normal "
+        "noise), so that trimming would lose much",
+        "a sum of whole task vectors often goes too far: on held-out data the best scale can be a fraction of 1 "
+        "(Ilharco et al. 2023), and the one suggested is the mean's, or 0.3 for many models",
+    ]
+    also = [SEARCHED, WITH_TEXT, "iso_c", "tsv_merge"]
+    return Advice("task_arithmetic", {"scale": _scale(found)}, [*why, apart, *reasons], also)
 
 
 def _scale(found: Deltas) -> float:
     """Ilharco et al. 2023 found 0.3 to 0.5 to do for sums of many task vectors."""
-    return 1.0 if len(found.models) == 1 else max(round(1.0 / len(found.models), 2), 0.3)
+    return max(round(1.0 / len(found.models), 2), 0.3)
 
 
 def _far(found: Deltas) -> list[str]:

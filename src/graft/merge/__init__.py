@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from graft.errors import CannotCombine, GraftError, Problem, RequestError, SettingsError
+from graft.errors import CannotCombine, GraftError, Problem, RequestError, SettingsError, closest
 from graft.evaluate.settings import DRAWN
 from graft.merge._options import OnData, SubspaceSettings
 from graft.merge.inputs import settled
@@ -85,9 +85,14 @@ class Merge(Verb[MergeSettings]):
     def _whose(self, problem: Problem, name: str, own: type[Settings], path: tuple[str | int, ...]) -> Problem:
         """An option that other methods have is said to be theirs."""
         key, *rest = (*problem.path[len(path) :], "")
-        takers = [other for other, each in self.types().items() if key in each.model_fields]
-        if rest != [""] or key in own.model_fields or not takers:
+        if rest != [""] or key in own.model_fields:
             return problem
+        takers = [other for other, each in self.types().items() if key in each.model_fields]
+        if not takers:
+            theirs = {option for each in self.types().values() for option in each.model_fields}
+            close = closest(str(key), sorted(theirs - set(own.model_fields)))
+            known = close is None or closest(str(key), list(own.model_fields)) is not None
+            return problem if known else replace(problem, message=f"{problem.message}; other methods take `{close}`")
         listed = ", ".join(takers[:8]) + (f" and {len(takers) - 8} more" if len(takers) > 8 else "")
         return replace(problem, message=f"{name} takes no `{key}`; {listed} do: name one as `method`")
 
