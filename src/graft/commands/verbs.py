@@ -105,7 +105,9 @@ def _explain(words: list[str], settings: list[str], as_json: bool) -> None:
     told += [f"  because {reason}" for reason in advice.why]
     told += [f"  then: {', '.join(advice.also)}"] if advice.also else []
     if advice.method != "none":
-        beside = f" --adapters-of {shlex.quote(written['adapters_of'])}" if "adapters_of" in written else ""
-        beside += " --allow-pickle" if written.get("allow_pickle") else ""
-        told.append(f"graft merge {' '.join(map(shlex.quote, [out, *models]))}{advice.options}{beside}")
+        base = {"base": advice.base} if advice.base is not None else {}
+        options = {**written, **base, "method": advice.method, **advice.settings}
+        each = {f"--{name.replace('_', '-')}": str(value) for name, value in options.items()}
+        words = [word for name, value in each.items() for word in (name, "true" if value == "True" else value)]
+        told.append(shlex.join(["graft", "merge", out, *models, *words]))
     typer.echo(json.dumps(advice.plain()) if as_json else "\n".join(told))

@@ -6,7 +6,6 @@ with the sum of their costs, is what a merge is measured against.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
@@ -42,12 +41,6 @@ class Advice:
     also: Sequence[str] = field(default_factory=list)
     base: str | None = None
     """The folder that task vectors are measured from, where the method has one."""
-
-    @property
-    def options(self) -> str:
-        """What the command has behind the models to do as is suggested."""
-        base = "" if self.base is None else f" --base {shlex.quote(self.base)}"
-        return f"{base} --method {self.method}" + "".join(f" --{key} {value}" for key, value in self.settings.items())
 
     def plain(self) -> dict[str, Any]:
         """As JSON-ready values."""
