@@ -169,3 +169,19 @@ def test_machines_are_told_the_numbers_behind_the_pictures(hilly):
 
 def test_without_lines_nothing_is_said_of_them(run):
     assert "Between the merged models" not in render_page(read_run(run))
+
+
+def test_a_long_name_of_a_line_is_written_whole():
+    from graft.report.series import plot
+
+    name = "a long name – another long name (0.123)"
+    drawn = plot({name: [(0.0, 1.0), (1.0, 2.0)], "b": [(0.0, 2.0), (1.0, 1.0)]}, "lines", across="share")
+    assert f">{name}</text>" in drawn
+    assert "…" in plot({"x" * 200: [(0.0, 1.0), (1.0, 2.0)]}, "lines")
+
+
+def test_numbers_on_dark_squares_are_white():
+    from graft.report.series import cosines
+
+    drawn = cosines(["a", "b"], [[1.0, 0.1], [0.1, -0.9]], "cosines")
+    assert drawn.count("fill:#fff") == 2

@@ -55,8 +55,10 @@ def tables(found: Deltas, advice: Advice, seen: Outcome | None) -> Iterator[Tabl
 def page(found: Deltas, advice: Advice, seen: Outcome | None) -> str:
     """One HTML page without scripts."""
     body = [f"<h1>What {html.escape(', '.join(found.models))} learned away from {html.escape(found.base)}</h1>"]
-    body += [f"<p><b>Try first: {html.escape(advice.method)}</b> {html.escape(str(dict(advice.settings)))}</p><ul>"]
+    options = ", ".join(f"{key}: {value}" for key, value in advice.settings.items())
+    body += [f"<p><b>Try first: {html.escape(advice.method)}</b> {html.escape(options)}</p><ul>"]
     body += [f"<li>{html.escape(reason)}</li>" for reason in advice.why] + ["</ul>"]
+    body += [f"<p>Then: {html.escape(', '.join(advice.also))}</p>"] if advice.also else []
     for words, drawn in pictures(found):
         body += [f"<h2>{html.escape(words)}</h2>", drawn]
     if seen is not None:

@@ -13,7 +13,7 @@ from graft.report.read import Column, Run
 from graft.report.svg import Scale, element, fit, line, linear, padded, picture, text, ticks, title
 from graft.report.words import fixed
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, DOT = 560.0, 400.0, 60.0, 16.0, 14.0, 46.0, 5.5
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, DOT = 576.0, 400.0, 76.0, 16.0, 14.0, 46.0, 5.5
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,9 @@ def draw_ceiling(run: Run) -> Markup:
     grid.append(line(x(low), y(low), x(high), y(high), class_="frontier"))
     words = "gain of the ensemble over the best parent"
     grid.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, words, class_="quiet", text_anchor="middle"))
+    middle = (TOP + HEIGHT - BOTTOM) / 2
+    turned = {"class_": "quiet", "text_anchor": "middle", "transform": f"rotate(-90 12 {middle:g})"}
+    grid.append(text(12, middle, "gain of the merge over the best parent", **turned))
     return picture(WIDTH, HEIGHT, *grid, *_dots(found, x, y), label="averaging against ensembling")
 
 

@@ -13,6 +13,10 @@ COLOURS = ("#2b76c9", "#c8691a", "#0d8a6f", "#c0417f", "#7d52c4", "#8f7a08", "#b
 TOWARDS, AGAINST = COLOURS[0], COLOURS[6]
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, SIZE = 560.0, 240.0, 56.0, 170.0, 12.0, 40.0, 12.5
 SQUARE = 64.0
+WIDEST = 320.0
+"""Of a name at the right; a longer one is cut."""
+DARK = 0.6
+"""Shade of a square from which on its number is white."""
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
 
@@ -20,6 +24,7 @@ Series = Mapping[str, Sequence[tuple[float, float]]]
 def plot(series: Series, words: str, *, across: str = "layer") -> Markup:
     """Lines through the points (x, y) of each series; one without points is left out. `words` is read out."""
     drawn = {name: points for name, points in series.items() if points}
+    right = max(RIGHT, *(min(text_width(name, SIZE), WIDEST) + 14 for name in drawn))
     xs = [x for points in drawn.values() for x, _ in points]
     ys = [y for points in drawn.values() for _, y in points]
     low, high = padded(min(ys), max(ys))
@@ -39,10 +44,10 @@ def plot(series: Series, words: str, *, across: str = "layer") -> Markup:
         dots = [element("circle", cx=px, cy=py, r=3.0, fill=colour) for px, py in spots]
         # a page's own rule for text is stronger than an attribute
         named = text(
-            WIDTH - RIGHT + 10, TOP + 14 + 16 * index, fit(name, SIZE, RIGHT - 12), style=f"fill:{colour}", class_="key"
+            WIDTH - RIGHT + 10, TOP + 14 + 16 * index, fit(name, SIZE, right - 12), style=f"fill:{colour}", class_="key"
         )
         lines.append(element("g", title(f"{name}: {told}"), _curve(spots, colour), *dots, named))
-    return picture(WIDTH, max(HEIGHT, TOP + 16.0 * len(drawn) + 8), *grid, *lines, label=words)
+    return picture(WIDTH - RIGHT + right, max(HEIGHT, TOP + 16.0 * len(drawn) + 8), *grid, *lines, label=words)
 
 
 def _curve(spots: Sequence[tuple[float, float]], colour: str) -> Markup:
@@ -68,6 +73,8 @@ def cosines(names: Sequence[str], values: Sequence[Sequence[float | None]], word
                 fill=AGAINST if value is not None and value < 0 else TOWARDS, fill_opacity=shade,
             )  # fmt: skip
             written = "–" if value is None else f"{value:.2f}"
-            number = text(x + SQUARE / 2, y + SQUARE / 2, written, text_anchor="middle")
+            # a page's own rule for text is stronger than an attribute
+            light = {"style": "fill:#fff"} if shade > DARK else {}
+            number = text(x + SQUARE / 2, y + SQUARE / 2, written, text_anchor="middle", **light)
             cells.append(element("g", title(f"{name}, {other}: {written}"), square, number))
     return picture(side + SQUARE * len(names) + 4, top + SQUARE * len(names) + 4, *cells, label=words)
