@@ -31,6 +31,8 @@ ROOMS = (
     "gains",
     "gate",
     "greedy",
+    "held",
+    "judging",
     "kept",
     "lanes",
     "members",
