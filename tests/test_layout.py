@@ -14,7 +14,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "graft"
 VERBS = {"pretrain", "tune", "adapt", "head", "merge", "ensemble", "quantize", "_load"}
 LAYERS = [
-    {"errors", "machine", "misfits", "settings", "progress", "_callable", "_register", "yaml_lines"},
+    {"allocator", "errors", "machine", "misfits", "settings", "progress", "_callable", "_register", "yaml_lines"},
     {"methods", "verb", "hub", "checkpoint", "lora", "pickles", "remembered", "lineage", "finite", "fitting", "data"},
     {"models", "adapters", "multitask", "kinship"},
     {"train", "evaluate"},

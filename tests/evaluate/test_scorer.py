@@ -9,7 +9,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig
 
 from graft.errors import RequestError, RunError
+from graft.evaluate import reading
 from graft.evaluate.limits import least_window, longest_context, most_tokens
+from graft.evaluate.reading import Reader
 from graft.evaluate.scorer import Scorer, _windows
 
 FEW_SHOT = "Question: what is up? Answer: the sky.\n\n" * 3
@@ -100,6 +102,20 @@ def test_a_shared_prompt_is_read_once(model_of, tokenizer):
     behind = [size - len(FEW_SHOT) * (size > len(FEW_SHOT)) for size in behind]
     assert shared.tokens_read <= len(FEW_SHOT) + sum(behind)
     assert plain.tokens_read >= 16 * len(FEW_SHOT)
+
+
+def test_few_logits_are_summed_at_a_time_on_a_processor(model_of, monkeypatch):
+    reader, wanted = Reader(model_of("llama")), torch.randint(0, 50, (3, 7))
+    logits = 8 * torch.randn(3, 7, 50)
+    exact = torch.log_softmax(logits.double(), -1).gather(-1, wanted[..., None])[..., 0]
+    whole = reader.log_probs(logits, wanted)
+    assert torch.allclose(whole.double(), exact, atol=1e-5)
+    for piece in (1, 50, 120, 10**6):
+        monkeypatch.setattr(reading, "PIECE", piece)
+        assert torch.equal(reader.log_probs(logits, wanted), whole)
+        assert torch.equal(reader.log_probs(logits[0], wanted[0]), whole[0])
+    half = logits.bfloat16()
+    assert torch.equal(reader.log_probs(half, wanted), reader.log_probs(half.float(), wanted))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "ensemble", "mpt"])

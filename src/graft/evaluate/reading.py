@@ -20,6 +20,8 @@ LOGIT_BYTES = 128 * 2**20
 """Logits held at once: rows are batched up to this."""
 NEAR_TOKENS = 2048
 """Tokens read at once on a processor: what layers make of more of them no longer lies in its caches."""
+PIECE = 2**20
+"""Logits whose exponentials are summed at once on a processor, for the same reason."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,13 @@ class Reader:
 
     def log_probs(self, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         """log softmax(logits)[wanted] in float32, without making the softmax; an ensemble's logits are normalised."""
-        logits = logits.float()
-        own = logits.gather(-1, wanted[..., None])[..., 0]
-        return own if self.normalised else own - torch.logsumexp(logits, dim=-1)
+        own = logits.gather(-1, wanted[..., None])[..., 0].float()
+        if self.normalised:
+            return own
+        rows = logits.flatten(0, -2)
+        size = max(1, PIECE // rows.shape[-1]) if self.device.type == "cpu" else len(rows)
+        sums = [piece.float().logsumexp(-1) for piece in rows.split(max(1, size))]
+        return own - torch.cat(sums).view(own.shape)
 
 
 def padded(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from graft.allocator import memory_kept
 from graft.errors import RequestError
 from graft.evaluate.branches import Branches
 from graft.evaluate.limits import longest_context, most_tokens, puts_start
@@ -78,6 +79,7 @@ class Scorer:
 
     # documents
 
+    @memory_kept()
     @torch.inference_mode()
     def documents(self, texts: Sequence[str]) -> list[Document]:
         """The log-probability of every token of every text, each scored once.
@@ -111,6 +113,7 @@ class Scorer:
 
     # continuations
 
+    @memory_kept()
     @torch.inference_mode()
     def loglikelihoods(self, requests: Sequence[tuple[str, str]], *, start: bool | None = None) -> list[Continuation]:
         """log p(continuation | context) of each (context, continuation); `start` instead of the scorer's own.
@@ -193,6 +196,7 @@ class Scorer:
 
     # generation
 
+    @memory_kept()
     @torch.inference_mode()
     def generate(
         self, prompts: Sequence[str], *, max_tokens: int = 64, stop: Sequence[str] = (), start: bool | None = None

@@ -19,11 +19,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from graft.allocator import memory_kept
 from graft.checkpoint import atomic_folder
 from graft.data.rows import Rows
 from graft.errors import RequestError, TrainingError
 from graft.progress import say
-from graft.train.allocator import memory_kept
 from graft.train.batches import Ahead, Batch, Step, make_step, spans, tokens_in
 from graft.train.dev_loss import dev_loss
 from graft.train.interrupt import Interrupt

@@ -6,7 +6,7 @@ import resource
 import pytest
 import torch
 
-from graft.train.allocator import memory_kept
+from graft.allocator import memory_kept
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tells glibc what to keep")
 SIZE = 48 << 20

@@ -1,4 +1,4 @@
-"""Memory on the CPU that a training frees and takes again in every step stays with its process."""
+"""Memory on the CPU that is freed and taken again, in every step of a training or a scorer, stays with its process."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ USUAL = 32 << 20
 def memory_kept() -> Iterator[None]:
     """Inside, what is freed waits for its next use; behind it, it is given back to the system.
 
-    glibc gives large blocks back at once, and what lies free at the end of its heap soon. Each step of a training would
-    then take the same memory anew, which the system clears page by page: up to a tenth of the time on a few cores. The
-    most that is held is as before. Does nothing where the C library is not glibc.
+    glibc gives large blocks back at once, and what lies free at the end of its heap soon. Each step would then take the
+    same memory anew, which the system clears page by page: up to a tenth of the time on a few cores. The most that is
+    held is as before. Does nothing where the C library is not glibc. Entered inside
+    itself, it ends with the inner one.
     """
     if platform.libc_ver()[0] != "glibc":
         yield
