@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,7 +78,7 @@ class Load(Verb[LoadSettings]):
 
     def run(self, job: Job) -> dict[str, Any]:
         """Copy the model's files, so that the artifact stays what it is when the original changes."""
-        from graft.checkpoint import disk_errors, read_headers
+        from graft.checkpoint import copy_model, disk_errors, read_headers
         from graft.finite import check_folder, check_weights
         from graft.models import check_fit
 
@@ -92,9 +91,7 @@ class Load(Verb[LoadSettings]):
             check_fit(folder, read_headers(folder))
             check_weights(folder)
         with disk_errors(job.out):
-            shutil.copytree(
-                folder, job.out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("graft.json", "checkpoints", ".*")
-            )
+            copy_model(folder, job.out, ["graft.json", "checkpoints", ".*"])
         if is_lora(job.out):
             name_base(job.out, base_folder(folder))
         if base is not None:

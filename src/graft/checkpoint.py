@@ -10,7 +10,7 @@ import shutil
 import stat
 import struct
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -325,6 +325,23 @@ def _shards(layout: Mapping[str, tuple[str, tuple[int, ...]]], shard_bytes: int)
         shards[-1].append(name)
         held += size
     return shards
+
+
+def copy_model(folder: Path, target: Path, leave: Sequence[str] = ()) -> None:
+    """Copy a model's folder to `target`, but for names like those in `leave`; weights that its index names in other
+    folders, as a head's does those of its body, are copied into `target` too, and named there."""
+    shutil.copytree(folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*leave))
+    if not (target / INDEX).is_file():
+        return
+    where = read_index(folder)
+    outside = sorted({file for file in where.values() if Path(file).name != file})
+    inside = {file: f"{number}-{Path(file).name}" for number, file in enumerate(outside, start=1)}
+    for file, name in inside.items():
+        shutil.copyfile(folder / file, target / name)
+    if inside:
+        index = json.loads((target / INDEX).read_text(encoding="utf-8"))
+        index["weight_map"] = {name: inside.get(file, file) for name, file in where.items()}
+        atomic_write(target / INDEX, json.dumps(index, indent=1) + "\n")
 
 
 @contextmanager

@@ -16,7 +16,9 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+import graft
 from graft import lineage, models
+from graft._load import VERB as LOAD
 from graft.data.examples import Encoder
 from graft.ensemble import VERB
 from graft.ensemble.model import EnsembleForSequenceClassification, ensemble_of
@@ -24,6 +26,9 @@ from graft.ensemble.reading import classes
 from graft.ensemble.sources import Source
 from graft.ensemble.voting import classify
 from graft.errors import CannotCombine, RequestError, RunError
+from graft.multitask.build import add_head
+from graft.multitask.folder import save_heads
+from graft.verb import Job
 
 LABELS = {0: "bad", 1: "so-so", 2: "good"}
 NAMED = {"id2label": LABELS, "label2id": {name: number for number, name in LABELS.items()}}
@@ -216,3 +221,45 @@ def test_what_classifiers_cannot_do_is_said_before_anything_runs(family):
     ]:
         (problem,) = VERB.check(VERB.parse({"members": ["bert", "wide"], **raw}), facts)
         assert words in problem
+
+
+@pytest.fixture
+def heads(tmp_path):
+    """Two tasks' heads in the folder of the model whose body they share; what each gives."""
+    root, ids = tmp_path / "models" / "multi", texts()[0]
+    torch.manual_seed(8)
+    body = llama(4)
+    made = {
+        task: sharp(add_head(body, "classification", ["bad", "good"]), seed) for seed, task in enumerate(("a", "b"))
+    }
+    body.save_pretrained(root)
+    facts = {task: {"name": task, "kind": "classification", "data": task} for task in made}
+    save_heads(made, facts, letters(), root, "model")
+    letters().save_pretrained(root)
+    with torch.no_grad():
+        return {task: root / "heads" / task for task in made}, {t: m(input_ids=ids).logits for t, m in made.items()}
+
+
+@torch.no_grad()
+def test_a_head_is_copied_with_the_body_that_it_shares(heads, tmp_path):
+    folders, given = heads
+    ids = texts()[0]
+    settings = LOAD.located(LOAD.parse(str(folders["a"])), tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    LOAD.run(Job("one", settings, 0, out, tmp_path / "scratch", tmp_path / "cache", {}, {}, tmp_path))
+    kept = lineage.hash_model(folders["a"])
+    shutil.rmtree(tmp_path / "models")
+    assert lineage.hash_model(out) == kept
+    for found in (models.load(out), AutoModelForSequenceClassification.from_pretrained(out)):
+        assert torch.equal(found(input_ids=ids).logits, given["a"])
+
+
+@torch.no_grad()
+def test_a_self_contained_ensemble_of_heads_has_their_body(heads, tmp_path):
+    folders, given = heads
+    graft.ensemble(tmp_path / "votes", members=list(map(str, folders.values())), self_contained=True)
+    shutil.rmtree(tmp_path / "models")
+    expected = torch.stack([each.softmax(-1) for each in given.values()]).mean(0)
+    found = models.load(tmp_path / "votes")(input_ids=texts()[0]).logits.exp()
+    assert torch.allclose(found, expected, atol=1e-6)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from transformers import (
 
 from graft import lineage, models
 from graft.adapters.facts import adapter_of_head, frozen_config
-from graft.checkpoint import atomic_write
+from graft.checkpoint import atomic_write, copy_model
 from graft.ensemble.configuration import kind_of
 from graft.ensemble.dropout import thinned, twin
 from graft.ensemble.sources import Source
@@ -72,7 +71,7 @@ def copied(folder: Path, target: Path, name: str, copies: dict[Path, str]) -> st
     while f"members/{name}" in copies.values():
         name += "-"
     copies[own] = f"members/{name}"
-    shutil.copytree(own, target / copies[own], dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoints"))
+    copy_model(own, target / copies[own], ["checkpoints"])
     base = _base_of(own)
     if base is not None:
         _rename_base(target / copies[own], os.path.basename(copied(base, target, f"{name}-base", copies)))
