@@ -104,7 +104,7 @@ def test_elements_are_dropped_as_often_and_independently(name, golden, parents):
         delta = parents[model][tensor] - parents["base"][tensor]
         wanted = in_order_of_draws(name, shares, delta).astype(np.float64)
         if name.startswith("della"):
-            ranks = graft.merge._drop._Ranks.of(delta.shape[-1], settings["density"], settings["epsilon"])
+            ranks = graft.merge._drop._Ranks.of(delta.shape[-1], settings["density"], settings["epsilon"], "none")
             limits = np.tile(ranks.limits.astype(np.float64), delta.numel() // delta.shape[-1])
             np.testing.assert_allclose(limits / 2**32, wanted, rtol=1e-6)
         else:

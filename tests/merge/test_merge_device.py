@@ -123,7 +123,7 @@ def test_what_is_held_there_are_a_few_pieces(tmp_path, monkeypatch):
     streamed({"method": "linear", "models": ["a", "b"]}, relatives(2, shape=(20, 30)), tmp_path, pool=Far)
     assert max(seen) == graft.merge.stream.FAR_PIECE
     assert sum(seen) == 20 * 30 + 9
-    monkeypatch.setattr(graft.merge.stream, "FAR_THREADS", 1)
+    monkeypatch.setattr(graft.merge._workers, "FAR_THREADS", 1)
     with Far() as workers:
         assert workers.threads == 1
 

@@ -26,6 +26,8 @@ OTHER_BASIS = re.compile(r"(^|\.)(o_proj|out_proj|out_lin|attention\.output\.den
 """Matrices that read attention heads, not the hidden state, and often have as many columns."""
 NUMBERS = (*FLOATS, "I8", "F8_E4M3", "F8_E5M2")
 """Stored types whose values can be compared; 8-bit integers up to the scale of their row, which is divided out."""
+BY_NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64, "I8": np.int8}
+"""Stored types that numpy can read, and as what."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,21 @@ def kinds(names: Sequence[str]) -> list[str]:
 def raw_rows(reader: TensorReader, name: str, start: int, count: int) -> np.ndarray:
     """[count, d] float32: rows of a matrix (of a stack of matrices: one below the other). NaN and Inf become 0."""
     width = reader.headers[name].shape[-1]
-    values = reader.read(name, start * width, count * width).float().numpy()
+    values = _floats(reader, name, start * width, count * width)
     return np.nan_to_num(values, posinf=0, neginf=0).reshape(count, width)
+
+
+def _floats(reader: TensorReader, name: str, start: int, count: int) -> np.ndarray:
+    """[count] float32: elements from `start`, without torch for the types that numpy can read."""
+    stored = reader.headers[name].dtype
+    if stored not in BY_NUMPY:
+        return reader.read(name, start, count).float().numpy()
+    raw = np.empty(count, BY_NUMPY[stored])
+    reader.read_into(name, start * raw.itemsize, raw.view(np.uint8).data)
+    if stored == "BF16":
+        # the upper half of a float32
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw.astype(np.float32)
 
 
 def rows_of(reader: TensorReader, name: str) -> int:

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from graft.merge import _fused
 from graft.merge.settings import SparseSettings
 from graft.merge.stream import Combine, Piece, Tensors
 
-Sparse = Callable[[Piece], list[Tensor]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Sparse = Callable[[Piece], "list[Tensor]"]
 """The deltas of a piece, after a method has dropped and rescaled what it wants to."""
+
+
+@dataclass(frozen=True)
+class Thinned:
+    """What a method does to the deltas of a piece, and how a kernel is told to do the same."""
+
+    plain: Sparse
+    dropping: _fused.Dropping
+
+    def __call__(self, piece: Piece) -> list[Tensor]:
+        """The plain way."""
+        return self.plain(piece)
 
 
 def kept(density: float, count: int) -> int:
@@ -29,8 +44,12 @@ def summed(deltas: Sequence[Tensor], weights: Sequence[float], normalise: bool) 
     total = deltas[0].mul_(weights[0])
     for delta, weight in zip(deltas[1:], weights[1:], strict=True):
         total.add_(delta, alpha=weight)
+    return total.div_(_divisor(weights, normalise))
+
+
+def _divisor(weights: Sequence[float], normalise: bool) -> float:
     whole = sum(weights)
-    return total.div_(whole) if normalise and abs(whole) >= 1e-8 else total
+    return whole if normalise and abs(whole) >= 1e-8 else 1.0
 
 
 def elected(deltas: Sequence[Tensor], weights: Sequence[float], normalise: bool, sign: Tensor | None = None) -> Tensor:
@@ -39,6 +58,8 @@ def elected(deltas: Sequence[Tensor], weights: Sequence[float], normalise: bool,
     That is the sign of their weighted sum (0 counts as +), or `sign` where it is given. Divided, where asked, by the
     weights of those that agree (the disjoint mean of TIES). Overwrites the deltas.
     """
+    import torch
+
     weighted = [d.mul_(w) if w != 1 else d for d, w in zip(deltas, weights, strict=True)]
     sign = majority(weighted) if sign is None else sign
     agreeing, share = torch.zeros_like(sign), torch.zeros_like(sign)
@@ -67,18 +88,30 @@ def majority(deltas: Sequence[Tensor]) -> Tensor:
 
 def combine(settings: SparseSettings, sparse: Sparse, *, elect: bool) -> Combine:
     """Base plus λ times the combined sparse deltas."""
-    together = elected if elect else summed
+    together, weights = elected if elect else summed, settings.weights
 
     def make(piece: Piece) -> Tensor:
-        mixed = together(sparse(piece), settings.weights, settings.normalise)
+        mixed = together(sparse(piece), weights, settings.normalise)
         assert piece.base is not None
-        return torch.add(piece.base, mixed, alpha=settings.scale)
+        return piece.base.add(mixed, alpha=settings.scale)
 
-    return make
+    if not isinstance(sparse, Thinned):
+        return make
+    by_kernel = _fused.deltas(
+        weights,
+        scale=settings.scale,
+        divisor=_divisor(weights, settings.normalise and not elect),
+        elect=elect,
+        normalise=settings.normalise,
+        dropping=sparse.dropping,
+    )
+    return _fused.Fused(make, by_kernel)
 
 
 def rescaling(tensors: Tensors, sparse: Sparse) -> list[float]:
     """The factor, for each model, that gives its sparse delta the L1 norm of the full one (1 where one is near 0)."""
+
+    import torch
 
     def norms(piece: Piece) -> list[tuple[float, float]]:
         assert piece.base is not None

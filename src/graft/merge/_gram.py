@@ -7,25 +7,43 @@ numbers, whatever the size of the tensor, and a second pass adds the inputs up.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from graft.merge.stream import Combine, Piece, Tensors
+from graft.merge import _fused
+from graft.merge._blocks import LANES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from graft.merge.stream import Bits, Combine, Piece, Tensors
 
 
 def gram(tensors: Tensors) -> np.ndarray:
     """[m, m] float64: inner products of the models, or of their deltas where there is a base."""
 
-    def products(piece: Piece) -> list[float]:
-        values = vectors(piece)
-        return [float(torch.dot(a, b)) for i, a in enumerate(values) for b in values[: i + 1]]
+    def products(span: tuple[int, int]) -> np.ndarray:
+        bits = tensors.bits(*span)
+        found = _fused.inner_products(bits) if bits is not None else None
+        return _plainly(vectors(tensors.read(*span)), tensors.workers.near) if found is None else found
 
     size = len(tensors.models)
     made = np.zeros((size, size))
-    made[np.tril_indices(size)] = np.sum(tensors.map(products), axis=0)
+    made[np.tril_indices(size)] = np.sum(tensors.workers.map(products, tensors.spans()), axis=0).sum(axis=1)
     return made + np.tril(made, -1).T
+
+
+def _plainly(values: Sequence[Tensor], near: bool) -> np.ndarray:
+    """[m (m + 1) / 2, LANES] float64: the sums of `_fused.inner_products`; to the last bit, where `near`."""
+    pairs = [(a, b) for i, a in enumerate(values) for b in values[: i + 1]]
+    if not near:
+        return np.array([[float(a.dot(b))] for a, b in pairs])
+    return np.stack([_in_lanes(a.double().mul(b.double()).numpy()) for a, b in pairs])
+
+
+def _in_lanes(products: np.ndarray) -> np.ndarray:
+    return np.pad(products, (0, -len(products) % LANES)).reshape(-1, LANES).sum(axis=0)
 
 
 def vectors(piece: Piece) -> list[Tensor]:
@@ -43,7 +61,11 @@ def add_up(factors: Sequence[float]) -> Combine:
             total.add_(other, alpha=factor)
         return total if piece.base is None else total.add_(piece.base)
 
-    return make
+    def by_kernel(bits: Bits, made: str, out: np.ndarray) -> bool:
+        return (with_base if bits.base else without)(bits, made, out)
+
+    with_base, without = _fused.deltas(factors), _fused.weighted_sum(factors)
+    return _fused.Fused(make, by_kernel)
 
 
 def lengths(gram_mm: np.ndarray) -> np.ndarray:

@@ -11,16 +11,19 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from graft.errors import CheckpointError
+from graft.merge import _fused
+from graft.merge._deltas import magnitudes
 from graft.merge.stream import Piece, Tensors
 
-Values = Callable[[Piece], list[Tensor]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Values = Callable[[Piece], "list[Tensor]"]
 """Flat float32 tensors, one for each value stream, none negative, from a piece."""
 
 HELD = 1 << 21
@@ -48,6 +51,8 @@ class Cut:
             return values >= self.value
         if self.last < start:
             return values > self.value
+        import torch
+
         split = int(self.last) - start + 1
         return torch.cat([values[:split] >= self.value, values[split:] > self.value])
 
@@ -67,6 +72,8 @@ EVERYTHING, NOTHING = Cut(0.0), Cut(math.inf)
 
 
 def _zero_up_to(values: Tensor, magnitude: float) -> Tensor:
+    import torch
+
     return torch.ops.aten.hardshrink.out(values, magnitude, out=values)
 
 
@@ -102,11 +109,11 @@ class _Run:
     start: int
     count: int
 
-    def pieces(self) -> Iterator[Piece]:
-        """One after the other."""
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """(first element, number of elements) of one after the other."""
         end = self.start + self.count
         for start in range(self.start, end, self.tensor.piece):
-            yield self.tensor.read(start, min(self.tensor.piece, end - start))
+            yield start, min(self.tensor.piece, end - start)
 
 
 def _runs(tensors: Sequence[Tensors], pieces: int) -> list[_Run]:
@@ -150,14 +157,22 @@ def _guess(tensors: Sequence[Tensors], pieces: int, values: Values, shares: Sequ
 
     def some(place: tuple[Tensors, int, int]) -> list[np.ndarray]:
         tensor, start, length = place
-        return [_array(each).copy() for each in values(tensor.read(start, length))]
+        return [each.copy() for each in _arrays(tensor, values, start, length)]
 
     parts = tensors[0].workers.map(some, list(_places(tensors, whole, count)))
     brackets = {}
     for stream, share in enumerate(shares):
-        sample = np.sort(np.concatenate([part[stream] for part in parts]))[::-1]
+        sample = np.concatenate([part[stream] for part in parts])
         brackets[stream] = _around(sample, share, MARGIN * (SAMPLES / count) ** 0.5)
     return brackets
+
+
+def _arrays(tensor: Tensors, values: Values, start: int, count: int) -> Sequence[np.ndarray]:
+    """The values of a piece in this machine's memory, which may be used again."""
+    bits = tensor.bits(start, count) if values is magnitudes else None
+    if bits is not None and (found := _fused.magnitudes(bits)) is not None:
+        return list(found)
+    return [_array(each) for each in values(tensor.read(start, count))]
 
 
 def _places(tensors: Sequence[Tensors], whole: int, count: int) -> Iterator[tuple[Tensors, int, int]]:
@@ -174,11 +189,15 @@ def _places(tensors: Sequence[Tensors], whole: int, count: int) -> Iterator[tupl
         yield tensor, inside // row * row, length
 
 
-def _around(descending: np.ndarray, share: float, margin: float) -> _Bracket:
-    """The values that a share of the sample, more or less the margin, is larger than."""
-    size = len(descending)
+def _around(sample: np.ndarray, share: float, margin: float) -> _Bracket:
+    """The values that a share of the sample, more or less the margin, is larger than. Overwrites the sample."""
+    size = len(sample)
     low, high = int((share + margin) * size) + 1, int((share - margin) * size) - 1
-    return _Bracket(float(descending[low]) if low < size else 0.0, float(descending[high]) if high >= 0 else math.inf)
+    inside = [size - 1 - place for place in (low, high) if 0 <= place < size]
+    sample.partition(inside)
+    return _Bracket(
+        float(sample[size - 1 - low]) if low < size else 0.0, float(sample[size - 1 - high]) if high >= 0 else math.inf
+    )
 
 
 def _pass(runs: Sequence[_Run], values: Values, brackets: dict[int, _Bracket]) -> list[dict[int, _Counted]]:
@@ -188,13 +207,34 @@ def _pass(runs: Sequence[_Run], values: Values, brackets: dict[int, _Bracket]) -
     def count(run: _Run) -> dict[int, _Counted]:
         each = max(keep * run.tensor.piece // max(run.count, run.tensor.piece), 1)
         seen: dict[int, list[_Counted]] = {stream: [] for stream in brackets}
-        for piece in run.pieces():
-            streams = values(piece)
-            for stream, bracket in brackets.items():
-                seen[stream].append(_seen(streams[stream], bracket, each, workers.near))
+        for span in run.spans():
+            for stream, found in _counted(run.tensor, values, span, brackets, each).items():
+                seen[stream].append(found)
         return {stream: _together(found, brackets[stream]) for stream, found in seen.items()}
 
     return workers.map(count, runs)
+
+
+def _counted(
+    tensor: Tensors, values: Values, span: tuple[int, int], brackets: dict[int, _Bracket], keep: int
+) -> dict[int, _Counted]:
+    """What is seen of one piece."""
+    bits = tensor.bits(*span) if values is magnitudes else None
+    if bits is not None:
+        # of a stream that is not asked for any more nothing is inside
+        ends = [brackets.get(stream, _Bracket(math.inf, 0.0)) for stream in range(bits.models)]
+        low, high = (np.array([getattr(each, end) for each in ends], np.float32) for end in ("low", "high"))
+        if (found := _fused.bracketed(bits, low, high)) is not None:
+            above, inside = found
+            return {stream: _thinned(int(above[stream]), inside[stream], keep) for stream in brackets}
+    streams = values(tensor.read(*span))
+    return {stream: _seen(streams[stream], bracket, keep, tensor.workers.near) for stream, bracket in brackets.items()}
+
+
+def _thinned(above: int, inside: np.ndarray, keep: int) -> _Counted:
+    """With every so-and-so-manieth of what is inside, `keep` at most."""
+    every = 1 if inside.strides == (0,) else max(-(-len(inside) // keep), 1)
+    return _Counted(above, inside if inside.strides == (0,) else inside[::every].copy(), len(inside))
 
 
 def _together(seen: Sequence[_Counted], bracket: _Bracket) -> _Counted:
@@ -213,6 +253,8 @@ def _held(inside: Sequence[np.ndarray], bracket: _Bracket) -> np.ndarray:
 
 
 def _seen(values: Tensor, bracket: _Bracket, keep: int, near: bool) -> _Counted:
+    import torch
+
     # numpy is the faster of the two on a processor; the operators are the same
     found: Any = values.numpy() if near else values
     count: Callable[[Any], Any] = np.count_nonzero if near else torch.count_nonzero
@@ -222,14 +264,12 @@ def _seen(values: Tensor, bracket: _Bracket, keep: int, near: bool) -> _Counted:
         # one value, so many times: nothing needs to be held
         equal = len(found) - above - int(count(found < bracket.low))
         return _Counted(above, np.broadcast_to(np.float32(bracket.low), equal), equal)
-    inside = found[not_above & (found >= bracket.low)]
-    every = max(-(-len(inside) // keep), 1)
-    return _Counted(above, np.ascontiguousarray(_array(inside[::every])), len(inside))
+    return _thinned(above, _array(found[not_above & (found >= bracket.low)]), keep)
 
 
 def _array(values: Tensor | np.ndarray) -> np.ndarray:
     """In this machine's memory."""
-    return values.cpu().numpy() if isinstance(values, Tensor) else values
+    return values if isinstance(values, np.ndarray) else values.cpu().numpy()
 
 
 def _threshold(pieces: Sequence[_Counted], bracket: _Bracket, count: int) -> float | None:
@@ -279,10 +319,10 @@ def _last(
 
     def tally(run: _Run) -> tuple[int, int]:
         larger = equal = 0
-        for piece in run.pieces():
-            found = values(piece)[stream]
-            larger += int(torch.count_nonzero(found > threshold))
-            equal += int(torch.count_nonzero(found == threshold))
+        for span in run.spans():
+            found = _arrays(run.tensor, values, *span)[stream]
+            larger += int(np.count_nonzero(found > threshold))
+            equal += int(np.count_nonzero(found == threshold))
         return larger, equal
 
     if all(len(each.inside) == each.all_inside for each in seen):
@@ -296,10 +336,10 @@ def _last(
         return len(runs), math.inf
     reached = int(np.searchsorted(np.cumsum(equal), wanted))
     wanted -= sum(equal[:reached])
-    for piece in runs[reached].pieces():
-        places = np.flatnonzero(_array(values(piece)[stream]) == threshold)
+    for start, count in runs[reached].spans():
+        places = np.flatnonzero(_arrays(runs[reached].tensor, values, start, count)[stream] == threshold)
         if wanted <= len(places):
-            return reached, piece.start + int(places[wanted - 1])
+            return reached, start + int(places[wanted - 1])
         wanted -= len(places)
     raise CheckpointError(f"{runs[reached].tensor.name}: the files of the models changed while they were read")
 

@@ -66,9 +66,7 @@ def run(job: Job) -> dict[str, Any]:
         if hasattr(prepared.survey, "close"):
             opened.callback(prepared.survey.close)
         readers = {name: opened.enter_context(part.open()) for name, part in parts.items()}
-        with Workers(1):
-            # a few small samples: torch's own threads would take longer to meet than to work
-            forced = [*plan.forced, *unrelated(settings, plan, readers)]
+        forced = [*plan.forced, *unrelated(settings, plan, readers)]
         files_beside(plan, parts[settings.parents[0]], job.out)
         check = Check(job.out, job.cache)
         opened.callback(check.close)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    import torch
     from torch import Tensor
 
     from graft.checkpoint import TensorReader
@@ -136,7 +135,7 @@ def _found(
     settings: Settings,
     readers: Mapping[str, TensorReader],
     linear: Mapping[str, Linear],
-    there: torch.device,
+    there: str,
 ) -> Found:
     from graft.merge._factors import factored
     from graft.merge.stream import Source

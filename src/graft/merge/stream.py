@@ -10,21 +10,21 @@ stream of its own, and writes what comes back, so that reading and writing overl
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from graft.checkpoint import TORCH_NAMES, WIDTH, TensorReader, TensorWriter
 from graft.errors import CannotCombine, CheckpointError
 from graft.finite import finite
-from graft.machine import cores
+from graft.merge._workers import Workers
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 PIECE = 1 << 19
 """Elements of a piece: those of a few models, in float32, lie in the cores' caches, and the work on them takes longer
@@ -33,8 +33,8 @@ FAR_PIECE = 1 << 21
 """Elements of a piece on an accelerator: enough work to be worth a start of its kernels."""
 COPIED = 1 << 22
 """Bytes of a piece of what is taken over as it is."""
-FAR_THREADS = 6
-"""Pieces on an accelerator at the same time, at most; with their number and size its memory is bounded."""
+KNOWN = frozenset({"BF16", "F16", "F32"})
+"""Stored types that kernels read."""
 
 R = TypeVar("R")
 
@@ -65,7 +65,7 @@ class Piece:
         return len(self.models[0])
 
 
-Combine = Callable[[Piece], Tensor]
+Combine = Callable[[Piece], "Tensor"]
 """Makes a piece of the output: flat, float32, as long as the piece."""
 
 
@@ -94,105 +94,29 @@ class Source:
         )
 
 
-class Workers:
-    """A thread a core, each with its own buffers, which are used again for every piece; pieces lie on `device`."""
+@dataclass(frozen=True)
+class Bits:
+    """A piece of all parents as it is stored, one type for all, for kernels."""
 
-    def __init__(self, threads: int | None = None, device: str = "cpu"):
-        self.device = torch.device(device)
-        self.threads = threads or (cores() if self.near else min(cores(), FAR_THREADS))
-        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="merge")
-        self._own = threading.local()
-        self._whole = threading.Lock()
-        self._before = torch.get_num_threads()
+    start: int
+    """Index of the first element in the flat tensor."""
+    count: int
+    models: int
+    base: bool
+    """Whether the first row is the base's."""
+    stored: str
+    """The type, as safetensors names it."""
+    values: np.ndarray
+    """[base + models, count] whole numbers, in memory that is used again."""
+    workers: Workers
 
-    @property
-    def near(self) -> bool:
-        """Whether pieces stay in the processor's own memory."""
-        return self.device.type == "cpu"
+    def scratch(self, slot: str, dtype: Any, count: int) -> np.ndarray:
+        """Memory of this thread."""
+        return self.workers.array(("scratch", slot), dtype, count)
 
-    @property
-    def _streams(self) -> bool:
-        return self.device.type == "cuda"
 
-    def map(self, function: Callable[[R], object], items: Sequence[R]) -> list:
-        """The results in the order of the items; the first exception is raised after the others have stopped."""
-        if self._streams:
-            # what this thread has begun on the device is there before another stream reads it
-            torch.cuda.current_stream(self.device).synchronize()
-        futures = [self._pool.submit(self._in_stream, function, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
-
-    def _in_stream(self, function: Callable[[R], object], item: R) -> object:
-        if not self._streams:
-            return function(item)
-        own = self._own.__dict__
-        if "stream" not in own:
-            own["stream"] = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(own["stream"]):
-            found = function(item)
-            # buffers are filled anew, and others read what was made, only when the device is done with them
-            own["stream"].synchronize()
-            return found
-
-    def buffer(self, slot: object, dtype: torch.dtype, count: int) -> tuple[memoryview, Tensor]:
-        """`count` elements of this thread's buffer for `slot`, as bytes and as a tensor over the same memory."""
-        # every call into torch lets go of the interpreter and has to wait for it again: views are kept
-        views: dict[object, tuple[int, memoryview, Tensor]] = self._own.__dict__.setdefault("views", {})
-        if (slot, dtype) not in views or views[slot, dtype][0] != count:
-            found = self._room(slot, count * dtype.itemsize)
-            views[slot, dtype] = count, memoryview(found.numpy()), found.view(dtype)  # type: ignore[arg-type]
-        _, bytes_, values = views[slot, dtype]
-        return bytes_, values
-
-    def _room(self, slot: object, size: int) -> Tensor:
-        held: dict[object, Tensor] = self._own.__dict__.setdefault("held", {})
-        if slot not in held or len(held[slot]) < size:
-            held[slot] = torch.empty(max(size, 2 * PIECE), dtype=torch.uint8, pin_memory=self._streams)
-        return held[slot][:size]
-
-    def floats(self, raw: Tensor, slot: object) -> Tensor:
-        """What was read, as float32 on the device; the memory is that of a buffer of this thread where that will do."""
-        if not self.near:
-            narrow = raw.float() if raw.dtype == torch.float64 else raw
-            return narrow.to(self.device, non_blocking=self._streams).float()
-        if raw.dtype == torch.float32:
-            return raw
-        _, values = self.buffer((slot, "float32"), torch.float32, len(raw))
-        return values.copy_(raw)
-
-    def store(self, made: Tensor, into: Tensor) -> bool:
-        """Cast what was made and bring it into a buffer; whether it is finite in that type."""
-        # on an accelerator it is cast before it comes back, and looked at there
-        there = made if self.near else made.to(into.dtype)
-        into.copy_(there)
-        return finite(into if self.near else there)
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """For work on one whole matrix: a second one waits, and torch has its own threads until the end."""
-        with self._whole:
-            torch.set_num_threads(self._before)
-            try:
-                yield
-            finally:
-                torch.set_num_threads(1)
-
-    def __enter__(self) -> Workers:
-        # a piece is small and every core has one: torch's own threads would only be in the way
-        self._before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._before)
+ByKernel = Callable[[Bits, str, np.ndarray], bool]
+"""(piece, stored type of what is made, where it goes) → whether it was made: a rule's `by_kernel`, where it has one."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +137,7 @@ class Tensors:
     @property
     def count(self) -> int:
         """Number of elements."""
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     @property
     def row(self) -> int:
@@ -233,6 +157,29 @@ class Tensors:
     def map(self, function: Callable[[Piece], R]) -> list[R]:
         """What `function` gives for every piece, in order; pieces are read and worked on in parallel."""
         return self.workers.map(lambda span: function(self.read(*span)), self.spans())
+
+    @property
+    def sources(self) -> list[Source]:
+        """The base, where there is one, and the models."""
+        return [*([self.base] if self.base is not None else []), *self.models]
+
+    @property
+    def stored(self) -> str | None:
+        """The type that all parents are stored in, where kernels can read it; an adapter's model is stored nowhere."""
+        types = {source.reader.headers[source.name].dtype for source in self.sources}
+        adapted = any(getattr(source.reader, "base", None) is not None for source in self.sources)
+        (stored,) = types if len(types) == 1 else (None,)
+        return stored if self.workers.near and stored in KNOWN and not adapted else None
+
+    def bits(self, start: int, count: int) -> Bits | None:
+        """One piece of all parents as it is stored; None where kernels cannot read it."""
+        if (stored := self.stored) is None:
+            return None
+        rows, width = len(self.sources), WIDTH[stored]
+        values = self.workers.array("bits", np.dtype(f"u{width}"), rows * count).reshape(rows, count)
+        for source, row in zip(self.sources, values, strict=True):
+            source.reader.read_into(source.name, start * width, row.view(np.uint8).data)
+        return Bits(start, count, len(self.models), self.base is not None, stored, values, self.workers)
 
     def read(self, start: int, count: int) -> Piece:
         """One piece of all parents. Raises CheckpointError, naming model and tensor, for NaN and Inf."""
@@ -256,12 +203,12 @@ class Tensors:
         assert base is not None
         if not self.workers.near:
             return base + change
-        _, values = self.workers.buffer((slot, "float32"), torch.float32, len(base))
-        return torch.add(base, change, out=values)
+        _, values = self.workers.buffer((slot, "float32"), base.dtype, len(base))
+        return values.copy_(base).add_(change)
 
     def _read(self, source: Source, slot: object, start: int, count: int) -> Tensor:
         stored = source.reader.headers[source.name].dtype
-        dtype = getattr(torch, TORCH_NAMES[stored])
+        dtype = _torch_type(stored)
         into, raw = self.workers.buffer((slot, "stored"), dtype, count)
         source.reader.read_into(source.name, start * WIDTH[stored], into)
         return source.checked(self.workers.floats(raw, slot))
@@ -269,16 +216,35 @@ class Tensors:
     def write(self, combine: Combine, writer: TensorWriter) -> None:
         """Make every piece and put it into its place, cast once. Raises CheckpointError where NaN or Inf come out."""
         stored = writer.headers[self.name].dtype
-        dtype = getattr(torch, TORCH_NAMES[stored])
+        by_kernel: ByKernel | None = getattr(combine, "by_kernel", None)
 
         def make(span: tuple[int, int]) -> None:
-            made = combine(self.read(*span))
-            bytes_, cast = self.workers.buffer("out", dtype, span[1])
-            if not self.workers.store(made, cast):
-                raise CheckpointError(f"{self.name}: the merge gives values that {stored} cannot hold")
-            writer.write(self.name, span[0] * WIDTH[stored], bytes_)
+            made = self._made(by_kernel, span, stored) if by_kernel is not None else None
+            made = self._plainly(combine, span, stored) if made is None else made
+            writer.write(self.name, span[0] * WIDTH[stored], made)
 
         self.workers.map(make, self.spans())
+
+    def _made(self, by_kernel: ByKernel, span: tuple[int, int], stored: str) -> memoryview | None:
+        """The bytes that a kernel makes of a piece; None where it cannot, or met NaN or Inf."""
+        bits = self.bits(*span) if stored in KNOWN else None
+        if bits is None:
+            return None
+        out = self.workers.array("made", np.dtype(f"u{WIDTH[stored]}"), span[1])
+        return out.view(np.uint8).data if by_kernel(bits, stored, out) else None
+
+    def _plainly(self, combine: Combine, span: tuple[int, int], stored: str) -> memoryview:
+        made = combine(self.read(*span))
+        bytes_, cast = self.workers.buffer("out", _torch_type(stored), span[1])
+        if not self.workers.store(made, cast):
+            raise CheckpointError(f"{self.name}: the merge gives values that {stored} cannot hold")
+        return bytes_
+
+
+def _torch_type(stored: str) -> torch.dtype:
+    import torch
+
+    return getattr(torch, TORCH_NAMES[stored])
 
 
 def copy_whole_numbers(tensors: Tensors, writer: TensorWriter) -> None:
@@ -286,7 +252,7 @@ def copy_whole_numbers(tensors: Tensors, writer: TensorWriter) -> None:
 
     Raises CannotCombine where they are not the same in all parents.
     """
-    sources = [*([tensors.base] if tensors.base else []), *tensors.models]
+    sources = tensors.sources
     headers = [source.reader.headers[source.name] for source in sources]
     size = headers[0].end - headers[0].start
     same = len({header.dtype for header in headers}) == 1

@@ -48,7 +48,8 @@ def rule(tensors: Tensors, settings: Settings) -> Combine:
 
     Yadav et al. 2023, arXiv:2306.01708.
     """
-    from graft.merge._deltas import combine, kept, magnitudes
+    from graft.merge._deltas import Thinned, combine, kept, magnitudes
+    from graft.merge._fused import Dropping
     from graft.merge._select import largest
 
     if tensors.survey is None:
@@ -56,8 +57,6 @@ def rule(tensors: Tensors, settings: Settings) -> Combine:
         cuts = [cut for (cut,) in largest([tensors], magnitudes, counts)]
     else:
         cuts = tensors.survey[tensors.name]
-    return combine(
-        settings,
-        lambda piece: [cut.shrink(d, piece.start) for cut, d in zip(cuts, piece.deltas(), strict=True)],
-        elect=True,
-    )
+    small = Dropping.small([cut.value for cut in cuts], [cut.last for cut in cuts])
+    sparse = Thinned(lambda p: [cut.shrink(d, p.start) for cut, d in zip(cuts, p.deltas(), strict=True)], small)
+    return combine(settings, sparse, elect=True)

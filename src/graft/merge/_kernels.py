@@ -1,0 +1,604 @@
+"""What merges do to every element, from stored bits to stored bits: compiled by numba, called from `_compiled`.
+
+A kernel works on a piece in blocks that stay in a core's nearest cache: widen, subtract, drop, elect, add and narrow
+of one block are done before the next one is read. Arithmetic is that of the torch functions of the same names,
+operation by operation (a sum with a factor is one fused multiply-add in both), so that both give the same bytes.
+
+`raw` is [1 + m or m, stride]: the base, where there is one, and the models, of which the first `n` elements count. A
+kernel returns 0, or 1 where it met NaN or Inf. Memory is pointers, read by `get` and written by `put`.
+"""
+
+# numba infers types, and what it makes of a function is called otherwise than the function
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from graft.merge._blocks import BLOCK, BUCKETS, CUT, DRAWN, DROPPED, LANES, RANKED
+
+inlined = njit(forceinline=True)
+"""A function that becomes a part of those that call it."""
+U16, U32, U64, F32, F64, I64 = types.uint16, types.uint32, types.uint64, types.float32, types.float64, types.int64
+P16, P32, P64, PF, PD, PI = (types.CPointer(kind) for kind in (U16, U32, U64, F32, F64, I64))
+STORED = {"BF16": P16, "F16": P16, "F32": P32}
+"""Stored types that kernels know, and pointers to whole numbers of their width."""
+INFINITE = {"BF16": U32(0x7F80), "F16": U32(0x7C00), "F32": U32(0x7F800000)}
+"""The bits of infinity; those of NaN are above."""
+
+PATIENCE = 8
+"""Steps an element, in sorting a row within its buckets, before it is sorted otherwise."""
+Kernel = tuple[Callable[..., Any], tuple[Any, ...]]
+"""A function and the types of its arguments; it gives an int64."""
+
+
+def _emits(result: Callable[..., Any], emit: Callable[..., Any]) -> Any:
+    """An intrinsic: `result` gives its signature from the types of the arguments, `emit` builds its instructions."""
+
+    @intrinsic
+    def one(context: Any, a: Any) -> Any:
+        return result(a), lambda context, builder, signature, args: emit(builder, *args)
+
+    return one
+
+
+as_float = _emits(lambda bits: F32(U32), lambda builder, bits: builder.bitcast(bits, ir.FloatType()))
+as_bits = _emits(lambda value: U32(F32), lambda builder, value: builder.bitcast(value, ir.IntType(32)))
+half_to_float = _emits(
+    lambda bits: F32(U16), lambda builder, bits: builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
+)
+float_to_half = _emits(
+    lambda value: U16(F32),
+    lambda builder, value: builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16)),
+)
+
+
+@intrinsic
+def get(context: Any, pointer: Any, place: Any) -> Any:
+    """The element of a pointer at a place."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(builder.gep(args[0], [args[1]]))
+
+    return pointer.dtype(pointer, I64), emit
+
+
+@intrinsic
+def put(context: Any, pointer: Any, place: Any, value: Any) -> Any:
+    """Write the element of a pointer at a place."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[2], builder.gep(args[0], [args[1]]))
+        return context.get_dummy_value()
+
+    return types.none(pointer, I64, pointer.dtype), emit
+
+
+@intrinsic
+def behind(context: Any, pointer: Any, count: Any) -> Any:
+    """The pointer to what lies `count` elements further."""
+    return pointer(pointer, I64), lambda context, builder, signature, args: builder.gep(args[0], [args[1]])
+
+
+@intrinsic
+def fma(context: Any, a: Any, b: Any, c: Any) -> Any:
+    """a · b + c, rounded once."""
+    return F32(F32, F32, F32), lambda context, builder, signature, args: builder.fma(*args)
+
+
+@intrinsic
+def add_products(context: Any, a: Any, b: Any, count: Any, sums: Any) -> Any:
+    """sums[l] += a[i] · b[i] for i = l, l + LANES, … below `count`, a multiple of LANES; in float64."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        floats, doubles = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.DoubleType(), LANES)
+        a, b, count, sums = args
+
+        def vector(pointer: Any, kind: Any) -> Any:
+            loaded = builder.load(builder.bitcast(pointer, kind.as_pointer()))
+            loaded.align = 4
+            return loaded
+
+        total = cgutils.alloca_once_value(builder, vector(sums, doubles))
+        with cgutils.for_range(builder, builder.sdiv(count, count.type(LANES))) as loop:
+            at = builder.mul(loop.index, count.type(LANES))
+            x, y = (builder.fpext(vector(builder.gep(p, [at]), floats), doubles) for p in (a, b))
+            builder.store(builder.fadd(builder.load(total), builder.fmul(x, y)), total)
+        builder.store(builder.load(total), builder.bitcast(sums, doubles.as_pointer())).align = 4
+        return context.get_dummy_value()
+
+    return types.none(PF, PF, I64, PD), emit
+
+
+@intrinsic
+def gather_lanes(context: Any, values: Any, least: Any, most: Any, found: Any) -> Any:
+    """Write those of LANES values that lie from `least` to `most` to `found`, where as many have room; how many."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        values, least, most, found = args
+        floats, flags = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(1), LANES)
+        lanes = builder.load(builder.bitcast(values, floats.as_pointer()))
+        lanes.align = 4
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+
+        def everywhere(value: Any) -> Any:
+            first = builder.insert_element(ir.Constant(floats, ir.Undefined), value, ir.IntType(32)(0))
+            return builder.shuffle_vector(first, ir.Constant(floats, ir.Undefined), zeros)
+
+        inside = builder.and_(
+            builder.fcmp_ordered(">=", lanes, everywhere(least)), builder.fcmp_ordered("<=", lanes, everywhere(most))
+        )
+        bits = builder.bitcast(inside, ir.IntType(LANES))
+        with builder.if_then(builder.icmp_unsigned("!=", bits, bits.type(0)), likely=False):
+            kind = ir.FunctionType(floats, [floats, flags, floats])
+            name = f"llvm.experimental.vector.compress.v{LANES}f32"
+            together = cgutils.get_or_insert_function(builder.module, kind, name)
+            packed = builder.call(together, [lanes, inside, ir.Constant(floats, ir.Undefined)])
+            builder.store(packed, builder.bitcast(found, floats.as_pointer())).align = 4
+        return builder.zext(builder.ctpop(bits), ir.IntType(64))
+
+    return I64(PF, F32, F32, PF), emit
+
+
+@inlined
+def _widen_bf16(bits):
+    return as_float(U32(bits) << U32(16))
+
+
+@inlined
+def _narrow_bf16(value):
+    # to the nearest, ties to even; there is no NaN
+    bits = as_bits(value)
+    return U16((bits + U32(0x7FFF) + ((bits >> U32(16)) & U32(1))) >> U32(16))
+
+
+WIDEN = {"BF16": _widen_bf16, "F16": half_to_float, "F32": as_float}
+NARROW = {"BF16": _narrow_bf16, "F16": float_to_half, "F32": as_bits}
+
+
+def _reading(stored: str) -> Any:
+    """into[0:size] = the elements of `raw`; returns the largest bits without their sign."""
+    widen, positive = WIDEN[stored], STORED[stored].dtype(0x7FFF if STORED[stored] is P16 else 0x7FFFFFFF)
+
+    @inlined
+    def read(raw, size, into):
+        worst = U32(0)
+        for j in range(size):
+            bits = get(raw, j)
+            worst = max(worst, U32(bits & positive))
+            put(into, j, widen(bits))
+        return worst
+
+    return read
+
+
+def _reading_deltas(stored: str) -> Any:
+    """into[0:size] = the elements of `raw` minus those of the base; returns the largest bits without their sign."""
+    widen, positive = WIDEN[stored], STORED[stored].dtype(0x7FFF if STORED[stored] is P16 else 0x7FFFFFFF)
+
+    @inlined
+    def read(raw, base, size, into):
+        worst = U32(0)
+        for j in range(size):
+            bits = get(raw, j)
+            worst = max(worst, U32(bits & positive))
+            put(into, j, widen(bits) - get(base, j))
+        return worst
+
+    return read
+
+
+def _writing(made: str) -> Any:
+    """out[0:size] = values; returns the largest bits without their sign."""
+    narrow, positive = NARROW[made], STORED[made].dtype(0x7FFF if STORED[made] is P16 else 0x7FFFFFFF)
+
+    @inlined
+    def write(values, size, out):
+        worst = U32(0)
+        for j in range(size):
+            bits = narrow(get(values, j))
+            worst = max(worst, U32(bits & positive))
+            put(out, j, bits)
+        return worst
+
+    return write
+
+
+def weighted_sum(stored: str, made: str) -> Kernel:
+    """out = Σ w_m θ_m: `weighted_sum` of linear, `add_up` without a base. `scratch`: 2 BLOCK."""
+    read, write = _reading(stored), _writing(made)
+    bad, bad_out = INFINITE[stored], INFINITE[made]
+
+    def kernel(raw, stride, m, n, weights, scratch, out):
+        own = behind(scratch, BLOCK)
+        for start in range(0, n, BLOCK):
+            size = min(BLOCK, n - start)
+            worst = U32(0)
+            for k in range(m):
+                worst = max(worst, read(behind(raw, k * stride + start), size, own))
+                w = get(weights, k)
+                if k == 0:
+                    for j in range(size):
+                        put(scratch, j, get(own, j) * w)
+                else:
+                    for j in range(size):
+                        put(scratch, j, fma(get(own, j), w, get(scratch, j)))
+            if worst >= bad or write(scratch, size, behind(out, start)) >= bad_out:
+                return 1
+        return 0
+
+    return kernel, (STORED[stored], I64, I64, I64, PF, PF, STORED[made])
+
+
+@inlined
+def _philox(counter, key0, key1, into):
+    """64 numbers of 32 bits: word w of counter c lies at 16 w + c. Philox 4×32, ten rounds, Salmon et al. 2011."""
+    for lane in range(16):
+        at = U64(counter) * U64(16) + U64(lane)
+        x0, x1, x2, x3 = U32(at), U32(at >> U64(32)), U32(0), U32(0)
+        k0, k1 = key0, key1
+        for _ in range(10):
+            a, b = U64(x0) * U64(0xD2511F53), U64(x2) * U64(0xCD9E8D57)
+            x0, x2 = U32(b >> U64(32)) ^ x1 ^ k0, U32(a >> U64(32)) ^ x3 ^ k1
+            x1, x3 = U32(b), U32(a)
+            k0, k1 = U32(k0 + U32(0x9E3779B9)), U32(k1 + U32(0xBB67AE85))
+        put(into, lane, x0)
+        put(into, lane + 16, x1)
+        put(into, lane + 32, x2)
+        put(into, lane + 48, x3)
+
+
+@inlined
+def _draw(start, size, key0, key1, into):
+    """The numbers of `size` elements from `start`; returns where in `into` the first one lies."""
+    first = start // DRAWN
+    last = (start + size - 1) // DRAWN
+    for group in range(first, last + 1):
+        _philox(group, key0, key1, behind(into, (group - first) * DRAWN))
+    return start - first * DRAWN
+
+
+def draws(stored: str, made: str) -> Kernel:
+    """out = the numbers of `n` elements from `start` (see `_random`), in a buffer with 2 DRAWN to spare; returns where
+    in it the first one lies."""
+
+    def kernel(start, n, key0, key1, out):
+        return _draw(start, n, key0, key1, out)
+
+    return kernel, (I64, I64, U32, U32, P32)
+
+
+@inlined
+def _magnitude(values, place):
+    """The bits of |value|, which order as it does."""
+    return as_bits(get(values, place)) & U32(0x7FFFFFFF)
+
+
+@inlined
+def _order(values, n, keys, turns, counts, order, other):
+    """order[0:n]: magnitude's bits, then the place, of all values by growing magnitude, equal ones by place.
+
+    keys and turns: n, counts: BUCKETS n + 257, other: n.
+    """
+    buckets = BUCKETS * n
+    most = U32(0)
+    for j in range(n):
+        most = max(most, _magnitude(values, j))
+    top = as_float(most)
+    reach = F32(buckets - 1) / top if top > F32(1e-30) else F32(0)
+    for b in range(buckets):
+        put(counts, b, U32(0))
+    for j in range(n):
+        put(keys, j, U32(I64(abs(get(values, j)) * reach)))
+    for j in range(n):
+        key = I64(get(keys, j))
+        turn = get(counts, key)
+        put(turns, j, turn)
+        put(counts, key, turn + U32(1))
+    before = U32(0)
+    for b in range(buckets):
+        own = get(counts, b)
+        put(counts, b, before)
+        before += own
+    for j in range(n):
+        put(order, I64(get(counts, I64(get(keys, j))) + get(turns, j)), _packed(values, j))
+    moved = I64(0)
+    for i in range(1, n):
+        own = get(order, i)
+        j = i - 1
+        while j >= 0 and get(order, j) > own:
+            put(order, j + 1, get(order, j))
+            j -= 1
+        put(order, j + 1, own)
+        moved += i - 1 - j
+        if moved > PATIENCE * n:
+            _by_digits(values, n, counts, order, other)
+            return
+
+
+@inlined
+def _packed(values, place):
+    return (U64(_magnitude(values, place)) << U64(32)) | U64(place)
+
+
+@inlined
+def _by_digits(values, n, counts, order, other):
+    """The same, digit by digit of the magnitude's bits: for rows of which most elements are in few buckets."""
+    for j in range(n):
+        put(order, j, _packed(values, j))
+    for digit in range(4, 8):
+        shift = U64(8 * digit)
+        for b in range(257):
+            put(counts, b, U32(0))
+        for j in range(n):
+            key = I64((get(order, j) >> shift) & U64(255)) + 1
+            put(counts, key, get(counts, key) + U32(1))
+        for b in range(1, 257):
+            put(counts, b, get(counts, b) + get(counts, b - 1))
+        for j in range(n):
+            own = get(order, j)
+            key = I64((own >> shift) & U64(255))
+            put(other, I64(get(counts, key)), own)
+            put(counts, key, get(counts, key) + U32(1))
+        for j in range(n):
+            put(order, j, get(other, j))
+
+
+@inlined
+def _shrink(deltas, size, low, last):
+    """Zero where the magnitude is not above `low`, or up to place `last` not above the number before it."""
+    before = as_float(as_bits(low) - U32(1)) if low > F32(0) else F32(-1)
+    upto = min(max(last + 1, 0), size)
+    for j in range(upto):
+        x = get(deltas, j)
+        put(deltas, j, x if abs(x) > before else F32(0))
+    for j in range(upto, size):
+        x = get(deltas, j)
+        put(deltas, j, x if abs(x) > low else F32(0))
+
+
+@inlined
+def _keep(deltas, size, drawn, limit, gain):
+    """Zero where the draw is not below the limit, else times the gain."""
+    for j in range(size):
+        put(deltas, j, get(deltas, j) * (gain if get(drawn, j) < limit else F32(0)))
+
+
+@inlined
+def _keep_by_rank(deltas, size, row, drawn, limits, gains, keys, turns, counts, order, other, factor):
+    """In every row, the draw at a rank's place keeps the element of that rank or not."""
+    for begin in range(0, size, row):
+        own, lots = behind(deltas, begin), behind(drawn, begin)
+        _order(own, row, keys, turns, counts, order, other)
+        for r in range(row):
+            kept = get(gains, r) if get(lots, r) < get(limits, r) else F32(0)
+            put(factor, I64(get(order, r) & U64(0xFFFFFFFF)), kept)
+        for j in range(row):
+            put(own, j, get(own, j) * get(factor, j))
+
+
+@inlined
+def _sum(deltas, m, block, size, weights, divisor, total):
+    for k in range(m):
+        own, w = behind(deltas, k * block), get(weights, k)
+        if k == 0:
+            for j in range(size):
+                put(total, j, get(own, j) * w)
+        else:
+            for j in range(size):
+                put(total, j, fma(get(own, j), w, get(total, j)))
+    if divisor != F32(1):
+        for j in range(size):
+            put(total, j, get(total, j) / divisor)
+
+
+@inlined
+def _elect(deltas, m, block, size, weights, normalise, total, share, sign):
+    least = get(weights, 0)
+    for k in range(m):
+        own, w = behind(deltas, k * block), get(weights, k)
+        least = min(least, w)
+        if k == 0:
+            for j in range(size):
+                x = get(own, j) * w
+                put(own, j, x)
+                put(sign, j, x)
+        else:
+            for j in range(size):
+                x = get(own, j) * w
+                put(own, j, x)
+                put(sign, j, get(sign, j) + x)
+    for j in range(size):
+        put(sign, j, F32(-1) if get(sign, j) < F32(0) else F32(1))
+        put(total, j, F32(0))
+        put(share, j, F32(0))
+    for k in range(m):
+        own, w = behind(deltas, k * block), get(weights, k)
+        for j in range(size):
+            same = max(get(own, j) * get(sign, j), F32(0))
+            put(total, j, get(total, j) + same)
+            put(share, j, get(share, j) + (w if same > F32(0) else F32(0)))
+    for j in range(size):
+        put(total, j, get(total, j) * get(sign, j))
+    if normalise != 0:
+        for j in range(size):
+            agree = get(share, j)
+            safe = max(agree, least) if least > F32(0) else (F32(1) if agree == F32(0) else agree)
+            put(total, j, get(total, j) / safe)
+
+
+def deltas(stored: str, made: str) -> Kernel:
+    """out = θ₀ + λ · together(dropped(θ_m − θ₀)).
+
+    `how` is SUMMED to RANKED for all models; `block` elements are worked on together, whole rows of `row` where RANKED.
+    `cuts` [m] and `lasts` [m, in the piece] are for CUT; `keys` [m, 2], `limits` and `gains` [m] for DROPPED, [m, row]
+    for RANKED. A model of which everything is kept has a gain of 0. `scratch` has room for (m + 5) · block, `places`
+    for (3 + BUCKETS) · block + 257 + 2 · DRAWN, `order` for 2 · block.
+    """
+    read, read_deltas, write = _reading(stored), _reading_deltas(stored), _writing(made)
+    bad, bad_out = INFINITE[stored], INFINITE[made]
+
+    def kernel(
+        raw, stride, m, n, start, how, block, row, cuts, lasts, keys, limits, gains,
+        weights, elect, normalise, divisor, scale, scratch, places, order, out,
+    ):  # fmt: skip
+        base, total, share = (
+            behind(scratch, m * block), behind(scratch, (m + 1) * block), behind(scratch, (m + 2) * block)
+        )  # fmt: skip
+        sign, factor = behind(scratch, (m + 3) * block), behind(scratch, (m + 4) * block)
+        turns, drawn, other = behind(places, block), behind(places, 2 * block), behind(order, block)
+        counts = behind(places, 3 * block + 2 * DRAWN)
+        for at in range(0, n, block):
+            size = min(block, n - at)
+            worst = read(behind(raw, at), size, base)
+            for k in range(m):
+                own = behind(scratch, k * block)
+                worst = max(worst, read_deltas(behind(raw, (k + 1) * stride + at), base, size, own))
+            if worst >= bad:
+                return 1
+            for k in range(m):
+                own = behind(scratch, k * block)
+                if how == CUT:
+                    _shrink(own, size, get(cuts, k), get(lasts, k) - at)
+                elif how >= DROPPED and get(gains, k * row) != F32(0):
+                    first = _draw(start + at, size, get(keys, 2 * k), get(keys, 2 * k + 1), drawn)
+                    lots = behind(drawn, first)
+                    if how == RANKED:
+                        own_limits, own_gains = behind(limits, k * row), behind(gains, k * row)
+                        _keep_by_rank(
+                            own, size, row, lots, own_limits, own_gains, places, turns, counts, order, other, factor
+                        )
+                    else:
+                        _keep(own, size, lots, get(limits, k), get(gains, k))
+            if elect != 0:
+                _elect(scratch, m, block, size, weights, normalise, total, share, sign)
+            else:
+                _sum(scratch, m, block, size, weights, divisor, total)
+            for j in range(size):
+                put(total, j, fma(get(total, j), scale, get(base, j)))
+            if write(total, size, behind(out, at)) >= bad_out:
+                return 1
+        return 0
+
+    counted = (STORED[stored], I64, I64, I64, I64, I64, I64, I64)
+    return kernel, (*counted, PF, PI, P32, P32, PF, PF, I64, I64, F32, F32, PF, P32, P64, STORED[made])
+
+
+def inner_products(stored: str, made: str) -> Kernel:
+    """out [m (m + 1) / 2, LANES] float64 += sums of the products of models i ≥ j, or of their deltas.
+
+    `scratch`: (m + 1) BLOCK.
+    """
+    read, read_deltas, bad = _reading(stored), _reading_deltas(stored), INFINITE[stored]
+
+    def kernel(raw, stride, m, n, base, scratch, out):
+        below = behind(scratch, m * BLOCK)
+        for start in range(0, n, BLOCK):
+            size = min(BLOCK, n - start)
+            whole = (size + LANES - 1) // LANES * LANES
+            worst = U32(0)
+            if base != 0:
+                worst = read(behind(raw, start), size, below)
+            for k in range(m):
+                own, there = behind(scratch, k * BLOCK), behind(raw, (k + base) * stride + start)
+                if base != 0:
+                    worst = max(worst, read_deltas(there, below, size, own))
+                else:
+                    worst = max(worst, read(there, size, own))
+                for j in range(size, whole):
+                    put(own, j, F32(0))
+            if worst >= bad:
+                return 1
+            pair = I64(0)
+            for i in range(m):
+                for k in range(i + 1):
+                    a, b = behind(scratch, i * BLOCK), behind(scratch, k * BLOCK)
+                    add_products(a, b, whole, behind(out, pair * LANES))
+                    pair += 1
+        return 0
+
+    return kernel, (STORED[stored], I64, I64, I64, I64, PF, PD)
+
+
+def magnitudes(stored: str, made: str) -> Kernel:
+    """out [m, n] = |θ_m − θ₀|. `scratch`: BLOCK."""
+    read, read_deltas, bad = _reading(stored), _reading_deltas(stored), INFINITE[stored]
+
+    def kernel(raw, stride, m, n, scratch, out):
+        for start in range(0, n, BLOCK):
+            size = min(BLOCK, n - start)
+            worst = read(behind(raw, start), size, scratch)
+            for k in range(m):
+                own = behind(out, k * n + start)
+                worst = max(worst, read_deltas(behind(raw, (k + 1) * stride + start), scratch, size, own))
+                for j in range(size):
+                    put(own, j, abs(get(own, j)))
+            if worst >= bad:
+                return 1
+        return 0
+
+    return kernel, (STORED[stored], I64, I64, I64, PF, PF)
+
+
+@inlined
+def _gather(values, size, least, most, found):
+    """found = the values from `least` to `most`, in their order; returns how many. LANES more need room."""
+    to, whole = I64(0), size // LANES * LANES
+    for at in range(0, whole, LANES):
+        to += gather_lanes(behind(values, at), least, most, behind(found, to))
+    for at in range(whole, size):
+        value = get(values, at)
+        if least <= value and value <= most:
+            put(found, to, value)
+            to += 1
+    return to
+
+
+def bracketed(stored: str, made: str) -> Kernel:
+    """above [m] and inside [m]: how many |θ_m − θ₀| lie above `high`, and from `low` to `high`.
+
+    `found` [m, n + LANES]: those inside, in their order, where low and high are not the same. `scratch`: 2 BLOCK.
+    """
+    read, read_deltas, bad = _reading(stored), _reading_deltas(stored), INFINITE[stored]
+
+    def kernel(raw, stride, m, n, low, high, scratch, above, inside, found):
+        own = behind(scratch, BLOCK)
+        for k in range(m):
+            put(above, k, 0)
+            put(inside, k, 0)
+        for start in range(0, n, BLOCK):
+            size = min(BLOCK, n - start)
+            worst = read(behind(raw, start), size, scratch)
+            for k in range(m):
+                worst = max(worst, read_deltas(behind(raw, (k + 1) * stride + start), scratch, size, own))
+                least, most = get(low, k), get(high, k)
+                larger, equal = U32(0), U32(0)
+                for j in range(size):
+                    value = abs(get(own, j))
+                    put(own, j, value)
+                    larger += U32(value > most)
+                    equal += U32(value == least)
+                put(above, k, get(above, k) + I64(larger))
+                if least == most:
+                    put(inside, k, get(inside, k) + I64(equal))
+                elif least < most:
+                    already = get(inside, k)
+                    more = _gather(own, size, least, most, behind(found, k * (n + LANES) + already))
+                    put(inside, k, already + more)
+            if worst >= bad:
+                return 1
+        return 0
+
+    return kernel, (STORED[stored], I64, I64, I64, PF, PF, PF, PI, PI, PF)
+
+
+KERNELS: dict[str, Callable[[str, str], Kernel]] = {
+    kernel.__name__: kernel for kernel in (weighted_sum, deltas, inner_products, magnitudes, bracketed, draws)
+}
+"""Name → what makes a kernel for stored and made types; those that make nothing, or read nothing, ignore the type."""
