@@ -123,6 +123,20 @@ def test_every_method_takes_them_as_it_takes_the_folded_models(name, folders, tm
     graft.load(tmp_path / "out")
 
 
+def test_where_adapters_stand_is_found_in_another_process_as_here(folders, monkeypatch):
+    from graft.adapters import affine
+
+    asked = []
+    monkeypatch.setattr(affine, "placed", lambda said: asked.append(said) or "[]")
+    affine._known.cache_clear()
+    affine.read_affine(folders["y"], folders["base"])
+    affine._known.cache_clear()
+    monkeypatch.undo()
+    (said,) = asked
+    assert affine._elsewhere(said) == affine.placed(said)
+    assert len(json.loads(affine.placed(said))) == 4
+
+
 def test_task_vectors_come_from_the_factors(folders):
     from graft.merge.inputs import Input
 

@@ -6,19 +6,26 @@ what they make of a weight can be worked out a piece at a time. Of the rest, wha
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from graft import remembered
 from graft.adapters.facts import obstacles
 from graft.checkpoint import ADAPTER, Headers, read_file_headers, read_headers
 from graft.errors import CheckpointError, RequestError
 from graft.lineage import read_config
 from graft.lora import Change, Factors, Lora, LoraReader, Rescale, Shift, stands_for
 
-if TYPE_CHECKING:
-    from graft.adapters.forms import Site
+KIND = "adapters"
+"""Of what is kept."""
 
 
 def read_affine(folder: Path, home: Path) -> Lora:
@@ -37,60 +44,103 @@ def read_affine(folder: Path, home: Path) -> Lora:
     base = read_headers(home)
     first: dict[str, list[Change]] = defaultdict(list)
     last: dict[str, list[Change]] = defaultdict(list)
-    for start, weight, site in _sites(entry, home):
-        # what multiplies a layer's input multiplies the columns of all that comes of it
-        into = last if site.place.before else first
-        for name, change in _changes(held, start, weight, site, base):
-            into[name].append(change)
+    for name, weight in entry["active"]:
+        for site in _sites(home, name, entry["adapters"][name]):
+            # what multiplies a layer's input multiplies the columns of all that comes of it
+            into = last if site.before else first
+            for tensor, change in _changes(held, float(weight), site, base):
+                into[tensor].append(change)
     return Lora(held.folder, entry, {n: (*first[n], *last[n]) for n in {**first, **last}}, {}, held.headers)
 
 
-def _sites(entry: dict, home: Path) -> Iterator[tuple[str, float, Site]]:
-    """(how its tensors' names begin, weight, site) of the active adapters, on a model without memory."""
+@dataclass(frozen=True)
+class Site:
+    """Where a point of an adapter stands: how its tensors' names begin, and at which module of the model."""
+
+    start: str
+    target: str
+    before: bool
+    turned: bool
+    """The module's weight is stored as `[in, out]`."""
+    form: str
+    scale: float | str
+
+
+def _sites(home: Path, name: str, points: list[dict[str, Any]]) -> list[Site]:
+    """All sites of an adapter, in the order they run."""
+    config = {key: value for key, value in read_config(home).items() if key not in ("dtype", "torch_dtype")}
+    asked = json.dumps({"config": config, "name": name, "points": points}, sort_keys=True)
+    return [Site(**one) for one in json.loads(_known(f"{metadata.version('transformers')} {asked}"))]
+
+
+@lru_cache(maxsize=64)
+def _known(about: str) -> str:
+    """The sites, as JSON, of what is asked about (behind the version of transformers)."""
+    found = remembered.recall(KIND, about)
+    if found is None:
+        asked = about.partition(" ")[2]
+        # transformers takes seconds and hundreds of megabytes to import, which a merge has no other use for
+        found = (None if "transformers" in sys.modules else _elsewhere(asked)) or placed(asked)
+        remembered.keep(KIND, about, found)
+    return found
+
+
+def _elsewhere(asked: str) -> str | None:
+    """`placed` in a process of its own; None where that fails."""
+    program = "import sys; from graft.adapters.affine import placed; print(placed(sys.stdin.read()))"
+    done = subprocess.run([sys.executable, "-c", program], input=asked, capture_output=True, text=True)
+    return done.stdout.splitlines()[-1] if not done.returncode and done.stdout else None
+
+
+def placed(asked: str) -> str:
+    """The sites of an adapter's points in the model of a configuration, which is built without memory; as JSON.
+
+    Raises RequestError where the model is not known, or has not the places.
+    """
     from graft.adapters.point import Point
     from graft.adapters.stack import adopt
     from graft.adapters.trial import skeleton
     from graft.settings import parse
 
-    model = skeleton(read_config(home))
+    said = json.loads(asked)
+    name, model = said["name"], skeleton(said["config"])
     if model is None:
-        raise RequestError(
-            f"{home}: this version of transformers does not know the model, nor where its adapters stand"
-        )
-    for name, weight in entry["active"]:
-        points = [parse(Point, raw, (name,)) for raw in entry["adapters"][name]]
-        # where a start lies in the weights, its factors are in the file
-        stack = adopt(model, [point.model_copy(update={"start": "zero"}) for point in points], name)
-        for key, site in stack.sites[name].items():
-            yield f"{name}.{key.replace('/', '.')}.", float(weight), site
+        kind = said["config"].get("model_type")
+        raise RequestError(f"{name}: this version of transformers does not know {kind}, nor where adapters stand in it")
+    points = [parse(Point, raw, (name,)) for raw in said["points"]]
+    # where a start lies in the weights, its factors are in the file
+    stack = adopt(model, [point.model_copy(update={"start": "zero"}) for point in points], name)
+    found = []
+    for key, site in stack.sites[name].items():
+        point, place, turned = site.point, site.place, type(site.module).__name__ == "Conv1D"
+        scale = point.scale if point.composition == "scaled" else 1.0
+        start = f"{name}.{key.replace('/', '.')}."
+        found.append(Site(start, place.target, place.before, turned, point.form, scale))
+    return json.dumps([asdict(site) for site in found])
 
 
-def _changes(held: Lora, start: str, weight: float, site: Site, base: Headers) -> Iterator[tuple[str, Change]]:
+def _changes(held: Lora, weight: float, site: Site, base: Headers) -> Iterator[tuple[str, Change]]:
     """(tensor of the model, what becomes of it) at one site, `weight` times."""
-    point, place = site.point, site.place
-    turned = type(site.module).__name__ == "Conv1D"
-    scale = weight * _scale(held, start, point.composition, point.scale)
-    matrix, bias = f"{place.target}.weight", f"{place.target}.bias"
-    if point.form == "linear":
-        yield matrix, _factors(held, f"{start}down", f"{start}up", scale, turned)
+    start, matrix, bias = site.start, f"{site.target}.weight", f"{site.target}.bias"
+    scale = weight * _scale(held, site)
+    if site.form == "linear":
+        yield matrix, _factors(held, f"{start}down", f"{start}up", scale, site.turned)
         if f"{start}first_down" in held.headers:
-            yield matrix, _factors(held, f"{start}first_down", f"{start}first_up", -scale, turned)
-    elif point.form == "bias":
+            yield matrix, _factors(held, f"{start}first_down", f"{start}first_up", -scale, site.turned)
+    elif site.form == "bias":
         yield bias, Shift(_there(held, f"{start}change"), scale)
     else:
         factor = _there(held, f"{start}factor")
-        yield matrix, Rescale(factor, scale, int(place.before) ^ int(turned))
-        if not place.before and stands_for(bias, base):
+        yield matrix, Rescale(factor, scale, int(site.before) ^ int(site.turned))
+        if not site.before and stands_for(bias, base):
             yield bias, Rescale(factor, scale, 0)
 
 
-def _scale(held: Lora, start: str, composition: str, said: float | str) -> float:
-    if composition != "scaled":
-        return 1.0
-    if said != "learned":
-        return float(said)
+def _scale(held: Lora, site: Site) -> float:
+    if site.scale != "learned":
+        return float(site.scale)
     with LoraReader(held) as reader:
-        return float(reader.read(_there(held, f"{start}scale")))
+        return float(reader.read(_there(held, f"{site.start}scale")))
 
 
 def _factors(held: Lora, a: str, b: str, scale: float, turned: bool) -> Factors:
