@@ -344,7 +344,7 @@ def explain(
 
 
 def show(ensemble: Path | str, text: str, *, page: Path | str | None = None, device: str | None = None) -> Spoken:
-    """Which member of a mixture speaks at which token of `text`; with `page` also as an HTML page there."""
+    """Which member of a mixture or product speaks at which token of `text`; with `page` also as an HTML page there."""
     check_device(device)
     room = importlib.import_module("graft.ensemble.show")
     spoken = room.speaks(ensemble, text, device=device)

@@ -175,7 +175,7 @@ def test_weights_are_fitted_on_labelled_texts(family, rule):
     assert models.load(target).config.weights == list(found["weights"].values())
     # of three classes, not of the vocabulary
     gained = sum(each["shapley"] for each in found["contributions"].values())
-    assert gained == (pytest.approx(np.log(3) - found["loss"], abs=1e-3) if rule == "linear" else 0)
+    assert gained == pytest.approx(np.log(3) - found["loss"], abs=1e-3)
 
 
 def test_a_gate_of_classifiers_is_fitted(family):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from graft.ensemble.byte_level.work import problems as byte_problems
-from graft.ensemble.settings import MOVE, NOT_A_MIXTURE, EnsembleSettings, FittedWeights, GateSettings
+from graft.ensemble.settings import HAVE_PARTS, MOVE, NOT_A_MIXTURE, EnsembleSettings, FittedWeights, GateSettings
 from graft.errors import RequestError
 from graft.methods import method
 from graft.settings import parse
@@ -48,8 +48,10 @@ def problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[st
     found += byte_problems(settings)
     found += _several_problems(settings)
     found += _device_problems(settings)
-    if settings.show is not None and (settings.rule != "linear" or models[first].architecture != "decoder"):
-        found.append("`show` is for mixtures (linear) of decoders: only there members share")
+    shown = ("linear",) if settings.vocabulary == "bytes" else HAVE_PARTS
+    if settings.show is not None and (settings.rule not in shown or models[first].architecture != "decoder"):
+        what = "mixtures (linear)" if settings.vocabulary == "bytes" else f"mixtures and products ({', '.join(shown)})"
+        found.append(f"`show` is for {what} of decoders: only there members have parts in every token")
     if not isinstance(settings.weights, FittedWeights):
         wrong = method("graft.ensemble", settings.rule).problem(constants(settings))
         found += [wrong] if wrong else []

@@ -14,7 +14,7 @@ from graft import data, models
 from graft.data.corpus import drawn, text_of
 from graft.ensemble.classification import labels_of
 from graft.ensemble.configuration import kind_of, width_of
-from graft.ensemble.contributions import contributions
+from graft.ensemble.contributions import contributions, contributions_to_product
 from graft.ensemble.diversity import error_correlation
 from graft.ensemble.kept import Kept, columns_of, kept_of, read, stride_of
 from graft.ensemble.members import config_of
@@ -117,15 +117,24 @@ def _kind(sources: list[Source]) -> str:
     return kind_of([config_of(source.folder) for source in sources], "log_linear")
 
 
+LIKELIEST = 64
+"""Tokens of each member, with all others as a tail, that are looked at to say what a product's members contribute."""
+
+
 def _fit_product(sources: list[Source], text: HeldOut, top_k: int | None) -> Fit:
     if top_k is None:
         read = _read(sources, text)
-        importance = text.importance(read[0].texts.numpy())
-        return fit_log_linear([each.log_probs for each in read], read[0].gold, importance)
-    kept = _kept(sources, text, top_k=top_k)
-    found = columns_of(kept, common_context(_folders(sources))[1])
-    importance = text.importance(kept[0].texts.numpy())
-    return fit_log_linear(found.log_probs, found.place, importance, log_counts=found.log_counts)
+        width, importance = read[0].log_probs.shape[-1], text.importance(read[0].texts.numpy())
+        kept = [kept_of(each.log_probs, each.gold, each.texts, top_k=LIKELIEST) for each in read]
+        found = columns_of(kept, width)
+        fit = fit_log_linear([each.log_probs for each in read], read[0].gold, importance)
+    else:
+        kept, width = _kept(sources, text, top_k=top_k), common_context(_folders(sources))[1]
+        found, importance = columns_of(kept, width), text.importance(kept[0].texts.numpy())
+        fit = fit_log_linear(found.log_probs, found.place, importance, log_counts=found.log_counts)
+    told = np.stack([each.log_probs.numpy() for each in kept])
+    missed = contributions_to_product(found, float(np.log(width)), importance, kept[0].texts.numpy())
+    return replace(fit, correlation=error_correlation(told), contributions=missed)
 
 
 def _fit_gated(sources: list[Source], text: HeldOut, settings: GateSettings, looks_at: list[int], seed: int) -> Fit:

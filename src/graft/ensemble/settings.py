@@ -146,6 +146,9 @@ class OutputSettings(Settings):
 MOVE = ("experts", "log_linear")
 """Rules by which language models of the target may move a translator, which stands first."""
 
+HAVE_PARTS = ("linear", "log_linear", "experts", "contrastive")
+"""Rules in which members have parts in every token: the mixture, and what is made of products."""
+
 NOT_A_MIXTURE = "a union of vocabularies is for mixtures (linear), found {!r}: other rules need the same tokens"
 
 
@@ -195,7 +198,7 @@ class EnsembleSettings(Settings):
         DataRef | None,
         Field(
             description="Data set and split whose first document the report shows, with who speaks at which token "
-            "(mixtures of decoders); null: the one that weights are fitted on."
+            "(mixtures and products of decoders); null: the one that weights are fitted on."
         ),
     ] = None
     self_contained: Annotated[bool, Field(description="Copy the members into the ensemble's folder.")] = False

@@ -1,8 +1,9 @@
-"""Which member of a mixture speaks at which token: weight times probability, for the terminal and as a page."""
+"""Which member speaks at which token, for the terminal and as a page: in a mixture its weight times its probability, in
+a product how far it pulls towards the token."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ from graft.ensemble.byte_level import show as byte_show
 from graft.ensemble.byte_level.model import EnsembleOverBytes
 from graft.ensemble.causal import EnsembleForCausalLM
 from graft.ensemble.gate import Gate, Told
+from graft.ensemble.log_linear import FLOOR
 from graft.ensemble.reading import common_context, distributions, text_items
+from graft.ensemble.settings import HAVE_PARTS
 from graft.ensemble.sources import Source
 from graft.ensemble.spoken import Spoken, colour
 from graft.ensemble.union import unmatched_mass
@@ -28,16 +31,17 @@ if TYPE_CHECKING:
 
 @torch.inference_mode()
 def speaks(folder: Path | str, text: str, *, device: str | None = None) -> Spoken:
-    """Who speaks in `text`; over bytes, at which character. Raises RequestError for what is no mixture of decoders, and
-    for an empty text."""
+    """Who speaks in `text`; in a mixture over bytes, at which character. Raises RequestError for what is no mixture or
+    product of decoders, and for an empty text."""
     if not text:
         raise RequestError("expected a text to show, found none")
     model = models.load(folder, device=device)
     if isinstance(model, EnsembleOverBytes) and model.config.combine == "linear":
         return byte_show.speaks(model, text)
-    if not isinstance(model, EnsembleForCausalLM) or model.config.combine != "linear":
+    if not isinstance(model, EnsembleForCausalLM) or model.config.combine not in HAVE_PARTS:
         raise RequestError(
-            f"{folder}: expected a mixture (linear) of decoders, or over bytes: only there members share"
+            f"{folder}: expected a mixture or a product of decoders ({', '.join(HAVE_PARTS)}) or a mixture over bytes: "
+            "only there members have parts in a token"
         )
     tokenizer = models.load_tokenizer(folder)
     ((found_ids, places),) = encode_with_places([text], tokenizer)
@@ -52,7 +56,11 @@ def speaks(folder: Path | str, text: str, *, device: str | None = None) -> Spoke
     gold = torch.tensor(ids, device=model.device)[:, None]
     whole = [each.log_probs for each in told if each is not None]
     log_probs = torch.cat([each[0].gather(-1, gold) for each in whole], -1)
-    shares = (log_probs + weights.to(log_probs.device).log()).softmax(-1)
+    product = model.config.combine != "linear"
+    if product:
+        shares = pulls([each[0] for each in whole], model.mixed(told, found, None)[0], found, gold)
+    else:
+        shares = (log_probs + weights.to(log_probs.device).log()).softmax(-1)
     return Spoken(
         tuple(model.config.members[place]["name"] for place in model.active),
         tuple(text[start:end] for start, end in places),
@@ -60,7 +68,24 @@ def speaks(folder: Path | str, text: str, *, device: str | None = None) -> Spoke
         weights.cpu().numpy(),
         log_probs.exp().cpu().numpy(),
         () if model.union is None else tuple(unmatched_mass(model.union, whole)),
+        product,
     )
+
+
+def pulls(told: Sequence[torch.Tensor], mixed: torch.Tensor, weights: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
+    """How far each member of a product pulls towards the tokens that come, in nats, `[tokens, members]`:
+
+        λᵢ (log pᵢ(y) - Σᵥ p(v) log pᵢ(v))
+
+    from `told` and `mixed`, log pᵢ and log p `[tokens, vocabulary]`, `weights [members]` λ and `gold [tokens, 1]` y.
+    Where the product allows y, they sum to log p(y) + H(p): how much likelier the token is than those that the product
+    would draw. Above zero the member is for the token, as one of negative weight is for what it finds unlikely.
+    Probabilities count as at least the smallest normal float32.
+    """
+    likely = mixed.exp()
+    floored = [each.clamp(min=FLOOR) for each in told]
+    own = [each.gather(-1, gold)[:, 0] - (likely * each).sum(-1) for each in floored]
+    return torch.stack([weight * each for weight, each in zip(weights.tolist(), own, strict=True)], -1)
 
 
 def coloured(spoken: Spoken) -> Text:
@@ -68,11 +93,12 @@ def coloured(spoken: Spoken) -> Text:
     from rich.text import Text
 
     shown = Text()
-    for token, member in zip(spoken.tokens, spoken.shares.argmax(-1), strict=True):
-        shown.append(token, style=colour(int(member)))
+    for place, token in enumerate(spoken.tokens):
+        member = spoken.speaker(place)
+        shown.append(token, style="" if member is None else colour(member))
     shown.append("\n\n")
     for member, name in enumerate(spoken.names):
-        shown.append(f"{name} {spoken.shares[:, member].mean():.0%}  ", style=f"bold {colour(member)}")
+        shown.append(f"{name} {spoken.mean(member)}  ", style=f"bold {colour(member)}")
     if spoken.unmatched:
         shown.append(f"\n{spoken.lost()}")
     return shown
@@ -94,8 +120,10 @@ def spoken_by(
     gate: dict[str, Any] | None,
     text: str,
     device: str | None = None,
+    combine: Callable[[Sequence[torch.Tensor], torch.Tensor], torch.Tensor] | None = None,
 ) -> Spoken:
-    """Who speaks in `text` where these members are mixed, one after the other in memory; as much as all can read."""
+    """Who speaks in `text` where these members are mixed, or where there is a rule to `combine` them by make a product;
+    one after the other in memory; as much as all can read."""
     folders = list(dict.fromkeys(source.folder for source in sources))
     (item,) = text_items(folders, [text])
     context, width = common_context(folders)
@@ -105,8 +133,13 @@ def spoken_by(
         distributions(source, [item], context=context, width=width, device=device, states=number in states)
         for number, source in enumerate(sources)
     ]
-    log_probs = torch.cat([each.log_probs.gather(-1, each.gold[:, None]) for each in read], -1)
+    gold = read[0].gold[:, None]
+    log_probs = torch.cat([each.log_probs.gather(-1, gold) for each in read], -1)
     shares = torch.tensor([weights]).expand(len(log_probs), -1)
+    if combine is not None:
+        told = [each.log_probs for each in read]
+        pulled = pulls(told, combine(told, shares[0]), shares[0], gold)
+        return _spoken(sources, text, log_probs, shares, pulled=pulled)
     if made is not None:
         shares = made.decide([Told(read[n].log_probs, read[n].states) for n in made.looks_at])
     return _spoken(sources, text, log_probs, shares)
@@ -125,16 +158,20 @@ def _spoken(
     sources: Sequence[Source],
     text: str,
     log_probs: torch.Tensor,
-    shares: torch.Tensor,
+    weights: torch.Tensor,
     unmatched: tuple[float, ...] = (),
+    pulled: torch.Tensor | None = None,
 ) -> Spoken:
-    """Of `log_probs` and weights `[tokens, members]` of the text's tokens, as the first member cuts it."""
+    """Of `log_probs` and weights `[tokens, members]` of the text's tokens, as the first member cuts it; of a product
+    with how far members pulled."""
     ((_, places),) = encode_with_places([text], models.load_tokenizer(sources[0].folder))
+    shares = (log_probs + weights.log()).softmax(-1) if pulled is None else pulled
     return Spoken(
         tuple(source.name for source in sources),
         tuple(text[start:end] for start, end in places[: len(log_probs)]),
-        (log_probs + shares.log()).softmax(-1).numpy(),
         shares.numpy(),
+        weights.numpy(),
         log_probs.exp().numpy(),
         unmatched,
+        pulled is not None,
     )

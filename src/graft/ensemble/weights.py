@@ -149,6 +149,22 @@ def fit_log_linear(
     return Fit(weights.numpy(), now.loss, np.array(alone), steps, gap)
 
 
+NEAR = 1 << 19
+"""Numbers of a member that are looked at together; at least those of 256 tokens."""
+
+
+def product_of(
+    log_probs: Sequence[torch.Tensor], gold: torch.Tensor, weights: np.ndarray, log_counts: torch.Tensor | None = None
+) -> np.ndarray:
+    """What a product with these `weights [members]` gives the tokens that come, `[tokens] float64`; the others as of
+    `fit_log_linear`."""
+    scores = torch.zeros(log_probs[0].shape, dtype=torch.float64)
+    for each, weight in zip(log_probs, weights, strict=True):
+        scores += float(weight) * each.clamp(min=FLOOR).double()
+    given = scores.gather(-1, gold[:, None])[:, 0]
+    return (given - (scores if log_counts is None else scores + log_counts).logsumexp(-1)).numpy()
+
+
 @dataclass(frozen=True)
 class _Moments:
     """Mean loss, its gradient `[members]` and second derivatives `[members, members]`."""
@@ -164,10 +180,9 @@ def _moments(
     share: torch.Tensor,
     weights: torch.Tensor,
     log_counts: torch.Tensor | None = None,
-    piece: int = 256,
 ) -> _Moments:
     """The gradient is what the product expects of log pᵢ less what the text gives, the curvature their covariance."""
-    loss, members = 0.0, len(log_probs)
+    loss, members, piece = 0.0, len(log_probs), max(256, NEAR // log_probs[0].shape[-1])
     gradient, curvature = weights.new_zeros(members), weights.new_zeros(members, members)
     for start in range(0, len(gold), piece):
         part = torch.stack(

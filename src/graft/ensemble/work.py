@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from graft.data import open_corpus, split_ref
 from graft.data.corpus import text_of
 from graft.ensemble.byte_level.work import configuration as byte_configuration
 from graft.ensemble.checks import constants
-from graft.ensemble.settings import EnsembleSettings, FittedWeights
+from graft.ensemble.settings import HAVE_PARTS, EnsembleSettings, FittedWeights
 from graft.ensemble.sources import Source, sources_of
 from graft.finite import check_folder
+from graft.methods import method
+from graft.settings import parse
 from graft.verb import Job
 
 TOKENIZER_FILES = (
@@ -97,19 +100,22 @@ def _show(
     elif settings.vocabulary == "union":
         spoken = spoken_in_union(sources, weights, text, job.device)
     else:
-        spoken = spoken_by(sources, weights, gate, text, job.device)
+        rule = method("graft.ensemble", settings.rule)
+        options = parse(rule.Settings, settings.options)
+        product = None if settings.rule == "linear" else partial(rule.combine, options=options)
+        spoken = spoken_by(sources, weights, gate, text, job.device, product)
     atomic_write(job.out / FILE, json.dumps({"on": reference, **spoken.plain()}, ensure_ascii=False) + "\n")
     return spoken.unmatched
 
 
 def _can_be_shown(settings: EnsembleSettings, sources: list[Source]) -> bool:
-    """Whether members share in every token: in mixtures of decoders."""
+    """Whether members have parts in every token: in mixtures and products of decoders, over bytes in mixtures."""
     from graft.ensemble.configuration import kind_of
     from graft.ensemble.members import config_of
 
-    if settings.rule != "linear":
+    if settings.rule not in (HAVE_PARTS if settings.vocabulary != "bytes" else ("linear",)):
         return False
-    return kind_of([config_of(source.folder) for source in sources]) == "CausalLM"
+    return kind_of([config_of(source.folder) for source in sources], settings.rule) == "CausalLM"
 
 
 def _table(names: list[str], values: Any) -> dict[str, dict[str, float | None]]:

@@ -1,4 +1,4 @@
-"""Who speaks in a text of each mixture: read from the ensembles' folders."""
+"""Who speaks in a text of each mixture or product: read from the ensembles' folders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from graft.report.read import Run
 
 @dataclass(frozen=True)
 class Speakers:
-    """A mixture with a text: the members in their colours, and the text with every member's part in each token."""
+    """An ensemble with a text: the members in their colours, and the text with every member's part in each token."""
 
     model: str
     on: str
@@ -23,7 +23,7 @@ class Speakers:
 
 
 def speakers(run: Run) -> Iterator[Speakers]:
-    """Of every mixture that shows a text; one that cannot be read is left out."""
+    """Of every ensemble that shows a text; one that cannot be read is left out."""
     for name, model in run.models.items():
         path = None if model.folder is None else model.folder / FILE
         if path is None or not path.is_file():
