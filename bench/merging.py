@@ -5,8 +5,8 @@
     python bench/merging.py --alone --methods linear --sizes 0.1B 0.4B 1.1B 3B --models 3 --remove
     python bench/merging.py --alone --methods linear --sizes 1.1B --models 2 4 6 8
 
-`graft` is the first merge of its models, with nothing kept from before; `graft, again` a later one, for which hashes of
-the models and what their architecture must hold are kept.
+`graft` is the first merge of its models, for which nothing is kept but its own machine code; `graft, again` a later one,
+for which hashes of the models and what their architecture must hold are kept too.
 
 `--sizes` and `--models` may be several: how time grows. `--alone` leaves mergekit out. `cp` reads all the bytes that a
 merge reads and writes as many. A last table has a line for each method, size and number of models, with its floor: the
@@ -114,12 +114,14 @@ class Process:
     command: Sequence[str | Path]
     out: Path
     kept: Path | None = None
-    """Where graft keeps what it found out about models; None: nowhere."""
+    """Where graft keeps what it found out and its machine code."""
+    first: bool = False
+    """Whether what it found out about models is forgotten before each run."""
     held: list[float] = field(default_factory=list)
 
     def __call__(self) -> float:
-        """Run it, without anything that an earlier run wrote; twice, where what is kept for later runs is not there."""
-        if self.kept is not None and not self.kept.exists():
+        """Run it, without anything that an earlier run wrote; twice the first time, where something is kept."""
+        if self.kept is not None and not self.held:
             self._run()
         found = self._run()
         self.held.append(found["held"])
@@ -128,6 +130,9 @@ class Process:
     def _run(self) -> dict[str, float]:
         for left in (self.out, self.out.parent / ".graft"):
             shutil.rmtree(left, ignore_errors=True)
+        if self.kept is not None and self.first:
+            for found in ("hashes", "architectures"):
+                shutil.rmtree(self.kept / found, ignore_errors=True)
         # what others wrote is on the disk before the clock starts
         os.sync()
         kept = "" if self.kept is None else str(self.kept)
@@ -135,13 +140,13 @@ class Process:
 
 
 def ours(
-    method: str, case: Case, folders: dict[str, Path], names: Sequence[str], out: Path, kept: Path | None = None
+    method: str, case: Case, folders: dict[str, Path], names: Sequence[str], out: Path, kept: Path, first: bool = False
 ) -> Process:
     """`graft merge` of the models."""
     settings = case.ours | ({"base": folders["base"]} if case.base else {})
     options = [f"--{key}={value}" for key, value in settings.items()]
     command = [GRAFT, "merge", out, *(folders[n] for n in names), f"--method={method}", *options, "--json"]
-    return Process(command, out, kept)
+    return Process(command, out, kept, first)
 
 
 def theirs(method: str, case: Case, folders: dict[str, Path], names: Sequence[str], out: Path) -> Process:
@@ -226,7 +231,7 @@ def compare(method: str, size: str, models: int, work: Path, repeats: int, warmu
     names = list(folders)[1 : 1 + (case.count or models)]
     out = work / "out"
     made = {
-        "graft": ours(method, case, folders, names, out / "graft"),
+        "graft": ours(method, case, folders, names, out / "graft", work / f"first-{size}", first=True),
         "graft, again": ours(method, case, folders, names, out / "again", work / f"kept-{size}"),
     }
     out.mkdir(exist_ok=True)

@@ -35,11 +35,17 @@ def ratio(cosine: Tensor, models: int) -> Tensor:
     return (models * cosine / below.masked_fill(singular, 1.0)).masked_fill(singular, 0.0)
 
 
+def _ratio(cosine: float, models: int) -> float:
+    """The same of one number."""
+    below = 1 + (models - 1) * cosine
+    return models * cosine / below if abs(below) >= 1e-6 else 0.0
+
+
 def rule(tensors: Tensors, settings: Settings) -> Combine:
     """By tensor the angles are measured first; by row they lie in the piece."""
     import itertools
 
-    import torch
+    import numpy as np
 
     from graft.merge._gram import add_up, gram
 
@@ -48,10 +54,12 @@ def rule(tensors: Tensors, settings: Settings) -> Combine:
     if settings.by == "tensor":
         products = gram(tensors)
         found = [products[i, j] / max((products[i, i] * products[j, j]) ** 0.5, 1e-12) for i, j in pairs]
-        mean = torch.tensor(found, dtype=torch.float64).clamp(-1, 1).mean()
-        return add_up([float(ratio(mean, count)) / count] * count)
+        mean = float(np.clip(found, -1, 1).mean())
+        return add_up([_ratio(mean, count) / count] * count)
 
     def make(piece: Piece) -> Tensor:
+        import torch
+
         assert piece.base is not None
         rows = [delta.view(-1, tensors.row) for delta in piece.deltas()]
         norms = [row.norm(dim=1).double() for row in rows]
