@@ -5,8 +5,8 @@
     python bench/merging.py --alone --methods linear --sizes 0.1B 0.4B 1.1B 3B --models 3 --remove
     python bench/merging.py --alone --methods linear --sizes 1.1B --models 2 4 6 8
 
-`graft` is the first merge of its models, for which nothing is kept but its own machine code; `graft, again` a later one,
-for which hashes of the models and what their architecture must hold are kept too.
+`graft` is the first merge of its models, for which nothing is kept but its own machine code; `graft, again` a later
+one, for which hashes of the models and what their architecture must hold are kept too.
 
 `--sizes` and `--models` may be several: how time grows. `--alone` leaves mergekit out. `cp` reads all the bytes that a
 merge reads and writes as many. A last table has a line for each method, size and number of models, with its floor: the
