@@ -166,7 +166,8 @@ def test_decoding_takes_a_shorter_way_to_the_same_logits(name, rows):
         stack.use(active)
         with torch.no_grad():
             short = model(**given).logits
-        torch.testing.assert_close(short, with_gradient(model, **given), rtol=1e-5, atol=1e-5)
+        # products are taken in another layout; T5 does not scale its logits
+        torch.testing.assert_close(short, with_gradient(model, **given), rtol=1e-5, atol=5e-5)
     used = [junction.light for junction in stack.junctions.values()]
     assert used == [None] * len(used)  # nothing is active any more
     stack.use("two")
