@@ -8,8 +8,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from graft.adapters import adopt
 from graft.methods import method
+from graft.settings import parse
+from graft.train.estimate import training_estimate
 from graft.train.losses import summed_cross_entropy
 from graft.train.memory import CONVENTIONS, NF4_BYTES, Dimensions, activation_bytes, model_states
+from graft.train.settings import TrainSettings
 from graft.tune import kept_by
 
 G = 1e9
@@ -111,3 +114,38 @@ def test_checkpointing_keeps_an_input_a_layer_and_one_layer():
 
 def test_a_configuration_that_says_too_little_gives_no_dimensions():
     assert Dimensions.of({"model_type": "mystery"}) is None
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gpt2"])
+def test_the_weights_of_a_block_are_counted(kind):
+    layers = "n_layer" if kind == "gpt2" else "num_hidden_layers"
+    one, two = (AutoConfig.for_model(kind, vocab_size=300, **MODELS[kind], **{layers: n}) for n in (1, 2))
+    with torch.device("meta"):
+        sizes = [AutoModelForCausalLM.from_config(config).num_parameters() for config in (one, two)]
+    assert Dimensions.of(one.to_dict()).block == pytest.approx(sizes[1] - sizes[0], rel=0.03)  # norms and biases
+
+
+def test_packed_weights_stay_whole_where_the_rest_is_spread():
+    plain = {"trained": 10**6, "frozen_bytes": 0.6}
+    whole, spread, packed = (
+        model_states(10**9 + 10**6, CONVENTIONS["fp32"], **plain, **more)
+        for more in ({}, {"stage": 3, "devices": 4}, {"stage": 3, "devices": 4, "packed": True})
+    )
+    assert spread.weights == pytest.approx(whole.weights / 4)
+    assert packed.weights == pytest.approx(0.6 * 10**9 + 10**6)
+    assert packed.gradients == spread.gradients == 10**6
+
+
+def test_the_plan_of_spread_trainings_counts_what_is_packed_and_what_is_offloaded():
+    known = Dimensions(512, 8, 1365, 4, 512, True, 8000)
+
+    def said(frozen_bytes, **parallel):
+        settings = parse(TrainSettings, {"budget": "2 steps", "batch_size": 8, "parallel": parallel})
+        return training_estimate(33 * 10**6, settings, 64, known, 10**6, frozen_bytes=frozen_bytes).memory_bytes
+
+    plain, packed = said(4.0, method="fsdp", devices=4), said(0.9, method="fsdp", devices=4)
+    alone = said(0.9, method="ddp", devices=4)
+    assert packed - plain < 0.9 * 33e6 - 4 * 33e6 / 4 + 2e6  # whole, but smaller than a quarter of plain ones
+    assert alone - packed == pytest.approx(12 * 10**6 * 3 / 4 - 4 * (33e6 - 8 * known.block), rel=0.05)
+    # offloaded, only what is packed stays on the device of a model that is not computing
+    assert said(0.9, method="fsdp", devices=4, offload="cpu") < packed

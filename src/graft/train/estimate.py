@@ -104,8 +104,8 @@ def training_estimate(
     # gradients come as activations go; those of the pieces before stand beside the activations of the next
     gradients = 0 if spread.offload else states.gradients
     passing = max(gradients, activations) if settings.accumulate == 1 else gradients + activations
-    together = _together(parameters, known, packed > 0) if spread.spread == 3 else 0
-    memory = PROCESS + kept + passing + together
+    whole = _together(parameters, known, frozen=trained is not None, packed=packed > 0) if spread.spread == 3 else 0
+    memory = PROCESS + kept + passing + whole
     seconds = None if tokens is None else 6 * parameters * tokens / cpu_flops()
     notes = [_convention(settings, trained, frozen_bytes), f"time {on_this_cpu()}"]
     notes += [] if known else ["activations by rule of thumb"]
@@ -124,17 +124,19 @@ def _kept(spread: Parallel, states: States, average: float, packed: float) -> tu
     return packed, offloaded + states.weights - packed + average
 
 
-def _together(parameters: int, known: Dimensions | None, packed: bool = False) -> float:
-    """Bytes of the weights in parts that are whole at a time: embeddings, one block and its gradient, and the next.
+def _together(parameters: int, known: Dimensions | None, *, frozen: bool = False, packed: bool = False) -> float:
+    """Bytes of the weights in parts that are whole at a time, and of their gradients.
 
-    Blocks of `packed` weights are whole anyway.
+    What stands outside of the blocks (embeddings and scores) and its gradient, one block and its gradient, and the
+    next. `frozen` ones have no gradients; blocks of `packed` ones are whole anyway.
     """
     if known is None:
         return 4 * parameters / 5
-    outside = min(parameters, known.vocabulary * known.width)
+    outside = max(parameters - known.layers * known.block, min(parameters, known.vocabulary * known.width))
     if packed:
         return 4 * outside
-    return 4 * (outside + 3 * (parameters - outside) / known.layers)
+    block = (parameters - outside) / known.layers
+    return 4 * (outside + 2 * block if frozen else 2 * outside + 3 * block)
 
 
 def states_of(parameters: int, settings: TrainSettings, trained: int | None, frozen_bytes: float = 4.0) -> States:

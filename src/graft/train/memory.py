@@ -98,6 +98,13 @@ class Dimensions:
     """Whether norms are of the kind that transformers computes in steps, each of which backward needs."""
     vocabulary: int = 0
 
+    @property
+    def block(self) -> int:
+        """Weights of the matrices of one block; of a feed-forward with a gate three."""
+        return (
+            2 * self.width * (self.width + self.keys) + (3 if self.values_kept == 4 else 2) * self.width * self.hidden
+        )
+
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Dimensions | None:
         """From a configuration of transformers; None where it does not say enough."""
