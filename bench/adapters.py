@@ -5,8 +5,9 @@
     OMP_NUM_THREADS=4 python bench/adapters.py --only rows
 
 Both sides have LoRA of one rank on the same layers of the same weights. Whole trainings (`loops`) are processes of
-their own: graft's loop with its log and states, transformers' Trainer and TRL's SFTTrainer with peft. A `step` is
-forward, backward and AdamW on the adapter alone. peft stands in the test extras: all but TRL run in this environment.
+their own: graft's loop with its log and states, transformers' Trainer and TRL's SFTTrainer with peft, the latter
+without the gradient checkpointing that it has by default and the others have not. A `step` is forward, backward and
+AdamW on the adapter alone. peft stands in the test extras: all but TRL run in this environment.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def loops(_: Any, repeats: int) -> None:
     commands = {
         "graft": [sys.executable, str(HERE / "adapters.py"), "--ours"],
         "peft + transformers.Trainer": [sys.executable, peer, "lora-trainer", *size],
-        "peft + trl.SFTTrainer": [str(PEER), peer, "lora-sft", *size],
+        "peft + trl.SFTTrainer, activations kept": [str(PEER), peer, "lora-sft", *size],
     }
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
 
