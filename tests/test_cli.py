@@ -339,6 +339,13 @@ def test_the_help_shows_what_a_verb_takes_and_no_option_that_says_nothing_to_it(
     assert ("--methods" in shown) == (name in ("tune", "merge"))
 
 
+def test_the_help_says_whole_sentences_and_keeps_what_stands_in_brackets():
+    shown = " ".join(invoke("merge", "--help").stdout.split())
+    assert "of each model [first, after the last], equally many." in shown
+    assert "those that have it are averaged" in shown
+    assert "of the task vectors" in " ".join(invoke("merge", "--methods").stdout.split())
+
+
 def test_an_option_that_says_nothing_to_a_verb_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model(tmp_path / "here")

@@ -105,6 +105,9 @@ def _idle(verb: str) -> set[str]:
 
 
 def _tables(verb: str, words: Sequence[str], own: Collection[str]) -> Iterator[Table]:
+    from rich.markup import escape
+
+    from graft.settings import said_first
     from graft.verbs import verb as find
 
     methods = dict(find(verb).types())
@@ -120,7 +123,7 @@ def _tables(verb: str, words: Sequence[str], own: Collection[str]) -> Iterator[T
     if methods and not named:
         table = _table(f"\nMethods; `graft {verb} NAME --help` shows the settings of one")
         for name, settings in methods.items():
-            table.add_row(name, (settings.__doc__ or "").strip().split("\n")[0].replace("`", ""))
+            table.add_row(name, escape(said_first(settings).replace("`", "")))
         yield table
 
 
@@ -140,12 +143,14 @@ def _usual(fields: Sequence[FieldInfo]) -> FieldInfo:
 
 def _settings(title: str, fields: Mapping[str, FieldInfo], own: Collection[str]) -> Table:
     """A row a setting. One whose name is an option of the command itself can only be said with --set."""
+    from rich.markup import escape
+
     table = _table(title)
     for name, field in fields.items():
         option = f"--{(field.alias or name).replace('_', '-')}"
         default = "required" if field.is_required() else _words(field.get_default(call_default_factory=True))
         shown = f"--set {option[2:]}=…" if option in own else option
-        table.add_row(shown, field.description or "", f"[dim]{default}[/dim]")
+        table.add_row(shown, escape(field.description or ""), f"[dim]{escape(default)}[/dim]")
     return table
 
 
@@ -184,13 +189,14 @@ def methods_of(verb: str, words: Sequence[str]) -> list[dict[str, str]]:
 
 def rows_table(rows: Sequence[Mapping[str, str]]) -> Table:
     """Rows with the same keys as a table of `rich`."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in rows[0]:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*map(escape, row.values()))
     return table
 
 

@@ -44,6 +44,11 @@ class Settings(BaseModel):
         return self.model_dump(mode="json", by_alias=True, exclude=set(self.placement)) | defaults
 
 
+def said_first(settings: type[Settings]) -> str:
+    """The first sentence that is said of settings, in one line."""
+    return " ".join((settings.__doc__ or "").split()).split(". ")[0].removesuffix(".")
+
+
 @dataclass(frozen=True)
 class Ref:
     """Marks a string as the name of another node: `kind` is `model` or `data`."""

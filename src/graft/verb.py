@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from graft.errors import RequestError
-from graft.settings import Settings
+from graft.settings import Settings, said_first
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,12 @@ class Verb(Generic[S]):
     def methods(self, settings: Mapping[str, Any]) -> list[dict[str, str]]:
         """A table of the methods, a row each; `settings` may say on which model. Raises RequestError where it may not.
 
-        Here: names and what the first line of each method's settings says.
+        Here: names and what each method's settings say first of themselves.
         """
         if settings:
             raise RequestError(f"expected nothing beside --methods, found {', '.join(settings)}")
         types = {name: cls for name, cls in self.types().items() if name != self.name} or self.types()
-        return [{"method": name, "does": (cls.__doc__ or "").strip().partition("\n")[0]} for name, cls in types.items()]
+        return [{"method": name, "does": said_first(cls)} for name, cls in types.items()]
 
     def parse(self, raw: Any, path: tuple[str | int, ...] = ()) -> S:
         """Settings from plain YAML values. Raises SettingsError (all problems) or UnknownName."""

@@ -9,6 +9,7 @@ from typing import Any, get_origin
 from graft.merge._options import OnData, SubspaceSettings
 from graft.merge.judged import Judged, NeedsData
 from graft.merge.settings import MergeSettings
+from graft.settings import said_first
 
 COMMON = {*MergeSettings.model_fields, *Judged.model_fields, "base", "of"}
 """What methods share, or is said of them as what they need."""
@@ -17,14 +18,9 @@ COMMON = {*MergeSettings.model_fields, *Judged.model_fields, "base", "of"}
 def rows(methods: Mapping[str, type[MergeSettings]]) -> list[dict[str, str]]:
     """A row a method: what it does, what it needs, its options with their defaults."""
     return [
-        {"method": name, "does": does(cls), "needs": ", ".join(needs(cls)), "options": ", ".join(options(cls))}
+        {"method": name, "does": said_first(cls), "needs": ", ".join(needs(cls)), "options": ", ".join(options(cls))}
         for name, cls in methods.items()
     ]
-
-
-def does(cls: type[MergeSettings]) -> str:
-    """What the settings say first of themselves, in one line."""
-    return " ".join((cls.__doc__ or "").split()).split(". ")[0].removesuffix(".")
 
 
 def needs(cls: type[MergeSettings]) -> Iterator[str]:
