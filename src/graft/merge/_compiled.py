@@ -60,7 +60,8 @@ def _compiler() -> str:
     """What machine code depends on beside its source."""
     from llvmlite import binding
 
-    text = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("_kernels.py", "_blocks.py"))
+    names = ("_kernels.py", "_instructions.py", "_blocks.py")
+    text = b"".join(Path(__file__).with_name(name).read_bytes() for name in names)
     versions = [importlib.metadata.version(name) for name in ("numba", "llvmlite")]
     features = binding.get_host_cpu_features().flatten()
     return " ".join([hashlib.sha256(text).hexdigest(), *versions, binding.get_host_cpu_name(), features])
