@@ -242,6 +242,26 @@ def test_its_model_is_found_where_it_says_else_as_the_base_of_the_merge_and_nowh
         merge({"method": "linear", "models": ["lost"]}, here, tmp_path / "3")
 
 
+def test_an_adapter_on_packed_weights_is_merged_on_the_unpacked_ones(folders, tmp_path):
+    packed = shutil.copytree(folders["base"], tmp_path / "packed")
+    config = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps(config | {"quantization_config": {"load_in_4bit": True}}))
+    here = folders | {"low": moved(folders["x"], tmp_path / "low", path=str(packed), hash="of what was packed")}
+    with pytest.raises(CannotCombine, match=r"low stands on a quantised model.*name what comes of it as `adapters_of`"):
+        merge({"method": "linear", "models": ["low"]}, here, tmp_path / "1")
+    given = {"method": "linear", "models": ["low"], "adapters_of": "base"}
+    same(merge(given, here, tmp_path / "2")[0], folded(folders["x"]))
+
+
+def test_adapters_of_two_models_are_not_added_up_as_if_they_were_of_one(folders, tmp_path):
+    from graft.merge.add_adapters import _other_bases
+
+    again = shutil.copytree(folders["base"], tmp_path / "again")
+    assert list(_other_bases({"x": folders["base"], "y": again, "lost": None})) == []
+    (told,) = _other_bases({"x": folders["base"], "y": folders["a"]})
+    assert told.startswith("y and x stand on different bases")
+
+
 def test_damaged_weights_are_told_of(folders, tmp_path):
     held = load_file(folders["x"] / "adapter.safetensors")
     first = next(iter(sorted(held)))

@@ -13,7 +13,7 @@ from graft.lora import Factors, Rescale
 from graft.merge.settings import NormalisedSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
@@ -58,9 +58,10 @@ def make(job: Job, settings: Settings) -> dict[str, Any]:
     never, forced = problems(settings, facts)
     if models := [name for name in settings.names if facts[name].mergeable and not is_adapter(job.models[name])]:
         raise CannotCombine(f"{models[0]} is a model: `extract_lora` makes an adapter of its difference to a base")
+    homes = {} if never else {name: _home(job, settings, name) for name in settings.names}
+    forced = list(dict.fromkeys([*forced, *_other_bases(homes)]))
     if refused := [*never, *anyway(settings, forced)]:
         raise CannotCombine("\n".join(refused))
-    homes = {name: _home(job, settings, name) for name in settings.names}
     parts = {name: changes_in(job.models[name], homes[name] or Path()) for name in settings.names}
     first, home = parts[settings.names[0]], homes[settings.names[0]]
     named = str(home.resolve()) if home is not None else str(first.config.get("base_model_name_or_path"))
@@ -80,6 +81,17 @@ def make(job: Job, settings: Settings) -> dict[str, Any]:
     if whole:
         notes["whole_tensors"] = sorted(whole)
     return {"notes": notes, "forced": forced}
+
+
+def _other_bases(homes: Mapping[str, Path | None]) -> Iterator[str]:
+    """Adapters that stand on other weights than the first does, a sentence each."""
+    from graft.lineage import known_hash
+    from graft.merge.preflight import OTHER_BASES
+
+    (first, home), *others = homes.items() if homes else [("", None)]
+    for name, own in others:
+        if home and own and own.resolve() != home.resolve() and known_hash(own) != known_hash(home):
+            yield f"{name} and {first} {OTHER_BASES}"
 
 
 def _home(job: Job, settings: Settings, name: str) -> Path | None:

@@ -38,6 +38,11 @@ Tied = Mapping[str, Mapping[str, str]]
 INSTEAD = "an ensemble combines their predictions instead: {ensemble: {combine: linear, members: [...]}}"
 BY_TOKEN = "`vocabulary: union` (or base) matches them by token, and so does an ensemble"
 BY_ENSEMBLE = "an ensemble with `vocabulary: union` or `bytes` takes both"
+OTHER_BASES = "stand on different bases: the sum of their changes belongs to neither"
+PACKED = (
+    "{name} stands on a quantised model, into which nothing folds: unpack that ({{quantize: {{from: …, bits: 16}}}}) "
+    "and name what comes of it as `adapters_of` (--adapters-of)"
+)
 ANYWAY = "`anyway: true` (--anyway) merges them all the same, and the manifest says so"
 
 
@@ -72,6 +77,7 @@ def problems(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[list
     """(what forbids this merge, what `anyway` may override) by the facts of the models, a sentence each."""
     first, *others = settings.parents
     pickled = [name for name, facts in models.items() if facts.stored == "pickle"]
+    packed = [name for name in settings.parents if is_adapted(models[name]) and models[name].stored == "quantised"]
     models = settled(settings, models)
     if lost := [name for name in settings.parents if models[name].architecture == "unknown"]:
         # adapters are added up without a base; whether they stand on one is told by their shapes
@@ -79,6 +85,7 @@ def problems(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[list
     never = [_weightless(name, models[name]) for name in settings.parents if not models[name].mergeable]
     never += [refusal(pickled)] if pickled and not settings.allow_pickle else []
     never += [f"{name} {QUANTISED % name}" for name, facts in models.items() if facts.stored == "quantised"]
+    never += [PACKED.format(name=name) for name in packed if settings.adapters_of is None]
     if isinstance(settings, OnData) and settings.on is not None:
         never += [
             f"{name} is of architecture {models[name].architecture}: {settings.method} reads text with causal language "
@@ -105,7 +112,7 @@ def problems(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[list
                 f"{BY_ENSEMBLE if settings.aligns else BY_TOKEN}"
             )
         if settings.of_one_base and a.initialisation != b.initialisation:
-            forced.append(f"{name} and {first} stand on different bases: the sum of their changes belongs to neither")
+            forced.append(f"{name} and {first} {OTHER_BASES}")
         elif not (settings.aligns or related(a, b)):
             forced.append(
                 f"{name} and {first} grew from different initialisations: the mean of their weights is no model; "
@@ -142,8 +149,10 @@ def agree(settings: MergeSettings, parts: Mapping[str, Input]) -> None:
     Raises CannotCombine for dimensions and shapes that differ. Slices and parts are compared later, as they are placed.
     """
     reference, *others = settings.parents
-    if packed := [name for name, part in parts.items() if part.config.get("quantization_config")]:
-        raise CannotCombine("; ".join(f"{name} {QUANTISED % name}" for name in packed))
+    packed = {name: part for name, part in parts.items() if part.config.get("quantization_config")}
+    if packed:
+        said = (f"{n} {QUANTISED % n}" if p.folder == p.home else PACKED.format(name=n) for n, p in packed.items())
+        raise CannotCombine("; ".join(said))
     if settings.slices or settings.part:
         return
     for name in others:
