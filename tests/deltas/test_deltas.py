@@ -254,6 +254,8 @@ def test_without_a_base_the_relation_decides(folders, tmp_path):
     assert "ensemble" in advice.also[0]
     with pytest.raises(RequestError, match="expected two models"):
         graft.explain([folders["a"]])
+    with pytest.raises(RequestError, match="expected each model once"):
+        graft.explain([folders["a"], folders["a"].parent / "b" / ".." / "a"])
 
 
 def test_the_base_is_found_in_the_manifests(trained, tmp_path, monkeypatch):

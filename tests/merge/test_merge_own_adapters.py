@@ -342,6 +342,13 @@ def test_the_command_merges_and_explains_them(folders, tmp_path):
     assert json.loads(told.stdout)["method"]
 
 
+def test_the_command_names_the_point_that_is_not_read(folders, tmp_path):
+    added = own(folders["base"], tmp_path / "added", named("houlsby"))
+    told = CliRunner().invoke(app, ["merge", str(tmp_path / "out"), str(folders["a"]), str(added)])
+    assert told.exit_code == 2
+    assert "added is an adapter that no merge can read: adapter-0, bottleneck on attention" in told.stderr
+
+
 def test_they_are_related_as_the_models_that_they_make(folders, tmp_path):
     found = graft.relate(folders["x"], folders["a"])
     assert (found.kind, found.weights) == ("same initialisation", "yes")

@@ -53,8 +53,11 @@ def explain(
     """What to try first with these folders. `adapters_of`: the model that adapters among them stand on, where they do
     not name it rightly; pickles are read where `allow_pickle` says so.
 
-    Raises RequestError where there are fewer than two and no base, and where a pickle is not allowed.
+    Raises RequestError where there are fewer than two and no base, where one is named twice, and where a pickle is not
+    allowed.
     """
+    if len({model.resolve() for model in models}) < len(models):
+        raise RequestError(f"expected each model once, found {', '.join(map(str, models))}")
     base = base or common_base(models)
     if len(models) + (base is not None) < 2:
         raise RequestError("expected two models, or one and its `base` (--base), found fewer")

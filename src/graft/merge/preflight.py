@@ -69,8 +69,13 @@ class Layout:
 def _weightless(name: str, facts: Facts) -> str:
     """That a model has no weights to merge, and what works instead."""
     if is_adapted(facts):
-        return f"{name} is an adapter that no merge can read: {'; '.join(obstacles(facts.config[ADAPTED]))}"
+        return _not_read(name, facts.config)
     return f"{name} has no weights of its own to average: merge its members; {INSTEAD}"
+
+
+def _not_read(name: str, config: Mapping[str, Any]) -> str:
+    """Why an adapter is none of those that a merge reads."""
+    return f"{name} is an adapter that no merge can read: {'; '.join(obstacles(config[ADAPTED]))}"
 
 
 def problems(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[list[str], list[str]]:
@@ -149,6 +154,8 @@ def agree(settings: MergeSettings, parts: Mapping[str, Input]) -> None:
     Raises CannotCombine for dimensions and shapes that differ. Slices and parts are compared later, as they are placed.
     """
     reference, *others = settings.parents
+    if apart := [_not_read(name, part.config) for name, part in parts.items() if ADAPTED in part.config]:
+        raise CannotCombine("\n".join(apart))
     packed = {name: part for name, part in parts.items() if part.config.get("quantization_config")}
     if packed:
         said = (f"{n} {QUANTISED % n}" if p.folder == p.home else PACKED.format(name=n) for n, p in packed.items())
