@@ -108,6 +108,19 @@ def test_what_is_measured_is_not_measured_again(family, sets, tmp_path, monkeypa
     assert run(family, raw, sets, tmp_path) == first
 
 
+def test_another_configuration_of_the_same_weights_is_another_model(family, sets, tmp_path):
+    folder = tmp_path / "llama"
+    shutil.copytree(family["llama"], folder)
+    asked = [{"measure": "bits_per_byte", "on": ["plain.test"]}]
+    (before,) = run({"m": folder}, asked, sets, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["rms_norm_eps"] = 0.5
+    (folder / "config.json").write_text(json.dumps(config))
+    (after,) = run({"m": folder}, asked, sets, tmp_path)
+    assert after["key"] != before["key"]
+    assert after["value"] != before["value"]
+
+
 def test_a_torn_last_line_is_cut_and_only_its_row_is_made_again(family, sets, tmp_path):
     raw = [{"measure": "bits_per_byte", "on": ["plain.test", "other.test"]}]
     first = run(family, raw, sets, tmp_path)

@@ -49,6 +49,7 @@ def evaluate(
     results = Results(out)
     asked = [subject for measure in measures for subject in subjects(measure, data, root)]
     hashes = {name: lineage.hash_model(folder) for name, folder in folders.items()}
+    told = {name: _beside_the_hash(folder) for name, folder in folders.items()}
     rows: list[Row] = []
     scored: dict[tuple[str, int], list[Row]] = {}
     failures: dict[str, Failure] = {}
@@ -57,7 +58,7 @@ def evaluate(
         for number, subject in enumerate(asked):
             if name not in (subject.measure.models or folders):
                 continue
-            key = _key(name, hashes[name], subject, seed)
+            key = _key(name, hashes[name], subject, seed, told[name])
             found = attempt(
                 lambda: (
                     _known(results, key, subject)  # noqa: B023
@@ -103,8 +104,17 @@ class _Readers:
         return self._scorer
 
 
-def _key(model: str, model_hash: str, subject: Subject, seed: int) -> str:
+def _beside_the_hash(folder: Path) -> dict[str, str]:
+    """What else says which model it is: a configuration that is not, by the manifest, the one it was made with."""
+    config, manifest = folder / "config.json", lineage.read_manifest(folder)
+    if not config.is_file() or (manifest is not None and manifest.config in ("", lineage.hash_file(config))):
+        return {}
+    return {"config": lineage.hash_file(config)}
+
+
+def _key(model: str, model_hash: str, subject: Subject, seed: int, told: Mapping[str, str]) -> str:
     return key_of(
+        **told,
         model=model,
         hash=model_hash,
         on=subject.on,
