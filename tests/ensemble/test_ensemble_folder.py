@@ -206,8 +206,13 @@ def test_dtype_reaches_the_members_and_the_mixture_stays_float32(family):
 
 def test_what_an_ensemble_cannot_honour_is_refused(family):
     target, _ = run(family, {"members": ["llama", "qwen"]})
-    with pytest.raises(RequestError, match="cannot honour device_map"):
-        EnsembleForCausalLM.from_pretrained(target, device_map={"": 0})
+    with pytest.raises(RequestError, match="cannot honour quantization_config: quantise its members"):
+        EnsembleForCausalLM.from_pretrained(target, quantization_config={"load_in_4bit": True})
+    for several in ({"members.0": "cpu", "members.1": "cpu"}, "balanced"):
+        with pytest.raises(RequestError, match="expected one device for an ensemble, found device_map="):
+            EnsembleForCausalLM.from_pretrained(target, device_map=several)
+    with pytest.raises(RequestError, match="expected one device for an ensemble, found device_map='disk'"):
+        EnsembleForCausalLM.from_pretrained(target, device_map="disk")
 
 
 def facts(family, *names):

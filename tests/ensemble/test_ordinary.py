@@ -1,6 +1,8 @@
 """An ensemble is an ordinary `transformers` model: in pipelines, in trainings, with every kind of member and output."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,8 +14,19 @@ from test_outputs import GIVEN, ids_and_mask, texts, writers
 from test_seq2seq import bart, source, t5
 from test_union import MEMBERS, RIGHT, UNION, by_hand
 from tiny_members import gpt2, greedy, llama, prompts, qwen, sharp
-from transformers import MambaConfig, MambaForCausalLM, TextIteratorStreamer, Trainer, TrainingArguments, pipeline
+from transformers import (
+    AutoConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
+import graft.ensemble.model as made
 from graft.data.rows import ListRows
 from graft.ensemble.model import EnsembleForCausalLM, ensemble_of
 from graft.errors import RequestError
@@ -45,6 +58,82 @@ def test_a_pipeline_writes_with_it():
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         expected = tokenizer.decode(model.generate(ids, **given)[0, ids.shape[1] :], skip_special_tokens=True)
         assert answer["generated_text"].strip() == expected.strip()
+
+
+@pytest.fixture(scope="module")
+def duo(tmp_path_factory):
+    """The folder of an ensemble with its tokenizer."""
+    place, tokenizer = tmp_path_factory.mktemp("duo"), letters()
+    members = {"a": llama(1, tokens=len(tokenizer)), "b": llama(2, tokens=len(tokenizer))}
+    ensemble_of(members, [0.6, 0.4]).save_pretrained(place, self_contained=True)
+    tokenizer.save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", {"": "cpu"}, torch.device("cpu")])
+def test_it_is_loaded_as_servers_and_pipelines_load_models(duo, device):
+    """By the class that the configuration names, where `transformers serve` looks for it, onto a device."""
+    named = AutoConfig.from_pretrained(duo).architectures[0]
+    given = {"revision": "main", "attn_implementation": None, "dtype": "auto", "trust_remote_code": False}
+    # Mamba, which is imported here, makes transformers load itself anew
+    served = getattr(made.transformers, named).from_pretrained(duo, device_map=device, **given)
+    expected = torch.accelerator.current_accelerator() if device == "auto" else None
+    assert served.device.type == (expected or torch.device("cpu")).type
+    ids = letters()("ab", return_tensors="pt")["input_ids"].to(served.device)
+    plain = EnsembleForCausalLM.from_pretrained(duo).to(served.device)
+    assert torch.equal(served(input_ids=ids).logits, plain(input_ids=ids).logits)
+    writes = pipeline("text-generation", model=str(duo), device_map=device)
+    (found,) = writes("ab", max_new_tokens=4, do_sample=False, return_full_text=False)
+    answer = plain.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+    assert found["generated_text"].strip() == letters().decode(answer, skip_special_tokens=True).strip()
+
+
+class EndsWith(StoppingCriteria):
+    """Stops a text that holds so many of a token, row by row."""
+
+    def __init__(self, token, count):
+        self.token, self.count = token, count
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return (input_ids == self.token).sum(-1) >= self.count
+
+
+def test_it_streams_from_a_thread_until_it_is_told_to_stop(duo):
+    model, tokenizer = EnsembleForCausalLM.from_pretrained(duo), letters()
+    ids = tokenizer("ab", return_tensors="pt")["input_ids"]
+    given = {"max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0}
+    torch.manual_seed(3)
+    whole = model.generate(ids, do_sample=True, **given)[0]
+    token = int(whole[ids.shape[1] + 9])
+    count = int((whole[: ids.shape[1] + 10] == token).sum())
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    stops = StoppingCriteriaList([EndsWith(token, count)])
+    asked = {"do_sample": True, "streamer": streamer, "stopping_criteria": stops, **given}
+    torch.manual_seed(3)
+    thread = threading.Thread(target=model.generate, args=(ids,), kwargs=asked)
+    thread.start()
+    pieces = list(streamer)
+    thread.join()
+    expected = whole[ids.shape[1] : ids.shape[1] + 10]
+    # spaces are put between pieces as they come
+    assert "".join(pieces).split() == tokenizer.decode(expected).split()
+    assert len([piece for piece in pieces if piece]) > 1
+
+
+def test_batches_are_written_from_several_threads_at_the_same_time(duo):
+    model = EnsembleForCausalLM.from_pretrained(duo)
+    batches = [prompts(3, 7, (seed % 3, 1, 0)) for seed in range(4)]
+    batches = [((ids + seed) % 30 * mask, mask) for seed, (ids, mask) in enumerate(batches)]
+    given = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    stops = StoppingCriteriaList([EndsWith(5, 1)])
+
+    def write(batch):
+        return model.generate(batch[0], attention_mask=batch[1], stopping_criteria=stops, **given)
+
+    alone = [write(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(write, batches))
+    assert all(torch.equal(*pair) for pair in zip(together, alone, strict=True))
 
 
 def test_a_pipeline_classifies_with_it():

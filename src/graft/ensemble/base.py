@@ -271,12 +271,13 @@ class Ensemble(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *_: Any, **kwargs: Any) -> Any:
         """The ensemble of a folder, its members loaded each by its own class.
 
-        Raises CheckpointError where a member is missing or is no longer what the ensemble was made of, RequestError for
-        an ensemble of another kind of members.
+        `device_map`: one device for all members, or `auto`, the accelerator if there is one. Raises CheckpointError
+        where a member is missing or is no longer what the ensemble was made of, RequestError for an ensemble of another
+        kind of members, for quantization, and for several devices.
         """
-        refused = [name for name in ("device_map", "quantization_config") if kwargs.get(name) is not None]
-        if refused:
-            raise RequestError(f"an ensemble cannot honour {', '.join(refused)}: load it and move its members")
+        if kwargs.get("quantization_config") is not None:
+            raise RequestError("an ensemble cannot honour quantization_config: quantise its members, then combine them")
+        device = _one_device(kwargs.get("device_map"))
         folder = Path(pretrained_model_name_or_path)
         config = kwargs.get("config") or cls.config_class.from_pretrained(folder)
         cls._check_kind(config, folder)
@@ -287,12 +288,26 @@ class Ensemble(PreTrainedModel):
         if config.vocabulary == "union":
             union = union_of([models.load_tokenizer(folder / entry["path"]) for entry in config.members])
         model = cls(config, members, union).eval()
+        model = model if device is None else model.to(device)
         model.folder = folder.resolve()
         if (folder / "generation_config.json").exists():
             model.generation_config = type(model.generation_config).from_pretrained(folder)
         if kwargs.get("output_loading_info"):
             return model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         return model
+
+
+def _one_device(asked: Any) -> torch.device | None:
+    """The device that a `device_map` names; None where none is asked for. Raises RequestError for several."""
+    if asked is None:
+        return None
+    one: Any = asked.get("") if isinstance(asked, dict) and len(asked) == 1 else asked
+    try:
+        return torch.accelerator.current_accelerator() or torch.device("cpu") if one == "auto" else torch.device(one)
+    except (RuntimeError, TypeError):
+        raise RequestError(
+            f"expected one device for an ensemble, found device_map={asked!r}: give its members a `device` each"
+        ) from None
 
 
 GLIMPSE = 64

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import transformers
 from transformers import PreTrainedModel
 
 from graft.ensemble.base import Ensemble
@@ -87,3 +88,8 @@ def ensemble_of(
 def _config(model: PreTrainedModel) -> dict[str, Any]:
     """A model's configuration as it is when saved, with its class."""
     return {**model.config.to_dict(), "architectures": [type(model).__name__]}
+
+
+for _kind in (EnsembleForCausalLM, EnsembleForSeq2SeqLM, EnsembleForSequenceClassification, EnsembleOverBytes):
+    # where `transformers serve` and other servers look for the class that a configuration names
+    setattr(transformers, _kind.__name__, _kind)
