@@ -10,9 +10,10 @@ one, for which hashes of the models and what their architecture must hold are ke
 
 `--sizes` and `--models` may be several: how time grows. `--alone` leaves mergekit out. `cp` reads all the bytes that a
 merge reads and writes as many. A last table has a line for each method, size and number of models, with its floor: the
-bytes that it moves (tensors that are read twice count twice) at the speed at which `cp` moved its own. The family (one
-base and so many models) is made when it is needed and stays in bench/work/merging for the next run, or goes with
-`--remove` when its size is done.
+bytes that it moves (tensors that are read twice count twice) at the speed at which `cp` moved its own; `work` is what a
+later merge took by its manifest, without Python's start and the checks of the request. The family (one base and so many
+models) is made when it is needed and stays in bench/work/merging for the next run, or goes with `--remove` when its size
+is done.
 """
 
 from __future__ import annotations
@@ -118,6 +119,8 @@ class Process:
     first: bool = False
     """Whether what it found out about models is forgotten before each run."""
     held: list[float] = field(default_factory=list)
+    worked: list[float] = field(default_factory=list)
+    """Seconds by graft's own manifest."""
 
     def __call__(self) -> float:
         """Run it, without anything that an earlier run wrote; twice the first time, where something is kept."""
@@ -125,6 +128,8 @@ class Process:
             self._run()
         found = self._run()
         self.held.append(found["held"])
+        if (self.out / "graft.json").is_file():
+            self.worked.append(json.loads((self.out / "graft.json").read_text())["seconds"])
         return found["seconds"]
 
     def _run(self) -> dict[str, float]:
@@ -199,29 +204,35 @@ class Grown:
     floor: float
     """Seconds for these at the speed at which `cp` moved its own."""
     seconds: float
+    again: float
+    """Seconds of a later merge."""
+    work: float
+    """Of which its manifest tells."""
     copied: float
     """Seconds that `cp` took."""
     held: float
 
 
-def grown(method: str, size: str, models: int, seconds: Sequence[Measured], held: float) -> Grown:
-    """What one comparison, ours first and `cp` last, says about growth."""
+def grown(method: str, size: str, models: int, seconds: Sequence[Measured], work: float, held: float) -> Grown:
+    """What one comparison, ours first (the first and a later one) and `cp` last, says about growth."""
     case = CASES[method]
     read = bytes_of(size) * (models + case.base)
     moved = case.passes * read + bytes_of(size)
     copied = seconds[-1].median
-    return Grown(method, size, models, moved, moved * copied / (read + bytes_of(size)), seconds[0].median, copied, held)
+    floor, ours_ = moved * copied / (read + bytes_of(size)), [each.median for each in seconds[:2]]
+    return Grown(method, size, models, moved, floor, *ours_, work, copied, held)
 
 
 def table(lines: Sequence[Grown]) -> str:
     """All lines, as Markdown."""
-    head = "| method | size | models | moved, GB | floor, s | graft, s | graft / floor | cp, s | graft, MB |\n"
+    names = ("method", "size", "models", "moved, GB", "floor, s", "graft, s", "again, s", "work, s", "work / floor")
+    head = f"| {' | '.join(names)} | cp, s | graft, MB |\n"
     rows = (
         f"| {one.method} | {one.size} | {one.models} | {one.moved / 1e9:.2f} | {one.floor:.2f} | {one.seconds:.2f} | "
-        f"{one.seconds / one.floor:.1f} | {one.copied:.2f} | {one.held:.0f} |"
+        f"{one.again:.2f} | {one.work:.2f} | {one.work / one.floor:.1f} | {one.copied:.2f} | {one.held:.0f} |"
         for one in lines
     )
-    return head + "|---|---|---|---|---|---|---|---|---|\n" + "\n".join(rows)
+    return head + "|---" * 11 + "|\n" + "\n".join(rows)
 
 
 def compare(method: str, size: str, models: int, work: Path, repeats: int, warmup: int, alone: bool) -> Grown:
@@ -248,7 +259,8 @@ def compare(method: str, size: str, models: int, work: Path, repeats: int, warmu
         times = {"faster": round(theirs_ / first, 2), "again": round(theirs_ / again, 2), "goal": case.goal}
         print(json.dumps({"method": method} | times), file=sys.stderr)
     shutil.rmtree(out)
-    return grown(method, size, len(names), seconds, statistics.median(made["graft"].held[-repeats:]))
+    held = statistics.median(made["graft"].held[-repeats:])
+    return grown(method, size, len(names), seconds, statistics.median(made["graft, again"].worked[-repeats:]), held)
 
 
 def main() -> None:
