@@ -12,8 +12,8 @@ one, for which hashes of the models and what their architecture must hold are ke
 merge reads and writes as many. A last table has a line for each method, size and number of models, with its floor: the
 bytes that it moves (tensors that are read twice count twice) at the speed at which `cp` moved its own; `work` is what a
 later merge took by its manifest, without Python's start and the checks of the request. The family (one base and so many
-models) is made when it is needed and stays in bench/work/merging for the next run, or goes with `--remove` when its size
-is done.
+models) is made when it is needed and stays in bench/work/merging for the next run, or goes with `--remove` when its
+size is done.
 """
 
 from __future__ import annotations
