@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict
 
 import pytest
-from small_family import model
+from small_family import family, merge, model
 
 from graft.errors import CheckpointError
 from graft.merge import architecture
@@ -114,3 +114,28 @@ def test_what_the_other_process_cannot_build_is_tried_here(folder, tmp_path, mon
     architecture.started.cache_clear()
     assert checked(folder, tmp_path / "there") == here
     architecture.started.cache_clear()
+
+
+def test_what_does_not_fit_ends_a_merge_that_has_begun(tmp_path, monkeypatch):
+    import threading
+
+    import graft.merge.engine as engine
+
+    folders = family(tmp_path / "family", 2)
+    told = threading.Event()
+
+    def misfit(made, shapes):
+        told.set()
+        raise CheckpointError("the output would not fit Something")
+
+    note = engine.Journal.note
+
+    def noted(journal, name, size):
+        assert told.wait(60)
+        note(journal, name, size)
+
+    monkeypatch.setattr(engine, "verify", misfit)
+    monkeypatch.setattr(engine.Journal, "note", noted)
+    with pytest.raises(CheckpointError, match="would not fit Something"):
+        merge({"method": "linear", "models": ["a", "b"]}, folders, tmp_path / "out")
+    assert not (tmp_path / "out" / "graft.json").exists()

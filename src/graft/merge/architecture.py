@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import lru_cache
@@ -84,13 +85,15 @@ class Building:
         self._process.stdin.close()
         self._process.stdin = None
         self._told: tuple[int, str] | None = None
+        self._asking = threading.Lock()
 
     def answer(self) -> tuple[int, str]:
-        """(exit status, what it said)."""
-        if self._told is None:
-            answer, _ = self._process.communicate()
-            self._told = (self._process.returncode, answer)
-        return self._told
+        """(exit status, what it said). From any thread."""
+        with self._asking:
+            if self._told is None:
+                answer, _ = self._process.communicate()
+                self._told = (self._process.returncode, answer)
+            return self._told
 
     def close(self) -> None:
         """End the process where it still runs."""
@@ -131,6 +134,7 @@ class Check:
         self._config = meaning(read_config(folder))
         self._known = remembered.recall(KIND, _by(self._config), cache)
         self._building: Building | None = None
+        self._closed = False
         if self._known is None and "transformers" not in sys.modules:
             self._building = started(self._config)
 
@@ -149,6 +153,8 @@ class Check:
             status, answer = self._building.answer()
             if not status:
                 return answer.splitlines()[-1]
+            if self._closed:
+                raise CheckpointError(f"{self.folder}: nobody waits for what its configuration builds")
         # what the process could not build is tried once more with everything that is installed
         try:
             return described(self.folder)
@@ -159,6 +165,7 @@ class Check:
 
     def close(self) -> None:
         """End the process where it still runs."""
+        self._closed = True
         if self._building is not None:
             self._building.close()
 

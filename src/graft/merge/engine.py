@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -68,10 +68,7 @@ def run(job: Job) -> dict[str, Any]:
         readers = {name: opened.enter_context(part.open()) for name, part in parts.items()}
         forced = [*plan.forced, *unrelated(settings, plan, readers)]
         files_beside(plan, parts[settings.parents[0]], job.out)
-        check = Check(job.out, job.cache)
-        opened.callback(check.close)
-        # before the weights: what does not fit is not worth the work, and the other process no longer holds memory
-        plan.notes["verified_as"] = verify(check.found(), {n: shape for n, (_, shape) in plan.tensors.items()})
+        fits = fitting(plan, job, opened)
         writer = TensorWriter(job.out, plan.tensors, settings.shard, resume=True)
         opened.callback(writer.close)
         what = {"settings": settings.plain(), "seed": job.seed, "parents": stamps(folders)}
@@ -80,7 +77,8 @@ def run(job: Job) -> dict[str, Any]:
         workers = opened.enter_context(Workers(device=job.device or "cpu"))
         digests = Digests(job.out)
         opened.callback(digests.close)
-        stream(settings, job.seed, plan, readers, writer, journal, workers, prepared.survey, digests)
+        stream(settings, job.seed, plan, readers, writer, journal, workers, prepared.survey, digests, fits)
+        plan.notes["verified_as"] = fits.result()
         digests.finish()
         if asked is not None:
             from graft.merge.seeds import spread
@@ -91,6 +89,16 @@ def run(job: Job) -> dict[str, Any]:
 
         plan.notes["seeds"] |= scores(job, asked, settings, folders)
     return {"notes": plan.notes, "forced": forced}
+
+
+def fitting(plan: Layout, job: Job, opened: ExitStack) -> Future[str]:
+    """What the output was checked against; found out beside the work, which ends where it does not fit."""
+    beside = opened.enter_context(ThreadPoolExecutor(1))
+    check = Check(job.out, job.cache)
+    # ended before anybody waits for it
+    opened.callback(check.close)
+    shapes = {name: shape for name, (_, shape) in plan.tensors.items()}
+    return beside.submit(lambda: verify(check.found(), shapes))
 
 
 def check_precision(settings: MergeSettings, device: str | None) -> None:
@@ -124,8 +132,10 @@ def stream(
     workers: Workers,
     survey: Any = None,
     digests: Digests | None = None,
+    fits: Future[str] | None = None,
 ) -> None:
-    """Make every tensor that the journal does not know yet. `survey` is what the method found out beforehand."""
+    """Make every tensor that the journal does not know yet. `survey` is what the method found out beforehand; what
+    `fits` raises ends the work as soon as it is known."""
     chosen = method("graft.merge", settings.method)
     own = by_tensor(settings, {name: place for name, place in plan.places.items() if name not in plan.copied})
     sources = aligned(readers, plan.vocabulary, plan.places)
@@ -158,6 +168,8 @@ def stream(
         try:
             for future in futures:
                 progress.advance(future.result())
+                if fits is not None and fits.done():
+                    fits.result()
         except BaseException:
             several.shutdown(wait=True, cancel_futures=True)
             raise
