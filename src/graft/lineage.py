@@ -395,7 +395,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.exists():
         raise RequestError(f"{folder}: expected a model's folder with config.json, found none")
-    return _json(path, "configuration")
+    found = _json(path, "configuration")
+    if ADAPTED in found and not _names_its_model(found[ADAPTED]):
+        raise CheckpointError(f"{path}: expected what the adapters are ({ADAPTED}), found it damaged")
+    return found
+
+
+def _names_its_model(said: Any) -> bool:
+    """Whether what a configuration says of adapters (or of a head on one) says where their model lies."""
+    base = said.get("base") if isinstance(said, dict) else None
+    return isinstance(said, dict) and ("head_of" in said or (isinstance(base, dict) and "path" in base))
 
 
 def _json(path: Path, what: str) -> dict[str, Any]:

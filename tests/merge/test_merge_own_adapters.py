@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import graft
 from graft.cli import app
-from graft.errors import CannotCombine, CheckpointError, RecipeError
+from graft.errors import CannotCombine, CheckpointError, GraftError, RecipeError
 from graft.lineage import facts_of
 from graft.recipe import read_recipe
 
@@ -123,6 +123,7 @@ def test_every_method_takes_them_as_it_takes_the_folded_models(name, folders, tm
     graft.load(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_where_adapters_stand_is_found_in_another_process_as_here(folders, monkeypatch):
     from graft.adapters import affine
 
@@ -279,6 +280,20 @@ def test_damaged_weights_are_told_of(folders, tmp_path):
     ):
         with pytest.raises(CheckpointError, match=message):
             merge({"method": "linear", "models": [name]}, {name: tmp_path / name}, tmp_path / f"out {name}")
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["a word", {"base": {}}, {"active": [["other", 1.0]]}, {"format": 2}, {"adapters": {"adapter-0": [{"form": "?"}]}}],
+)
+def test_what_a_damaged_folder_says_of_its_adapters_is_told_of(said, folders, tmp_path):
+    shutil.copytree(folders["x"], tmp_path / "x")
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    config["graft_adapted"]["base"]["path"] = str(folders["base"])
+    entry = said if isinstance(said, str) else config["graft_adapted"] | said
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config | {"graft_adapted": entry}))
+    with pytest.raises(GraftError, match=r"found it damaged|of format 1, found 2|adapter-0\.form: "):
+        merge({"method": "linear", "models": ["x"]}, {"x": tmp_path / "x"}, tmp_path / "out")
 
 
 RECIPE = """

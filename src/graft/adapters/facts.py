@@ -12,6 +12,7 @@ from typing import Any
 from graft.adapters.point import SUBLAYERS, Point
 from graft.checkpoint import atomic_write
 from graft.lineage import ADAPTED, read_config
+from graft.settings import parse
 from graft.verb import Facts
 
 FOLD = "fold it first ({adapt: {adapters: [...], fold: true}})"
@@ -47,12 +48,13 @@ def _active(entry: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
 
 def obstacles(entry: Mapping[str, Any]) -> list[str]:
     """Why what `config.json` says of adapters is no change of their model's weights that can be worked out a piece at
-    a time, a sentence for each point, with what works instead; empty where it is."""
+    a time, a sentence for each point, with what works instead; empty where it is. Raises SettingsError for a point that
+    is none."""
     if "peft" in entry:
         return [f"adapters of peft's own types are no changes that a merge can read: {FOLD}"]
     if HEAD_OF in entry:
         return ["a head beside an adapter has no weights to merge: name the adapter that it stands on"]
-    parsed = [(name, Point.model_validate(raw)) for name, points in _active(entry) for raw in points]
+    parsed = [(name, parse(Point, raw, (name,))) for name, points in _active(entry) for raw in points]
     return [f"{name}, {point.form} on {', '.join(point.on)}, {why}" for name, point in parsed if (why := _bars(point))]
 
 

@@ -184,8 +184,9 @@ def averaged(model: PreTrainedModel, weights: Mapping[str, float], name: str) ->
 
 def entry_of(folder: Path) -> dict[str, Any]:
     """What `config.json` says of the adapters. Raises CheckpointError where it says nothing that can be read."""
-    entry = lineage.read_config(folder).get(ADAPTED)
-    if not isinstance(entry, dict) or not {"base", "adapters", "active", "model_type"} <= set(entry):
+    entry: dict[str, Any] = lineage.read_config(folder).get(ADAPTED) or {}
+    needed = {"base", "adapters", "active", "model_type"}
+    if not needed <= set(entry) or any(name not in entry["adapters"] for name, _ in entry["active"]):
         raise CheckpointError(f"{folder}/config.json: expected what the adapters are ({ADAPTED}), found it damaged")
     if entry.get("format") != 1:
         raise CheckpointError(f"{folder}: expected adapters of format 1, found {entry.get('format')}: update graft")
