@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,6 +171,30 @@ def test_labels_are_learned_by_few_weights_since_figures_say_that_they_suffice(t
     assert stood[found.method].kept >= advice.ENOUGH
     assert any(f"{found.method}: accuracy" in reason for reason in found.why)
     assert "none with a decoder" in found.strength
+
+
+@pytest.mark.parametrize("kind", ["labelled", "pairs"])
+def test_small_models_are_tuned_whole_since_that_was_measured_on_such(tmp_path, base, kind):
+    found = advised(tmp_path, base, kind)
+    assert found.method == "full"
+    assert any("measured with graft: bench/RESULTS.md" in reason for reason in found.why)
+    assert "none of them measured with graft" not in found.strength
+    assert all(stood.here for stood in found.standings.values())
+
+
+def test_what_is_said_to_be_measured_here_stands_in_the_results():
+    text = (Path(__file__).parents[2] / "bench" / "RESULTS.md").read_text(encoding="utf-8")
+    for study in (study for study in evidence().studies if study.here):
+        heading = study.source.partition(", ")[2]
+        assert heading in text, study.source
+        section = text[text.index(heading) :]
+        section = section[: section.index("Less full tuning:")]
+        assert f"full {study.full:.3f} ±" in section
+        rows = [line for line in section.splitlines() if line.startswith("| ")]
+        for score in study.scores:
+            own = [row for row in rows if row.startswith(f"| {score.method} |") or f"| {score.method}, gates" in row]
+            cells = [f"{score.score:.3f}" in row.replace("*", "") and f"({score.share:g} %," in row for row in own]
+            assert any(cells), (study.source, score)
 
 
 def test_a_share_that_is_given_is_kept(tmp_path, base):
