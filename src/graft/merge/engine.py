@@ -43,7 +43,7 @@ COMPANIONS = (
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 """Files beside the weights that the output takes from one parent."""
-AT_ONCE = 3
+AT_ONCE = 8
 """Tensors worked on at the same time, so that no core waits for the last piece of one."""
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -158,12 +159,12 @@ class Tensors:
         """What `function` gives for every piece, in order; pieces are read and worked on in parallel."""
         return self.workers.map(lambda span: function(self.read(*span)), self.spans())
 
-    @property
+    @cached_property
     def sources(self) -> list[Source]:
         """The base, where there is one, and the models."""
         return [*([self.base] if self.base is not None else []), *self.models]
 
-    @property
+    @cached_property
     def stored(self) -> str | None:
         """The type that all parents are stored in, where kernels can read it; an adapter's model is stored nowhere."""
         types = {source.reader.headers[source.name].dtype for source in self.sources}
