@@ -167,11 +167,11 @@ def test_what_a_tokenizer_makes_of_a_text_is_canonical_all_the_way():
     leaf, tokens = Forest(reader.reader, 1).root()[0], words(text)["input_ids"]
     assert len(tokens) < 0.6 * len(text.encode())
     for token in tokens:
-        assert reader._canonical(Born(leaf, token, 0.0, 0.0, 1.0))
+        assert reader._canonical(Born(leaf, token, 0.0, 1.0))
         leaf = Leaf(leaf, token)
     root, ids = Forest(reader.reader, 1).root()[0], words.get_vocab()
     pair = next(name for name in ids if len(name) == 2 and name.isascii() and name.isalpha())
-    assert not reader._canonical(Born(Leaf(root, ids[pair[0]]), ids[pair[1]], 0.0, 0.0, 1.0))
+    assert not reader._canonical(Born(Leaf(root, ids[pair[0]]), ids[pair[1]], 0.0, 1.0))
     assert math.isfinite(score(reader, [text[:60]])[0].log_probs.sum())
 
 
@@ -226,9 +226,9 @@ def test_nan_is_named():
 
 
 def test_the_least_likely_give_their_mass_to_the_likeliest_up_to_their_share():
-    behind = Told(Trie([b"a"]), np.zeros(1, np.float32), np.eye(257)[97])
-    moved = [fresh(None, behind, math.log(mass), 0.0) for mass in (0.5, 0.02)]
-    born = [Born(None, 0, math.log(mass), 0.0, mass) for mass in (0.4, 0.05, 0.03)]
+    behind = Told(Trie([b"a"]), np.zeros(1, np.float32), np.array([0.0, 1.0]), 0.0)
+    moved = [fresh(None, behind, mass, 0.0) for mass in (0.5, 0.02)]
+    born = [Born(None, 0, 0.0, mass) for mass in (0.4, 0.05, 0.03)]
     kept, new, rough = chosen(moved, born, 1.0, 0.04, 0.04, None)
     assert ([each.mass for each in kept], rough) == ([pytest.approx(0.5), pytest.approx(0.02)], False)
     assert [each.mass for each in new] == [pytest.approx(0.43), pytest.approx(0.05)]
@@ -244,11 +244,11 @@ def test_the_least_likely_give_their_mass_to_the_likeliest_up_to_their_share():
 
 def test_a_trie_finds_ranges():
     trie = Trie([b"ab", None, b"a", b"b", b"abc", b"ab"])
-    node = trie.root.next(ord("a"))
-    assert (node.low, node.high, node.own, bytes(node.bytes)) == (0, 4, 1, b"b")
-    inner = node.next(ord("b"))
-    assert sorted(trie.ids[inner.low : inner.low + inner.own].tolist()) == [0, 5]
-    assert (inner.read, inner.next(ord("x")), trie.longest(b"abx")) == (b"ab", None, (0, 2))
+    node = trie.root.next[ord("a")]
+    assert (node.low, node.mid, node.high, bytes(node.bytes)) == (0, 1, 4, b"b")
+    inner = node.next[ord("b")]
+    assert sorted(trie.ids[inner.low : inner.mid].tolist()) == [0, 5]
+    assert (inner.read, inner.next[ord("x")], trie.longest(b"abx")) == (b"ab", None, (0, 2))
     assert trie.longest(b"x") is None
     logs = np.log(np.array([0.1, 0.2, 0.3, 0.15, 0.25], np.float32))
     assert node.sums(logs) == pytest.approx([0.65])

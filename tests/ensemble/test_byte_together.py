@@ -13,6 +13,7 @@ from graft.ensemble.byte_level.cover import Born
 from graft.ensemble.byte_level.forest import Forest, style_of
 from graft.ensemble.byte_level.leaf import Leaf
 from graft.ensemble.byte_level.scorer import distributions, score
+from graft.ensemble.model import ensemble_of
 
 TEXTS = [b"abcabcacb" * 5, b"", b"a", b"bcab", b"cabca" * 9, b"xbca", b"ccba" * 3]
 SOME = Cover(drop=0.03, join=0.3)
@@ -91,7 +92,7 @@ def test_a_special_token_that_a_text_speaks_of_is_written_by_its_letters():
     assert reader._cut(b"a<eos>b", True) == [ids[letter] for letter in "a<eos>b"]
     leaf = Forest(reader.reader, 1).root()[0]
     for letter in "a<eos>":
-        assert reader._canonical(Born(leaf, ids[letter], 0.0, 0.0, 1.0))
+        assert reader._canonical(Born(leaf, ids[letter], 0.0, 1.0))
         leaf = Leaf(leaf, ids[letter])
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[1, *(ids[letter] for letter in "a<eos>")]])).logits[0]
@@ -101,3 +102,52 @@ def test_a_special_token_that_a_text_speaks_of_is_written_by_its_letters():
     ]
     assert score(reader, ["a<eos>b"])[0].log_probs == pytest.approx(wanted, abs=1e-5)
     assert style_of(reader.reader) == "additive"
+
+
+def test_an_ensemble_as_a_member_counts_the_tokens_that_lead_to_one_and_not_all_that_branch():
+    """Where it reads 64 tokens, a text of 90 bytes needs more than that in all, on branches next to each other."""
+    model = member(6, LEFT)
+    alone = ByteModel(model, LEFT, SOME, limit=64)
+    inside = ByteModel(ensemble_of({"one": model, "same": model}, [0.5, 0.5]), LEFT, SOME)
+    assert (style_of(inside.reader), inside.reader.limit) == ("additive", 64)
+    text = b"abcabcacb" * 10
+    (own,), (found,) = score(alone, [text]), score(inside, [text])
+    assert found.log_probs == pytest.approx(own.log_probs, abs=1e-4)
+    assert inside.reader.tokens_read > 64
+
+
+def test_rows_that_need_nothing_read_ahead_where_others_must_be_read():
+    """Decoding in a batch then takes fewer passes than the rows' needs at different bytes, and says the same."""
+    model = member(6, LEFT)
+    texts = [b"abcabcacbabcabcabcacb", b"cabcacabcacabcacabcac", b"bacacbacacbacacbacacb"]
+
+    def passes(trees):
+        reader = ByteModel(model, LEFT, SOME)
+        score(reader, texts)  # what follows single tokens is read once and kept
+        before, forest = reader.reader.forwards, Forest(reader.reader, len(trees))
+        states = reader.begin(forest, range(len(trees)))
+        for data in zip(*(texts[tree] for tree in trees), strict=True):
+            states = reader.advance(forest, states, data)
+        return reader.reader.forwards - before, [state.next for state in states]
+
+    alone = [passes([tree]) for tree in range(3)]
+    together, found = passes([0, 1, 2])
+    assert together < sum(count for count, _ in alone)
+    for (_, (wanted,)), own in zip(alone, found, strict=True):
+        assert np.allclose(wanted, own, atol=1e-4)
+
+
+def test_what_is_read_ahead_is_what_comes_to_pass_and_changes_nothing():
+    reader = ByteModel(member(6, LEFT), LEFT, SOME)
+    forest = Forest(reader.reader, 1)
+    (state,) = reader.begin(forest, [0])
+    drafted = reader._likely(forest, state)
+    assert drafted
+    plain = ByteModel(member(6, LEFT), LEFT, SOME)
+    other = Forest(plain.reader, 1)
+    plain._likely = lambda *_: []
+    (same,) = plain.begin(other, [0])
+    for _ in range(12):
+        byte = int(state.next[:256].argmax())
+        assert np.allclose(state.next, same.next, atol=1e-5)
+        (state,), (same,) = reader.advance(forest, [state], [byte]), plain.advance(other, [same], [byte])

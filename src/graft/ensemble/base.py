@@ -127,10 +127,15 @@ class Ensemble(PreTrainedModel):
         return mixed
 
     def _check_inputs(
-        self, input_ids: torch.Tensor | None, cache: Cache | None, places: Sequence[int] | None = None
+        self,
+        input_ids: torch.Tensor | None,
+        cache: Cache | None,
+        places: Sequence[int] | None = None,
+        positions: torch.Tensor | None = None,
     ) -> None:
         """Raises RequestError for no ids, an empty prompt, and a context longer than that of a member in `places`
-        (all)."""
+        (all). Where a text branches or is padded, the cache holds more than any token has before it: what counts then
+        are the tokens' `positions`, for members that are told them."""
         if input_ids is None:
             raise RequestError(
                 "an ensemble reads input_ids, found none: members have embeddings of their own, so that inputs_embeds "
@@ -142,10 +147,14 @@ class Ensemble(PreTrainedModel):
         total = length + (int(cache.get_seq_length()) if cache is not None else 0)
         for place in self.active if places is None else places:
             limit = self.limits[place]
-            if limit is not None and total > limit:
+            if limit is None or total <= limit:
+                continue
+            told = positions is not None and "position_ids" in self.takes[place]
+            reached = int(positions.max()) + 1 if told and positions is not None else total
+            if reached > limit:
                 name = self.config.members[place]["name"]
                 raise RequestError(
-                    f"member {name!r} was made for {limit} tokens, found a context of {total}: shorten it"
+                    f"member {name!r} was made for {limit} tokens, found a context of {reached}: shorten it"
                 )
 
     def generate_batch(self, *_: Any, **__: Any) -> Any:

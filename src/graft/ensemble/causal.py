@@ -84,7 +84,7 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
         self._check_asked(kwargs)
         if use_cache and past_key_values is None and self.caches:
             past_key_values = DynamicCache(config=self.config)
-        self._check_inputs(input_ids, past_key_values)
+        self._check_inputs(input_ids, past_key_values, positions=position_ids)
         assert input_ids is not None
         given = {"attention_mask": attention_mask, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
         cache = past_key_values if self.caches else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -20,11 +20,15 @@ Found = tuple[Leaf, Told]
 
 class Ask(NamedTuple):
     """What a text needs before it goes on: new `leaves`, each behind a known one or one before it, and what comes
-    behind the tokens `alone`. What it will need later, `more`, is read with them as far as others need as much."""
+    behind the tokens `alone`. Where something is read, so is what it will need later, `more` (which is asked only
+    then), as far as other texts need as much, or up to `room` leaves of the text in all. `patient`: it may wait until
+    nobody needs anything else."""
 
     leaves: Sequence[Leaf] = ()
     alone: Sequence[int] = ()
-    more: Sequence[Leaf] = ()
+    more: Callable[[], Sequence[Leaf]] = tuple
+    room: int = 0
+    patient: bool = False
 
 
 Reading = Generator[Ask, list[Found], T]
@@ -68,10 +72,11 @@ def together(forest: Forest, readings: Sequence[Reading[T]]) -> list[T]:
     waiting: dict[int, tuple[Reading[Any], Ask]] = {}
     _go_on(results, waiting, {number: (reading, None) for number, reading in enumerate(readings)})
     while waiting:
-        found = _answered(forest, [ask for _, ask in waiting.values()])
-        given = {number: (reading, own) for (number, (reading, _)), own in zip(waiting.items(), found, strict=True)}
-        waiting = {}
-        _go_on(results, waiting, given)
+        turn = [number for number, (_, ask) in waiting.items() if not ask.patient] or list(waiting)
+        asked = [waiting.pop(number) for number in turn]
+        found = _answered(forest, [ask for _, ask in asked])
+        given = zip(turn, ((reading, own) for (reading, _), own in zip(asked, found, strict=True)), strict=True)
+        _go_on(results, waiting, dict(given))
     return [results[number] for number in range(len(readings))]
 
 
@@ -86,24 +91,39 @@ def _go_on(results: dict[int, T], waiting: dict[int, tuple[Reading[T], Ask]], gi
 
 def _answered(forest: Forest, asks: Sequence[Ask]) -> list[list[Found]]:
     """The leaves that each asks for with what follows them; one that several ask for is read once."""
-    forest.reader.alone([token for ask in asks for token in ask.alone])
-    wanted = _filled(asks)
+    alone = {token for ask in asks for token in ask.alone if forest.reader.guess(token) is None}
+    if not alone and not any(ask.leaves for ask in asks):
+        return [[] for _ in asks]
+    needs = Counter(leaf.row for ask in asks for leaf in ask.leaves)
+    wanted = _filled(asks, needs)
+    guesses = _behind_starts(forest, sorted(alone), needs)
     first: dict[tuple[int, int], Leaf] = {}
     instead: dict[int, Leaf] = {}
-    for leaf in (leaf for leaves in wanted for leaf in leaves):
+    for leaf in (leaf for leaves in (guesses, *wanted) for leaf in leaves):
         leaf.parent = instead.get(id(leaf.parent), leaf.parent)
         instead[id(leaf)] = first.setdefault((id(leaf.parent), leaf.token), leaf)
-    told = {id(leaf): (leaf, each) for leaf, each in forest.tell(list(first.values()))} if first else {}
+    told = {id(leaf): (leaf, each) for leaf, each in forest.tell(list(first.values()))}
+    forest.reader.learn({leaf.token: told[id(instead[id(leaf)])][1] for leaf in guesses})
     return [[told[id(instead[id(leaf)])] for leaf in leaves] for leaves in wanted]
 
 
-def _filled(asks: Sequence[Ask]) -> list[list[Leaf]]:
-    """The leaves that each asks for, and more where its tree would only be padded."""
-    needs = Counter(leaf.row for ask in asks for leaf in ask.leaves)
+def _filled(asks: Sequence[Ask], needs: Counter[int]) -> list[list[Leaf]]:
+    """The leaves that each asks for, and more where its tree would only be padded; counted in `needs` of each tree."""
     longest = max(needs.values(), default=0)
     wanted = []
     for ask in asks:
-        more = list(ask.more[: max(0, longest - needs[ask.more[0].row])]) if ask.more else []
+        more = ask.more()
+        more = more[: max(0, max(longest, ask.room) - needs[more[0].row])] if more else ()
         needs.update(leaf.row for leaf in more)
         wanted.append([*ask.leaves, *more])
     return wanted
+
+
+def _behind_starts(forest: Forest, tokens: Sequence[int], needs: Counter[int]) -> list[Leaf]:
+    """Leaves of tokens behind nothing but a start, in the trees that have fewest others to read."""
+    made = []
+    for token in tokens:
+        row = min(range(len(forest)), key=needs.__getitem__)
+        needs[row] += 1
+        made.append(Leaf(forest.root(row)[0], token))
+    return made

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from graft.data.encode import encode
 from graft.ensemble.byte_level.asking import Found, Reading, together
 from graft.ensemble.byte_level.cover import (
+    END,
     Born,
     Hypothesis,
     State,
@@ -30,13 +32,14 @@ from graft.ensemble.configuration import context_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-AHEAD = 64
-"""Tokens that are read ahead at once where the text is known."""
-SCOUT, NEAR = 96, 24
-"""Bytes behind the first sequence that must be read, in which others are looked for: of all texts that are read at the
-same time together, and of each at least."""
-FAR = 16
-"""Bytes further, in which others are looked for that are read as far as they cost nothing."""
+AHEAD, LEAST = 24, 12
+"""Tokens that are read ahead where the text is known, at most; and at least, where others turned out likelier."""
+SIDES = 64
+"""Sequences beside those that are looked for at once."""
+LIKELY, DRAFTED = 0.1, 16
+"""Where a pass is made anyway, what the likely next bytes need is read ahead: probability of these, and how many."""
+ROOM = 4
+"""Tokens of a text that such a pass reads at least, if so many are likely."""
 PROMOTED = 0.1
 """Share of the mass from which on a sequence that was not read is."""
 WINDOW = 16
@@ -64,31 +67,35 @@ Note = Callable[[int, State], None]
 
 
 class Lacking:
-    """What must be known before a text goes on: `leaves` that were not read, by their identity, the first `near` of
-    them soon, and what comes behind the tokens `alone`."""
+    """What must be known before a text goes on: `leaves` that were not read, by their identity, and what comes behind
+    the tokens `alone`."""
 
     def __init__(self) -> None:
         self.leaves: dict[int, Leaf] = {}
         self.alone: list[int] = []
-        self.near = 0
 
 
 class Line:
     """One sequence through a text: `tokens` behind the leaf `above`, which has been read up to the byte `end`; `held`:
-    what of it was read and is still ahead, with the bytes at which that ends."""
+    what of it was read and is still ahead, with the bytes at which that ends, behind the leaf `here`."""
 
     def __init__(self, above: Leaf, tokens: Sequence[int], end: int):
-        self.above, self.tokens, self.end = above, tokens, end
+        self.above, self.tokens, self.end, self.here = above, tokens, end, above
         self.held: list[tuple[int, Found]] = []
 
-    def go_on(self, found: Sequence[Found], spelling: Spelling, done: int) -> None:
-        """The first of its tokens have been read, the text up to byte `done`."""
+    def read_on(self, found: Sequence[Found], spelling: Spelling) -> None:
+        """The first of its tokens have been read."""
         for each in found:
             self.above = each[0]
             self.end += len((spelling.first if self.above.depth == 1 else spelling.later)[self.above.token] or b"")
             self.held.append((self.end, each))
         self.tokens = self.tokens[len(found) :]
-        self.held = [(end, each) for end, each in self.held if end > done]
+
+    def leads(self, state: State, done: int) -> bool:
+        """Whether the state behind the text up to byte `done` follows it."""
+        while self.held and self.held[0][0] <= done:
+            self.here = self.held.pop(0)[1][0]
+        return any(each.leaf is self.here for each in state.open)
 
 
 class Plan(NamedTuple):
@@ -156,46 +163,73 @@ class ByteModel:
         """The state before the first byte of a tree's text."""
         leaf, told = forest.root(row)
         first = told.trie.root
-        open_ = [fresh(leaf, told, 0.0, 0.0)]
-        for place in range(first.low, first.low + first.own):
-            log = told.logs.item(place)
+        open_ = [fresh(leaf, told, 1.0, 0.0)]
+        for place in range(first.low, first.mid):
+            log = told.log_at[place]
             found = yield from forest.read(leaf, told.trie.ids.item(place))
-            open_.append(fresh(*found, log, log))
+            open_.append(fresh(*found, math.exp(log), log))
         return state_of(open_)
 
     def advancing(self, forest: Forest, state: State, byte: int) -> Reading[State]:
-        """The state one byte on."""
-        data = bytes([byte])
+        """The state one byte on. Where another text must be read on, so is what this one will likely need next."""
+        held: list[Lacking] = []  # what was read lives until the byte is known
         while True:
-            done, found, lacking = self._pass(forest, state, data, 0, 0, _nothing)
-            if done:
-                return found
+            after, sure, lacking = self._step(forest, state, byte)
+            held.append(lacking)
             leaves = list(lacking.leaves.values())
-            yield from forest.catch_up(leaves, alone=[] if leaves else lacking.alone)
+            yield from forest.need(leaves, lacking.alone, partial(self._likely, forest, after), ROOM)
+            if sure:
+                return after
+
+    def _step(self, forest: Forest, state: State, byte: int, exact: bool = True) -> tuple[State, bool, Lacking]:
+        """The state one byte on, whether all of it is known, and what is lacking; what is sure is kept in the state."""
+        if byte in state.later:
+            return state.later[byte], True, Lacking()
+        lacking = Lacking()
+        known, sure, step = self._known(forest, state, byte, lacking, exact)
+        after = _next_state(state, known, step)
+        if sure and exact:
+            state.later[byte] = after
+        return after, sure, lacking
+
+    def _likely(self, forest: Forest, state: State) -> list[Leaf]:
+        """What must be read for the likeliest next bytes, as far as they are likely enough."""
+        share, exact = 1.0, True
+        found: list[Leaf] = []
+        for _ in range(DRAFTED):
+            nexts = state.next[:END]
+            byte = int(nexts.argmax())
+            share *= float(nexts[byte])
+            if share < LIKELY or len(found) >= ROOM:
+                break
+            state, sure, lacking = self._step(forest, state, byte, exact)
+            exact = exact and sure
+            found += lacking.leaves.values()
+        return found
 
     def following(self, forest: Forest, state: State, data: bytes, note: Note) -> Reading[State]:
         """The state at the end of a known text.
 
-        The sequence that the tokenizer makes is read ahead. Others are looked for as if they were rough, read
-        together, and the bytes behind the first of them are gone through again.
+        The sequence that the tokenizer makes is read ahead, and with it those beside it: they are looked for as if they
+        were rough, read together, and the bytes behind the first of them are gone through again.
         """
-        done, line = 0, Line(state.open[0].leaf, [], 0)
+        done, line, lacking, ahead = 0, self._line(state, data, 0), Lacking(), AHEAD
+        held: list[Lacking] = []  # what was read lives until the next byte is known
         while done < len(data):
-            if done >= line.end:
+            leads = line.leads(state, done)
+            if not leads or done >= line.end:
+                ahead = min(AHEAD, 2 * ahead) if leads else LEAST
                 line = self._line(state, data, done)
-                found = yield from forest.chain(line.above, line.tokens[:AHEAD], self._parts(line))
-                line.go_on(found, self.spelling, done)
-            horizon = max(NEAR, SCOUT // len(forest))
+            least = ahead if done >= line.end else 0
+            found = yield from forest.catch_up(
+                list(lacking.leaves.values()), (line.above, line.tokens[:AHEAD]), least, lacking.alone
+            )
+            line.read_on(found, self.spelling)
             stop = min(len(data), max(done + 1, line.end))
-            while done < stop:
-                done, state, lacking = self._pass(forest, state, data[:stop], done, horizon, note)
-                leaves = list(lacking.leaves.values())
-                # the line is read on where that costs nothing, as long as it is not far ahead
-                behind = (line.above, line.tokens[: AHEAD if line.end < done + 4 * FAR else 0])
-                found = yield from forest.catch_up(
-                    leaves[: lacking.near], leaves[lacking.near :], behind, lacking.alone
-                )
-                line.go_on(found, self.spelling, done)
+            held.append(lacking)
+            before = done
+            done, state, lacking = self._pass(forest, state, data[:stop], done, note)
+            held = held if done == before else []
         return state
 
     def _line(self, state: State, data: bytes, done: int) -> Line:
@@ -204,18 +238,10 @@ class ByteModel:
         if not likely.leaf.read:
             return Line(likely.leaf, [], done)
         begun = likely.node.read
-        tokens = self._cut(begun + data[done : done + 16 * AHEAD], likely.leaf.depth == 0)
+        tokens = self._cut(begun + data[done : done + 8 * AHEAD], likely.leaf.depth == 0)
         return Line(likely.leaf, tokens, done - len(begun))
 
-    def _parts(self, line: Line) -> list[int]:
-        """Tokens that those of a line begin with: what comes behind them alone will be asked."""
-        if not self.cover.drop > 0:
-            return []
-        return [part for token in line.tokens[:AHEAD] for part in self.reader.parts(token)]
-
-    def _pass(
-        self, forest: Forest, state: State, data: bytes, begin: int, horizon: int, note: Note
-    ) -> tuple[int, State, Lacking]:
+    def _pass(self, forest: Forest, state: State, data: bytes, begin: int, note: Note) -> tuple[int, State, Lacking]:
         """Go on from byte `begin` as long as all is known; returns how far, the state there, what is to be read.
 
         Behind the first byte that something is lacking for, what stands for it is a guess: only to see what else is.
@@ -223,16 +249,13 @@ class ByteModel:
         here, reached, exact = state, begin, True
         lacking = Lacking()
         for place in range(begin, len(data)):
-            known, sure, step = self._known(forest, here, data[place], lacking)
+            known, sure, step = self._known(forest, here, data[place], lacking, exact)
             here = _next_state(here, known, step)
             exact = exact and sure
             if exact:
                 reached, state = place + 1, here
                 note(place, here)
-                continue
-            if place - reached <= horizon:
-                lacking.near = len(lacking.leaves)
-            if place - reached >= horizon + FAR or len(lacking.leaves) > AHEAD:
+            elif len(lacking.leaves) > SIDES:
                 break
         return reached, state, lacking
 
@@ -246,10 +269,13 @@ class ByteModel:
                 born, mass = kept, sum([each.mass for each in moved]) + sum([each.mass for each in kept])
         return Plan(*chosen(moved, born, mass, self.cover.drop, self._join, self.cover.most), mass, step)
 
-    def _known(self, forest: Forest, state: State, byte: int, lacking: Lacking) -> tuple[list[Hypothesis], bool, float]:
+    def _known(
+        self, forest: Forest, state: State, byte: int, lacking: Lacking, exact: bool = True
+    ) -> tuple[list[Hypothesis], bool, float]:
         """The hypotheses of what is followed one byte on, whether all of it is known, and the byte's log-probability.
 
-        What is `lacking` is noted; what has become likely of what was not read is to be read.
+        What is `lacking` is noted (of a state that is not `exact`, only behind what was read); what has become likely
+        of what was not read is to be read.
         """
         moved, born, rough, mass, step = self._plan(state, byte)
         sure = True
@@ -258,7 +284,7 @@ class ByteModel:
                 if forest.recall(each.leaf):
                     leaf, told = _twin(each.leaf)
                     moved[place] = again(each, leaf, told, leaf.true)
-                else:
+                elif exact or forest.recall(each.leaf.parent):
                     lacking.leaves[id(each.leaf)] = each.leaf
                     sure = False
         for new in born:
@@ -272,7 +298,7 @@ class ByteModel:
             made = _rough(new, guess or state.open[0].told)
             moved.append(made)
             sure = sure and rough and guess is not None
-            if not rough:
+            if not rough and (exact or forest.recall(new.leaf)):
                 lacking.leaves[id(made.leaf)] = made.leaf
         return moved, sure, step
 
@@ -286,7 +312,7 @@ class ByteModel:
             born = born._replace(true=leaf.true + told.log(born.token))
         leaf, told = found
         leaf.true = max(leaf.true, born.true)
-        return fresh(leaf, told, born.log, leaf.true)
+        return fresh(leaf, told, born.mass, leaf.true)
 
     def _canonical(self, born: Born) -> bool:
         """Whether the tokenizer cuts the newest tokens as this sequence does; undecided inside a letter: yes.
@@ -331,15 +357,11 @@ class ByteModel:
         return made
 
 
-def _nothing(place: int, state: State) -> None:
-    """Notes nothing."""
-
-
 def _rough(born: Born, told: Told) -> Hypothesis:
     """The hypothesis of a sequence that is not read: it goes on as `told`, what comes behind its last token alone."""
     leaf = Leaf(born.leaf, born.token)
     leaf.true = born.true
-    return fresh(leaf, told, born.log, born.true, rough=True)
+    return fresh(leaf, told, born.mass, born.true, rough=True)
 
 
 def _twin(leaf: Leaf) -> Found:
@@ -362,5 +384,5 @@ def _next_state(before: State, open_: list[Hypothesis], step: float) -> State:
         return found
     if not before.stuck:
         return State(before.open, before.total, before.log, -math.inf, stuck=True)
-    again_ = [fresh(each.leaf, each.told, math.log(each.mass), -math.inf, each.rough) for each in before.open]
+    again_ = [fresh(each.leaf, each.told, each.mass, -math.inf, each.rough) for each in before.open]
     return state_of(again_, before.log, -math.inf)

@@ -37,7 +37,7 @@ class Places:
 
 
 class Columns(DynamicLayer):
-    """A layer: `keys`, `values` `[trees, heads, room, channels]`, of which places that no token has are never seen."""
+    """A layer: `keys`, `values` `[trees, room, heads, channels]`, of which places that no token has are never seen."""
 
     def __init__(self, places: Places):
         super().__init__()
@@ -57,12 +57,14 @@ class Columns(DynamicLayer):
         places = self.places
         assert kept is not None
         kept = _roomy(kept, places.count, places.width, new)
-        kept[places.trees, :, places.columns] = new[places.batch, :, places.slots]
+        to = places.trees * kept.shape[1] + places.columns
+        kept.view(-1, *kept.shape[2:])[to] = new.transpose(1, 2)[places.batch, places.slots]
         return kept
 
     def _seen(self, kept: torch.Tensor) -> torch.Tensor:
-        seen = kept[:, :, : self.places.width]
-        return seen if self.places.rows is None else seen.index_select(0, self.places.rows)
+        seen = kept[:, : self.places.width]
+        seen = seen if self.places.rows is None else seen.index_select(0, self.places.rows)
+        return seen.transpose(1, 2)
 
     def get_seq_length(self) -> int:
         """Columns that the last pass saw; 0 where nothing was written."""
@@ -72,18 +74,18 @@ class Columns(DynamicLayer):
         """Only these columns of a tree, in this order."""
         for kept in (self.keys, self.values):
             assert kept is not None
-            kept[tree, :, : len(columns)] = kept[tree].index_select(1, columns.to(kept.device))
+            kept[tree, : len(columns)] = kept[tree].index_select(0, columns.to(kept.device))
 
 
 def _roomy(kept: torch.Tensor, count: int, width: int, new: torch.Tensor) -> torch.Tensor:
     """The same with room for so many trees and columns; what is added is zero."""
-    shape = kept.shape if kept.dim() == 4 else (0, new.shape[1], 0, new.shape[3])
-    if shape[0] >= count and shape[2] >= width:
+    shape = kept.shape if kept.dim() == 4 else (0, 0, new.shape[1], new.shape[3])
+    if shape[0] >= count and shape[1] >= width:
         return kept
-    room = shape[2] if shape[2] >= width else width + max(ROOM, width // 4)
-    made = new.new_zeros(max(count, shape[0]), shape[1], room, shape[3])
+    room = shape[1] if shape[1] >= width else width + max(ROOM, width // 4)
+    made = new.new_zeros(max(count, shape[0]), room, *shape[2:])
     if kept.dim() == 4:
-        made[: shape[0], :, : shape[2]] = kept
+        made[: shape[0], : shape[1]] = kept
     return made
 
 

@@ -9,7 +9,7 @@ Whether a model honours such masks and positions is tried on itself; one that do
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,64 +80,75 @@ class Forest:
     def read(self, parent: Leaf, token: int) -> Reading[Found]:
         """The leaf of a token behind a leaf, and what follows it."""
         leaf = Leaf(parent, token)
-        yield from self.catch_up([leaf])
+        yield from self.need([leaf])
         assert leaf.twin is not None
         return leaf.twin
-
-    def chain(self, parent: Leaf, tokens: Sequence[int], alone: Sequence[int] = ()) -> Reading[list[Found]]:
-        """The leaves of tokens one behind the other, read in one go; stops where the model can read no further.
-
-        What comes behind the tokens `alone` is found out with it.
-        """
-        found: list[Found] = []
-        rest = list(tokens)
-        while rest and (known := self.find(parent, rest[0])):
-            found.append(known)
-            parent = known[0]
-            rest.pop(0)
-        wanted = Wanted()
-        above = self._roomy(parent, wanted)
-        before = len(wanted.leaves)
-        for token in self._fitting(above, rest):
-            above = wanted.add(above, token)
-        if len(wanted.leaves) > before:
-            read = yield Ask(wanted.leaves, alone)
-            wanted.keep(read)
-            found += read[before:]
-        return found
 
     def catch_up(
         self,
         unread: Sequence[Leaf],
-        later: Sequence[Leaf] = (),
-        behind: tuple[Leaf, Sequence[int]] | None = None,
+        behind: tuple[Leaf, Sequence[int]],
+        least: int,
         alone: Sequence[int] = (),
     ) -> Reading[list[Found]]:
         """Read sequences that were not read, and what they stand behind, in one go; their `twin` says what they are.
 
-        What comes behind the tokens `alone` is found out with it, and as much as costs nothing of others that are read
-        `later`, and of tokens one `behind` the other, the first behind a leaf. Returns the leaves of those.
+        What comes behind the tokens `alone` is found out with it, and tokens one `behind` the other, the first behind a
+        leaf: `least` of them, and as much more as costs nothing. Returns the leaves of those.
         """
         wanted = Wanted()
         for leaf in unread:
             self._place(leaf, wanted)
-        needed = len(wanted.leaves)
-        if not needed and not alone:
-            return []
-        for leaf in later:
-            self._place(leaf, wanted)
-        before = len(wanted.leaves)
-        above = behind[0] if behind is not None else None
-        for token in self._fitting(*behind) if behind is not None else ():
+        above, tokens = behind[0], list(behind[1])
+        known: list[Found] = []
+        while tokens and (found := self.find(above, tokens[0])):
+            known.append(found)
+            above = found[0]
+            tokens.pop(0)
+        needed = before = len(wanted.leaves)
+        if least > len(known):
+            above = self._roomy(above, wanted)
+            before = len(wanted.leaves)
+            needed = before + least - len(known)
+        for token in self._fitting(above, tokens):
             above = wanted.add(above, token)
-        found = yield Ask(wanted.leaves[:needed], alone, wanted.leaves[needed:])
-        wanted.keep(found)
-        return found[before:]
+        needed = min(needed, len(wanted.leaves))
+        if not needed and not alone:
+            return known
+        read = yield Ask(wanted.leaves[:needed], alone, lambda: wanted.leaves[needed:], patient=not unread)
+        wanted.keep(read)
+        return known + read[before:]
+
+    def need(
+        self,
+        unread: Sequence[Leaf],
+        alone: Sequence[int] = (),
+        likely: Callable[[], Sequence[Leaf]] = tuple,
+        room: int = 0,
+    ) -> Reading[None]:
+        """Read sequences that were not read, and what they stand behind; where anything is read by anybody, up to
+        `room` leaves of those that will `likely` be needed too."""
+        wanted = Wanted()
+        for leaf in unread:
+            self._place(leaf, wanted)
+        needed = len(wanted.leaves)
+
+        def more() -> Sequence[Leaf]:
+            for leaf in likely():
+                if leaf.parent is None or self.fits(leaf.parent.now):
+                    self._place(leaf, wanted)
+            return wanted.leaves[needed:]
+
+        wanted.keep((yield Ask(wanted.leaves[:needed], alone, more, room)))
 
     def _fitting(self, above: Leaf, tokens: Sequence[int]) -> Sequence[int]:
         """The first of the tokens, as many as the model can read behind a leaf."""
         limit = self.reader.limit
         return tokens if limit is None else tokens[: max(0, limit - 1 - above.depth)]
+
+    def fits(self, above: Leaf) -> bool:
+        """Whether the model can read a token behind a leaf without leaving out what it has read."""
+        return self.reader.limit is None or above.depth + 1 < self.reader.limit
 
     def _place(self, leaf: Leaf, wanted: Wanted) -> Leaf:
         """The leaf itself where it is read, else a new one among what is wanted."""
@@ -152,7 +163,7 @@ class Forest:
     def _roomy(self, leaf: Leaf, wanted: Wanted) -> Leaf:
         """The leaf, or where the model can read no further the same with only its newest tokens before it."""
         limit = self.reader.limit
-        if limit is None or leaf.depth + 1 < limit:
+        if limit is None or self.fits(leaf):
             return leaf
         if leaf.again is None and id(leaf) not in wanted.again:
             above = self._roots[leaf.row][0]

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
-from graft.ensemble.byte_level.cover import END, Told
+from graft.ensemble.byte_level.cover import Told
 from graft.ensemble.byte_level.spelling import Spelling
-from graft.ensemble.byte_level.trie import Trie
+from graft.ensemble.byte_level.trie import Node, Trie
 from graft.errors import CannotCombine, RunError
 
-KEPT = 2**25
-"""Log-probabilities of what comes behind single tokens that are kept."""
+KEPT = 2**24
+"""Log-probabilities of what comes behind single tokens that are kept, and as many running totals."""
 AT_ONCE = 2**22
 """Log-probabilities that are summed at once."""
 
@@ -59,10 +58,11 @@ class Reader:
     def parts(self, token: int) -> list[int]:
         """Tokens that this one begins with, the longest left out."""
         if token not in self._parts:
-            node, found = self.later.root, []
+            node: Node | None = self.later.root
+            found = []
             for byte in (self.spelling.later[token] or b"")[:-1]:
-                node = node.next(byte) or node
-                found += [int(self.later.ids[node.low])] if node.own else []
+                node = node.next[byte] if node is not None else None
+                found += [int(self.later.ids[node.low])] if node is not None and node.mid > node.low else []
             self._parts[token] = found
         return self._parts[token]
 
@@ -70,15 +70,11 @@ class Reader:
         """What comes behind a token where nothing but the start stands before it, if that is known."""
         return self._alone.get(token)
 
-    @torch.inference_mode()
-    def alone(self, tokens: Sequence[int]) -> None:
-        """Find out what comes behind each token where nothing but the start stands before it, and keep it."""
-        if len(self._alone) * len(self.later.ids) > KEPT:
+    def learn(self, found: Mapping[int, Told]) -> None:
+        """Keep what comes behind tokens where nothing but the start stands before them."""
+        if (len(self._alone) + len(found)) * len(self.later.ids) > KEPT:
             self._alone.clear()
-        new = [token for token in dict.fromkeys(tokens) if token not in self._alone]
-        if new:
-            ids = torch.tensor([[self.start, token] for token in new])
-            self._alone |= zip(new, self.told(self.forward(ids)[:, -1]), strict=True)
+        self._alone |= found
 
     def forward(self, ids: torch.Tensor, **given: Any) -> torch.Tensor:
         """The model's logits on ids `[rows, length]`. Raises RunError, naming the model, where they are NaN."""
@@ -102,12 +98,11 @@ class Reader:
         kept = logits.index_select(-1, order).float()
         if self.ends:
             kept = torch.cat([kept, logits[:, self.ends].float().logsumexp(-1, keepdim=True)], -1)
-        told = kept.log_softmax(-1)
-        behind = told[:, trie.root.own : len(trie.ids)].exp().double().cpu().numpy()
-        logs = told.cpu().numpy()
-        root = np.zeros((len(logs), END + 1))
-        if len(trie.root.starts):
-            root[:, trie.root.bytes] = np.add.reduceat(behind, trie.root.starts, axis=1)
-        if self.ends:
-            root[:, END] = np.exp(logs[:, -1], dtype=np.float64)
-        return [Told(trie, own[: len(trie.ids)].copy(), sums) for own, sums in zip(logs, root, strict=True)]
+        logs = kept.log_softmax(-1).cpu()
+        count = len(trie.ids)
+        totals = torch.zeros(len(logs), count + 1, dtype=torch.float64)
+        torch.cumsum(logs[:, :count].exp(), -1, dtype=torch.float64, out=totals[:, 1:])
+        ends = logs[:, -1].double().exp().tolist() if self.ends else [0.0] * len(logs)
+        # copies: one that is kept must not keep all that were read with it
+        parts = zip(logs[:, :count].numpy(), totals.numpy(), ends, strict=True)
+        return [Told(trie, own.copy(), sums.copy(), end) for own, sums, end in parts]

@@ -8,45 +8,50 @@ import numpy as np
 
 
 class Node:
-    """The tokens `low … high` begin with the same `depth` bytes; `own` of them are just these, the others go on with
-    `bytes [k]`, those with the j-th beginning at `low + own + starts[j]`. `first`: the byte that all begin with, `top`:
-    the node of their first two bytes, where there are as many."""
+    """The tokens `low … high` begin with the same `depth` bytes; those before `mid` are just these, the others go on
+    with `bytes [k]`, those with the j-th beginning at `mid + starts[j]`. `next`: the node one byte on, None where no
+    token goes on like that; nodes are made when they are first asked for."""
 
-    __slots__ = ("_next", "_trie", "bytes", "depth", "first", "high", "low", "own", "starts", "top")
+    __slots__ = ("bytes", "depth", "high", "low", "mid", "next", "starts", "trie")
 
-    def __init__(self, trie: Trie, low: int, high: int, depth: int, top: Node | None = None):
-        self._trie, self.low, self.high, self.depth = trie, low, high, depth
-        self.first = int(trie.letters[low, 0]) if depth else -1
-        self.top = self if top is None or depth < 3 else top
-        self.own = int(np.searchsorted(trie.lengths[low:high] > depth, True))
-        column = trie.letters[low + self.own : high, depth] if low + self.own < high else trie.letters[:0, 0]
+    def __init__(self, trie: Trie, low: int, high: int, depth: int):
+        self.trie, self.low, self.high, self.depth = trie, low, high, depth
+        self.mid = low + int(np.searchsorted(trie.lengths[low:high] > depth, True))
+        column = trie.letters[self.mid : high, depth] if self.mid < high else trie.letters[:0, 0]
         self.starts = np.flatnonzero(np.concatenate(([True], column[1:] != column[:-1]))) if len(column) else _NONE
         self.bytes = column[self.starts]
-        self._next: dict[int, Node] | None = None
-
-    def next(self, byte: int) -> Node | None:
-        """The node one byte on, or None where no token goes on like that."""
-        if self._next is None:
-            self._next = {}
-        found = self._next.get(byte)
-        if found is None:
-            place = int(np.searchsorted(self.bytes, byte))
-            if place == len(self.bytes) or self.bytes[place] != byte:
-                return None
-            begin = self.low + self.own
-            end = self.high if place + 1 == len(self.starts) else begin + int(self.starts[place + 1])
-            found = self._next[byte] = Node(self._trie, begin + int(self.starts[place]), end, self.depth + 1, self.top)
-        return found
+        self.next: dict[int, Node | None] = _Next(self)
 
     def sums(self, logs: np.ndarray) -> np.ndarray:
         """`[k] float64`: the probability of the tokens behind each next byte; `logs` of all tokens."""
-        probs = np.exp(logs[self.low + self.own : self.high], dtype=np.float64)
+        probs = np.exp(logs[self.mid : self.high], dtype=np.float64)
         return probs if len(probs) == 1 else np.add.reduceat(probs, self.starts)
 
     @property
     def read(self) -> bytes:
         """The bytes that lead here."""
-        return self._trie.letters[self.low, : self.depth].tobytes()
+        return self.trie.letters[self.low, : self.depth].tobytes()
+
+
+class _Next(dict[int, Node | None]):
+    """The nodes behind one, by the next byte."""
+
+    __slots__ = ("node",)
+
+    def __init__(self, node: Node):
+        super().__init__()
+        self.node = node
+
+    def __missing__(self, byte: int) -> Node | None:
+        node = self.node
+        place = int(np.searchsorted(node.bytes, byte))
+        found = None
+        if place < len(node.bytes) and node.bytes[place] == byte:
+            begin = node.mid + int(node.starts[place])
+            end = node.high if place + 1 == len(node.starts) else node.mid + int(node.starts[place + 1])
+            found = Node(node.trie, begin, end, node.depth + 1)
+        self[byte] = found
+        return found
 
 
 _NONE = np.zeros(0, np.int64)
@@ -70,9 +75,9 @@ class Trie:
         node: Node | None = self.root
         found = None
         for length, byte in enumerate(text, start=1):
-            node = node.next(byte) if node is not None else None
+            node = node.next[byte] if node is not None else None
             if node is None:
                 break
-            if node.own:
+            if node.mid > node.low:
                 found = int(self.ids[node.low]), length
         return found
