@@ -4,20 +4,24 @@ The gate is made by hand: it looks at the first member and needs each of the oth
 chance, so that 1, 2, 3 or 4 members are needed on average. A member that was left out first reads what it has missed,
 in one piece: that is in the time.
 
-OMP_NUM_THREADS=4 python bench/ensemble_gated.py [--members 4] [--used 1 2 3 4] [--tokens 64] [--repeats 3]
+OMP_NUM_THREADS=4 python bench/ensemble_gated.py [--models FOLDER ...] [--members 4] [--used 1 2 3 4] [--tokens 64]
+    [--repeats 3]
+
+Without models the members have random weights.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from _side_by_side import Side, measure, report, timed
-from ensemble_decoding import VOCABULARY, member
+from ensemble_decoding import members
 from graft.ensemble.gate import Gate
 from graft.ensemble.model import EnsembleConfig, EnsembleForCausalLM, ensemble_of
 
@@ -39,13 +43,13 @@ class ByChance(Gate):
         return (wanted / wanted.sum())[None, None]
 
 
-def gated(members: Sequence[PreTrainedModel], used: float) -> EnsembleForCausalLM:
+def gated(models: Sequence[PreTrainedModel], used: float) -> EnsembleForCausalLM:
     """The mixture whose gate needs so many of the members on average."""
-    named = {str(place): model for place, model in enumerate(members)}
+    named = {str(place): model for place, model in enumerate(models)}
     gate = ByChance(len(named), inputs=2, looks_at=[0])
     shares = [1 / len(named)] * len(named)
     config = EnsembleConfig(ensemble_of(named).config.members, "linear", shares, {}, gate.plain())
-    made = EnsembleForCausalLM(config, list(members)).eval()
+    made = EnsembleForCausalLM(config, list(models)).eval()
     made.gate, gate.needed = gate, (used - 1) / (len(named) - 1)
     return made
 
@@ -65,16 +69,17 @@ def decoding(model: Any, prompt: torch.Tensor, tokens: int) -> Callable[[], None
 def main() -> None:
     """A row for each number of members used, with the share of the plain mixture's time that it should take."""
     words = argparse.ArgumentParser(description=__doc__)
+    words.add_argument("--models", type=Path, nargs="+", default=[], help="folders of members with one tokenizer")
     words.add_argument("--members", type=int, default=4)
     words.add_argument("--used", type=float, nargs="+", default=[1, 2, 3, 4])
     words.add_argument("--tokens", type=int, default=64)
     words.add_argument("--repeats", type=int, default=3)
     asked = words.parse_args()
-    members = [member(seed) for seed in range(asked.members)]
-    prompt = torch.randint(3, VOCABULARY, (1, 64), generator=torch.Generator().manual_seed(0))
-    plain = ensemble_of({str(place): model for place, model in enumerate(members)})
+    made = members(asked.models, asked.members)
+    prompt = torch.randint(3, made[0].config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
+    plain = ensemble_of({str(place): model for place, model in enumerate(made)})
     for used in asked.used:
-        model = gated(members, used)
+        model = gated(made, used)
         sides = [
             Side("gated", timed(decoding(model, prompt, asked.tokens))),
             Side("plain mixture", timed(decoding(plain, prompt, asked.tokens))),
