@@ -36,7 +36,7 @@ AHEAD, LEAST = 24, 12
 """Tokens that are read ahead where the text is known, at most; and at least, where others turned out likelier."""
 SIDES = 64
 """Sequences beside those that are looked for at once."""
-LIKELY, DRAFTED = 0.1, 16
+LIKELY, DRAFTED = 0.003, 16
 """Where a pass is made anyway, what the likely next bytes need is read ahead: probability of these, and how many."""
 ROOM = 4
 """Tokens of a text that such a pass reads at least, if so many are likely."""
