@@ -91,3 +91,20 @@ def test_draws_are_the_words_of_the_generator(start, count):
         group, inside = divmod(start + place, 64)
         word, lane = divmod(inside, 16)
         assert drawn[place] == _random.philox(np.array([16 * group + lane], np.uint64), key)[word, 0]
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "della", "knots"])
+def test_what_is_drawn_belongs_to_the_weights_and_not_to_what_they_are_called(method, tmp_path):
+    from small_adapters import adapter
+    from small_family import family, merge
+
+    found = family(tmp_path / "family", 2)
+    if method == "knots":
+        found |= {name: adapter(found["base"], tmp_path / f"adapter {name}", seed) for seed, name in enumerate("ab")}
+    again = {"base": found["base"], "x/y": found["b"], "first": found["a"]}
+    more = {"merge": "dare_linear"} if method == "knots" else {}
+    how = {"method": method, "base": "base", "density": 0.5} | more
+    one, _ = merge(how | {"models": ["a", "b"]}, found, tmp_path / "one")
+    other, _ = merge(how | {"models": ["x/y", "first"]}, again, tmp_path / "other")
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)

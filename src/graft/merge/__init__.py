@@ -55,6 +55,7 @@ class Merge(Verb[MergeSettings]):
 
     name = "merge"
     on_disk = False
+    version = 2
     summary = "Combine the weights of several models of one initialisation into one model."
 
     def types(self) -> Mapping[str, type[Settings]]:

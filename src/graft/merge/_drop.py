@@ -36,7 +36,7 @@ def dropped(tensors: Tensors, densities: Sequence[float], rescale: str) -> Spars
 
         if densities[model] >= 1:
             return torch.ones_like(delta)
-        drawn = uniform(tensors.seed, tensors.name, tensors.models[model].model, start, len(delta))
+        drawn = uniform(tensors.seed, tensors.name, tensors.models[model].drawn_by, start, len(delta))
         return torch.from_numpy(drawn < limits[model]).to(delta).mul_(float(gains[model][0]))
 
     return _masked(tensors, factors, rescale, limits, gains)
@@ -70,7 +70,8 @@ def dropped_by_rank(tensors: Tensors, densities: Sequence[float], epsilons: Sequ
         if densities[model] >= 1:
             return torch.ones_like(delta)
         rows = delta.view(-1, tensors.row)
-        drawn = uniform(tensors.seed, tensors.name, tensors.models[model].model, start, len(delta)).reshape(rows.shape)
+        drawn = uniform(tensors.seed, tensors.name, tensors.models[model].drawn_by, start, len(delta))
+        drawn = drawn.reshape(rows.shape)
         near, made = tensors.workers.near, torch.empty_like(rows)
         # a sort needs several times the memory of what it sorts
         several = max(SORTED // tensors.row, 1) if near else len(rows)
@@ -122,7 +123,7 @@ def _masked(
         return [delta.mul_(factors(model, delta, piece.start)) for model, delta in enumerate(piece.deltas())]
 
     if rescale != "l1":
-        keys = [key(tensors.seed, tensors.name, source.model) for source in tensors.models]
+        keys = [key(tensors.seed, tensors.name, source.drawn_by) for source in tensors.models]
         return Thinned(sparse, Dropping.at_random(keys, limits, gains))
     whole = rescaling(tensors, sparse)
 

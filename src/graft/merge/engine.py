@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from graft.checkpoint import FLOATS, TensorReader, TensorWriter, atomic_write
 from graft.errors import RequestError
-from graft.lineage import Digests
+from graft.lineage import Digests, hash_model
 from graft.merge.architecture import Check, verify
 from graft.merge.inputs import Input, inputs, once, unpickled
 from graft.merge.journal import Journal
@@ -71,7 +72,8 @@ def run(job: Job) -> dict[str, Any]:
         fits = fitting(plan, job, opened)
         writer = TensorWriter(job.out, plan.tensors, settings.shard, resume=True)
         opened.callback(writer.close)
-        what = {"settings": settings.plain(), "seed": job.seed, "parents": stamps(folders)}
+        homes = {name: part.home for name, part in parts.items()}
+        what = {"settings": settings.plain(), "seed": job.seed, "parents": stamps(folders), "homes": stamps(homes)}
         journal = Journal(job.scratch / "finished", what, job.out)
         # opened last and so closed first: no thread works on files that are closed
         workers = opened.enter_context(Workers(device=job.device or "cpu"))
@@ -139,7 +141,8 @@ def stream(
     chosen = method("graft.merge", settings.method)
     own = by_tensor(settings, {name: place for name, place in plan.places.items() if name not in plan.copied})
     sources = aligned(readers, plan.vocabulary, plan.places)
-    every = {name: _tensors(name, plan, settings, sources, workers, seed, chosen) for name in plan.tensors}
+    told = {name: cache(partial(hash_model, folder)) for name, folder in plan.folders.items()}
+    every = {name: _tensors(name, plan, settings, sources, told, workers, seed, chosen) for name in plan.tensors}
     floats = {name: tensors for name, tensors in every.items() if plan.tensors[name][0] in FLOATS}
     if survey is None and hasattr(chosen, "survey"):
         found = chosen.survey([tensors for name, tensors in floats.items() if name not in plan.copied], settings)
@@ -185,11 +188,13 @@ def _tensors(
     plan: Layout,
     settings: MergeSettings,
     readers: Mapping[str, TensorReader],
+    told: Mapping[str, Callable[[], str]],
     workers: Workers,
     seed: int,
     chosen: ModuleType,
 ) -> Tensors:
-    sources = {model: Source(model, readers[model], place) for model, place in plan.places[name].items()}
+    places = plan.places[name].items()
+    sources = {model: Source(model, readers[model], place, told.get(model)) for model, place in places}
     base = sources[settings.base_name] if settings.base_name is not None else None
     models = [sources[model] for model in settings.names if model in sources]
     by_rows = getattr(chosen, "by_rows", lambda settings: False)(settings)

@@ -74,7 +74,7 @@ def sparsened(parts: Sequence[Tensor], tensors: Tensors, settings: Settings) -> 
         return [largest(part, density) for part, density in zip(parts, settings.densities, strict=True)]
     thin = []
     for part, source, share in zip(parts, tensors.models, settings.densities, strict=True):
-        keep = below(tensors.seed, tensors.name, source.model, 0, part.numel(), share) if share < 1 else True
+        keep = below(tensors.seed, tensors.name, source.drawn_by, 0, part.numel(), share) if share < 1 else True
         mask = torch.as_tensor(keep, device=part.device).expand(part.numel()).view_as(part)
         thin.append(part * mask / share)
     return thin
