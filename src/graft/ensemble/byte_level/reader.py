@@ -9,7 +9,7 @@ import torch
 
 from graft.ensemble.byte_level.cover import Told
 from graft.ensemble.byte_level.spelling import Spelling
-from graft.ensemble.byte_level.trie import Node, Trie
+from graft.ensemble.byte_level.trie import Trie
 from graft.errors import CannotCombine, RunError
 
 KEPT = 2**24
@@ -37,7 +37,6 @@ class Reader:
         self.start, self.ends = spelling.start, [i for i in spelling.ends if i < self.size]
         self.style: str | None = None
         self._alone: dict[int, Told] = {}
-        self._parts: dict[int, list[int]] = {}
         self.forwards, self.tokens_read = 0, 0
 
     @property
@@ -54,17 +53,6 @@ class Reader:
     def whole(self, tokens: Sequence[int]) -> torch.Tensor:
         """Logits `[len(tokens), vocabulary]` of a sequence read from its start, without a cache."""
         return self.forward(torch.tensor([list(tokens)]))[0]
-
-    def parts(self, token: int) -> list[int]:
-        """Tokens that this one begins with, the longest left out."""
-        if token not in self._parts:
-            node: Node | None = self.later.root
-            found = []
-            for byte in (self.spelling.later[token] or b"")[:-1]:
-                node = node.next[byte] if node is not None else None
-                found += [int(self.later.ids[node.low])] if node is not None and node.mid > node.low else []
-            self._parts[token] = found
-        return self._parts[token]
 
     def guess(self, token: int) -> Told | None:
         """What comes behind a token where nothing but the start stands before it, if that is known."""
