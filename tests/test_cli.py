@@ -197,6 +197,18 @@ def test_a_defect_of_ours_is_one_line_that_says_how_to_see_more(family, monkeypa
     )
 
 
+def test_a_file_that_may_not_be_used_is_no_defect(family, monkeypatch):
+    recipe, _ = family
+
+    def refused(text):
+        raise PermissionError(13, "Permission denied", "some/file")
+
+    monkeypatch.setattr("graft.recipe.reader.read_yaml", refused)
+    result = invoke("plan", recipe)
+    assert result.exit_code == 1
+    assert result.stderr == "graft: some/file: permission denied; change its permissions or name another\n"
+
+
 def test_debug_may_stand_anywhere(family):
     recipe, _ = family
     recipe.write_text("family: f\nmodels:\n  a: {grow: {fails: true}}\n")

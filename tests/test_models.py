@@ -90,6 +90,14 @@ def test_a_folder_that_is_not_there_does_not_mean_the_network(tmp_path):
         models.load(tmp_path / "org" / "name")
 
 
+def test_a_folder_without_a_configuration_or_with_a_damaged_one_is_named(tmp_path):
+    with pytest.raises(RequestError, match=r"expected a model's folder with config\.json, found none"):
+        models.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type":')
+    with pytest.raises(CheckpointError, match=r"config\.json: the configuration is damaged"):
+        models.load(tmp_path)
+
+
 def test_weights_that_are_missing_are_named(tmp_path):
     models.save(made("llama"), None, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

@@ -425,6 +425,21 @@ def test_files_that_may_not_be_read_are_named(recipe, tmp_path, monkeypatch):
         read_recipe(path)
 
 
+def test_models_that_may_not_be_read_are_told_with_their_line(recipe, tmp_path, monkeypatch):
+    path = recipe("family: f\nmodels:\n  a: {load: there}\n  b: {load: there}\n")
+
+    def refused(error):
+        monkeypatch.setattr("graft._load.Load.located", lambda *args: (_ for _ in ()).throw(error))
+
+    refused(PermissionError(13, "Permission denied", "there/config.json"))
+    first, second = problems(path)
+    assert first.startswith("line 3: models.a.load: there/config.json: permission denied; change its permissions")
+    assert second.startswith("line 4: models.b.load:")
+    refused(PermissionError(1, "Operation not permitted"))  # no file's: not the reader's to mend
+    with pytest.raises(PermissionError):
+        read_recipe(path)
+
+
 def forbid(monkeypatch, name, path):
     """Opening this file is refused, as it is to people who may not read it (whoever runs the tests may read all)."""
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import typer
 
 from graft._verb_command import Commands
-from graft.errors import GraftError, Problem, RequestError, UnknownName
+from graft.errors import GraftError, Problem, RequestError, UnknownName, forbidden
 
 F = TypeVar("F", bound=Callable[..., Any])
 UsageError: Any = typer.BadParameter.__base__
@@ -66,16 +66,23 @@ def tidy(command: F) -> F:
             raise typer.Exit(error.exit_code) from None
         except (typer.Exit, typer.Abort):
             raise
-        except Exception as error:  # noqa: BLE001  (a defect of graft: said in one line, with the way to see more)
-            defect = GraftError(f"{type(error).__name__}: {error}; this is a defect of graft: --debug shows where")
-            defect.__cause__ = error
-            _show_error(defect, as_json)
-            raise typer.Exit(1) from None
+        except Exception as error:  # noqa: BLE001  (said in one line, with the way to see more)
+            told = _told(error)
+            told.__cause__ = error
+            _show_error(told, as_json)
+            raise typer.Exit(told.exit_code) from None
         except KeyboardInterrupt:
             typer.echo("stopped; the same command goes on from where it stood", err=True)
             raise typer.Exit(130) from None
 
     return run  # type: ignore[return-value]
+
+
+def _told(error: Exception) -> GraftError:
+    """What no room of graft's has put into words: a file that may not be used, or a defect."""
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return forbidden(error)
+    return GraftError(f"{type(error).__name__}: {error}; this is a defect of graft: --debug shows where")
 
 
 def _show_error(error: GraftError, as_json: bool) -> None:

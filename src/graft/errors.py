@@ -128,7 +128,14 @@ class TrainingError(RunError):
 
 
 class DiskError(RunError):
-    """The disk is full or the folder may not be written. Nothing that was there before is lost."""
+    """The disk is full, or a file or folder may not be read or written. Nothing that was there before is lost."""
+
+
+def forbidden(error: PermissionError) -> DiskError:
+    """What the system refused, by the name of the file. Raises `error` itself where it names none."""
+    if error.filename is None:
+        raise error
+    return DiskError(f"{error.filename}: permission denied; change its permissions or name another")
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,14 @@ def check_device(name: str | None) -> None:
 
 
 def load_config(path: str | Path, *, hub: bool = False) -> PretrainedConfig:
-    """The configuration of a folder, or of a hub id where `hub` allows the network."""
+    """The configuration of a folder, or of a hub id where `hub` allows the network.
+
+    Raises RequestError where there is none and CheckpointError for one that is damaged.
+    """
     from transformers import AutoConfig
 
     path = _place(path, hub)
+    read_config(Path(_home(path)))
     if _is_ours(path):
         _register()
     config = AutoConfig.from_pretrained(_home(path), local_files_only=True, trust_remote_code=False)

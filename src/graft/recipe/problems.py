@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from graft.errors import CheckpointError, Problem, RequestError, SettingsError
+from graft.errors import CheckpointError, Problem, RequestError, SettingsError, forbidden
 from graft.recipe.salvage import Where, salvaged
 
 T = TypeVar("T")
@@ -29,6 +29,8 @@ class Problems:
             self.found += error.problems
         except (RequestError, CheckpointError) as error:
             self.note(path, str(error))
+        except PermissionError as error:
+            self.note(path, str(forbidden(error)))
         return None
 
     def salvage(self, path: Where, parse: Callable[[Any], T], raw: Any) -> tuple[T | None, bool]:
