@@ -275,3 +275,19 @@ def test_a_refused_permission_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.open", refused)
     with pytest.raises(DiskError, match="may not be written"):
         atomic_write(Path(tmp_path / "file"), "x")
+
+
+def test_what_a_kill_left_beside_goes_when_something_is_made_there_and_what_is_being_made_stays(tmp_path):
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    old, young, alive = (tmp_path / f".{name}.part" for name in (f"old.{killed.pid}", f"young.{killed.pid}", "alive.1"))
+    for folder in (old, young, alive):
+        folder.mkdir()
+        (folder / "stream").write_text("x")
+    for path in (old, old / "stream", alive, alive / "stream"):
+        os.utime(path, (0, 0))
+    with atomic_folder(tmp_path / "made"):
+        pass
+    assert not old.exists()
+    assert young.exists()
+    assert alive.exists()

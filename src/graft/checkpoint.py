@@ -10,6 +10,7 @@ import shutil
 import stat
 import struct
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ TORCH_NAMES = {
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
 MAX_HEADER = 100_000_000
+LEFT_AFTER = 3600
+"""Seconds after which a folder that nobody writes is what a kill left."""
 
 
 @dataclass(frozen=True)
@@ -396,6 +399,9 @@ def atomic_folder(target: Path, *, keep_existing: bool = False) -> Iterator[Path
     target = Path(target)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(".*.part"):
+            if _is_left(left):
+                shutil.rmtree(left, ignore_errors=True)
         part = target.parent / f".{target.name}.{os.getpid()}.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
@@ -404,6 +410,21 @@ def atomic_folder(target: Path, *, keep_existing: bool = False) -> Iterator[Path
             replace_folder(part, target, keep_existing=keep_existing)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def _is_left(part: Path) -> bool:
+    """Whether who wrote this folder was killed: nobody here has its number, and nobody elsewhere has gone on lately."""
+    import psutil
+
+    number = part.name.split(".")[-2]
+    if not number.isdecimal() or psutil.pid_exists(int(number)):
+        return False
+    try:
+        latest = max(path.stat().st_mtime for path in (part, *part.iterdir()))
+    except OSError:
+        # somebody else removes it
+        return False
+    return time.time() - latest > LEFT_AFTER
 
 
 def replace_folder(made: Path, target: Path, *, keep_existing: bool = False, on_disk: bool = True) -> None:
