@@ -10,6 +10,7 @@ from streaming import relatives, streamed
 
 from graft.merge import _random
 from graft.merge._random import uniform
+from graft.merge.engine import short_names
 
 W = {"a": 0.5, "b": 0.3, "c": 0.4}
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}
@@ -94,17 +95,22 @@ def test_draws_are_the_words_of_the_generator(start, count):
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "della", "knots"])
-def test_what_is_drawn_belongs_to_the_weights_and_not_to_what_they_are_called(method, tmp_path):
+def test_what_is_drawn_belongs_to_a_name_in_whatever_folder_and_order(method, tmp_path):
     from small_adapters import adapter
     from small_family import family, merge
 
     found = family(tmp_path / "family", 2)
     if method == "knots":
         found |= {name: adapter(found["base"], tmp_path / f"adapter {name}", seed) for seed, name in enumerate("ab")}
-    again = {"base": found["base"], "x/y": found["b"], "first": found["a"]}
+    again = {"base": found["base"], "some/b": found["b"], "/some/a": found["a"]}
     more = {"merge": "dare_linear"} if method == "knots" else {}
     how = {"method": method, "base": "base", "density": 0.5} | more
     one, _ = merge(how | {"models": ["a", "b"]}, found, tmp_path / "one")
-    other, _ = merge(how | {"models": ["x/y", "first"]}, again, tmp_path / "other")
+    other, _ = merge(how | {"models": ["some/b", "/some/a"]}, again, tmp_path / "other")
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
+
+
+def test_models_of_one_name_in_two_folders_are_drawn_for_apart():
+    assert short_names(["x/a", "y/a", "b"]) == {"x/a": "x/a", "y/a": "y/a", "b": "b"}
+    assert short_names(["x/a", "y/b"]) == {"x/a": "a", "y/b": "b"}

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from graft.checkpoint import FLOATS, TensorReader, TensorWriter, atomic_write
 from graft.errors import RequestError
-from graft.lineage import Digests, hash_model
+from graft.lineage import Digests
 from graft.merge.architecture import Check, verify
 from graft.merge.inputs import Input, inputs, once, unpickled
 from graft.merge.journal import Journal
@@ -141,8 +140,7 @@ def stream(
     chosen = method("graft.merge", settings.method)
     own = by_tensor(settings, {name: place for name, place in plan.places.items() if name not in plan.copied})
     sources = aligned(readers, plan.vocabulary, plan.places)
-    told = {name: cache(partial(hash_model, folder)) for name, folder in plan.folders.items()}
-    every = {name: _tensors(name, plan, settings, sources, told, workers, seed, chosen) for name in plan.tensors}
+    every = {name: _tensors(name, plan, settings, sources, workers, seed, chosen) for name in plan.tensors}
     floats = {name: tensors for name, tensors in every.items() if plan.tensors[name][0] in FLOATS}
     if survey is None and hasattr(chosen, "survey"):
         found = chosen.survey([tensors for name, tensors in floats.items() if name not in plan.copied], settings)
@@ -188,17 +186,22 @@ def _tensors(
     plan: Layout,
     settings: MergeSettings,
     readers: Mapping[str, TensorReader],
-    told: Mapping[str, Callable[[], str]],
     workers: Workers,
     seed: int,
     chosen: ModuleType,
 ) -> Tensors:
-    places = plan.places[name].items()
-    sources = {model: Source(model, readers[model], place, told.get(model)) for model, place in places}
+    short = short_names(settings.parents)
+    sources = {model: Source(model, readers[model], at, short[model]) for model, at in plan.places[name].items()}
     base = sources[settings.base_name] if settings.base_name is not None else None
     models = [sources[model] for model in settings.names if model in sources]
     by_rows = getattr(chosen, "by_rows", lambda settings: False)(settings)
     return Tensors(name, plan.tensors[name][1], models, base, workers, seed, by_rows)
+
+
+def short_names(parents: Sequence[str]) -> dict[str, str]:
+    """Of every parent what stands at the end of its path, where that tells them apart; else what it is called."""
+    ends = {name: Path(name).name or name for name in parents}
+    return ends if len(set(ends.values())) == len(ends) else {name: name for name in parents}
 
 
 def files_beside(plan: Layout, parent: Input, out: Path) -> None:

@@ -64,8 +64,6 @@ class Layout:
     """Tensors that are taken from the first parent as they are: no part of what is merged."""
     vocabulary: Vocabulary | None = None
     """How the rows of embeddings are matched, where that is asked for."""
-    folders: Mapping[str, Path] = field(default_factory=dict)
-    """Of the parents."""
 
 
 def _weightless(name: str, facts: Facts) -> str:
@@ -217,7 +215,7 @@ def layout(settings: MergeSettings, folders: Mapping[str, Path]) -> Layout:
         notes["copied"] = f"{len(copied)} tensors of {reference}"
     if vocabulary is not None:
         notes["vocabulary"] = dict(vocabulary.notes)
-    return Layout(tensors, places, config, notes, forced, facts, copied, vocabulary, folders)
+    return Layout(tensors, places, config, notes, forced, facts, copied, vocabulary)
 
 
 def _all_places(settings: MergeSettings, headers: Mapping[str, Headers], tied: Tied) -> Places:

@@ -77,13 +77,13 @@ class Source:
     model: str
     reader: TensorReader
     name: str
-    identity: Callable[[], str] | None = None
-    """Says what the parent's weights are, however it is called."""
+    short: str = ""
+    """What the parent is called among the others, without the folders above it."""
 
     @property
     def drawn_by(self) -> str:
-        """What random draws for this parent belong to: its weights, so that a name or a path changes nothing."""
-        return self.model if self.identity is None else self.identity()
+        """What random draws for this parent belong to: the same for a path and for the name at its end."""
+        return self.short or self.model
 
     def read(self, start: int = 0, count: int | None = None) -> Tensor:
         """`count` elements from element `start`, flat; the whole tensor in its shape where `count` is None. float32.
