@@ -338,17 +338,30 @@ def code_state() -> dict[str, Any]:
 
 def vocabulary_hash(folder: Path) -> str:
     """Hash of the token strings with their ids; the same for all models with the same vocabulary."""
-    found = token_ids(folder)
-    if found is None:
-        return "none:" + hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:16]
-    return hash_vocabulary(found)
-
-
-def token_ids(folder: Path) -> dict[str, int] | None:
-    """Token string → id, from `tokenizer.json`; None where there is none. Raises CheckpointError for a damaged one."""
     path = Path(folder) / "tokenizer.json"
     if not path.exists():
-        return None
+        return "none:" + hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:16]
+    return _vocabulary_hash(path, _file_state(path))
+
+
+def token_ids(folder: Path) -> Mapping[str, int] | None:
+    """Token string → id, from `tokenizer.json`; None where there is none. Raises CheckpointError for a damaged one."""
+    path = Path(folder) / "tokenizer.json"
+    return _token_ids(path, _file_state(path)) if path.exists() else None
+
+
+def _file_state(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+@lru_cache(maxsize=64)
+def _vocabulary_hash(path: Path, state: tuple[int, ...]) -> str:
+    return hash_vocabulary(_token_ids(path, state))
+
+
+@lru_cache(maxsize=8)
+def _token_ids(path: Path, state: tuple[int, ...]) -> Mapping[str, int]:
     try:
         raw = json.loads(path.read_text())
         tokens = raw.get("model", {}).get("vocab", {})

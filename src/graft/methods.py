@@ -9,9 +9,22 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import pkgutil
+import sys
+from functools import lru_cache
 from types import ModuleType
 
 from graft.errors import UnknownName
+
+
+def entry_points(group: str) -> importlib.metadata.EntryPoints:
+    """What other packages that are installed add to a group."""
+    return _entry_points(group, tuple(sys.path))
+
+
+@lru_cache(maxsize=64)
+def _entry_points(group: str, places: tuple[str, ...]) -> importlib.metadata.EntryPoints:
+    # all packages are read through: once for the places they stand in
+    return importlib.metadata.entry_points(group=group)
 
 
 def method_names(package: str) -> list[str]:
@@ -22,7 +35,7 @@ def method_names(package: str) -> list[str]:
     parent = importlib.import_module(package)
     rooms = set(getattr(parent, "ROOMS", ()))
     own = [m.name for m in pkgutil.iter_modules(parent.__path__) if not m.name.startswith("_") and m.name not in rooms]
-    return sorted({*own, *(e.name for e in importlib.metadata.entry_points(group=package))})
+    return sorted({*own, *(e.name for e in entry_points(package))})
 
 
 def method(package: str, name: str) -> ModuleType:
@@ -30,12 +43,12 @@ def method(package: str, name: str) -> ModuleType:
     names = method_names(package)
     if name not in names:
         raise UnknownName(f"{package.rpartition('.')[2]} method", name, names)
-    return _module(package, name, importlib.metadata.entry_points(group=package))
+    return _module(package, name, entry_points(package))
 
 
 def methods(package: str) -> dict[str, ModuleType]:
     """All methods in `package` by name."""
-    entries = importlib.metadata.entry_points(group=package)
+    entries = entry_points(package)
     return {name: _module(package, name, entries) for name in method_names(package)}
 
 

@@ -7,6 +7,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from graft.errors import UnknownName
+from graft.methods import entry_points
 from graft.verb import Verb
 
 if TYPE_CHECKING:
@@ -47,4 +48,4 @@ def told(manifest: Manifest) -> list[str]:
 
 
 def _entries() -> importlib.metadata.EntryPoints:
-    return importlib.metadata.entry_points(group="graft.verbs")
+    return entry_points("graft.verbs")

@@ -56,7 +56,7 @@ def kin(a: TensorReader, b: TensorReader, *, same_tokens: bool, seed: int = 0) -
     if parts is not None:
         pairs = [(sample.some_rows(a, name), sample.some_rows(b, name)) for name in sample.kinds(parts.layers)]
         if min(_correlation(*pair) for pair in pairs) >= 1 - MATCHED:
-            test = statistics.in_place(statistics.cross(pairs), seed, ENOUGH_DRAWS)
+            test = statistics.in_place(statistics.cross(pairs, statistics.FEW), seed, ENOUGH_DRAWS)
             if test.p <= ALPHA:
                 return Evidence("related", test, IN_PLACE)
     return weigh(a, b, same_tokens=same_tokens, seed=seed)

@@ -19,8 +19,9 @@ IN_PLACE_DRAWS, MATCHED_DRAWS = 9999, 199
 """Shuffles: the least p-values are 0.0001 and 0.005."""
 AT_ONCE = 1 << 18
 """Numbers drawn at once."""
-WIDEST = 2048
-"""Dimensions of the hidden state that are looked at, at most: a matrix of so many numbers squared is held, twice."""
+WIDEST, FEW = 2048, 512
+"""Dimensions of the hidden state that are looked at, at most: a matrix of so many numbers squared is held, twice. A few
+of them are enough for relatives that have hardly changed."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,16 @@ def unit(rows_nd: np.ndarray) -> np.ndarray:
     return np.divide(centred, length, out=np.zeros_like(centred), where=length > 0)
 
 
-def cross(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+def cross(pairs: Iterable[tuple[np.ndarray, np.ndarray]], widest: int | None = None) -> np.ndarray:
     """[d, d]: how dimension i of one model goes with dimension j of the other, mean over pairs of `rows_nd`.
 
-    Its trace is the mean correlation of corresponding rows. Of more than `WIDEST` dimensions some are taken, evenly: an
-    order of these is as good as any other, too, and what is held does not grow with the model.
+    Its trace is the mean correlation of corresponding rows. Of more than `widest` dimensions (none: WIDEST) some are
+    taken, evenly: an order of these is as good as any other, too, and what is held does not grow with the model.
     """
     total = product = np.zeros((0, 0), np.float32)
     count = 0
     for whole in pairs:
-        a, b = (_thin(rows) for rows in whole)
+        a, b = (_thin(rows, widest or WIDEST) for rows in whole)
         if not count:
             total, product = (np.zeros((a.shape[1], b.shape[1]), np.float32) for _ in range(2))
         np.matmul(a.T, b, out=product)
@@ -63,8 +64,8 @@ def cross(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     return total / np.float32(count)
 
 
-def _thin(rows_nd: np.ndarray) -> np.ndarray:
-    every = -(-rows_nd.shape[1] // WIDEST)
+def _thin(rows_nd: np.ndarray, widest: int) -> np.ndarray:
+    every = -(-rows_nd.shape[1] // widest)
     return rows_nd if every == 1 else unit(rows_nd[:, ::every])
 
 

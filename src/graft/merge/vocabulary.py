@@ -101,7 +101,7 @@ def joined(
     return Vocabulary(rows, tensors, settings.base_name, made, notes)
 
 
-def _tokens(name: str, home: Path) -> dict[str, int]:
+def _tokens(name: str, home: Path) -> Mapping[str, int]:
     found = token_ids(home)
     if found is None:
         raise CannotCombine(f"{name}: its tokens are not known without tokenizer.json, which {home} does not have")
@@ -123,7 +123,7 @@ def _held(name: str, tensors: frozenset[str], headers: Mapping[str, Headers], pl
     return min((next(n for n in shape if n > 1) for shape in shapes), default=0)
 
 
-def _order(settings: MergeSettings, tokens: Mapping[str, dict[str, int]], held: int) -> list[str | None]:
+def _order(settings: MergeSettings, tokens: Mapping[str, Mapping[str, int]], held: int) -> list[str | None]:
     """The token of every row of the output: those of the first parent stay where they are, new ones come after."""
     reference = tokens[settings.parents[0]]
     last = max(reference.values(), default=-1)
