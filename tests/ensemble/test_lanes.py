@@ -60,16 +60,6 @@ def test_a_gate_that_leaves_members_out_and_speculation_work_in_lanes():
     assert len(threads) == 3
 
 
-def test_members_that_do_not_draft_run_at_the_same_time():
-    ids, mask = prompts()
-    expected = ensemble_of(five()).generate(ids, attention_mask=mask, **PLAIN)
-    ensemble, threads = apart(ensemble_of(five()))
-    found = ensemble.speculate(ids, attention_mask=mask, max_new_tokens=PLAIN["max_new_tokens"])
-    assert torch.equal(found.sequences, expected)
-    # a batch begins with turns of all members
-    assert len(set().union(*threads.values())) > 1
-
-
 def test_translators_and_classifiers_in_lanes():
     ids, mask = source()
     pair = {"t5": t5(1), "bart": bart(3)}

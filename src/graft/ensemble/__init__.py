@@ -31,8 +31,6 @@ ROOMS = (
     "gains",
     "gate",
     "greedy",
-    "held",
-    "judging",
     "kept",
     "lanes",
     "members",

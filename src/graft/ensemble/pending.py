@@ -1,138 +1,210 @@
 """Texts whose last tokens are drafts, and what each member has said of them.
 
-Rows go on as far as their own drafts are kept; none waits for another. A member reads in one run what is new to it in
-all rows, however much that is in each.
+All texts of a batch end in the same column and begin where they must, as in a batch that is padded on the left. Rows
+of which more drafts are kept than of others grow faster, so after each judgement every row is moved until it ends where
+the others do: in the text, in what the members have said, and in a member's cache when it reads again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import DynamicCache
 
-from graft.ensemble.gate import Told
-from graft.ensemble.held import Held, counts_columns
-from graft.ensemble.judging import Judged, Verdict
+from graft.ensemble.gate import Told, joined
 
 if TYPE_CHECKING:
     from graft.ensemble.causal import EnsembleForCausalLM
 
 
-Cell = tuple[int, int]
-"""A row and the position in its text of which something is said."""
+@dataclass(frozen=True)
+class Verdict:
+    """On a row's drafts: how many were `judged`, how many of these `kept`, and the token `instead` of the next one."""
+
+    judged: int
+    kept: int
+    instead: int | None
+
+
+@dataclass
+class _Reader:
+    """What is known of an active member: the rows of its layers of the cache with the columns they began in when these
+    were last put in order, how many tokens of each row's text it has read that still stand, and what it said last."""
+
+    rows: list[int]
+    starts: list[int]
+    own: dict[int, int]
+    told: Told | None = None
 
 
 class Pending:
-    """`texts` of rows, of which the first `firm` tokens stand and the others are drafts, of the members `by` and drawn
-    from the probabilities `drawn [vocabulary]` (none where they were not drawn).
+    """`text [rows, length]`, of which row r's begins in column `starts[r]` and ends with drafts of the members `by[r]`.
 
-    `rows`: those that are left, which are shorter than their `limits`.
+    `rows`: those of the batch that are left; `drawn [rows, …, vocabulary]`: the probabilities of which the last columns
+    were drawn, None where they were not drawn.
     """
 
-    def __init__(self, model: EnsembleForCausalLM, texts: list[list[int]], limits: Sequence[int]):
-        self.model, self.texts, self.limits = model, texts, limits
-        self.firm = list(map(len, texts))
-        self.rows = [row for row, text in enumerate(texts) if len(text) < limits[row]]
-        self.by: list[list[int]] = [[] for _ in texts]
-        self.drawn: list[list[torch.Tensor]] = [[] for _ in texts]
+    def __init__(self, model: EnsembleForCausalLM, ids: torch.Tensor, starts: Sequence[int]):
+        self.model, self.text, self.starts = model, ids, list(starts)
+        self.rows = list(range(len(ids)))
+        self.by: list[list[int]] = [[] for _ in self.rows]
+        self.drawn: torch.Tensor | None = None
+        self.readers = [
+            _Reader(list(self.rows), list(starts), {row: -start for row, start in enumerate(starts)})
+            for _ in model.active
+        ]
         self.cache = DynamicCache(config=model.config)
-        self.held = [self._held(place) for place in model.active]
-        self.told: list[list[dict[int, Told]]] = [[{} for _ in texts] for _ in model.active]
-
-    def _held(self, place: int) -> Held:
-        start, stop = self.model.spans[place]
-        gaps = not counts_columns(self.model.members[place], self.model.takes[place])
-        return Held(self.cache.layers[start:stop], list(self.rows), gaps)
 
     @property
-    def drafts(self) -> bool:
-        """Whether any row ends with a draft."""
-        return any(self.by[row] for row in self.rows)
+    def length(self) -> int:
+        """Columns, drafts included."""
+        return self.text.shape[1]
 
-    def reads(self, number: int) -> int:
-        """How many tokens of a row are new to an active member, at most."""
-        return max(len(self.texts[row]) - self.held[number].count(row) for row in self.rows)
+    @property
+    def first(self) -> int:
+        """The first column that holds a draft in any row, or would hold the next one."""
+        return self.length - max(map(len, self.by))
 
-    def read(self, number: int) -> None:
-        """An active member reads all that is new to it."""
-        held, most, gate = self.held[number], self.reads(number), self.model.gate
-        if not most:
+    def seen(self, number: int) -> int:
+        """How many columns a member has read that still stand in all rows."""
+        own = self.readers[number].own
+        return min(start + own[row] for row, start in zip(self.rows, self.starts, strict=True))
+
+    @property
+    def stop(self) -> int:
+        """The column before which all members have said what they think of every draft."""
+        return min(min(map(self.seen, range(len(self.readers)))) + 1, self.length)
+
+    def read(self, number: int, until: int) -> None:
+        """An active member reads the columns before `until` that are new to it."""
+        reader, seen, gate = self.readers[number], self.seen(number), self.model.gate
+        if seen >= until:
             return
-        if not held.gaps:
-            for row in self.rows:
-                held.forget(row, max(0, len(self.texts[row]) - most))
-        held.tidy(self.rows)
-        new = {row: self.texts[row][held.count(row) :] for row in self.rows}
-        keep = max(min(len(new[row]), len(self.by[row]) + 1) for row in self.rows)
-        ids, given = held.add(new)
+        self._order(number)
+        keep = max(1, min(until - seen, until - self.first + 1))
+        mask, positions = self._places(seen, until)
+        given = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
         states = gate is not None and gate.states and number in gate.looks_at
-        asked = {**given, "logits_to_keep": keep}
-        self._note(number, new, self.model._asked(self.model.active[number], ids, asked, self.cache, states))
+        new = self.model._asked(self.model.active[number], self.text[:, seen:until], given, self.cache, states)
+        reader.told = joined([reader.told, new]) if reader.told is not None and keep == until - seen else new
+        reader.own = {row: until - start for row, start in zip(self.rows, self.starts, strict=True)}
 
-    def _note(self, number: int, new: dict[int, list[int]], told: Told) -> None:
-        """Keep what a member said of the first position that is not firm, and of all behind it."""
-        keep, rows = told.log_probs.shape[1], self.held[number].rows
-        log_probs = told.log_probs.flatten(0, 1).unbind()
-        states = None if told.state is None else told.state.flatten(0, 1).unbind()
-        for at, row in enumerate(rows):
-            end = len(self.texts[row])
-            for position in range(max(self.firm[row], end - len(new.get(row, ())) + 1), end + 1):
-                place = (at + 1) * keep - 1 - (end - position)
-                self.told[number][row][position] = Told(log_probs[place], None if states is None else states[place])
+    def _order(self, number: int) -> None:
+        """Puts a member's layers of the cache in the order that the text has by now."""
+        reader = self.readers[number]
+        stay = [reader.rows.index(row) for row in self.rows]
+        shifts = [start - reader.starts[place] for start, place in zip(self.starts, stay, strict=True)]
+        reads = [reader.starts[place] + reader.own[row] for row, place in zip(self.rows, stay, strict=True)]
+        move = _Move(stay, shifts, len(reader.rows))
+        for place in range(*self.model.spans[self.model.active[number]]):
+            if there := int(self.cache.get_seq_length(place)):
+                move.layer(self.cache.layers[place], there, reads)
+        reader.rows, reader.starts = list(self.rows), list(self.starts)
 
-    def said(self, number: int, cells: Sequence[Cell]) -> Told:
-        """What an active member has said: `[cells, vocabulary]`."""
-        found = [self.told[number][row][position] for row, position in cells]
-        states = [each.state for each in found if each.state is not None]
-        return Told(torch.stack([each.log_probs for each in found]), torch.stack(states) if states else None)
+    def _places(self, seen: int, until: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Mask `[rows, until]` and positions `[rows, until - seen]` of a padded batch; a single row needs none."""
+        if len(self.rows) == 1:
+            return None, None
+        starts = torch.tensor(self.starts, device=self.text.device)[:, None]
+        places = torch.arange(until, device=self.text.device) - starts
+        return (places >= 0).long(), places[:, seen:].clamp(min=0)
 
-    def ends(self, number: int) -> list[Cell]:
-        """Where an active member can add a draft: behind the texts that it has read and that may become longer."""
-        cells = [(row, len(self.texts[row])) for row in self.rows if len(self.texts[row]) < self.limits[row]]
-        return [(row, end) for row, end in cells if end in self.told[number][row]]
+    def draft(self, number: int, tokens: torch.Tensor, probs: torch.Tensor | None) -> None:
+        """Adds a member's draft to every row: `tokens [rows]`, drawn from `probs [rows, vocabulary]`."""
+        self.text = torch.cat([self.text, tokens[:, None]], 1)
+        if probs is not None:
+            new = probs[:, None]
+            self.drawn = new if self.drawn is None else torch.cat([self.drawn, new], 1)
+        for row in self.by:
+            row.append(number)
 
-    def draft(self, number: int, cells: Sequence[Cell], tokens: Sequence[int], probs: torch.Tensor | None) -> None:
-        """Adds an active member's `tokens` at these ends, drawn from `probs [cells, vocabulary]`."""
-        for place, ((row, _), token) in enumerate(zip(cells, tokens, strict=True)):
-            self.texts[row].append(token)
-            self.by[row].append(number)
-            if probs is not None:
-                self.drawn[row].append(probs[place])
+    def said(self, number: int, first: int, stop: int) -> Told:
+        """What a member has said of the columns from `first` to before `stop`."""
+        told, end = self.readers[number].told, self.seen(number) + 1
+        assert told is not None
+        part = slice(first - end, (stop - end) or None)
+        return Told(told.log_probs[:, part], None if told.state is None else told.state[:, part])
 
-    def known(self, row: int) -> int:
-        """Of how many positions of a row, from the first that is not firm, all members have spoken: drafts, and at most
-        one behind them."""
-        stop = min(held.count(row) for held in self.held)
-        return max(0, min(stop + 1, self.limits[row]) - self.firm[row])
+    def settle(self, verdicts: Sequence[Verdict], done: Sequence[bool]) -> None:
+        """Drops the drafts that were not kept, and the rows that are `done`; what is left ends together again."""
+        ends, seen = [], [self.seen(number) for number in range(len(self.readers))]
+        for place, verdict in enumerate(verdicts):
+            firm, end = self.length - len(self.by[place]) + verdict.kept, self.length
+            self.by[place] = self.by[place][verdict.judged :]
+            if verdict.instead is not None:
+                self.text[place, firm], self.by[place], end = verdict.instead, [], firm + 1
+                for reader in self.readers:
+                    own = reader.own[self.rows[place]]
+                    reader.own[self.rows[place]] = min(own, firm - self.starts[place])
+            ends.append(end)
+        stay = [place for place, over in enumerate(done) if not over]
+        if stay:
+            self._move(stay, [ends[place] for place in stay], seen)
+        self.rows, self.by = [self.rows[place] for place in stay], [self.by[place] for place in stay]
 
-    def judged(self, row: int, count: int) -> Judged:
-        """What is to be judged of a row where `count` of its positions are known."""
-        drafts, firm = self.by[row][:count], self.firm[row]
-        return Judged(self.texts[row][firm : firm + len(drafts)], self.drawn[row][:count], count > len(drafts))
+    def _move(self, stay: list[int], ends: list[int], seen: list[int]) -> None:
+        """The rows that `stay` end together; members had read the first `seen` columns of each."""
+        length = max(end - self.starts[place] for place, end in zip(stay, ends, strict=True))
+        most = max(len(self.by[place]) for place in stay)
+        move = _Move(stay, [length - end for end in ends], len(self.rows))
+        if self.drawn is not None:
+            begin = self.length - self.drawn.shape[1]
+            self.drawn = move(self.drawn, 1, begin, length - most, length) if most else None
+        self.starts = [self.starts[place] + shift for place, shift in zip(stay, move.shifts, strict=True)]
+        self.text = move(self.text, 1, 0, 0, length)
+        rows = [self.rows[place] for place in stay]
+        for reader, before in zip(self.readers, seen, strict=True):
+            now = min(start + reader.own[row] for row, start in zip(rows, self.starts, strict=True))
+            if reader.told is not None:
+                reader.told = _moved(move, reader.told, before + 1, length - most, now + 1)
 
-    def settle(self, row: int, verdict: Verdict) -> list[int]:
-        """Drops the drafts of a row that were not kept; returns the tokens that are firm now."""
-        before, firm = self.firm[row], self.firm[row] + verdict.kept
-        self.firm[row] = firm + (verdict.instead is not None)
-        if verdict.instead is None:
-            self.by[row], self.drawn[row] = self.by[row][verdict.kept :], self.drawn[row][verdict.kept :]
-            self._forget(row, range(before, firm))
-        else:
-            self.by[row], self.drawn[row], self.texts[row][firm:] = [], [], [verdict.instead]
-            for held in self.held:
-                held.forget(row, firm)
-            self._forget(row)
-        return self.texts[row][before : self.firm[row]]
 
-    def _forget(self, row: int, positions: Iterable[int] | None = None) -> None:
-        """What was said of these positions of a row, or of all, is of no more use."""
-        for told in self.told:
-            for position in list(told[row]) if positions is None else positions:
-                del told[row][position]
+def _moved(move: _Move, told: Told, end: int, first: int, stop: int) -> Told | None:
+    """What a member said of the columns before `end`, after the move; of the columns `first` to `stop` at most."""
+    begin = end - told.log_probs.shape[1]
+    first = max(first, begin + min(move.shifts))
+    if first >= stop:
+        return None
+    parts = [None if each is None else move(each, 1, begin, first, stop) for each in (told.log_probs, told.state)]
+    return Told(*parts)  # type: ignore[arg-type]
 
-    def leave(self, row: int) -> None:
-        """A row is finished."""
-        self.rows.remove(row)
-        self._forget(row)
+
+@dataclass(frozen=True)
+class _Move:
+    """Moves the rows that `stay` of so many `rows` to the right, each by its own number of columns (`shifts`)."""
+
+    stay: list[int]
+    shifts: list[int]
+    rows: int
+    picked: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
+    """Which columns are picked from one long list of them, by what they are picked from."""
+
+    def layer(self, layer: Any, there: int, reads: Sequence[int]) -> None:
+        """A layer of the cache that holds so many columns, of which the first `reads` of each row still stand."""
+        count = max(0, min(min(there, right) + shift for right, shift in zip(reads, self.shifts, strict=True)))
+        if not count:
+            layer.reset()
+        elif count < there or any(self.shifts) or len(self.stay) < self.rows:
+            layer.keys, layer.values = (self(each, 2, 0, 0, count) for each in (layer.keys, layer.values))
+
+    def __call__(self, values: torch.Tensor, dim: int, begin: int, first: int, stop: int) -> torch.Tensor:
+        """Columns `first` to `stop` after the move, of `values` whose dimension `dim` are the columns from `begin`;
+        anything where a row had no such column."""
+        if len(set(self.shifts)) == 1:
+            values = values if len(self.stay) == self.rows else values[self.stay]
+            return values.narrow(dim, first - self.shifts[0] - begin, stop - first)
+        shape, key = values.shape, (values.device, *values.shape[: dim + 1], begin, first, stop)
+        if key not in self.picked:
+            self.picked[key] = self._pick(shape[: dim + 1], begin, first, stop, values.device)
+        # picking from one long list of columns is as fast as a copy, unlike `gather`
+        found = values.flatten(0, dim).index_select(0, self.picked[key])
+        return found.view(len(self.stay), *shape[1:dim], stop - first, *shape[dim + 1 :])
+
+    def _pick(self, shape: torch.Size, begin: int, first: int, stop: int, device: torch.device) -> torch.Tensor:
+        every = torch.arange(shape.numel(), device=device).view(shape[0], -1, shape[-1])
+        rows, shifts = torch.tensor([self.stay, self.shifts], device=device)
+        columns = torch.arange(first - begin, stop - begin, device=device) - shifts[:, None]
+        return (every[rows, :, :1] + columns.clamp(0, shape[-1] - 1)[:, None]).flatten()

@@ -3,24 +3,21 @@
 A drafted token is kept with probability min(1, p/q) of the ensemble's p and the drafting member's q, else one is drawn
 from what p has above q (Leviathan et al. 2023). Members take turns (alternate proposals, Fu et al. 2025): one run of a
 member judges the drafts before it and adds one. What a member gave while drafting is its part of p, so no member
-computes a position of the kept text twice. Where drafts do not pay, all members run and one token is written.
+computes a column of the kept text twice. In a batch each row goes on as far as its own drafts are kept.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from graft.ensemble.greedy import behind, pad_of, plain_greedy
-from graft.ensemble.judging import Drawing, Judged, Verdict
 from graft.ensemble.members import nan_words
-from graft.ensemble.pending import Cell, Pending
-from graft.ensemble.turns import Costs, Turns
+from graft.ensemble.pending import Pending, Verdict
+from graft.ensemble.turns import ACCELERATOR, THREAD, Turns
 from graft.errors import RequestError, RunError
 
 if TYPE_CHECKING:
@@ -62,18 +59,21 @@ def speculate(
     """
     drafts = _drafts(model, draft)
     _check_above_zero(temperature=temperature, block=block)
-    texts = _begin(model, input_ids, attention_mask, max_new_tokens)
+    ids, starts = _begin(model, input_ids, attention_mask, max_new_tokens)
+    sizes = [float(sum(weight.numel() for weight in model.members[place].parameters())) for place in model.active]
+    free = THREAD * torch.get_num_threads() if model.device.type == "cpu" else ACCELERATOR
+    turns, pending = Turns(sizes, drafts, free, block), Pending(model, ids, starts)
     ends = frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or ())
-    lengths = list(map(len, texts))
-    pending = Pending(model, texts, [length + max(max_new_tokens, 0) for length in lengths])
-    turns = Turns(len(model.active), _costs(model, timed=not do_sample), drafts, block)
-    writing = _Writing(model, pending, Drawing(temperature if do_sample else None, generator), ends, turns)
-    while pending.rows:
-        for numbers, drafting in turns.plan(len(pending.rows)).turns(len(model.active)):
-            writing.turn(numbers, drafting)
-            if not pending.drafts:
+    answers = _Answers([ids.shape[1] - start + max_new_tokens for start in starts], ends, {})
+    drawing, longest = _Drawing(temperature if do_sample else None, generator), ids.shape[1] + max_new_tokens
+    while pending.rows and max_new_tokens > 0:
+        plan = turns.plan(len(pending.rows))
+        for number, drafting in plan.turns(len(sizes)):
+            _run(model, pending, number, drafting and pending.length < longest, drawing)
+            turns.saw(_judge(model, pending, drawing, answers))
+            if not any(pending.by):
                 break
-    new = [text[length:firm] for text, length, firm in zip(texts, lengths, pending.firm, strict=True)]
+    new = [answers.rows[row][ids.shape[1] - start :] if max_new_tokens > 0 else [] for row, start in enumerate(starts)]
     return Speculated(behind(input_ids, new, pad_of(model, pad_token_id, ends)), turns.drafted, turns.held)
 
 
@@ -114,113 +114,120 @@ def _drafts(model: EnsembleForCausalLM, draft: str | None) -> list[int]:
 
 def _begin(
     model: EnsembleForCausalLM, input_ids: torch.Tensor, mask: torch.Tensor | None, count: int
-) -> list[list[int]]:
-    """The prompts without their padding."""
+) -> tuple[torch.Tensor, list[int]]:
+    """The prompts without what is padding in all rows, and where each begins."""
     model._check_prompts(mask)
     length = input_ids.shape[1]
     model._check_inputs(input_ids.new_empty(1, length + max(count - 1, 0) if length else 0), None)
     if mask is None:
-        return input_ids.tolist()
+        return input_ids.to(model.device), [0] * len(input_ids)
     starts = mask.long().argmax(-1)
     if not torch.equal(mask.bool(), torch.arange(length, device=mask.device) >= starts[:, None]):
         raise RequestError("expected prompts that are padded on the left, found padding behind or within them")
-    return [text[start:] for text, start in zip(input_ids.tolist(), starts.tolist(), strict=True)]
+    first = int(starts.min())
+    return input_ids[:, first:].to(model.device), (starts - first).tolist()
 
 
-THREAD, ACCELERATOR = (6, 15e9), (256, 1e12)
-"""Tokens that are read in about twice the time of one, since weights are fetched once for all, and the bytes of weights
-that are fetched in a second: by each thread of a CPU the first, by all of them the second (measured on members of 5M to
-25M parameters); by an accelerator both (a guess)."""
-LAYER = 4e-4
-"""Seconds that a layer takes whatever it reads: what calls its operations."""
+def _run(model: EnsembleForCausalLM, pending: Pending, number: int, drafting: bool, drawing: _Drawing) -> None:
+    """A member reads what is new to it and, where it drafts, adds a token to every row."""
+    pending.read(number, pending.length if drafting else pending.length - 1)
+    if not drafting:
+        return
+    told = pending.said(number, pending.length, pending.length + 1).log_probs[:, 0]
+    if bool(told[:, 0].isnan().any()):
+        raise RunError(nan_words(model.config.members[model.active[number]]))
+    pending.draft(number, *drawing.draw(told))
 
 
-def _costs(model: EnsembleForCausalLM, *, timed: bool) -> Costs:
-    """What runs of the active members are taken to cost until they are timed."""
-    cpu = model.device.type == "cpu"
-    free, speed = (THREAD[0] * torch.get_num_threads(), THREAD[1]) if cpu else ACCELERATOR
-    sizes = []
-    for place in model.active:
-        start, stop = model.spans[place]
-        held = sum(weight.numel() * weight.element_size() for weight in model.members[place].parameters())
-        sizes.append((LAYER * (stop - start), held / speed))
-    return Costs(sizes, free, timed)
+def _judge(
+    model: EnsembleForCausalLM, pending: Pending, drawing: _Drawing, answers: _Answers
+) -> list[tuple[int, bool]]:
+    """What all members have spoken of is kept or replaced; whose drafts were judged, and whether they were kept."""
+    first, stop = pending.first, pending.stop
+    if first >= stop:
+        return []
+    mixed = _mixed(model, pending, first, stop)
+    counts = [max(0, len(by) - (pending.length - stop)) for by in pending.by]
+    drawn = None if pending.drawn is None else pending.drawn[:, first - pending.length :][:, : stop - first]
+    verdicts = drawing.judge(pending.text[:, first:stop], mixed, drawn, counts)
+    seen = [
+        (number, place < verdict.kept)
+        for by, verdict in zip(pending.by, verdicts, strict=True)
+        for place, number in enumerate(by[: verdict.kept + (verdict.instead is not None)])
+    ]
+    done = answers.take(pending, verdicts)
+    pending.settle(verdicts, done)
+    return seen
+
+
+def _mixed(model: EnsembleForCausalLM, pending: Pending, first: int, stop: int) -> torch.Tensor:
+    """The ensemble's log-probabilities `[rows, columns, vocabulary]` of the columns from `first` to before `stop`."""
+    told = [pending.said(number, first, stop) for number in range(len(model.active))]
+    weights = model.weights if model.gate is None else model.gate.decide([told[n] for n in model.gate.looks_at])
+    columns = torch.arange(first, stop, device=model.device)
+    return model.mixed(told, weights, columns > torch.tensor(pending.starts, device=model.device)[:, None])
 
 
 @dataclass(frozen=True)
-class _Writing:
-    """`ends`: tokens that end a text."""
+class _Answers:
+    """`lengths`: how long each row's text may become, prompt included; `ends`: tokens that end it; `rows`: the texts
+    that are finished, by row."""
 
-    model: EnsembleForCausalLM
-    pending: Pending
-    drawing: Drawing
+    lengths: Sequence[int]
     ends: frozenset[int]
-    turns: Turns
+    rows: dict[int, list[int]]
 
-    def turn(self, numbers: Sequence[int], drafting: bool) -> None:
-        """Members read what is new to them and, where they draft, add a token to every row; what all members have
-        spoken of is kept or replaced."""
-        pending, begun = self.pending, perf_counter()
-        rows, reads, prompts = len(pending.rows), list(map(pending.reads, numbers)), self._prompts(numbers)
-        self.model._each(numbers, pending.read)
-        for number in numbers if drafting else ():
-            self._draft(number)
-        self._judge()
-        self.turns.took(numbers, reads, rows, None if prompts else perf_counter() - begun)
+    def take(self, pending: Pending, verdicts: Sequence[Verdict]) -> list[bool]:
+        """Takes the texts that are finished by these verdicts; for each row whether it is."""
+        return [self._finished(pending, place, verdict) for place, verdict in enumerate(verdicts)]
 
-    def _prompts(self, numbers: Sequence[int]) -> bool:
-        """Whether any of these members reads the prompts, which takes longer than other turns."""
-        return not all(self.pending.held[number].count(self.pending.rows[0]) for number in numbers)
+    def _finished(self, pending: Pending, place: int, verdict: Verdict) -> bool:
+        row, firm = pending.rows[place], pending.length - len(pending.by[place])
+        new = pending.text[place, firm : firm + verdict.kept].tolist()
+        new += [] if verdict.instead is None else [verdict.instead]
+        left = self.lengths[row] - (firm - pending.starts[place])
+        end = min(left, next((at + 1 for at, token in enumerate(new) if token in self.ends), left))
+        if len(new) < end:
+            return False
+        self.rows[row] = pending.text[place, pending.starts[place] : firm].tolist() + new[:end]
+        return True
 
-    def _draft(self, number: int) -> None:
-        if not (cells := self.pending.ends(number)):
-            return
-        told = self.pending.said(number, cells).log_probs
-        if bool(told[:, 0].isnan().any()):
-            raise RunError(nan_words(self.model.config.members[self.model.active[number]]))
-        self.pending.draft(number, cells, *self.drawing.draw(told))
 
-    def _judge(self) -> None:
-        pending = self.pending
-        counts = {row: count for row in pending.rows if (count := pending.known(row))}
-        cells = [(row, pending.firm[row] + at) for row, count in counts.items() for at in range(count)]
-        if not cells:
-            return
-        told, mixed = self._mixed(cells)
-        judged = [pending.judged(row, count) for row, count in counts.items()]
-        verdicts = self.drawing.judge(judged, mixed)
-        self._note(judged, verdicts, told, mixed)
-        for row, verdict in zip(counts, verdicts, strict=True):
-            self._take(row, pending.settle(row, verdict))
+@dataclass(frozen=True)
+class _Drawing:
+    """Greedy where `temperature` is None."""
 
-    def _note(
-        self, judged: Sequence[Judged], verdicts: Sequence[Verdict], told: Sequence[torch.Tensor], mixed: torch.Tensor
-    ) -> None:
-        """How well members draft is seen wherever a token was written: all of them have spoken of it."""
-        firsts = [0, *itertools.accumulate(each.cells for each in judged)]
-        written = [
-            first + at
-            for first, verdict in zip(firsts, verdicts, strict=False)
-            for at in range(verdict.kept + (verdict.instead is not None))
-        ]
-        if len(written) < len(mixed):
-            told, mixed = [each[written] for each in told], mixed[written]
-        held = sum(verdict.kept for verdict in verdicts)
-        lost = sum(verdict.kept < len(each.tokens) for each, verdict in zip(judged, verdicts, strict=True))
-        self.turns.saw(self.drawing.agreement(told, mixed), len(written), held + lost, held)
+    temperature: float | None
+    generator: torch.Generator | None
 
-    def _mixed(self, cells: Sequence[Cell]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """The members' log-probabilities and the ensemble's, each `[cells, vocabulary]`."""
-        model = self.model
-        told = [self.pending.said(number, cells) for number in range(len(model.active))]
-        weights = model.weights if model.gate is None else model.gate.decide([told[n] for n in model.gate.looks_at])
-        return [each.log_probs for each in told], model.mixed(told, weights, None)
+    def draw(self, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A token for each row of `[rows, vocabulary]`, and the probabilities it was drawn from."""
+        if self.temperature is None:
+            return log_probs.argmax(-1), None
+        probs = (log_probs / self.temperature).softmax(-1)
+        return torch.multinomial(probs, 1, generator=self.generator)[:, 0], probs
 
-    def _take(self, row: int, new: Sequence[int]) -> None:
-        """Ends a row whose `new` tokens hold an end, or fill it."""
-        pending = self.pending
-        end = next((place for place, token in enumerate(new, start=1) if token in self.ends), None)
-        if end is not None:
-            pending.firm[row] -= len(new) - end
-        if end is not None or pending.firm[row] == pending.limits[row]:
-            pending.leave(row)
+    def judge(
+        self, tokens: torch.Tensor, mixed: torch.Tensor, drawn: torch.Tensor | None, counts: Sequence[int]
+    ) -> list[Verdict]:
+        """On each row's last `counts[row]` of `tokens [rows, columns]`, given what the ensemble says of them (`mixed
+        [rows, columns, vocabulary]`) and the probabilities they were drawn from (`drawn`, alike)."""
+        if self.temperature is None or drawn is None:
+            best = mixed.argmax(-1)
+            right, instead = best == tokens, lambda row, column: int(best[row, column])
+        else:
+            probs, places = (mixed / self.temperature).softmax(-1), tokens[..., None]
+            chance = torch.rand(tokens.shape, generator=self.generator, device=mixed.device)
+            right = chance * drawn.gather(-1, places)[..., 0] < probs.gather(-1, places)[..., 0]
+            instead = lambda row, column: self._rest(probs[row, column], drawn[row, column])  # noqa: E731
+        verdicts = []
+        for row, (own, count) in enumerate(zip(right.tolist(), counts, strict=True)):
+            first = len(own) - count
+            kept = [*own[first:], False].index(False)
+            verdicts.append(Verdict(count, kept, instead(row, first + kept) if kept < count else None))
+        return verdicts
+
+    def _rest(self, ours: torch.Tensor, theirs: torch.Tensor) -> int:
+        """A token of what the ensemble's probabilities `[vocabulary]` have above the draft's."""
+        rest = (ours - theirs).clamp(min=0)
+        return int(torch.multinomial(rest if float(rest.sum()) > 0 else ours, 1, generator=self.generator))
