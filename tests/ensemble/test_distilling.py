@@ -37,7 +37,7 @@ def learned(model, ids):
     return model.eval()
 
 
-def test_a_student_comes_nearer_to_an_ensemble_on_text_it_has_not_read(tmp_path, monkeypatch):
+def test_a_student_comes_nearer_to_an_ensemble_on_real_text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer, known = letters(), set(letters().get_vocab())
     size = {"tokens": len(tokenizer)}
