@@ -169,6 +169,21 @@ def test_machine_code_is_kept_and_loaded_without_the_compiler(tmp_path):
     assert again.stdout.strip() == b"True"
 
 
+def test_where_the_compiler_fails_merges_go_the_plain_way(tmp_path, monkeypatch):
+    from numba.core.errors import TypingError
+
+    def fails(*_):
+        raise TypingError("of another version")
+
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "home"))
+    monkeypatch.setattr(_compiled, "_compile", fails)
+    _compiled._kernel.cache_clear()
+    assert _compiled.kernel("weighted_sum", "BF16", "BF16") is None
+    made = streamed({"method": "linear", "models": ["a", "b"]}, family("", (9, 9), "BF16"), tmp_path, dtype="BF16")
+    assert made["w"].isfinite().all()
+    _compiled._kernel.cache_clear()
+
+
 def test_where_nothing_may_be_kept_there_are_no_kernels(monkeypatch):
     monkeypatch.setenv("GRAFT_CACHE", "")
     _compiled._kernel.cache_clear()

@@ -46,8 +46,7 @@ def _kernel(name: str, stored: str, made: str) -> Compiled | None:
             kept = _compile(name, stored, made)
             remembered.keep("kernels", about, f"{_check(kept)}\n{kept}")
         return _load(kept)
-    except (ImportError, OSError, RuntimeError, ValueError):
-        # the plain way is always there
+    except Exception:  # noqa: BLE001 - whatever a compiler of another version says, the plain way is there
         return None
 
 
