@@ -95,7 +95,9 @@ class Talk:
         found: Any = self.tokenizer.apply_chat_template(
             self.messages, add_generation_prompt=True, return_dict=False, tokenizer_kwargs={"verbose": False}
         )
-        return found
+        end = self.tokenizer.eos_token_id
+        marked = self.model.config.is_encoder_decoder and end is not None  # as what an encoder reads is in training
+        return [*found, end] if marked else found
 
     def _room(self, max_tokens: int) -> int | None:
         """Tokens that what was said may have, half of the context at least; None where no limit is known."""

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from graft.data.amount import text_bytes
 from graft.data.corpus import AnyCorpus, text_of
+from graft.data.encode import encode
+from graft.data.render import ends
 from graft.errors import Problem, SettingsError
 from graft.progress import Progress, say
 
@@ -68,6 +70,30 @@ def train_tokenizer(
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def put_ends(tokenizer: PreTrainedTokenizerFast, architecture: str) -> None:
+    """Let a tokenizer put around a text by itself, in place, what training puts there, for whoever reads with it.
+
+    For a decoder the start token (it writes the end itself), for an encoder the start and the end, for the encoder of
+    an encoder-decoder the end. A tokenizer that does so already stays as it is, and so does what offsets it gives.
+    """
+    from tokenizers import processors
+
+    start, end = ends(tokenizer)
+    front, behind = start if architecture != "encoder-decoder" else [], end if architecture != "decoder" else []
+    if tokenizer("a")["input_ids"] == [*front, *encode(["a"], tokenizer)[0], *behind]:
+        return
+    backend = tokenizer.backend_tokenizer
+    before, after = (tokenizer.convert_ids_to_tokens(ids) for ids in (front, behind))
+    special = list(zip([*before, *after], [*front, *behind], strict=True))
+    template = processors.TemplateProcessing(
+        single=[*before, "$A", *after], pair=[*before, "$A", "$B", *after], special_tokens=special
+    )
+    offsets = (
+        [processors.ByteLevel(trim_offsets=False)] if isinstance(backend.post_processor, processors.ByteLevel) else []
+    )
+    backend.post_processor = processors.Sequence([*offsets, template]) if offsets else template
 
 
 def _trained(corpus: AnyCorpus, algorithm: Algorithm, size: int, special: list[str]) -> Tokenizer:

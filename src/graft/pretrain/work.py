@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from graft import data, models
 from graft.checkpoint import atomic_folder
 from graft.data.objectives import Span, objective_for
+from graft.data.tokenizers import put_ends
 from graft.pretrain.architectures import Shape, build, config_for, positions_for, shape_of
 from graft.pretrain.settings import PretrainSettings, TokenizerAt, TokenizerOf
 from graft.verb import Job
@@ -34,6 +35,7 @@ def run(job: Job) -> dict[str, Any]:
     objective = objective_for(settings.architecture, settings.objective)
     with main_first():
         tokenizer = find_tokenizer(settings, job, corpus, sentinels=isinstance(objective, Span))
+    put_ends(tokenizer, settings.architecture)
     torch.manual_seed(job.seed)
     tell(job, "building the model")
     model = build(model_config(settings, tokenizer))
