@@ -1,4 +1,4 @@
-"""Folders of LoRA adapters in the form of peft, read without peft: which tensors of the base they change, by what.
+"""Folders of LoRA and DoRA adapters in the form of peft, read without peft: which tensors they change, by what.
 
 `adapter_config.json` says how, `adapter_model.safetensors` holds the factors: for a weight W `[out, in]` of the base
 the pair A `[r, in]` and B `[out, r]`, and W becomes W + s · B A. Hu et al. 2021, arXiv:2106.09685; s is alpha / r, or
@@ -37,8 +37,11 @@ START = "base_model.model."
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """Ways to initialise factors that leave the base's weights as they are."""
 
+MAGNITUDE = "lora_magnitude_vector"
+"""The lengths of a weight's rows, trained by DoRA."""
+
 VARIANTS = (
-    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "arrow_config", "layer_replication",
+    "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "arrow_config", "layer_replication",
     "trainable_token_indices",
 )  # fmt: skip
 """Settings under which an adapter is something else than a sum with its base."""
@@ -66,14 +69,53 @@ class Shift:
 
 @dataclass(frozen=True)
 class Rescale:
-    """Rows (`axis` 0) or columns (1) of the tensor as it is stored, times `1 + scale · own`."""
+    """Rows (`axis` 0) or columns (1) of the tensor as it is stored, times `rest + scale · own`."""
 
     own: str
     scale: float
     axis: int
+    rest: float = 1.0
 
 
-Change = Factors | Shift | Rescale
+@dataclass(frozen=True)
+class Fade:
+    """The whole tensor times `by`."""
+
+    by: float
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """The tensor as it is stored times `keep + scale · B A` (transposed, where the factors are), from the left (`axis`
+    0) or from the right (1)."""
+
+    factors: Factors
+    axis: int
+    keep: float = 1.0
+
+
+@dataclass(frozen=True)
+class Turning:
+    """`weight` times what DoRA makes of a frozen weight W: W + ΔW, its rows as long as `magnitude` says.
+
+    Liu et al. 2024, arXiv:2402.09353, equation 5. `parts` add up to ΔW; `axis` is that of W's rows as it is stored.
+    """
+
+    parts: tuple[Factors, ...]
+    magnitude: str
+    weight: float
+    axis: int
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What another adapter has added to a bias so far, stretched as `turning` stretches the rows of `matrix`."""
+
+    matrix: str
+    turning: Turning
+
+
+Change = Factors | Shift | Rescale | Fade | Mixing | Turning | Stretch
 
 
 @dataclass(frozen=True)
@@ -160,10 +202,10 @@ def read_lora(folder: Path) -> Lora:
             if other not in headers:
                 raise CheckpointError(f"{path}: expected {other} beside {name}, found none")
             factors = _factors(config, module, name, other, headers, kind == "lora_embedding_A")
-            changes[f"{module}.weight"] = (factors,)
+            changes[f"{module}.weight"] = (_turning(factors, headers) if config.get("use_dora") else factors,)
         elif kind is None:
             whole[rest] = name
-        elif kind not in ("lora_B", "lora_embedding_B"):
+        elif kind not in ("lora_B", "lora_embedding_B", MAGNITUDE if config.get("use_dora") else None):
             raise RequestError(
                 f"{path}: expected pairs lora_A and lora_B, found {name}: fold the adapter into its base first"
             )
@@ -188,6 +230,17 @@ def _factors(config: Mapping[str, Any], module: str, a: str, b: str, headers: He
         )
     rank = shape_a[0]
     return Factors(a, b, rank, scale_of(config, module, rank), embedding or bool(config.get("fan_in_fan_out")))
+
+
+def _turning(factors: Factors, headers: Headers) -> Turning:
+    """What DoRA makes of factors. Raises RequestError for embeddings, CheckpointError where lengths are missing."""
+    if "lora_embedding_A" in factors.a:
+        raise RequestError(f"{headers[factors.a].file}: DoRA on embeddings ({factors.a}): fold it into its base first")
+    module = factors.a.partition("lora_A")[0]
+    found = [name for name in (f"{module}{MAGNITUDE}", f"{module}{MAGNITUDE}.weight") if name in headers]
+    if not found:
+        raise CheckpointError(f"{headers[factors.a].file}: expected {module}{MAGNITUDE} beside {factors.a}, found none")
+    return Turning((factors,), found[0], 1.0, int(factors.transposed))
 
 
 def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
@@ -229,11 +282,21 @@ def add_to(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
             _untied(model, name).copy_(own[stored])
         for name, changes in found.changes.items():
             weight = _untied(model, name)
-            for factors in (each for each in changes if isinstance(each, Factors)):
-                change = factors.scale * (own[factors.b].float() @ own[factors.a].float())
-                turned = change.shape != weight.shape or (factors.transposed and change.shape[0] == change.shape[1])
-                weight.copy_(weight.float() + (change.T if turned else change).to(weight.device))
+            for change in changes:
+                weight.copy_(_added(weight.float(), change, own))
     return model
+
+
+def _added(weight: Tensor, change: Change, own: Mapping[str, Tensor]) -> Tensor:
+    """A weight [rows, columns], float32, with a change of an adapter in the form of peft."""
+    if isinstance(change, Turning):
+        turned = _added(weight, change.parts[0], own)
+        factor = own[change.magnitude].float().to(weight.device) / turned.norm(dim=1 - change.axis)
+        return turned * (factor[:, None] if change.axis == 0 else factor)
+    assert isinstance(change, Factors)
+    product = change.scale * (own[change.b].float() @ own[change.a].float()).to(weight.device)
+    square = product.shape[0] == product.shape[1]
+    return weight + (product.T if product.shape != weight.shape or (change.transposed and square) else product)
 
 
 def _untied(model: PreTrainedModel, name: str) -> Tensor:

@@ -41,6 +41,16 @@ def test_biases_and_factors_fold(model_name, name):
     assert (logits(fold(model)) - expected).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("composition", ["scaled", "gated"])
+@pytest.mark.parametrize("form", ["bias", "scale"])
+def test_what_multiplies_a_norm_folds_into_its_weight_too(form, composition):
+    model = family("gpt2")
+    adopt(model, [point(form=form, on=["biases"], insertion="after", composition=composition), *points("bitfit")])
+    moved(model)
+    expected = logits(model)
+    assert (logits(fold(model)) - expected).abs().max() < TOLERANCE
+
+
 @pytest.mark.parametrize("form", ["bias", "scale"])
 def test_what_stands_before_a_layer_folds_beside_what_stands_behind_it(form):
     model = family("gpt2")

@@ -12,9 +12,10 @@ def many_pieces(request, monkeypatch):
 
     Thresholds are guessed from samples as small, and rows sorted a few at a time.
     """
-    from graft.merge import _drop, _select, stream
+    from graft.merge import _drop, _select, adapted, stream
 
     monkeypatch.setattr(stream, "PIECE", getattr(request.module, "PIECE", 20))
+    monkeypatch.setattr(adapted, "PIECE", 60)
     monkeypatch.setattr(_drop, "SORTED", 30)
     monkeypatch.setattr(_select, "FEW", 4)
     monkeypatch.setattr(_select, "LENGTH", 5)

@@ -31,6 +31,7 @@ KINDS = {
     "whole tensors too": {"modules_to_save": ["lm_head", "norm"]},
     "embeddings": {"target_modules": ["embed_tokens", "v_proj"]},
     "biases": {"bias": "all"},
+    "lengths of rows": {"use_dora": True, "target_modules": "all-linear"},
 }
 
 
@@ -65,18 +66,24 @@ def same(found, wanted):
 def test_an_adapter_alone_is_what_peft_folds(kind, folders, tmp_path):
     added = adapter(folders["base"], tmp_path / "added", 5, **KINDS[kind])
     out, _ = merge({"method": "linear", "models": ["added"]}, {"added": added}, tmp_path / "out")
-    same(out, folded(folders["base"], added))
-    load(tmp_path / "out")
+    wanted = folded(folders["base"], added)
+    same(out, wanted)
+    same(load(tmp_path / "out").state_dict(), wanted)
+    same(load(added).state_dict(), wanted)
 
 
-def test_weights_that_are_stored_turned_are_changed_turned(tmp_path):
+@pytest.mark.parametrize("dora", [False, True])
+def test_weights_that_are_stored_turned_are_changed_turned(dora, tmp_path):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=48, n_embd=16, n_layer=2, n_head=2, n_positions=32)
     base = save(GPT2LMHeadModel(config), tmp_path / "base")
-    added = adapter(base, tmp_path / "added", target_modules=["c_attn", "attn.c_proj"], fan_in_fan_out=True)
+    turned = {"fan_in_fan_out": True, "use_dora": dora}
+    added = adapter(base, tmp_path / "added", target_modules=["c_attn", "attn.c_proj"], **turned)
     out, _ = merge({"method": "linear", "models": ["added"]}, {"added": added}, tmp_path / "out")
     wanted = folded(base, added)
     same(out, {name: wanted[name] for name in out})
+    found = load(added).state_dict()
+    same({name: found[name] for name in out}, {name: wanted[name] for name in out})
 
 
 def test_a_checkpoint_without_the_first_part_of_its_names_is_understood(tmp_path):
@@ -202,7 +209,7 @@ def damaged(folder, out, change):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "expected a plain LoRA adapter, found use_dora"),
+        ({"use_bdlora": True}, "expected a plain LoRA adapter, found use_bdlora"),
         ({"peft_type": "IA3"}, "expected a LoRA adapter, found IA3"),
         ({"init_lora_weights": "pissa"}, r"its start \(pissa\) changed the weights of the base"),
     ],
@@ -211,6 +218,18 @@ def test_what_is_no_sum_with_its_base_is_refused(changes, message, folders, tmp_
     other = renamed(folders["x"], tmp_path / "other", **changes)
     with pytest.raises(RequestError, match=message):
         merge({"method": "linear", "models": ["other"]}, {"other": other}, tmp_path / "out")
+
+
+def test_lengths_of_rows_that_are_missing_or_of_embeddings_are_told_of(folders, tmp_path):
+    whole = adapter(folders["base"], tmp_path / "whole", 1, use_dora=True, target_modules=["q_proj"])
+    less = damaged(whole, tmp_path / "less", lambda held: {n: t for n, t in held.items() if "magnitude" not in n})
+    with pytest.raises(CheckpointError, match=r"expected .*q_proj.lora_magnitude_vector beside .*lora_A.*, found none"):
+        merge({"method": "linear", "models": ["less"]}, {"less": less}, tmp_path / "1")
+    tokens = adapter(folders["base"], tmp_path / "tokens", 1, use_dora=True, target_modules=["embed_tokens"])
+    with pytest.raises(RequestError, match=r"DoRA on embeddings .*: fold it into its base first"):
+        merge({"method": "linear", "models": ["tokens"]}, {"tokens": tokens}, tmp_path / "2")
+    with pytest.raises(CannotCombine, match=r"the adapter multiplies .*q_proj.weight, which is no sum of factors"):
+        merge({"method": "add_adapters", "models": ["whole", "x"]}, folders | {"whole": whole}, tmp_path / "3")
 
 
 def test_a_damaged_or_foreign_adapter_is_refused(folders, tmp_path):

@@ -6,9 +6,11 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from small_family import tensors
 from trained_family import job
 
+from graft.errors import CheckpointError
 from graft.evaluate import parse
 from graft.evaluate.judge import Judge
 from graft.merge import VERB, candidates
@@ -159,3 +161,30 @@ def test_every_merge_is_given_to_a_judge_that_is_free():
     found = dict(candidates._judged([judge_of(n) for n in "abc"], {str(n): (n, 0) for n in range(12)}))
     assert found == {str(n): 2.0 * n for n in range(12)}
     assert max(most) == 3
+
+
+def written(folder):
+    """Files of weights that lie below."""
+    return [str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_nothing_of_a_seat_is_left_when_all_is_judged(jobs, root, data, trained, tmp_path):
+    asked = job({"method": "linear", "models": ["up", "down"]}, trained, data, root, tmp_path / "seat")
+    with Candidates(asked, greedy({"on": "all.dev"}), jobs) as judged:
+        judged.values([VERB.parse({"method": "slerp", "models": ["up", "down"], "t": t}) for t in (0.2, 0.7)])
+        assert len(written(asked.scratch)) == jobs
+    assert written(asked.scratch) == []
+
+
+def test_nothing_of_a_seat_is_left_when_its_first_merge_fails(root, data, trained, tmp_path):
+    sick = shutil.copytree(trained["down"], tmp_path / "sick")
+    held = tensors(sick)
+    held["model.norm.weight"][3] = float("nan")
+    save_file(held, sick / "model.safetensors", metadata={"format": "pt"})
+    settings = {"method": "linear", "models": ["up", "sick"], "anyway": True}
+    asked = job(settings, trained | {"sick": sick}, data, root, tmp_path / "seat")
+    failing = pytest.raises(CheckpointError, match=r"sick: NaN or Inf in model.norm.weight")
+    with failing, Candidates(asked, greedy({"on": "all.dev"})) as judged:
+        judged.values([asked.settings])
+    assert written(asked.scratch) == []

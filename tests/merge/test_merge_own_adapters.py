@@ -52,6 +52,7 @@ def same(found, wanted):
 
 
 LINEAR = {"form": "linear", "size": 2}
+GATED = {"composition": "gated"}
 SCALED = {"composition": "scaled", "insertion": "after", "form": "scale"}
 KINDS = {
     "lora": [LORA],
@@ -70,6 +71,25 @@ KINDS = {
     "factors, scaled": [points({**SCALED, "on": ["linears", "before down"], "scale": 0.3})],
     "factors before, between and after": [LORA, named("ia3"), named("lora", rank=2)],
     "a pattern that fits the output matrix too": [named("lora", rank=2, on=["*_proj", "lm_head"])],
+    "lengths of rows": [named("lora", rank=3, dora=True)],
+    "lengths of rows, of a part": [named("lora", rank=2, pissa=True, dora=True, on=["output", "up"])],
+    "lengths of rows between others": [LORA, named("lora", rank=2, dora=True), named("ia3")],
+    "behind a layer": [points({**LINEAR, "on": ["output", "up"], "insertion": "after"})],
+    "behind a layer that was changed, scaled": [
+        LORA,
+        points({**LINEAR, "on": ["linears"], "insertion": "after", "composition": "scaled", "scale": 0.3}),
+    ],
+    "before layers, one after the other": [
+        points({**LINEAR, "on": ["before down", "before output"]}),
+        points({**SCALED, "on": ["before down"]}),
+        points({**LINEAR, "on": ["intermediate"], "composition": "scaled", "scale": "learned"}),
+    ],
+    "gates beside, behind and before": [
+        points({**LINEAR, **GATED, "on": ["linears"]}),
+        points({**LINEAR, **GATED, "on": ["output"], "insertion": "after"}),
+        points({**LINEAR, **GATED, "on": ["before down"], "insertion": "after"}),
+        points({"form": "scale", **GATED, "on": ["up", "before output"], "insertion": "after"}),
+    ],
 }
 
 
@@ -87,6 +107,61 @@ def test_biases_are_shifted_and_multiplied_with_their_rows(folders, tmp_path):
     added = own(folders["turned"], tmp_path / "added", named("bitfit"), named("ia3"), named("bitfit"), LORA)
     out, _ = merge({"method": "linear", "models": ["added"]}, {"added": added}, tmp_path / "out")
     same(out, folded(added))
+
+
+BIAS = {"form": "bias", "on": ["biases"]}
+BIASED = {
+    "stretched with the rows": [named("bitfit"), named("lora", rank=2, dora=True)],
+    "mixed behind the layer": [named("bitfit"), points({**LINEAR, "on": ["output", "up"], "insertion": "after"})],
+    "behind a gate": [points({**BIAS, **GATED}), points({**LINEAR, **GATED, "on": ["linears"]})],
+    "multiplied behind a gate": [points({"form": "scale", **GATED, "on": ["biases"], "insertion": "after"})],
+}
+
+
+@pytest.mark.parametrize("kind", BIASED)
+def test_biases_go_through_what_comes_after_them(kind, folders, tmp_path):
+    active = {f"adapter-{number}": 0.7 for number in range(len(BIASED[kind]))}
+    added = own(folders["turned"], tmp_path / "added", *BIASED[kind], active=active)
+    out, _ = merge({"method": "linear", "models": ["added"]}, {"added": added}, tmp_path / "out")
+    same(out, folded(added))
+
+
+@pytest.mark.parametrize("base", ["base", "turned"])
+@pytest.mark.parametrize("kind", ["lengths of rows", "behind a layer", "before layers, one after the other"])
+def test_what_a_change_needs_of_the_whole_weight_is_read_a_few_rows_at_a_time(
+    base, kind, folders, tmp_path, monkeypatch
+):
+    """Row lengths, and products with the weight: no more than a piece, or a row, is ever held of it."""
+    from graft.checkpoint import TensorReader
+    from graft.merge.inputs import Input
+
+    added, read, real = own(folders[base], tmp_path / "added", *KINDS[kind]), [], TensorReader.read
+    with Input(added, folders[base]).open() as reader:
+
+        def counted(self, name, start=0, count=None):
+            read.extend([count] if self is reader.base else [])
+            return real(self, name, start, count)
+
+        monkeypatch.setattr(TensorReader, "read", counted)
+        for name in reader._under:
+            real(reader, name, 3, 7)
+    assert None not in read
+    assert len(read) > 4 * len(reader._under)
+    assert max(read) <= 64
+
+
+def test_each_step_that_needs_the_whole_weight_is_found_once(folders, tmp_path, monkeypatch):
+    from graft.merge.adapted import AdaptedReader
+
+    found, real = [], AdaptedReader._found
+    monkeypatch.setattr(AdaptedReader, "_found", lambda self, *what: found.append(what) or real(self, *what))
+    added = own(folders["base"], tmp_path / "added", LORA, named("lora", rank=2, dora=True))
+    merge(
+        {"method": "ties", "base": "base", "models": ["added"], "density": 0.4},
+        folders | {"added": added},
+        tmp_path / "o",
+    )
+    assert len(found) == len(set(found)) == 7 * 2 * 2
 
 
 def test_adapters_count_as_much_as_they_are_active(folders, tmp_path):
@@ -189,6 +264,9 @@ def test_biases_and_turned_weights_are_added_up(folders, tmp_path):
 
 
 def test_what_is_no_sum_of_factors_is_not_added_up(folders, tmp_path):
+    turned = own(folders["base"], tmp_path / "dora", named("lora", rank=2, dora=True))
+    with pytest.raises(CannotCombine, match=r"the adapter multiplies model.layers.0.*, which is no sum"):
+        merge({"method": "add_adapters", "models": ["x", "dora"]}, folders | {"dora": turned}, tmp_path / "0")
     factors = own(folders["base"], tmp_path / "ia3", named("ia3"))
     with pytest.raises(CannotCombine, match=r"the adapter multiplies model.layers.0.*k_proj.weight, which is no sum"):
         merge({"method": "add_adapters", "models": ["x", "ia3"]}, folders | {"ia3": factors}, tmp_path / "1")
@@ -203,9 +281,9 @@ NOT_READ = {
     "bottleneck on attention, feed_forward, is no change of weights": named("houlsby"),
     "softmax on attention, is no change of weights": named("prefix"),
     "tokens on input, is no change of weights": named("prompt"),
-    "linear on linears, needs the whole weight to be folded: fold it first": named("lora", dora=True),
-    "linear on output, needs the whole weight": points({**LINEAR, "on": ["output"], "insertion": "after"}),
-    "linear on up, needs the whole weight": points({**LINEAR, "on": ["up"], "composition": "gated"}),
+    "bias on before down, moves a bias by the whole weight times it: fold it first": points(
+        {"form": "bias", "on": ["before down"], "insertion": "after"}
+    ),
     "linear on attention, spans layers": points({**LINEAR, "on": ["attention"]}),
 }
 
@@ -330,9 +408,7 @@ def test_a_recipe_tunes_adapters_and_merges_them(folders, tmp_path):
     assert graft.run(recipe, tmp_path / "run").made == []
 
 
-@pytest.mark.parametrize(
-    "method", ["houlsby: {}", "lora: {dora: true}", "prefix: {}", "peft: {config: {peft_type: VERA}}"]
-)
+@pytest.mark.parametrize("method", ["houlsby: {}", "prefix: {}", "peft: {config: {peft_type: VERA}}"])
 def test_a_recipe_knows_before_anything_runs_which_adapters_are_not_merged(method, folders, tmp_path):
     with pytest.raises(RecipeError, match="tuned is an adapter that no merge can read"):
         read_recipe(written(folders, tmp_path, TRAINED.format(method=method)))

@@ -1,7 +1,8 @@
 """Adapters that lie in graft's own folders as changes of the weights of their frozen model, found in headers alone.
 
-LoRA, its rank-stabilised and PiSSA forms and any other linear point beside single linear layers, BitFit and (IA)³:
-what they make of a weight can be worked out a piece at a time. Of the rest, what folds is folded whole first.
+LoRA, its rank-stabilised, PiSSA and DoRA forms and any other linear point beside, behind or before single linear
+layers, BitFit and (IA)³, gated or not: what they make of a weight can be worked out a piece at a time, some of it after
+one pass over the weight.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +23,19 @@ from graft.adapters.facts import obstacles
 from graft.checkpoint import ADAPTER, Headers, read_file_headers, read_headers
 from graft.errors import CheckpointError, RequestError
 from graft.lineage import read_config
-from graft.lora import Change, Factors, Lora, LoraReader, Rescale, Shift, stands_for
+from graft.lora import (
+    Change,
+    Factors,
+    Fade,
+    Lora,
+    LoraReader,
+    Mixing,
+    Rescale,
+    Shift,
+    Stretch,
+    Turning,
+    stands_for,
+)
 
 KIND = "adapters"
 """Of what is kept."""
@@ -49,8 +62,11 @@ def read_affine(folder: Path, home: Path) -> Lora:
             # what multiplies a layer's input multiplies the columns of all that comes of it
             into = last if site.before else first
             for tensor, change in _changes(held, float(weight), site, base):
-                into[tensor].append(change)
-    return Lora(held.folder, entry, {n: (*first[n], *last[n]) for n in {**first, **last}}, {}, held.headers)
+                if not isinstance(change, Stretch) or first[tensor]:
+                    into[tensor].append(change)
+    # what runs last before a layer is next to its weight
+    changes = {name: (*first[name], *reversed(last[name])) for name in {**first, **last}}
+    return Lora(held.folder, entry, {name: found for name, found in changes.items() if found}, {}, held.headers)
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,10 @@ class Site:
     """The module's weight is stored as `[in, out]`."""
     form: str
     scale: float | str
+    after: bool = False
+    """It reads what the module gives."""
+    gated: bool = False
+    directions: bool = False
 
 
 def _sites(home: Path, name: str, points: list[dict[str, Any]]) -> list[Site]:
@@ -108,39 +128,77 @@ def placed(asked: str) -> str:
         kind = said["config"].get("model_type")
         raise RequestError(f"{name}: this version of transformers does not know {kind}, nor where adapters stand in it")
     points = [parse(Point, raw, (name,)) for raw in said["points"]]
-    # where a start lies in the weights, its factors are in the file
-    stack = adopt(model, [point.model_copy(update={"start": "zero"}) for point in points], name)
+    # where a start or a length lies in the weights, it is in the file
+    light = [point.model_copy(update={"start": "zero", "directions": False}) for point in points]
+    turns = {id(one): point.directions for one, point in zip(light, points, strict=True)}
+    stack = adopt(model, light, name)
     found = []
     for key, site in stack.sites[name].items():
         point, place, turned = site.point, site.place, type(site.module).__name__ == "Conv1D"
         scale = point.scale if point.composition == "scaled" else 1.0
         start = f"{name}.{key.replace('/', '.')}."
-        found.append(Site(start, place.target, place.before, turned, point.form, scale))
+        after, gated = point.insertion == "after" and not place.before, point.composition == "gated"
+        turns_rows = turns[id(point)]
+        found.append(Site(start, place.target, place.before, turned, point.form, scale, after, gated, turns_rows))
     return json.dumps([asdict(site) for site in found])
 
 
 def _changes(held: Lora, weight: float, site: Site, base: Headers) -> Iterator[tuple[str, Change]]:
     """(tensor of the model, what becomes of it) at one site, `weight` times."""
-    start, matrix, bias = site.start, f"{site.target}.weight", f"{site.target}.bias"
-    scale = weight * _scale(held, site)
+    matrix, bias = f"{site.target}.weight", f"{site.target}.bias"
     if site.form == "linear":
-        yield matrix, _factors(held, f"{start}down", f"{start}up", scale, site.turned)
-        if f"{start}first_down" in held.headers:
-            yield matrix, _factors(held, f"{start}first_down", f"{start}first_up", -scale, site.turned)
-    elif site.form == "bias":
-        yield bias, Shift(_there(held, f"{start}change"), scale)
-    else:
-        factor = _there(held, f"{start}factor")
-        yield matrix, Rescale(factor, scale, int(site.before) ^ int(site.turned))
-        if not site.before and stands_for(bias, base):
-            yield bias, Rescale(factor, scale, 0)
+        biased = stands_for(bias, base) is not None and not site.before
+        yield from (_turned if site.directions else _of_linear)(held, weight, site, bias if biased else None)
+        return
+    scale = weight * _scale(held, site)
+    keep = 1.0 - scale if site.gated else 1.0
+    if site.form == "bias":
+        if site.gated:
+            yield from ((name, Fade(keep)) for name in (matrix, bias))
+        yield bias, Shift(_there(held, f"{site.start}change"), scale)
+        return
+    factor = _there(held, f"{site.start}factor")
+    yield matrix, Rescale(factor, scale, int(site.before) ^ int(site.turned), keep)
+    if not site.before and stands_for(bias, base):
+        yield bias, Rescale(factor, scale, 0, keep)
+
+
+def _turned(held: Lora, weight: float, site: Site, bias: str | None) -> Iterator[tuple[str, Change]]:
+    parts = _product(held, site, _scale(held, site))
+    turning = Turning(parts, _there(held, f"{site.start}magnitude"), weight, int(site.turned))
+    yield f"{site.target}.weight", turning
+    if bias is not None:
+        yield bias, Stretch(f"{site.target}.weight", turning)
+
+
+def _of_linear(held: Lora, weight: float, site: Site, bias: str | None) -> Iterator[tuple[str, Change]]:
+    matrix, scale = f"{site.target}.weight", weight * _scale(held, site)
+    keep = 1.0 - scale if site.gated else 1.0
+    if site.after or site.before:
+        (factors,) = _product(held, site, scale)
+        yield matrix, Mixing(factors, int(site.before) ^ int(site.turned), keep)
+        if bias is not None:
+            yield bias, Mixing(replace(factors, transposed=False), 0, keep)
+        return
+    if site.gated:
+        yield from ((name, Fade(keep)) for name in (matrix, bias) if name is not None)
+    yield from ((matrix, part) for part in _product(held, site, scale))
+
+
+def _product(held: Lora, site: Site, scale: float) -> tuple[Factors, ...]:
+    """What adds up to the site's change: with PiSSA less what it started with."""
+    now = _factors(held, f"{site.start}down", f"{site.start}up", scale, site.turned)
+    if f"{site.start}first_down" not in held.headers:
+        return (now,)
+    return now, _factors(held, f"{site.start}first_down", f"{site.start}first_up", -scale, site.turned)
 
 
 def _scale(held: Lora, site: Site) -> float:
-    if site.scale != "learned":
+    """What the site's change is multiplied by: as written, or learned, or its gate."""
+    if site.scale != "learned" and not (site.gated and not site.directions):
         return float(site.scale)
     with LoraReader(held) as reader:
-        return float(reader.read(_there(held, f"{site.start}scale")))
+        return float(reader.read(_there(held, f"{site.start}{'gate' if site.gated else 'scale'}")))
 
 
 def _factors(held: Lora, a: str, b: str, scale: float, turned: bool) -> Factors:

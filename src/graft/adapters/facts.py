@@ -65,14 +65,9 @@ def _bars(point: Point) -> str:
     if any(word in SUBLAYERS for place in point.on for word in place.split("|")):
         return f"spans layers and so has no weight to fold into: {TOGETHER}"
     inside = any(place.startswith("before ") or place == "intermediate" for place in point.on)
-    if point.composition == "gated" or (point.form != "scale" and inside) or (point.form == "linear" and _mixes(point)):
-        return f"needs the whole weight to be folded: {FOLD}"
+    if point.form == "bias" and inside:
+        return f"moves a bias by the whole weight times it: {FOLD}"
     return ""
-
-
-def _mixes(point: Point) -> bool:
-    """Whether what a linear point adds depends on other weights than its own."""
-    return point.directions or point.insertion == "after"
 
 
 def folded_facts(start: Facts) -> Facts:

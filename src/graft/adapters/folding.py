@@ -136,8 +136,11 @@ def folded_tensors(model: PreTrainedModel, stack: Adapters) -> dict[str, torch.T
 def _folded_module(path: str, sites: list[tuple[Site, float]]) -> Iterator[tuple[str, torch.Tensor]]:
     module = sites[0][0].module
     old_bias = getattr(module, "bias", None)
-    if sizes(module) is None:  # a norm, which takes a bias only
-        bias = _through(sites, old_bias.float()[None], None)[0]  # type: ignore[union-attr]
+    if sizes(module) is None:  # a norm: what it gives may be shifted, and its channels multiplied
+        gain: torch.Tensor = module.weight  # type: ignore[assignment]
+        rows = torch.stack([torch.zeros_like(gain), gain, old_bias]).float()  # type: ignore[list-item]
+        nothing, multiplied, bias = _through(sites, rows, None)
+        yield f"{path}.weight", (multiplied - nothing).to(gain.dtype)
         yield f"{path}.bias", bias.to(old_bias.dtype)  # type: ignore[union-attr]
         return
     plain = oriented(module).float().t()  # row i is what the module makes of the i-th unit vector

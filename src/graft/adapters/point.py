@@ -168,6 +168,8 @@ class Point(Settings):
             raise ValueError("learned keys stand beside those of attention, in parallel: use `on: [attention]`")
         if self.form == "bias" and "biases" not in self.on and self.insertion == "parallel":
             raise ValueError("a bias is added to what a module gives: use `on: [biases]` or `insertion: after`")
+        if "biases" in self.on and self.form not in ("bias", "scale"):
+            raise ValueError(f"a bias may be shifted or multiplied: expected the form bias or scale, found {self.form}")
         if self.form == "scale" and self.insertion != "after":
             raise ValueError("a scale multiplies what is there: use `insertion: after`")
         return self

@@ -1,17 +1,34 @@
-"""A base and an adapter read as one checkpoint: a piece of a changed weight is worked out when it is asked for."""
+"""A base and an adapter read as one checkpoint: a piece of a changed weight is worked out when it is asked for.
+
+Whatever an adapter does to a tensor, it comes down to steps of one kind: rows or columns times a vector, then a product
+of low rank is added. What a step needs to know of the whole tensor is found in one pass over it, a few rows at a time.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING
 
 from graft.checkpoint import Headers, TensorHeader, TensorReader
 from graft.errors import CannotCombine
-from graft.lora import Change, Factors, Lora, LoraReader, Rescale, Shift, stands_for
+from graft.lora import (
+    Change,
+    Factors,
+    Fade,
+    Lora,
+    LoraReader,
+    Mixing,
+    Rescale,
+    Shift,
+    Stretch,
+    Turning,
+    stands_for,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +36,7 @@ if TYPE_CHECKING:
 PIECE = 1 << 20
 """Elements that are looked at together."""
 HELD = 8
-"""Changes whose tensors are kept in memory: tensors are worked on one after the other."""
+"""Tensors whose steps are kept in memory: as many are worked on at a time."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +78,18 @@ def _check_shape(lora: Lora, change: Change, header: TensorHeader) -> None:
     """Raises CannotCombine for a change of another shape than the tensor's."""
     if isinstance(change, Factors):
         _oriented(lora, change, header)
-        return
-    found, axis = lora.headers[change.own].shape, change.axis if isinstance(change, Rescale) else 0
-    if found != header.shape[axis : axis + 1] or (isinstance(change, Shift) and len(header.shape) > 1):
-        raise _other_model(lora, header, found)
+    if isinstance(change, Turning):
+        for factors in change.parts:
+            _oriented(lora, factors, header)
+    if isinstance(change, Mixing):
+        shapes = lora.headers[change.factors.b].shape[0], lora.headers[change.factors.a].shape[1]
+        if shapes != (header.shape[change.axis],) * 2:
+            raise _other_model(lora, header, shapes)
+    if isinstance(change, Shift | Rescale | Turning):
+        vector = change.magnitude if isinstance(change, Turning) else change.own
+        found, axis = lora.headers[vector].shape, 0 if isinstance(change, Shift) else change.axis
+        if found != header.shape[axis : axis + 1] or (isinstance(change, Shift) and len(header.shape) > 1):
+            raise _other_model(lora, header, found)
 
 
 def _other_model(lora: Lora, header: TensorHeader, found: Sequence[int]) -> CannotCombine:
@@ -93,6 +118,19 @@ def _repeated(vector: Tensor, axis: int) -> Callable[[slice], Tensor]:
     return lambda rows: vector[rows, None] if axis == 0 else vector[None]
 
 
+@dataclass(frozen=True)
+class Step:
+    """A tensor [rows, columns], or [rows], as it is stored, times `times`, plus `left @ right`; all float32."""
+
+    times: Tensor | float | None = None
+    axis: int = 0
+    """Whether `times` has a number for each row (0) or column (1)."""
+    left: Tensor | None = None
+    """[rows, r]"""
+    right: Tensor | None = None
+    """[r, columns], columns of a vector being one."""
+
+
 class AdaptedReader(TensorReader):
     """Reads pieces of a base with the changes of an adapter, in float32. The base's files and the adapter's stay as
     they are."""
@@ -106,8 +144,9 @@ class AdaptedReader(TensorReader):
         self._under = {stands_for(name, self.headers) or name: found for name, found in self.lora.changes.items()}
         self._whole = {stands_for(name, self.headers) or name: own for name, own in self.lora.whole.items()}
         self._tied = tied
-        self._held: OrderedDict[tuple[str, Change], tuple[Tensor, ...]] = OrderedDict()
-        self._lock = Lock()
+        self._held: OrderedDict[tuple[str, int], Step] = OrderedDict()
+        self._room = HELD * max(map(len, self._under.values()), default=1)
+        self._lock = RLock()
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with bytes of the tensor from byte `start`: float32 numbers where the adapter changes it."""
@@ -135,47 +174,110 @@ class AdaptedReader(TensorReader):
         import torch
 
         changes = self._under.get(name, ())
-        if not changes or name in self._whole or any(isinstance(change, Rescale) for change in changes):
+        if not changes or name in self._whole or not all(isinstance(change, Factors | Shift) for change in changes):
             return None
         return self._apply(name, start, torch.zeros(count))
 
-    def _apply(self, name: str, start: int, values: Tensor) -> Tensor:
-        """Put the changes of the tensor's elements from `start` on `values`, flat float32, in place."""
-        for change in self._under[name]:
-            found = self._tensors(name, change)
-            if isinstance(change, Shift):
-                values.add_(found[0][start : start + len(values)])
-            elif isinstance(change, Factors):
-                values.add_(self._rows(name, start, len(values), _product(*found)))
-            else:
-                values.mul_(self._rows(name, start, len(values), _repeated(found[0], change.axis)))
+    def _apply(self, name: str, start: int, values: Tensor, until: int | None = None) -> Tensor:
+        """Put the changes, or the first few, of the elements from `start` on `values`, flat float32, in place."""
+        for place in range(len(self._under[name][:until])):
+            step = self._step(name, place)
+            if isinstance(step.times, float):
+                values.mul_(step.times)
+            elif step.times is not None:
+                values.mul_(self._rows(name, start, len(values), _repeated(step.times, step.axis)))
+            if step.left is not None and step.right is not None:
+                values.add_(self._rows(name, start, len(values), _product(step.left, step.right)))
         return values
 
     def _rows(self, name: str, start: int, count: int, made: Callable[[slice], Tensor]) -> Tensor:
         """`count` elements from `start` of a matrix [rows, columns] of which `made` gives rows; a vector's have one."""
-        shape = self.headers[name].shape
-        width = shape[1] if len(shape) > 1 else 1
+        width = self._width(name)
         top, bottom = start // width, -(-(start + count) // width)
         return made(slice(top, bottom)).expand(bottom - top, width).reshape(-1)[start - top * width :][:count]
 
-    def _tensors(self, name: str, change: Change) -> tuple[Tensor, ...]:
-        """What a change is worked out from, float32, with the scale in it: `left` [rows, r] and `right` [r, columns] in
-        the orientation of the stored weight, or a vector."""
-        with self._lock:
-            if (name, change) not in self._held:
-                self._held[name, change] = self._read(name, change)
-                while len(self._held) > HELD:
-                    self._held.popitem(last=False)
-            return self._held[name, change]
+    def _width(self, name: str) -> int:
+        return math.prod(self.headers[name].shape[1:])
 
-    def _read(self, name: str, change: Change) -> tuple[Tensor, ...]:
-        if not isinstance(change, Factors):
-            vector = self.own.read(change.own).float().mul_(change.scale)
-            return (vector if isinstance(change, Shift) else vector.add_(1),)
-        a, b = (self.own.read(part).float() for part in (change.a, change.b))
-        b.mul_(change.scale)
-        turned = _oriented(self.lora, change, self.headers[name])
+    def _step(self, name: str, place: int) -> Step:
+        with self._lock:
+            if (name, place) not in self._held:
+                self._held[name, place] = self._found(name, place)
+                while len(self._held) > self._room:
+                    self._held.popitem(last=False)
+            return self._held[name, place]
+
+    def _found(self, name: str, place: int) -> Step:
+        import torch
+
+        change = self._under[name][place]
+        if isinstance(change, Fade):
+            return Step(change.by)
+        if isinstance(change, Factors):
+            left, right = self._sides(change, name)
+            return Step(left=left, right=right)
+        if isinstance(change, Mixing):
+            return self._mixing(name, place, change)
+        if isinstance(change, Turning):
+            return self._turning(name, change)
+        if isinstance(change, Stretch):
+            times = self._turning(stands_for(change.matrix, self.headers) or change.matrix, change.turning).times
+            start = self._before(name, 0, self.headers[name].count)
+            assert isinstance(times, torch.Tensor)
+            return Step(times, left=((1 - times) * start)[:, None], right=torch.ones(1, 1))
+        vector = self.own.read(change.own).float().mul_(change.scale)
+        if isinstance(change, Shift):
+            return Step(left=vector[:, None], right=torch.ones(1, 1))
+        return Step(vector.add_(change.rest), change.axis)
+
+    def _sides(self, factors: Factors, name: str) -> tuple[Tensor, Tensor]:
+        """`left` and `right` of a product in the orientation of the stored weight, with the scale in it."""
+        a, b = (self.own.read(part).float() for part in (factors.a, factors.b))
+        b.mul_(factors.scale)
+        turned = _oriented(self.lora, factors, self.headers[name])
         return (a.T.contiguous(), b.T.contiguous()) if turned else (b, a)
+
+    def _mixing(self, name: str, place: int, change: Mixing) -> Step:
+        """S + L (R S), or S + (S L) R: the product in brackets is that of the whole tensor."""
+        import torch
+
+        a, b = (self.own.read(part).float() for part in (change.factors.a, change.factors.b))
+        b.mul_(change.factors.scale)
+        left, right = (a.T, b.T) if change.factors.transposed else (b, a)
+        keep = change.keep if change.keep != 1 else None
+        blocks = self._blocks(name, place)
+        if change.axis == 0:
+            whole = torch.zeros(len(right), self._width(name))
+            for top, rows in blocks:
+                whole.addmm_(right[:, top : top + len(rows)], rows)
+            return Step(keep, left=left, right=whole)
+        return Step(keep, left=torch.cat([rows @ left for _, rows in blocks]), right=right)
+
+    def _turning(self, name: str, change: Turning) -> Step:
+        """(1 − w) W + w m / |W + ΔW| (W + ΔW), with the lengths of the rows of the frozen W."""
+        import torch
+
+        sides = [self._sides(factors, name) for factors in change.parts]
+        left, right = torch.cat([one for one, _ in sides], 1), torch.cat([one for _, one in sides])
+        squares = [
+            rows.addmm_(left[top : top + len(rows)], right).square_().sum(1 - change.axis)
+            for top, rows in self._blocks(name, 0)
+        ]
+        length = (torch.cat(squares) if change.axis == 0 else torch.stack(squares).sum(0)).sqrt_()
+        factor = self.own.read(change.magnitude).float().div_(length).mul_(change.weight)
+        if change.axis == 0:
+            left = left * factor[:, None]
+        else:
+            right = right * factor
+        return Step(factor + (1 - change.weight), change.axis, left, right)
+
+    def _blocks(self, name: str, until: int) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) of a tensor as its first changes leave it, float32; a vector's rows have one element."""
+        height, width = self.headers[name].shape[0], self._width(name)
+        for top in range(0, height, max(PIECE // width, 1)):
+            count = min(max(PIECE // width, 1), height - top)
+            rows = self._before(name, top * width, count * width).float()
+            yield top, self._apply(name, top * width, rows, until).view(count, width)
 
     def origin(self, name: str) -> Path:
         """The file to look at where the tensor's values are no numbers: the adapter's, if what it adds is none."""

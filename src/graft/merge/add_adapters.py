@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from graft.adapters.facts import TOGETHER
 from graft.errors import CannotCombine
-from graft.lora import Factors, Rescale
+from graft.lora import Factors, Shift
 from graft.merge.settings import NormalisedSettings
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def sums(parts: Mapping[str, Lora], weights: list[float], rank: int | None, ener
 def _product(part: Lora, name: str) -> list[Factors]:
     """The factors by which an adapter changes a tensor. Raises CannotCombine where it multiplies the tensor."""
     changes = part.changes.get(name, ())
-    if any(isinstance(change, Rescale) for change in changes):
+    if not all(isinstance(change, Factors | Shift) for change in changes):
         raise CannotCombine(
             f"{part.folder}: the adapter multiplies {name}, which is no sum of factors: {{adapt: {{adapters: [...]}}}} "
             "lets adapters run one after the other, and any other method makes a model of them"
@@ -177,8 +177,6 @@ def _task(part: Lora, facts: Facts) -> str:
 
 def _whole(parts: Mapping[str, Lora], weights: list[float], home: Path | None) -> dict[str, Tensor]:
     """Tensors that adapters hold whole or shift: the base's, and the weighted sum of their differences from it."""
-    from graft.lora import Shift
-
     shifted = {name for part in parts.values() for name, found in part.changes.items() if isinstance(found[0], Shift)}
     # what an adapter both holds and changes is a copy of the base's tensor
     names = sorted(shifted | {name for part in parts.values() for name in part.whole if name not in part.changes})
@@ -201,7 +199,7 @@ def _whole(parts: Mapping[str, Lora], weights: list[float], home: Path | None) -
 
 def _changed(name: str, parts: Mapping[str, Lora], weights: list[float], base: TensorReader) -> Tensor:
     """The base's tensor and the weighted sum of what the adapters make of it beside."""
-    from graft.lora import LoraReader, Shift, stands_for
+    from graft.lora import LoraReader, stands_for
     from graft.merge.stream import Source
 
     there = stands_for(name, base.headers)

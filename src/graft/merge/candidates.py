@@ -43,6 +43,8 @@ from graft.verb import Job
 Verdict = Callable[[MergeSettings, int], float | None]
 """The metric of a merge with a seed."""
 
+WRITTEN = "merge"
+"""The folder, in a seat's own, of the merge that is written and loaded."""
 VERSION = 1
 """Counted up when the same merge gets another verdict."""
 
@@ -83,7 +85,7 @@ class Seat:
     """One model in memory that becomes one merge after the other; the first is written to `folder` and loaded.
 
     Where what is loaded is not tensor for tensor what was written (a conversion while loading), every merge is written
-    and loaded. Use with `with`.
+    and loaded. Use with `with`, after which nothing of it is left on the disk.
     """
 
     def __init__(self, job: Job, folder: Path):
@@ -137,9 +139,9 @@ class Seat:
         survey: Any,
     ) -> None:
         self.model = self._targets = None
-        place = self.folder / "merge"
+        place = self.folder / WRITTEN
         # a new file each time: the memory of a loaded model may be the file that it came from
-        shutil.rmtree(place, ignore_errors=True)
+        _clear(self.folder)
         place.mkdir(parents=True)
         files_beside(plan, first, place)
         _stream(settings, job, plan, readers, TensorWriter(place, plan.tensors, settings.shard), survey)
@@ -153,6 +155,12 @@ class Seat:
 
     def __exit__(self, *_: object) -> None:
         self._opened.close()
+        _clear(self.folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove the merge that a seat wrote: nobody asks for it again, and it is as large as a model."""
+    shutil.rmtree(folder / WRITTEN, ignore_errors=True)
 
 
 def stored_names(model: Any, folder: Path) -> dict[str, str] | None:
@@ -303,8 +311,9 @@ class _Helper:
             text=True,
             env=os.environ | own,
         )
+        self.folder = job.scratch / f"seat-{number}"
         measure = {name: value for name, value in judged.plain().items() if name in Judged.model_fields}
-        self._say({"job": _plain(job, job.scratch / f"seat-{number}"), "judged": measure})
+        self._say({"job": _plain(job, self.folder), "judged": measure})
 
     def ask(self, settings: MergeSettings, seed: int) -> float | None:
         """The metric of one merge. Raises RunError where the other process fails."""
@@ -324,9 +333,10 @@ class _Helper:
         self.process.stdin.flush()
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, and remove what it wrote."""
         self.process.kill()
         self.process.communicate()
+        _clear(self.folder)
 
 
 def _plain(job: Job, scratch: Path) -> dict[str, Any]:
