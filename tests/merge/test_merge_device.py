@@ -1,8 +1,10 @@
 """Merging on an accelerator: every method gives there what it gives here.
 
-Where there is no CUDA, the same way is gone with the processor in the place of the accelerator.
+Where there is no CUDA, the same way is gone with the processor in the place of the accelerator, and with one that is
+made up, whose tensors cannot meet the processor's.
 """
 
+import elsewhere
 import numpy as np
 import pytest
 import torch
@@ -11,10 +13,12 @@ from small_adapters import adapter
 from small_family import family, merge, model, save
 from streaming import Far, relatives, streamed
 from test_merge_methods import CASES, ONE_EACH, RANDOM, THREE
+from typer.testing import CliRunner
 
 import graft
 import graft.merge.stream
 from graft.checkpoint import TensorReader
+from graft.cli import app
 from graft.errors import RequestError
 from graft.merge import VERB
 from graft.merge.engine import check_precision
@@ -54,10 +58,15 @@ def many_pieces(monkeypatch):
     monkeypatch.setattr(graft.merge.stream, "FAR_PIECE", 34)
 
 
-@pytest.fixture(params=["in its place", pytest.param("cuda", marks=CUDA)])
-def there(request):
+@pytest.fixture(params=["in its place", "apart", pytest.param("cuda", marks=CUDA)])
+def there(request, monkeypatch):
     """How `streamed` is told to work on the accelerator."""
-    return {"pool": Far} if request.param == "in its place" else {"device": "cuda"}
+    if request.param != "apart":
+        yield {"pool": Far} if request.param == "in its place" else {"device": "cuda"}
+        return
+    elsewhere.known_to_the_engine(monkeypatch)
+    with elsewhere.Elsewhere():
+        yield {"pool": elsewhere.Apart}
 
 
 @pytest.fixture(params=["in its place", pytest.param("cuda", marks=CUDA)])
@@ -81,6 +90,29 @@ def test_a_method_gives_there_what_it_gives_here(case, there, tmp_path):
     made = streamed(settings, parents, tmp_path, seed=4, **there)
     for name in here:
         torch.testing.assert_close(made[name], here[name], **CLOSE)
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "dare_ties", "karcher"])
+def test_every_piece_goes_to_the_device_that_is_asked_for_and_comes_back_once(method, tmp_path, monkeypatch):
+    parents, base = relatives(2), {} if method in ("linear", "karcher") else {"base": "base"}
+    elsewhere.known_to_the_engine(monkeypatch)
+    with elsewhere.Elsewhere():
+        made = streamed({"method": method, "models": ["a", "b"]} | base, parents, tmp_path, pool=elsewhere.Apart)
+    size = sum(value.numel() for value in made.values())
+    assert elsewhere.counts["there"] >= (2 + len(base)) * size
+    # beside what is written: sums, which are few
+    assert size <= elsewhere.counts["back"] <= 2 * size
+
+
+def test_on_the_device_that_is_made_up_nothing_meets_what_is_not_there():
+    with elsewhere.Elsewhere():
+        far = torch.arange(3.0).to("meta")
+        assert isinstance(far, elsewhere.There)
+        assert (far.mul_(2) + far).cpu().tolist() == [0, 4, 8]
+        assert isinstance(torch.ones(3, device="meta"), elsewhere.There)
+        for mixed in (lambda: far + torch.ones(3), lambda: torch.where(torch.ones(3).bool(), far, far), far.numpy):
+            with pytest.raises((RuntimeError, TypeError)):
+                mixed()
 
 
 @pytest.mark.parametrize("name", RANDOM)
@@ -168,6 +200,14 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_read(tmp_path,
     with pytest.raises(RequestError, match=r"expected a device of this machine .*found 'cuda:77'"):
         graft.merge(tmp_path / "out", method="passthrough", models=[folder], device="cuda:77")
     assert not (tmp_path / "out").exists()
+    told = CliRunner().invoke(app, ["merge", str(tmp_path / "out"), str(folder), "--device", "cuda:77"])
+    assert told.exit_code == 2
+    assert "expected a device of this machine (cpu" in " ".join(told.stderr.split())
+    (tmp_path / "r.yaml").write_text(f"family: f\nmodels: {{a: {{load: {folder}}}, m: {{merge: {{models: [a]}}}}}}\n")
+    told = CliRunner().invoke(app, ["run", str(tmp_path / "r.yaml"), "--device", "cuda:77"])
+    assert told.exit_code == 2
+    assert "found 'cuda:77'" in " ".join(told.stderr.split())
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
