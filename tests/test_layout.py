@@ -16,7 +16,7 @@ VERBS = {"pretrain", "tune", "adapt", "head", "merge", "ensemble", "quantize", "
 LAYERS = [
     {"allocator", "errors", "machine", "misfits", "settings", "progress", "_callable", "_register", "yaml_lines"},
     {"methods", "verb", "hub", "checkpoint", "lora", "pickles", "remembered", "lineage", "finite", "fitting", "data"},
-    {"models", "adapters", "multitask", "kinship"},
+    {"models", "adapters", "multitask", "kinship", "masks", "prefix_lm"},
     {"train", "evaluate"},
     VERBS,
     {"verbs"},

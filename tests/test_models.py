@@ -1,6 +1,7 @@
 """Folders become the models they are, or say what is wrong with them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import graft
 from graft import data, models
 from graft.data.tokenizers import train_tokenizer
-from graft.errors import CheckpointError, GraftError, RequestError
+from graft.errors import CheckpointError, GraftError, RecipeError, RequestError
 from graft.lineage import facts_of
 from graft.run import run
 
@@ -152,6 +154,30 @@ def test_a_configuration_that_was_edited_after_the_model_was_made_is_refused_whe
     facts_of(made)  # notes the new stamps of its files, since the weights are the same
     with pytest.raises(GraftError, match=r"do not fit config.json, .* no block for 9: model.layers.1.input_layernorm"):
         whole(made)
+
+
+def test_a_plan_finds_it_from_headers_and_looks_once(tmp_path, monkeypatch):
+    models.save(two_layers("llama"), None, tmp_path / "good")
+    shutil.copytree(tmp_path / "good", tmp_path / "bad")
+    says(tmp_path / "bad", intermediate_size=48)
+    (tmp_path / "r.yaml").write_text("family: f\nmodels:\n  bad: {load: bad}\n  good: {load: good}\n")
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a plan loads nothing"))
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "known"))
+    with pytest.raises(RecipeError) as error:
+        graft.plan(tmp_path / "r.yaml")
+    (problem,) = error.value.problems
+    assert str(problem).startswith(f"line 3: models.bad.load: {tmp_path / 'bad'}: the weights do not fit config.json")
+    monkeypatch.setattr(models, "made_empty", lambda config: pytest.fail("the model was looked at before"))
+    (tmp_path / "r.yaml").write_text("family: f\nmodels:\n  good: {load: good}\n")
+    graft.plan(tmp_path / "r.yaml")
+
+
+def test_a_command_on_such_a_folder_says_so_before_it_starts(tmp_path):
+    models.save(two_layers("llama"), None, tmp_path / "bad")
+    says(tmp_path / "bad", num_hidden_layers=1)
+    with pytest.raises(RecipeError, match=r"do not fit config\.json"):
+        graft.quantize(tmp_path / "out", from_=str(tmp_path / "bad"), bits=8)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_configuration_as_it_was_made_with_is_not_asked_again(tmp_path, monkeypatch):

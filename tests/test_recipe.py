@@ -737,6 +737,27 @@ def test_a_split_that_is_read_and_empty_is_a_problem_of_its_data_set(recipe, tmp
     read_recipe(path)
 
 
+def test_chats_without_the_assistant_cannot_be_trained_on_and_are_a_problem_of_their_data_set(recipe, tmp_path):
+    asked, told = (
+        "".join(f'{{"messages": [{{"role": "user", "content": "{n}"}}{more}]}}\n' for n in range(60))
+        for more in ("", ', {"role": "assistant", "content": "yes"}')
+    )
+    (tmp_path / "asked.jsonl").write_text(asked)
+    (tmp_path / "told.jsonl").write_text(told + asked.replace('"6', '"x'))
+    path = recipe("""
+        family: f
+        data:
+          asked: {source: jsonl, path: asked.jsonl, splits: {dev: 0.2, test: 0}}
+          told: {source: jsonl, path: told.jsonl, splits: {dev: 0.2, test: 0}}
+          idle: {source: jsonl, path: asked.jsonl}
+        models:
+          a: {pretrain: {data: asked, size: 60k, length: 16, tokenizer: {size: 300}}}
+          b: {pretrain: {data: told, size: 60k, length: 16, tokenizer: {size: 300}}}
+        """)
+    words = "expected chats with a turn of the role `assistant`, which is what is trained on, found none"
+    assert problems(path) == [f"line 4: data.asked: asked.{split}: {words}" for split in ("train", "dev")]
+
+
 def test_a_misspelt_split_is_shown_the_right_one(recipe):
     path = recipe("""
         family: f

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from graft.adapters.facts import adapted_base, adapter_of_head, place_base
-from graft.errors import RequestError
+from graft.errors import CheckpointError, RequestError
 from graft.hub import fetch
 from graft.lora import base_folder, is_lora, name_base
 from graft.machine import cores
@@ -69,6 +69,15 @@ class Load(Verb[LoadSettings]):
         from graft.lineage import facts_of
 
         return facts_of(fetched(settings))
+
+    def check(self, settings: LoadSettings, models: Mapping[str, Facts]) -> list[str]:
+        from graft.models import check_stored
+
+        try:
+            check_stored(fetched(settings))
+        except CheckpointError as error:
+            return [str(error)]
+        return []
 
     def estimate(self, settings: LoadSettings, models: Mapping[str, Facts]) -> Estimate:
         facts, copied = self.facts(settings, models, ""), _copied_bytes(fetched(settings))

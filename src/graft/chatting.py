@@ -9,6 +9,7 @@ from typing import Any
 
 from graft import models
 from graft.errors import RequestError
+from graft.prefix_lm import prefix_lms
 from graft.progress import say
 
 
@@ -54,6 +55,7 @@ class Talk:
                 settings: dict[str, Any] = {"max_new_tokens": max_tokens, "do_sample": False, **sampling}
                 pad = self.tokenizer.pad_token_id
                 settings["pad_token_id"] = self.tokenizer.eos_token_id if pad is None else pad
+                settings |= {"prompt_tokens": self._read_both_ways(inputs)} if prefix_lms(self.model) else {}
                 generate_from(**inputs, **settings, streamer=streamer)
             except BaseException as error:  # noqa: BLE001  (handed to the thread that listens)
                 failed.append(error)
@@ -92,12 +94,24 @@ class Talk:
         # how long it may be is looked at here, so that the tokenizer need not warn of it
         if not self.templated:
             return self.tokenizer(self.messages[-1]["content"], verbose=False)["input_ids"]
-        found: Any = self.tokenizer.apply_chat_template(
-            self.messages, add_generation_prompt=True, return_dict=False, tokenizer_kwargs={"verbose": False}
-        )
+        found = self._written(self.messages)
         end = self.tokenizer.eos_token_id
         marked = self.model.config.is_encoder_decoder and end is not None  # as what an encoder reads is in training
         return [*found, end] if marked else found
+
+    def _written(self, messages: list[dict[str, str]]) -> list[int]:
+        """A conversation as the template writes it for the assistant to go on."""
+        found: Any = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False, tokenizer_kwargs={"verbose": False}
+        )
+        return found
+
+    def _read_both_ways(self, inputs: dict[str, Any]) -> int:
+        """Tokens that a prefix LM reads both ways: as in training, those before the assistant's first turn."""
+        roles = [message["role"] for message in self.messages]
+        if not self.templated or "assistant" not in roles:
+            return int(inputs["input_ids"].shape[1])
+        return len(self._written(self.messages[: roles.index("assistant")]))
 
     def _room(self, max_tokens: int) -> int | None:
         """Tokens that what was said may have, half of the context at least; None where no limit is known."""

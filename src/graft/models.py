@@ -6,17 +6,28 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graft import remembered
 from graft.adapters.facts import adapter_of_head
 from graft.checkpoint import ADAPTER, Headers, disk_errors, read_headers
 from graft.errors import CheckpointError, RequestError
 from graft.finite import check_folder, check_loaded
 from graft.fitting import OLD_NAMES, architecture_of, beyond, misfits
 from graft.hub import fetch
-from graft.lineage import ADAPTED, GENERAL_TOKENIZERS, check_as_made, hash_file, read_config, read_manifest
+from graft.lineage import (
+    ADAPTED,
+    GENERAL_TOKENIZERS,
+    check_as_made,
+    folders_behind,
+    hash_file,
+    read_config,
+    read_manifest,
+)  # fmt: skip
 from graft.lora import add_to, base_folder, is_lora
+from graft.prefix_lm import write_as_trained
 
 if TYPE_CHECKING:
     import torch
@@ -94,10 +105,14 @@ def load(
     `dtype` None keeps the stored one. `quantization`: a configuration of transformers to pack plain weights by.
     Raises RequestError for a folder that is no model's and CheckpointError for weights that are truncated, corrupt,
     missing, NaN or Inf, of another shape than the configuration says, or others than the folder's manifest tells of.
+    `generate` of a prefix LM reads prompts both ways, as in training (`prefix_lm.py`).
     """
+    return write_as_trained(_loaded(_place(path, hub), dtype, device, quantization))
+
+
+def _loaded(path: Path, dtype: str | torch.dtype | None, device: str | None, quantization: Any) -> PreTrainedModel:
     import torch
 
-    path = _place(path, hub)
     check_as_made(path)
     if is_lora(path):
         added = add_to(load(_home(path), dtype=dtype, device=device), path)
@@ -189,17 +204,38 @@ def made_empty(config: PretrainedConfig, empty: Empty = without_memory) -> PreTr
         return made.from_config(config) if hasattr(made, "from_config") else made(config)
 
 
+def check_stored(folder: Path) -> None:
+    """`check_fit` of all folders behind a model, before anything is loaded: from headers, and looked at only once.
+
+    Raises CheckpointError as that does.
+    """
+    for place in folders_behind(folder):
+        if not any(place.glob("model*.safetensors")) or _as_saved(place) or is_lora(place):
+            continue
+        headers = read_headers(place)
+        told = [[name, header.shape] for name, header in sorted(headers.items())]
+        about = json.dumps([metadata.version("transformers"), hash_file(place / "config.json"), told])
+        if remembered.recall("fits", about) is None:
+            check_fit(place, headers)
+            remembered.keep("fits", about, "yes")
+
+
+def _as_saved(folder: Path) -> bool:
+    """Whether a configuration is, by its hash in the manifest, the one that the weights were made with."""
+    manifest = read_manifest(folder)
+    return manifest is not None and manifest.config == hash_file(folder / "config.json")
+
+
 def check_fit(folder: Path, headers: Headers) -> None:
     """That weights have the names and shapes that the configuration beside them says.
 
     A configuration that is, by its hash in the manifest, the one they were made with is not asked. What is packed, or
     converted while it is loaded, is not looked at. Raises CheckpointError naming what does not fit.
     """
+    if is_lora(folder) or _as_saved(folder):
+        return
     from transformers import CONFIG_MAPPING
 
-    manifest = read_manifest(folder)
-    if is_lora(folder) or (manifest is not None and manifest.config == hash_file(folder / "config.json")):
-        return
     said = read_config(folder)
     kind = str(said.get("model_type"))
     old = any(OLD_NAMES.search(name) for name in headers)

@@ -103,6 +103,8 @@ class Verb(Generic[S]):
     on_disk: ClassVar[bool] = True
     """Whether what is made is waited for until the disk has it; else its hash is taken again when the machine has
     started anew, and it is made anew where that is another one."""
+    loads: ClassVar[bool] = True
+    """Whether the models it is made from are loaded, so that weights and configuration must fit; else it looks."""
     reads: ClassVar[frozenset[str]] = frozenset({"safetensors", "adapter"})
     """How the weights of the models it is made from may be stored."""
 

@@ -21,10 +21,12 @@ from graft.adapters.foreign import foreign_base, foreign_said, foreign_weights, 
 from graft.adapters.point import Point
 from graft.adapters.stack import Adapters, Sites, adapters_of, adopt, free_name
 from graft.checkpoint import ADAPTER, atomic_write, disk_errors, read_file_headers
+from graft.data.objectives import is_prefix_lm
 from graft.errors import CheckpointError, RequestError
 from graft.finite import check_tensors
 from graft.lineage import ADAPTED
 from graft.lora import is_lora
+from graft.prefix_lm import mark
 from graft.settings import parse
 
 if TYPE_CHECKING:
@@ -110,6 +112,7 @@ def load(
     place = Path(base) if base is not None else folder / entry["base"]["path"]
     check_base(folder, entry, place)
     model = models.load(place, dtype=dtype, device=device)
+    mark(model, is_prefix_lm(lineage.read_config(folder)))
     if "peft" in entry:
         return load_foreign(model, entry["peft"], _read(folder), place).eval()
     active = _put(model, folder, entry, place)

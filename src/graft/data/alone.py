@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from graft.data.corpus import nothing_to_learn
 from graft.data.packing import MixedRows
 from graft.data.rows import Order, Row, Rows
 from graft.data.stream import TokenStream
@@ -135,5 +136,4 @@ def some(rows: Rows, streams: Sequence[tuple[TokenStream, float]], what: str, fo
         return rows
     if any(stream.trained is None or stream.trained.any() for stream, _ in streams):
         raise DataError(f"{what}: nothing to train on within {length} tokens: every label is masked; raise `length`")
-    wanted = "chats with a turn of the role `assistant`" if format == "chat" else "answers that are not empty"
-    raise DataError(f"{what}: expected {wanted}, which is what is trained on, found none")
+    raise DataError(f"{what}: {nothing_to_learn(format)}")

@@ -101,6 +101,20 @@ class Corpus:
                 return []
         return [self._why_empty(split) for split in SPLITS if split in missing and head.whole]
 
+    def unanswered(self, splits: Collection[str]) -> list[str]:
+        """A sentence for each of `splits` whose chats have no turn of the assistant, so that nothing can be trained on;
+        where the first records are all, so that it can be told."""
+        if self.format != "chat":
+            return []
+        head, found = heads.Head(self.settings, self.root), set[str]()
+        answered = set[str]()
+        for place, record in self._placed(head):
+            found.add(place)
+            if any(message["role"] == "assistant" for message in record["messages"]):
+                answered.add(place)
+        mute = [split for split in SPLITS if split in splits and split in found - answered]
+        return [f"{self.name}.{split}: {nothing_to_learn(self.format)}" for split in mute if head.whole]
+
     def describe(self) -> dict[str, Any]:
         """Format, and documents and characters of each split; reads everything once."""
         count: dict[str, dict[str, int]] = {split: {"documents": 0, "characters": 0} for split in SPLITS}
@@ -199,6 +213,12 @@ def _pieces(record: Record, size: int | None) -> Iterator[Record]:
         end = text.find("\n", start + size - 1) + 1 or len(text)
         yield {"text": text[start:end]}
         start = end
+
+
+def nothing_to_learn(format: str) -> str:
+    """What is said of data of a format that hold nothing a model is to produce."""
+    wanted = "chats with a turn of the role `assistant`" if format == "chat" else "answers that are not empty"
+    return f"expected {wanted}, which is what is trained on, found none"
 
 
 def split_ref(reference: str) -> tuple[str, str]:

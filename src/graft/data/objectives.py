@@ -13,7 +13,7 @@ place of segments and positions. All of it follows from the seed and the row's n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -44,7 +44,8 @@ class Causal(Settings):
 class Prefix(Settings):
     """A prefix (of a prompt with a completion: the prompt) is read in both directions, the rest predicted.
 
-    In training: what is trained so is an ordinary decoder, and scoring and generating read its prompts left to right.
+    The configuration of what is trained so says `prefix_lm: true`: graft then scores and writes behind prompts that are
+    read in both directions too.
     """
 
     kind: Literal["prefix"] = "prefix"
@@ -88,9 +89,28 @@ DEFAULT: dict[str, type[Settings]] = {"decoder": Causal, "encoder": Masked, "enc
 ALLOWED = {"decoder": ("causal", "prefix"), "encoder": ("masked",), "encoder-decoder": ("span",)}
 
 
-def objective_for(architecture: str, settings: Settings | None) -> Settings:
-    """The objective, or the default one of the architecture. Raises CannotCombine where they do not go together."""
-    chosen = settings or DEFAULT[architecture]()
+PREFIX_LM = "prefix_lm"
+"""What the configuration of a decoder says that was last trained by the objective `prefix`."""
+
+
+def is_prefix_lm(config: Any) -> bool:
+    """Whether a configuration (or a mapping of what it says) is that of a prefix LM."""
+    return bool(config.get(PREFIX_LM) if isinstance(config, Mapping) else getattr(config, PREFIX_LM, False))
+
+
+def told_of(config: Mapping[str, Any], objective: Settings) -> dict[str, Any]:
+    """A configuration after a training by `objective`: whether it is a prefix LM's."""
+    plain = {key: value for key, value in config.items() if key != PREFIX_LM}
+    return plain | {PREFIX_LM: True} if isinstance(objective, Prefix) else plain
+
+
+def objective_for(architecture: str, settings: Settings | None, config: Any = None) -> Settings:
+    """The objective; without one that of the model with this `config` (a prefix LM stays one), or the architecture's.
+
+    Raises CannotCombine where objective and architecture do not go together.
+    """
+    usual = Prefix if architecture == "decoder" and is_prefix_lm(config) else DEFAULT[architecture]
+    chosen = settings or usual()
     if chosen.kind not in ALLOWED[architecture]:  # type: ignore[attr-defined]
         raise CannotCombine(
             f"objective {chosen.kind!r} does not go with architecture {architecture!r}, which trains by: "  # type: ignore[attr-defined]

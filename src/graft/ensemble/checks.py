@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from graft.data.objectives import is_prefix_lm
 from graft.ensemble.byte_level.work import problems as byte_problems
 from graft.ensemble.settings import HAVE_PARTS, MOVE, NOT_A_MIXTURE, EnsembleSettings, FittedWeights, GateSettings
 from graft.errors import RequestError
@@ -41,6 +42,7 @@ def problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[st
         found += _classifier_problems(settings, models)
     if models[first].architecture == "encoder-decoder":
         found += _other_than_decoders(settings, "encoder-decoders")
+    found += _prefix_problems(settings, models)
     if settings.vocabulary == "union":
         found += _union_problems(settings)
     elif settings.boundaries is not None:
@@ -100,6 +102,18 @@ def _union_problems(settings: EnsembleSettings) -> list[str]:
     if isinstance(settings.weights, FittedWeights) and settings.weights.gate is not None:
         return ["a gate is for members of one vocabulary, found a union: leave the gate out"]
     return []
+
+
+def _prefix_problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[str]:
+    """Where members that read a prompt both ways cannot be told where it ends."""
+    name = next((name for name in settings.names if is_prefix_lm(models[name].config)), None)
+    if name is None or (settings.vocabulary == "same" and settings.draft is None):
+        return []
+    way = f"`vocabulary: {settings.vocabulary}`" if settings.draft is None else "a draft"
+    return [
+        f"{name} is a prefix LM, which reads a prompt both ways, and {way} has all members read from left to right: "
+        "leave it out, or tune the member with `objective: causal` first"
+    ]
 
 
 def _several_problems(settings: EnsembleSettings) -> list[str]:

@@ -19,6 +19,7 @@ from graft.ensemble.members import nan_words
 from graft.ensemble.pending import Pending, Verdict
 from graft.ensemble.turns import ACCELERATOR, THREAD, Turns
 from graft.errors import RequestError, RunError
+from graft.prefix_lm import prefix_lms
 
 if TYPE_CHECKING:
     from graft.ensemble.causal import EnsembleForCausalLM
@@ -54,9 +55,13 @@ def speculate(
     A batch is padded on the left (`attention_mask`). `draft` names the member of non-zero weight that begins each
     round, and `block` how many tokens it drafts; None: what gives most tokens for the cost, from how many drafts were
     kept so far. Raises RequestError for other members, a temperature or block that is not above zero, an empty
-    prompt, a context longer than a member's, a union of vocabularies, and rules that choose among whole outputs;
-    RunError naming a member whose logits are NaN.
+    prompt, a context longer than a member's, prefix LMs, a union of vocabularies, and rules that choose among whole
+    outputs; RunError naming a member whose logits are NaN.
     """
+    if prefix_lms(model):
+        raise RequestError(
+            "expected members that read from left to right to speculate with, found a prefix LM: use `generate`"
+        )
     drafts = _drafts(model, draft)
     _check_above_zero(temperature=temperature, block=block)
     ids, starts = _begin(model, input_ids, attention_mask, max_new_tokens)

@@ -96,6 +96,7 @@ class Branches:
             mask=self._mask(seen.to(self.reader.device), style),
             positions=positions.to(self.reader.device),
             cache=None if cache is None else _repeated(cache, prefix, len(rows)),
+            prompts=[row.prompt for row in rows],
         )
         requests = [request for row in rows for request in row.requests]
         return self.reader.gathered(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from graft.errors import RunError
 from graft.evaluate.sharing import Request
+from graft.prefix_lm import prefix_lms, read_both_ways
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,6 +48,7 @@ class Reader:
         self.vocabulary = int(model.config.vocab_size)
         self.tokens_read = 0
         self.normalised = bool(getattr(model, "gives_log_probs", False))
+        self.both_ways = bool(prefix_lms(model))
 
     def forward(
         self,
@@ -55,8 +58,12 @@ class Reader:
         positions: torch.Tensor | None = None,
         cache: Any = None,
         keep: int = 0,
+        prompts: Sequence[int] = (),
     ) -> torch.Tensor:
-        """Logits [rows, length or keep, vocabulary]. Raises RunError where they are NaN."""
+        """Logits [rows, length or keep, vocabulary]. Raises RunError where they are NaN.
+
+        `prompts`: how many tokens of each row a prefix LM reads both ways.
+        """
         given: dict[str, Any] = {"use_cache": cache is not None}
         if mask is not None:
             given["attention_mask"] = mask
@@ -67,7 +74,8 @@ class Reader:
         if keep and self._keeps():
             given["logits_to_keep"] = keep
         self.tokens_read += inputs.numel()
-        logits = self.model(input_ids=inputs, **given).logits
+        with read_both_ways(self.model, torch.tensor(prompts)) if prompts and self.both_ways else nullcontext():
+            logits = self.model(input_ids=inputs, **given).logits
         if torch.isnan(logits[:, -1]).any():
             raise RunError("the model gives NaN logits: its weights are damaged, or its precision is too low")
         return logits
@@ -93,12 +101,12 @@ class Reader:
             yield batch
 
     def plain(self, requests: list[Request]) -> Iterator[Answers]:
-        """One row a request, padded behind: nothing but causal attention is asked of the model."""
+        """One row a request, padded behind: nothing but its own attention is asked of the model."""
         for batch in self.batches(sorted(requests, key=lambda r: len(r.tokens)), lambda r: len(r.tokens)):
             longest = max(len(r.tokens) for r in batch)
             inputs = torch.tensor([[*r.tokens, *[0] * (longest - len(r.tokens))] for r in batch], device=self.device)
             keep = max(longest - len(r.tokens) + len(r.wanted) for r in batch)
-            logits = self.forward(inputs, keep=keep)
+            logits = self.forward(inputs, keep=keep, prompts=[r.prompt for r in batch])
             offset = longest - logits.shape[1]
             places = [[len(r.tokens) - len(r.wanted) + j - offset for j in range(len(r.wanted))] for r in batch]
             yield self.gathered(batch, logits, list(enumerate(places)))

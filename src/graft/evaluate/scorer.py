@@ -20,7 +20,7 @@ from graft.errors import RequestError
 from graft.evaluate.branches import Branches
 from graft.evaluate.limits import longest_context, most_tokens, puts_start
 from graft.evaluate.reading import Answers, Continuation, Reader, padded
-from graft.evaluate.sharing import Request, plan
+from graft.evaluate.sharing import Request, plan, plan_prompts
 from graft.progress import Progress
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Scorer:
     """Scores with one model.
 
     `context` is the longest input in tokens; None: all that the model can read, of documents 2048 at most.
+    A prefix LM reads the context of a request, and a prompt, both ways, as in its training; documents have no prompt.
     Requests and prompts begin with the start token where `start` says so; None: where the tokenizer puts one itself.
     """
 
@@ -162,7 +163,7 @@ class Scorer:
         if self.branches.style == "plain":
             yield from self.reader.plain(requests)
             return
-        alone, clusters = plan(requests)
+        alone, clusters = (plan_prompts if self.reader.both_ways else plan)(requests)
         for cluster in clusters:
             rows = sorted(cluster.rows, key=lambda row: len(row.tokens), reverse=True)
             for batch in self.reader.batches(rows, lambda row: len(row.tokens) + row.prefix // 4):

@@ -7,7 +7,7 @@ behind it, requests that go on alike stand in one row as the branches of a trie,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,11 @@ class Request:
     def usable(self) -> int:
         """Tokens that may be read ahead: those before the one that predicts the first wanted."""
         return len(self.tokens) - len(self.wanted)
+
+    @property
+    def prompt(self) -> int:
+        """Tokens that are read before the first wanted."""
+        return self.usable + 1
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,11 @@ class Row:
     def places(self) -> list[list[int]]:
         """Of each request the nodes that predict its wanted tokens."""
         return [path[len(path) - len(r.wanted) :] for path, r in zip(self.paths, self.requests, strict=True)]
+
+    @property
+    def prompt(self) -> int:
+        """Nodes of the prompt in a row whose requests all have the same: tokens up to the first wanted."""
+        return self.requests[0].prompt
 
     def seen(self) -> torch.Tensor:
         """[nodes, nodes] bool: a token sees itself and what leads to it."""
@@ -99,6 +109,30 @@ def plan(requests: Sequence[Request]) -> tuple[list[Request], list[Cluster]]:
         alone += [requests[a] for a, b in groups if b - a == 1]
         loose += [Row.of(requests[a:b], 0) for a, b in groups if b - a > 1]
     return alone, [*clusters, Cluster(0, loose)] if loose else clusters
+
+
+def plan_prompts(requests: Sequence[Request]) -> tuple[list[Request], list[Cluster]]:
+    """The same for a model that reads a prompt both ways: what a token means in it hangs on all of the prompt, so that
+    only requests that share the whole of it stand in one row, and nothing is read ahead."""
+    alike: dict[tuple[int, ...], list[Request]] = {}
+    for request in requests:
+        alike.setdefault(request.tokens[: request.prompt], []).append(request)
+    alone = [group[0] for group in alike.values() if len(group) == 1]
+    rows = [Row.of(part, 0) for group in alike.values() if len(group) > 1 for part in _short(group)]
+    return alone, [Cluster(0, rows)] if rows else []
+
+
+def _short(group: list[Request]) -> Iterator[list[Request]]:
+    """Requests of one prompt in parts whose rows are not much longer than ROW."""
+    part: list[Request] = []
+    tokens = 0
+    for request in group:
+        if part and tokens + len(request.wanted) > ROW:
+            yield part
+            part = []
+        tokens = tokens + len(request.wanted) if part else len(request.tokens)
+        part.append(request)
+    yield part
 
 
 class _Plan:

@@ -55,6 +55,7 @@ class Merge(Verb[MergeSettings]):
 
     name = "merge"
     on_disk = False
+    loads = False
     version = 2
     summary = "Combine the weights of several models of one initialisation into one model."
 
@@ -142,9 +143,13 @@ class Merge(Verb[MergeSettings]):
         return [*never, *anyway(settings, may_be_forced)]
 
     def facts(self, settings: MergeSettings, models: Mapping[str, Facts], key: str) -> Facts:
+        from graft.data.objectives import PREFIX_LM, is_prefix_lm
+
         models = settled(settings, models)
         first = models[settings.parents[0]]
         config, share = _stacked(settings, models) if settings.slices else (first.config, 1.0)
+        if not all(is_prefix_lm(models[name].config) for name in settings.parents):
+            config = {key: value for key, value in config.items() if key != PREFIX_LM}
         grown = {models[name].initialisation for name in settings.parents}
         spoken = {models[name].vocabulary for name in settings.parents}
         unknown = any(name.startswith("unknown:") for name in grown)

@@ -195,7 +195,7 @@ def _batches(job: Job, settings: Settings, model: Any, home: Path) -> list[Batch
         corpus,
         split,
         models.load_tokenizer(home),
-        objective_for(architecture_of(model.config.to_dict()), None),
+        objective_for(architecture_of(model.config.to_dict()), None, model.config),
         length=length,
         seed=job.seed,
         cache=job.cache,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from graft import data, models
-from graft.data.objectives import Causal, objective_rows
+from graft.data.objectives import Causal, Prefix, is_prefix_lm, objective_rows
 from graft.data.rows import Row, Rows
 from graft.evaluate.limits import longest_context
 from graft.merge._layers import Layers
@@ -48,8 +48,9 @@ def rows_for(job: Job, settings: OnData, model: PreTrainedModel, name: str) -> R
     reference, split = data.split_ref(settings.data_of(name))
     home = inputs(settings, job.models)[name].home
     length = settings.length or min(longest_context(model.config), LONGEST)
+    objective = Prefix() if is_prefix_lm(model.config) else Causal()
     return objective_rows(
-        data.open_corpus(job.data, reference, job.root), split, models.load_tokenizer(home), Causal(),
+        data.open_corpus(job.data, reference, job.root), split, models.load_tokenizer(home), objective,
         length=length, seed=job.seed, cache=job.cache, together=keeps_apart(model, length),
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from graft.adapters.facts import is_adapted, obstacles
 from graft.checkpoint import FLOATS, Headers
+from graft.data.objectives import PREFIX_LM, is_prefix_lm
 from graft.errors import CannotCombine
 from graft.lineage import ADAPTED, facts_of
 from graft.merge._options import OnData
@@ -205,6 +206,10 @@ def layout(settings: MergeSettings, folders: Mapping[str, Path]) -> Layout:
     if settings.dtype is not None:
         config = {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": settings.dtype}
     notes: dict[str, Any] = {"config_from": reference}
+    causal = [name for name in settings.parents if not is_prefix_lm(configs[name])]
+    if causal and len(causal) < len(configs):
+        config.pop(PREFIX_LM, None)
+        notes[PREFIX_LM] = f"{', '.join(causal)} read from left to right, and so does the merge"
     differ = {name: different_keys(configs[reference], configs[name], MEANING_KEYS) for name in others}
     if any(differ.values()):
         notes["config_differences"] = {name: found for name, found in differ.items() if found}

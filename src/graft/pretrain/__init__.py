@@ -170,6 +170,7 @@ class Pretrain(Verb[PretrainSettings]):
 
     def _config(self, settings: PretrainSettings, models: Mapping[str, Facts]) -> dict[str, Any]:
         """The configuration; of the ids of special tokens, those of a new tokenizer or of the other model's."""
+        from graft.data.objectives import objective_for, told_of
         from graft.pretrain.architectures import Shape, planned_config, positions_for, shape_of
 
         vocabulary = self._vocabulary_size(settings, models)
@@ -180,7 +181,8 @@ class Pretrain(Verb[PretrainSettings]):
             named = {word: said.get(f"{word}_token_id") for word in ids}
             ids |= {word: place for word, place in named.items() if isinstance(place, int)}
         shape = Shape(*shape_of(settings, vocabulary), vocabulary, settings.length, settings.dropout, ids)
-        return planned_config(settings.architecture, positions, shape)
+        objective = objective_for(settings.architecture, settings.objective)
+        return told_of(planned_config(settings.architecture, positions, shape), objective)
 
     def _dimensions(self, settings: PretrainSettings, models: Mapping[str, Facts]) -> Dimensions:
         from graft.pretrain.architectures import positions_for, shape_of, units_of

@@ -162,10 +162,19 @@ class _Reader:
     def _combinations(self, recipe: Recipe, formats: Mapping[str, str]) -> Mapping[str, Facts]:
         """Ask every verb whether its node can work, given the facts of what it is made from; the facts found."""
         from graft.lineage import facts_of
+        from graft.models import check_stored
+
+        loaded = {model for node in recipe.models.values() if node.verb.loads for model in node.models}
+
+        def looked_at(name: str, folder: Path) -> Facts:
+            facts = facts_of(folder)
+            if name in loaded:
+                check_stored(folder)
+            return facts
 
         found: dict[str, Facts] = {}
         for name, folder in recipe.outside.items():
-            facts = self.problems.attempt(("models",), lambda folder=folder: facts_of(folder))  # type: ignore[misc]
+            facts = self.problems.attempt(("models",), lambda: looked_at(name, folder))  # noqa: B023
             if facts is not None:
                 found[name] = facts
         for name, node in recipe.models.items():

@@ -22,17 +22,24 @@ def check_splits(
     root: Path,
     problems: Problems,
 ) -> None:
-    """Note every data set, of those that are `sound`, without documents in a split that is read; each split once."""
+    """Note every data set, of those that are `sound`, without documents in a split that is read, or without anything to
+    learn in one that is trained on; each split once."""
     read: dict[str, set[str]] = defaultdict(set)
+    learned: dict[str, set[str]] = defaultdict(set)
     for name, split, trains in _named(nodes, measures):
         if name in sound:
             corpus = open_corpus(sets, name, root)
             for part, _ in corpus.parts:
-                read[part.name] |= {split, "dev"} if trains and has_dev(corpus) else {split}
+                named = {split, "dev"} if trains and has_dev(corpus) else {split}
+                read[part.name] |= named
+                learned[part.name] |= named if trains else set()
     for name, splits in read.items():
         corpus = open_corpus(sets, name, root)
         for part, _ in corpus.parts:
-            found = problems.attempt(("data", name), lambda: part.lacking(splits))  # noqa: B023
+            found = problems.attempt(
+                ("data", name),
+                lambda: [*part.lacking(splits), *part.unanswered(learned[part.name])],  # noqa: B023
+            )
             for message in found or ():
                 problems.note(("data", name), message)
 

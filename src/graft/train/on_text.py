@@ -9,6 +9,7 @@ from graft.data.bootstrap import described
 from graft.data.objectives import Prefix, objective_rows
 from graft.data.rows import Rows
 from graft.errors import CannotCombine
+from graft.prefix_lm import mark
 from graft.settings import Settings
 from graft.train.attention import keeps_apart
 from graft.train.loop import Save, train
@@ -37,13 +38,8 @@ def train_on_text(
     The dev loss is measured on the corpus's dev split, unless its settings (of any part) say `splits: {dev: 0}`.
     """
     assert isinstance(job.settings, TrainSettings)
-    together = model.config.is_encoder_decoder or keeps_apart(model, length)
-    if isinstance(objective, Prefix) and not together:
-        raise CannotCombine(
-            f"prefix LM needs a model that takes a mask of its own over {length} tokens, which "
-            f"{type(model).__name__} does not; use `objective: causal` or a shorter `length`"
-        )
-
+    together = reads_together(model, objective, length)
+    mark(model, isinstance(objective, Prefix))
     bootstrap = job.settings.bootstrap
 
     def rows(split: str, bootstrap: int | None = None) -> Rows:
@@ -66,3 +62,14 @@ def train_on_text(
     if bootstrap is not None:
         notes = {"notes": {"bootstrap": described(corpus, split, tokenizer, job.cache, bootstrap)}}
     return {**result.metrics, "parameters": model.num_parameters(), **notes}
+
+
+def reads_together(model: PreTrainedModel, objective: Settings, length: int) -> bool:
+    """Whether rows of several documents can be made for a model. Raises CannotCombine where the objective needs it."""
+    together = bool(model.config.is_encoder_decoder) or keeps_apart(model, length)
+    if isinstance(objective, Prefix) and not together:
+        raise CannotCombine(
+            f"prefix LM needs a model that takes a mask of its own over {length} tokens, which "
+            f"{type(model).__name__} does not; use `objective: causal` or a shorter `length`"
+        )
+    return together

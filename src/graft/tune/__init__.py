@@ -88,7 +88,7 @@ class Tune(Verb[TuneSettings]):
         if needing and not is_adapted(start):
             return [f"{settings.from_} has no adapters for the method {needing}: name a model that has, or choose lora"]
         try:
-            objective_for(start.architecture, settings.objective)
+            objective_for(start.architecture, settings.objective, start.config)
         except CannotCombine as error:
             return [str(error)]
         return self._spread(settings, start) or self._fits(settings, start)
@@ -137,12 +137,17 @@ class Tune(Verb[TuneSettings]):
         if settings.data is None:
             return [message for message in found if message]
         start = models[settings.from_]
-        objective = objective_for(start.architecture, settings.objective)
+        objective = objective_for(start.architecture, settings.objective, start.config)
         return unspeakable(objective, settings.from_, start.tokenizer, formats.get(split_ref(settings.data)[0]))
 
     def facts(self, settings: TuneSettings, models: Mapping[str, Facts], key: str) -> Facts:
+        from graft.data.objectives import objective_for, told_of
+
         start = models[settings.from_]
         heads = {name: task.head for name, task in settings.tasks.items() if task.head != "text"}
+        if settings.data is not None or len(heads) < len(settings.tasks):
+            objective = objective_for(start.architecture, settings.objective, start.config)
+            start = replace(start, config=told_of(start.config, objective))
         if "full" in settings.method:
             return replace(start, heads=heads)
         if settings.fold:

@@ -41,7 +41,8 @@ class TuneSettings(TrainSettings):
         ),
     ] = False
     objective: Annotated[
-        ObjectiveSettings | None, Field(description="None: causal, masked or span, by the architecture.")
+        ObjectiveSettings | None,
+        Field(description="None: causal, masked or span, by the architecture; of a prefix LM prefix."),
     ] = None
     length: Annotated[
         int | None, Field(ge=8, description="Context in tokens; None: what the model was made for, 1024 at most.")

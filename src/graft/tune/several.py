@@ -14,20 +14,21 @@ from graft import data, models
 from graft.adapters.folder import base_of
 from graft.checkpoint import ADAPTER
 from graft.data.examples import Encoder, LabelledCollate, labels_in
-from graft.data.objectives import Tokens, objective_rows
+from graft.data.objectives import Prefix, Tokens, objective_rows
 from graft.data.rows import ListRows, Rows
 from graft.data.turns import Phase, TaskRows, Turns, shares_of
 from graft.errors import DataError, RequestError
 from graft.multitask.adapted import save_adapted_heads
 from graft.multitask.build import add_head
 from graft.multitask.folder import HeadFacts, heads_in, load_own, save_heads
+from graft.prefix_lm import mark
 from graft.settings import Settings
-from graft.train.attention import keeps_apart
 from graft.train.batches import make_step
 from graft.train.learned import LearnedWeights, no_dev
 from graft.train.loop import DEV_ROWS, Save, row_tokens, train
 from graft.train.meta import EpisodeRows, MetaLoss
 from graft.train.multitask import MultiTask
+from graft.train.on_text import reads_together
 from graft.train.place import main_first, processes, tell
 from graft.train.settings import Budget
 from graft.train.trackers import Title
@@ -61,6 +62,8 @@ def train_on_tasks(
         _check_ends(settings, sources)
         parts = {name: maker.rows(source, source.split) for name, source in sources.items()}
         dev = {name: maker.rows(source, "dev") for name, source in sources.items() if data.has_dev(source.corpus)}
+    if any(source.kind is None for source in sources.values()):
+        mark(model, isinstance(objective, Prefix))
     earlier = heads_in(job.models[settings.from_])
     headed = {name: source for name, source in sources.items() if source.kind}
     heads = {name: _head(model, source, tokenizer, earlier.get(name)) for name, source in headed.items()}
@@ -172,7 +175,7 @@ class Maker:
     def rows(self, source: TaskSource, split: str) -> Rows:
         """Rows of one split. Raises DataError where it is empty."""
         if source.kind is None:
-            together = self.model.config.is_encoder_decoder or keeps_apart(self.model, self.length)
+            together = reads_together(self.model, self.objective, self.length)
             return objective_rows(
                 source.corpus, split, self.tokenizer, self.objective, length=self.length, seed=self.job.seed,
                 cache=self.job.cache, together=together,

@@ -34,7 +34,7 @@ def run(job: Job) -> dict[str, Any]:
     torch.manual_seed(job.seed)
     tell(job, f"loading {settings.from_}")
     model = applied(models.load(start, dtype=torch.float32), settings, job.name, start)
-    objective = objective_for(lineage.architecture_of(model.config.to_dict()), settings.objective)
+    objective = objective_for(lineage.architecture_of(model.config.to_dict()), settings.objective, model.config)
     tokenizer = models.load_tokenizer(start)
     stack = adapters_of(model)
     taken = stack.taken(model) if stack else 0
