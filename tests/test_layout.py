@@ -15,7 +15,20 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "graft"
 VERBS = {"pretrain", "tune", "adapt", "head", "merge", "ensemble", "quantize", "_load"}
 LAYERS = [
     {"allocator", "errors", "machine", "misfits", "settings", "progress", "_callable", "_register", "yaml_lines"},
-    {"methods", "verb", "hub", "checkpoint", "lora", "pickles", "remembered", "lineage", "finite", "fitting", "data"},
+    {
+        "methods",
+        "verb",
+        "hub",
+        "checkpoint",
+        "lora",
+        "pickles",
+        "remembered",
+        "hashing",
+        "lineage",
+        "finite",
+        "fitting",
+        "data",
+    },  # fmt: skip
     {"models", "adapters", "multitask", "kinship", "masks", "prefix_lm"},
     {"train", "evaluate"},
     VERBS,

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import graft
-from graft import lineage, machine, remembered
+from graft import hashing, lineage, machine, remembered
 
 
 @pytest.fixture
@@ -33,53 +33,53 @@ def write(folder, value, age_s=60):
 
 def settled(monkeypatch):
     """As if the files had stood there for a while: the time of their last change cannot be set."""
-    monkeypatch.setattr(lineage, "SETTLED_NS", -(10**9))
-    lineage._hash_once.cache_clear()
+    monkeypatch.setattr(hashing, "SETTLED_NS", -(10**9))
+    hashing._hash_once.cache_clear()
 
 
 def counted(monkeypatch):
     """The folders whose weights are read."""
     read = []
-    hash_files = lineage._hash_files
-    monkeypatch.setattr(lineage, "_hash_files", lambda place: read.append(place) or hash_files(place))
+    hash_files = hashing._hash_files
+    monkeypatch.setattr(hashing, "_hash_files", lambda place, way: read.append(place) or hash_files(place, way))
     return read
 
 
 def test_another_process_need_not_read_what_has_not_changed(home, folder, monkeypatch):
     settled(monkeypatch)
     read = counted(monkeypatch)
-    first = lineage.hash_weights(folder)
-    lineage._hash_once.cache_clear()
-    assert lineage.hash_weights(folder) == first
+    first = hashing.hash_weights(folder)
+    hashing._hash_once.cache_clear()
+    assert hashing.hash_weights(folder) == first
     assert len(read) == 1
 
 
 def test_what_was_changed_is_read_again(home, folder, monkeypatch):
     settled(monkeypatch)
-    first = lineage.hash_weights(folder)
+    first = hashing.hash_weights(folder)
     write(folder, 2.0)
-    assert lineage.hash_weights(folder) != first
+    assert hashing.hash_weights(folder) != first
 
 
 def test_a_machine_that_has_started_anew_reads_again(home, folder, monkeypatch, tmp_path):
     settled(monkeypatch)
     read = counted(monkeypatch)
-    lineage.hash_weights(folder)
+    hashing.hash_weights(folder)
     (tmp_path / "boot").write_text("another\n")
     monkeypatch.setattr(machine, "BOOT", tmp_path / "boot")
-    lineage._hash_once.cache_clear()
-    lineage.hash_weights(folder)
+    hashing._hash_once.cache_clear()
+    hashing.hash_weights(folder)
     assert len(read) == 2
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff\xfe", b"no newline", b"[]\n"])
 def test_a_damaged_note_is_no_note(home, folder, monkeypatch, damage):
     settled(monkeypatch)
-    first = lineage.hash_weights(folder)
+    first = hashing.hash_weights(folder)
     (note,) = (home / "hashes").iterdir()
     note.write_bytes(damage)
-    lineage._hash_once.cache_clear()
-    assert lineage.hash_weights(folder) == first
+    hashing._hash_once.cache_clear()
+    assert hashing.hash_weights(folder) == first
 
 
 def test_nothing_is_kept_where_that_is_not_wanted_or_not_allowed(tmp_path, monkeypatch):
@@ -139,5 +139,5 @@ def test_the_hash_of_a_merge_is_taken_while_it_is_made(tmp_path, monkeypatch):
     read = counted(monkeypatch)
     merged = graft.merge(tmp_path / "m", models=[tmp_path / "a", tmp_path / "b"], anyway=True)
     assert {place.name for place in read} == {"a", "b"}
-    lineage._WRITTEN.clear()
-    assert lineage.read_manifest(merged).hash == lineage.hash_weights(merged)
+    hashing._WRITTEN.clear()
+    assert lineage.read_manifest(merged).hash == hashing.hash_weights(merged)

@@ -63,7 +63,8 @@ class Load(Verb[LoadSettings]):
     def content(self, settings: LoadSettings) -> Any:
         from graft.lineage import hash_model
 
-        return {"weights": hash_model(fetched(settings)), "files": _hashes(fetched(settings))}
+        # a key that changes would have all that was trained on the copy made anew
+        return {"weights": hash_model(fetched(settings), "sha256"), "files": _hashes(fetched(settings))}
 
     def facts(self, settings: LoadSettings, models: Mapping[str, Facts], key: str) -> Facts:
         from graft.lineage import facts_of
@@ -125,7 +126,7 @@ def _copied_bytes(folder: Path) -> int | None:
 
 def _hashes(folder: Path) -> dict[str, str]:
     """Hashes of the small files that decide what the weights compute."""
-    from graft.lineage import hash_file
+    from graft.hashing import hash_file
 
     names = ("config.json", "tokenizer.json", "generation_config.json")
     return {name: hash_file(folder / name) for name in names if (folder / name).is_file()}

@@ -45,7 +45,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
         dict(getattr(model, "all_tied_weights_keys", None) or {}),
         f"{model.base_model_prefix}.",
         bool(get_model_conversion_mapping(model, add_legacy=False)),
-        [name for name in model.state_dict() if any(re.search(pattern, name) for pattern in computed)],
+        tuple(name for name in model.state_dict() if any(re.search(pattern, name) for pattern in computed)),
     )
 
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-import threading
-import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
@@ -19,20 +16,19 @@ from typing import Any
 from pydantic import ValidationError
 
 import graft
-from graft import lora, remembered
-from graft.checkpoint import ADAPTER, INDEX, WIDTH, TensorHeader, TensorReader, atomic_write, read_headers, weight_files
+from graft import lora
+from graft.checkpoint import ADAPTER, INDEX, SINGLE, TensorHeader, atomic_write, read_headers
 from graft.data.contents import Content
 from graft.errors import CheckpointError, DiskError, RequestError
+from graft.hashing import Way, hash_file, hash_text, hash_weights, way_of
 from graft.lora import is_lora
-from graft.machine import boot, cores
+from graft.machine import boot
 from graft.misfits import problems
 from graft.pickles import hash_pickles, is_pickled, pickled_bytes
 from graft.settings import Settings
 from graft.verb import Facts
 
 MANIFEST = "graft.json"
-SETTLED_NS = 2 * 10**9
-_OWN = threading.local()
 ADAPTED = "graft_adapted"
 """The `model_type` of a folder of adapters, and the key of what `config.json` says of them."""
 GENERAL_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
@@ -128,131 +124,39 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     atomic_write(Path(folder) / MANIFEST, json.dumps(manifest.plain(), indent=1, ensure_ascii=False) + "\n")
 
 
-def hash_file(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_weights(folder: Path) -> str:
-    """sha256 of all tensors (name, dtype, shape, bytes), the same however they are sharded.
-
-    A process that asks again gets what it was told, as long as the files are those they were; of a folder without a
-    manifest, whose weights nobody vouches for, later processes get it as well until the machine starts anew.
-    """
-    folder = Path(folder).resolve()
-    stamps = _file_stamps(folder)
-    if _WRITTEN.get(folder, ((), ""))[0] == stamps:
-        return _WRITTEN[folder][1]
-    # a file that has just been written may change once more within one tick of the file system's clock
-    newest = max(max(modified, changed) for *_, modified, changed in stamps)
-    if time.time_ns() - newest <= SETTLED_NS:
-        return _hash_files(folder)
-    return _hash_once(folder, stamps) if (folder / MANIFEST).exists() else _hash_remembered(folder, stamps)
-
-
-class Digests:
-    """The hash of weights that are being written, taken tensor by tensor while the others are made."""
-
-    def __init__(self, folder: Path):
-        self._reader = TensorReader(folder)
-        self._found: dict[str, bytes] = {}
-
-    def take(self, name: str) -> None:
-        """A tensor has been written whole. From any thread."""
-        self._found[name] = _hash_tensor(self._reader, name)
-
-    def finish(self) -> None:
-        """All have been: `hash_weights` of this process knows the hash while the files stay as they are."""
-        with ThreadPoolExecutor(cores()) as pool:
-            list(pool.map(self.take, [name for name in self._reader.names if name not in self._found]))
-        _WRITTEN[self._reader.folder] = _file_stamps(self._reader.folder), _together(self._found)
-
-    def close(self) -> None:
-        """Close the files."""
-        self._reader.close()
-
-
-Stamps = tuple[tuple[str, int, int, int, int], ...]
-_WRITTEN: dict[Path, tuple[Stamps | tuple[()], str]] = {}
-
-
-def _file_stamps(folder: Path) -> Stamps:
-    stats = {path.name: path.stat() for path in [*weight_files(folder), *folder.glob(INDEX)]}
-    return tuple((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats.items())
-
-
-def _together(digests: Mapping[str, bytes]) -> str:
-    return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
-
-
-def _hash_remembered(folder: Path, stamps: Stamps) -> str:
-    told = json.dumps([stamps, boot()])
-    before, _, found = (remembered.recall("hashes", str(folder)) or "").partition("\n")
-    if before != told or not found:
-        found = _hash_once(folder, stamps)
-        remembered.keep("hashes", str(folder), f"{told}\n{found}")
-    return found
-
-
-@lru_cache(maxsize=128)
-def _hash_once(folder: Path, stamps: Stamps) -> str:
-    return _hash_files(folder)
-
-
-def _hash_files(folder: Path) -> str:
-    with TensorReader(folder) as reader, ThreadPoolExecutor(cores()) as pool:
-        # the largest first, so that no core is left alone with one of them
-        largest_first = sorted(reader.names, key=lambda name: -reader.headers[name].count)
-        found = pool.map(lambda name: _hash_tensor(reader, name), largest_first)
-        return _together(dict(zip(largest_first, found, strict=True)))
-
-
-def _hash_tensor(reader: TensorReader, name: str) -> bytes:
-    header = reader.headers[name]
-    digest = hashlib.sha256(json.dumps([name, header.dtype, header.shape]).encode())
-    size = header.count * WIDTH[header.dtype]
-    buffer = _buffer()
-    for start in range(0, size, len(buffer)):
-        view = buffer[: min(len(buffer), size - start)]
-        reader.read_into(name, start, view)
-        digest.update(view)
-    return digest.digest()
-
-
-def _buffer() -> memoryview:
-    """This thread's own, which lies in its core's cache."""
-    if not hasattr(_OWN, "buffer"):
-        _OWN.buffer = memoryview(bytearray(1 << 19))
-    return _OWN.buffer
-
-
-def hash_model(folder: Path) -> str:
+def hash_model(folder: Path, like: str | None = None) -> str:
     """Hash of what a model computes: its weights (those of heads for tasks as well); for an ensemble its configuration
     (with members' hashes), for adapters theirs and their base's hash.
 
+    It is taken as `like` was, a hash to be compared with; else as that of the folder's manifest was, if it has one.
     Raises RequestError where the folder holds no model.
     """
+    folder = Path(folder)
+    way = _way(folder, like)
     if is_lora(folder):
-        return _hash_lora(Path(folder))
+        return _hash_lora(folder, way)
     if is_pickled(folder):
         return hash_pickles(folder)
     config = read_config(folder)
-    if (Path(folder) / ADAPTER).exists():
-        parts = [config.get(ADAPTED, {}).get("base", {}).get("hash"), hash_file(Path(folder) / ADAPTER)]
+    if (folder / ADAPTER).exists():
+        parts = [config.get(ADAPTED, {}).get("base", {}).get("hash"), hash_file(folder / ADAPTER)]
         parts += [part for path in _heads(folder) for part in (path.parent.name, hash_file(path))]
         said = json.dumps([*parts, {k: v for k, v in config.get(ADAPTED, {}).items() if k != "base"}], sort_keys=True)
-        return hashlib.sha256(said.encode()).hexdigest()
+        return hash_text(said, "sha256")
     if "head_of" in config.get(ADAPTED, {}):
-        both = [hash_model(Path(folder) / config[ADAPTED]["head_of"]), hash_file(Path(folder) / "head.safetensors")]
-        return hashlib.sha256(json.dumps(both).encode()).hexdigest()
-    if (Path(folder) / "model.safetensors").exists() or (Path(folder) / "model.safetensors.index.json").exists():
-        heads = _heads(folder)
-        if not heads:
-            return hash_weights(folder)
-        parts = [hash_weights(folder), *([path.parent.name, hash_file(path)] for path in heads)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    return hash_file(Path(folder) / "config.json")
+        both = [hash_model(folder / config[ADAPTED]["head_of"]), hash_file(folder / "head.safetensors")]
+        return hash_text(json.dumps(both), "sha256")
+    if (folder / SINGLE).exists() or (folder / INDEX).exists():
+        heads = [[path.parent.name, hash_file(path)] for path in _heads(folder)]
+        own = hash_weights(folder, way)
+        return hash_text(json.dumps([own, *heads]), way) if heads else own
+    return hash_file(folder / "config.json")
+
+
+def _way(folder: Path, like: str | None) -> Way:
+    if like is None and (manifest := read_manifest(folder)) is not None:
+        like = manifest.hash
+    return "xxh3:" if like is None else way_of(like)
 
 
 def _heads(folder: Path) -> list[Path]:
@@ -260,12 +164,19 @@ def _heads(folder: Path) -> list[Path]:
     return sorted((Path(folder) / "heads").glob("*/head.safetensors"))
 
 
-def known_hash(folder: Path) -> str:
-    """Hash of a model's weights: from its manifest, unless a file was changed since, else from the weights."""
+def known_hash(folder: Path, like: str | None = None) -> str:
+    """Hash of a model's weights: from its manifest, unless a file was changed since, else from the weights.
+
+    `like`: a hash that it is to be compared with, which may have been taken in another way.
+    """
     manifest = read_manifest(folder)
-    if manifest is not None and not touched(folder, manifest):
+    if (
+        manifest is not None
+        and not touched(folder, manifest)
+        and way_of(like or manifest.hash) == way_of(manifest.hash)
+    ):
         return manifest.hash
-    return hash_model(folder)
+    return hash_model(folder, like)
 
 
 def stamps(folder: Path) -> dict[str, list[int]]:
@@ -304,12 +215,12 @@ def check_as_made(folder: Path) -> None:
         write_manifest(folder, manifest.model_copy(update={"files": stamps(folder), "boot": None}))
 
 
-def _hash_lora(folder: Path) -> str:
+def _hash_lora(folder: Path, way: Way) -> str:
     """Hash of an adapter: its factors, how they are scaled, and the base it names where that is to be found."""
     base = lora.base_folder(folder)
     said = {key: value for key, value in lora.read_config(folder).items() if key != "base_model_name_or_path"}
-    parts = [hash_weights(folder), said, known_hash(base) if base is not None else None]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    parts = [hash_weights(folder, way), said, known_hash(base) if base is not None else None]
+    return hash_text(json.dumps(parts, sort_keys=True), way)
 
 
 def versions() -> dict[str, str]:
@@ -548,7 +459,7 @@ def _facts_of(folder: Path) -> Facts:
     count = parameters_in(headers.values(), config)
     # without a manifest nothing says what the weights grew from: each folder is then its own, by its content
     return Facts(
-        architecture_of(config), f"unknown:{hash_weights(folder)[:32]}", vocabulary_hash(folder), count, size, config
+        architecture_of(config), f"unknown:{hash_weights(folder)}", vocabulary_hash(folder), count, size, config
     )
 
 

@@ -18,12 +18,12 @@ from typing import Any
 
 from graft import verbs
 from graft.checkpoint import atomic_write, disk_errors, replace_folder
+from graft.hashing import hash_file
 from graft.lineage import (
     DataUse,
     Manifest,
     Parent,
     code_state,
-    hash_file,
     hash_model,
     parameters_in,
     read_config,

@@ -16,13 +16,13 @@ from graft.checkpoint import ADAPTER, Headers, disk_errors, read_headers
 from graft.errors import CheckpointError, RequestError
 from graft.finite import check_folder, check_loaded
 from graft.fitting import OLD_NAMES, architecture_of, beyond, misfits
+from graft.hashing import hash_file
 from graft.hub import fetch
 from graft.lineage import (
     ADAPTED,
     GENERAL_TOKENIZERS,
     check_as_made,
     folders_behind,
-    hash_file,
     read_config,
     read_manifest,
 )  # fmt: skip

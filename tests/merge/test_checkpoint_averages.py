@@ -60,7 +60,7 @@ def test_an_average_of_checkpoints_is_the_mean_by_hand(settings, weights, averag
     for name, expected in mean(trained, weights).items():
         torch.testing.assert_close(made[name], expected, rtol=1e-6, atol=1e-7)
     assert sum(one["share"] for one in notes["checkpoints"]) == pytest.approx(1)
-    assert all(len(one["hash"]) == 64 for one in notes["checkpoints"])
+    assert all(one["hash"].startswith("xxh3:") for one in notes["checkpoints"])
 
 
 def test_the_best_may_be_those_of_a_measure(averaged, trained, measured):

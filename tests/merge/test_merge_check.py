@@ -14,9 +14,12 @@ from graft.merge.architecture import Check, verify
 
 @pytest.fixture
 def folder(tmp_path):
+    """One whose architecture has to be built: nobody knows what `flavour` means."""
     model(0).config.save_pretrained(tmp_path / "m")
     (tmp_path / "m" / "config.json").write_text(
-        (tmp_path / "m" / "config.json").read_text().replace("{", '{"architectures": ["LlamaForCausalLM"],', 1)
+        (tmp_path / "m" / "config.json")
+        .read_text()
+        .replace("{", '{"architectures": ["LlamaForCausalLM"], "flavour": "plain",', 1)
     )
     return tmp_path / "m"
 
@@ -39,7 +42,7 @@ def test_another_process_finds_what_this_one_finds(folder, tmp_path, monkeypatch
 
 def test_it_is_built_once_for_a_configuration(folder, tmp_path, monkeypatch):
     first = checked(folder, tmp_path / "cache")
-    monkeypatch.setattr(architecture, "architecture", lambda *_: None)
+    monkeypatch.setattr(architecture, "built", lambda *_: None)
     assert checked(folder, tmp_path / "cache") == first
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"hidden_size": 16', '"hidden_size": 32'))

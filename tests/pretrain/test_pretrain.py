@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from graft import data, lineage, models
+from graft import data, hashing, lineage, models
 from graft.data.bootstrap import weights_of
 from graft.data.settings import Shares
 from graft.errors import RequestError
@@ -74,7 +74,7 @@ def test_the_same_settings_and_seed_give_the_same_bytes_and_another_seed_does_no
     raw = {"tokenizer": {"size": 500}, "dropout": 0.1}
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(tmp_path / folder, raw, seed)
-    first, again, other = (lineage.hash_weights(tmp_path / folder / "out") for folder in "abc")
+    first, again, other = (hashing.hash_weights(tmp_path / folder / "out") for folder in "abc")
     assert first == again != other
 
 
@@ -115,7 +115,7 @@ def test_what_a_killed_run_left_in_the_folder_does_no_harm(tmp_path):
     (out / "config.json").write_text('{"model_ty')
     (out / "log.jsonl").write_text('{"step": 1, "lo')
     run(tmp_path / "again", raw)
-    assert lineage.hash_weights(out) == lineage.hash_weights(tmp_path / "clean" / "out")
+    assert hashing.hash_weights(out) == hashing.hash_weights(tmp_path / "clean" / "out")
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-6"]
     assert len((out / "log.jsonl").read_text().splitlines()) == len(
         (tmp_path / "clean" / "out" / "log.jsonl").read_text().splitlines()

@@ -37,7 +37,7 @@ class Adapt(Verb[AdaptSettings]):
         return settings.model_copy(update={"peft": str(folder)})
 
     def content(self, settings: AdaptSettings) -> Any:
-        from graft.lineage import hash_file
+        from graft.hashing import hash_file
 
         if settings.peft is None:
             return settings.plain()

@@ -24,6 +24,7 @@ from graft.checkpoint import ADAPTER, atomic_write, disk_errors, read_file_heade
 from graft.data.objectives import is_prefix_lm
 from graft.errors import CheckpointError, RequestError
 from graft.finite import check_tensors
+from graft.hashing import shortened
 from graft.lineage import ADAPTED
 from graft.lora import is_lora
 from graft.prefix_lm import mark
@@ -202,11 +203,13 @@ def check_base(folder: Path, entry: Mapping[str, Any], place: Path) -> None:
         raise CheckpointError(
             f"{folder}: the adapters' base is missing: expected a model in {place}; bring it there, or give its folder"
         )
-    found, expected = lineage.known_hash(place), entry["base"]["hash"]
+    expected = entry["base"]["hash"]
+    found = lineage.known_hash(place, expected)
     if found != expected:
         raise CheckpointError(
-            f"{folder}: the adapters were made for another base: expected the weights with hash {expected[:12]}, found "
-            f"{found[:12]} in {place}; give the folder of the right model, or tune anew"
+            f"{folder}: the adapters were made for another base: expected the weights with hash "
+            f"{shortened(expected)}, found {shortened(found)} in {place}; give the folder of the right model, or tune "
+            "anew"
         )
 
 

@@ -24,6 +24,7 @@ from graft.ensemble.configuration import kind_of
 from graft.ensemble.dropout import thinned, twin
 from graft.ensemble.sources import Source
 from graft.errors import CheckpointError, RequestError
+from graft.hashing import shortened
 from graft.lora import CONFIG as LORA_CONFIG
 from graft.lora import base_folder, is_lora
 
@@ -150,11 +151,11 @@ def _checked(entry: Mapping[str, Any], folder: Path) -> Path:
     if not (place / "config.json").exists() and not is_lora(place):
         raise CheckpointError(f"{folder}: member {entry['name']!r} is missing: expected a model in {place}")
     home_of(place)
-    now = lineage.hash_model(place)
+    now = lineage.hash_model(place, entry.get("hash") or None)
     if entry.get("hash") and now != entry["hash"]:
         raise CheckpointError(
-            f"{folder}: member {entry['name']!r} has changed since the ensemble was made (hash {now[:12]}, expected "
-            f"{entry['hash'][:12]}): make the ensemble anew"
+            f"{folder}: member {entry['name']!r} has changed since the ensemble was made (hash "
+            f"{shortened(now)}, expected {shortened(entry['hash'])}): make the ensemble anew"
         )
     return place
 

@@ -23,6 +23,7 @@ from graft.evaluate.items import Scored, Subject, score, subjects
 from graft.evaluate.results import Results, Row, key_of
 from graft.evaluate.scorer import Scorer
 from graft.evaluate.settings import Measure
+from graft.hashing import hash_file
 from graft.progress import say
 
 VERSION = 3
@@ -107,9 +108,9 @@ class _Readers:
 def _beside_the_hash(folder: Path) -> dict[str, str]:
     """What else says which model it is: a configuration that is not, by the manifest, the one it was made with."""
     config, manifest = folder / "config.json", lineage.read_manifest(folder)
-    if not config.is_file() or (manifest is not None and manifest.config in ("", lineage.hash_file(config))):
+    if not config.is_file() or (manifest is not None and manifest.config in ("", hash_file(config))):
         return {}
-    return {"config": lineage.hash_file(config)}
+    return {"config": hash_file(config)}
 
 
 def _key(model: str, model_hash: str, subject: Subject, seed: int, told: Mapping[str, str]) -> str:

@@ -10,10 +10,11 @@ from typing import Literal
 import numpy as np
 
 from graft.checkpoint import TensorReader
+from graft.hashing import hash_weights, way_of
 from graft.kinship import sample, statistics
 from graft.kinship.sample import comparable
 from graft.kinship.statistics import Test
-from graft.lineage import hash_weights, read_manifest
+from graft.lineage import read_manifest
 
 ALPHA = 0.001
 """Of unrelated pairs, so many are taken for relatives by chance."""
@@ -145,7 +146,7 @@ def same_weights(a: TensorReader, b: TensorReader, folders: tuple[Path, Path]) -
     if {n: (h.dtype, h.shape) for n, h in a.headers.items()} != {n: (h.dtype, h.shape) for n, h in b.headers.items()}:
         return False
     ours, theirs = (read_manifest(folder) for folder in folders)
-    if ours is not None and theirs is not None:
+    if ours is not None and theirs is not None and way_of(ours.hash) == way_of(theirs.hash):
         return ours.hash == theirs.hash
     if not all(_same_start(a, b, name) for name in a.names):
         return False

@@ -90,7 +90,12 @@ def _other_bases(homes: Mapping[str, Path | None]) -> Iterator[str]:
 
     (first, home), *others = homes.items() if homes else [("", None)]
     for name, own in others:
-        if home and own and own.resolve() != home.resolve() and known_hash(own) != known_hash(home):
+        if (
+            home
+            and own
+            and own.resolve() != home.resolve()
+            and known_hash(home, own_hash := known_hash(own)) != own_hash
+        ):
             yield f"{name} and {first} {OTHER_BASES}"
 
 

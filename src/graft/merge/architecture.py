@@ -17,6 +17,7 @@ from graft import remembered
 from graft.errors import CannotCombine, CheckpointError
 from graft.fitting import Architecture, Shapes, architecture_of, misfits
 from graft.lineage import read_config
+from graft.merge._derived import derived
 from graft.models import Empty, load_config, made_empty, without_memory
 
 if TYPE_CHECKING:
@@ -59,8 +60,13 @@ def _shapes(config: PretrainedConfig) -> Shapes:
     return {name: tuple(value.shape) for name, value in made_empty(config).state_dict().items()}
 
 
-def architecture(folder: Path, empty: Empty = without_memory) -> Architecture | None:
+def architecture(folder: Path) -> Architecture | None:
     """The architecture that `config.json` of `folder` names; None where this `transformers` does not know it."""
+    return derived(read_config(folder)) or built(folder)
+
+
+def built(folder: Path, empty: Empty = without_memory) -> Architecture | None:
+    """The same, of a model that is built without memory."""
     model = empty_model(folder, empty)
     return None if model is None else architecture_of(model)
 
@@ -115,13 +121,18 @@ def _by(config: str) -> str:
 
 def begin(folder: Path, cache: Path) -> None:
     """Start to build the architecture of `folder`, which a merge will ask for, unless that is no work here."""
-    config = meaning(read_config(folder))
-    if "transformers" not in sys.modules and remembered.recall(KIND, _by(config), cache) is None:
+    said = read_config(folder)
+    config = meaning(said)
+    if (
+        derived(said) is None
+        and "transformers" not in sys.modules
+        and remembered.recall(KIND, _by(config), cache) is None
+    ):
         started(config)
 
 
 class Check:
-    """Builds the architecture of a folder beside other work, in a process of its own.
+    """Builds the architecture of a folder beside other work, in a process of its own, where it is not derived.
 
     `transformers` takes seconds and hundreds of megabytes to import, which a merge has no other use for; where it is
     imported already, this process does it. What was found is kept, named by configuration and version: for all runs, or
@@ -131,22 +142,26 @@ class Check:
     def __init__(self, folder: Path, cache: Path):
         self.folder = folder
         self.cache = cache
-        self._config = meaning(read_config(folder))
-        self._known = remembered.recall(KIND, _by(self._config), cache)
+        config = read_config(folder)
+        self._config, self._derived = meaning(config), derived(config)
+        self._known = remembered.recall(KIND, _by(self._config), cache) if self._derived is None else None
         self._building: Building | None = None
         self._closed = False
-        if self._known is None and "transformers" not in sys.modules:
+        if self._derived is None and self._known is None and "transformers" not in sys.modules:
             self._building = started(self._config)
 
     def found(self) -> Architecture | None:
         """The architecture; waits for it. Raises CheckpointError where the configuration does not build a model."""
+        if self._derived is not None:
+            return self._derived
         if self._known is None:
             self._known = self._built()
             remembered.keep(KIND, _by(self._config), self._known, self.cache)
         plain = json.loads(self._known)
         if plain is None:
             return None
-        return Architecture(**plain | {"shapes": {name: tuple(shape) for name, shape in plain["shapes"].items()}})
+        shapes = {name: tuple(shape) for name, shape in plain["shapes"].items()}
+        return Architecture(**plain | {"shapes": shapes, "computed": tuple(plain["computed"])})
 
     def _built(self) -> str:
         if self._building is not None:
@@ -186,5 +201,5 @@ def verify(made: Architecture | None, shapes: Shapes) -> str:
 
 def described(folder: Path, empty: Empty = without_memory) -> str:
     """The architecture that `config.json` of `folder` names, as JSON."""
-    made = architecture(folder, empty)
+    made = built(folder, empty)
     return json.dumps(made and asdict(made))

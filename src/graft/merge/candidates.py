@@ -27,7 +27,7 @@ from graft.errors import GraftError, RunError
 from graft.evaluate.judge import Judge
 from graft.evaluate.results import Results, key_of
 from graft.evaluate.unseen import check_unseen
-from graft.lineage import hash_file
+from graft.hashing import hash_file
 from graft.machine import share_of_cores
 from graft.merge.engine import COMPANIONS, files_beside, prepare, stamps, stream
 from graft.merge.inputs import Input, inputs

@@ -68,7 +68,7 @@ class Settings(ChoosingSettings, Judged):
 
 def prepare(job: Job, settings: Settings) -> Prepared:
     """Finds the checkpoints; what is merged is their linear soup. Raises RequestError where there are too few."""
-    from graft.lineage import hash_weights
+    from graft.hashing import hash_weights
     from graft.merge.linear import Settings as Linear
 
     run = job.models[settings.of]

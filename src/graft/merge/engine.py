@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from graft.checkpoint import FLOATS, TensorReader, TensorWriter, atomic_write
 from graft.errors import RequestError
-from graft.lineage import Digests
+from graft.hashing import Digests
 from graft.merge.architecture import Check, verify
 from graft.merge.inputs import Input, inputs, once, unpickled
 from graft.merge.journal import Journal
@@ -28,7 +28,7 @@ from graft.merge.preflight import Layout, layout
 from graft.merge.prepared import Prepared
 from graft.merge.related import unrelated
 from graft.merge.settings import MergeSettings
-from graft.merge.stream import Piece, Source, Tensors, Workers, copy_whole_numbers
+from graft.merge.stream import Piece, Source, Tensors, Workers, Writer, copy_whole_numbers
 from graft.merge.varying import by_tensor
 from graft.merge.vocabulary import STALE, aligned
 from graft.methods import method
@@ -76,9 +76,8 @@ def run(job: Job) -> dict[str, Any]:
         journal = Journal(job.scratch / "finished", what, job.out)
         # opened last and so closed first: no thread works on files that are closed
         workers = opened.enter_context(Workers(device=job.device or "cpu"))
-        digests = Digests(job.out)
-        opened.callback(digests.close)
-        stream(settings, job.seed, plan, readers, writer, journal, workers, prepared.survey, digests, fits)
+        digests = Digests(writer)
+        stream(settings, job.seed, plan, readers, digests, journal, workers, prepared.survey, fits)
         plan.notes["verified_as"] = fits.result()
         digests.finish()
         if asked is not None:
@@ -128,11 +127,10 @@ def stream(
     seed: int,
     plan: Layout,
     readers: Mapping[str, TensorReader],
-    writer: TensorWriter,
+    writer: Writer,
     journal: Journal | None,
     workers: Workers,
     survey: Any = None,
-    digests: Digests | None = None,
     fits: Future[str] | None = None,
 ) -> None:
     """Make every tensor that the journal does not know yet. `survey` is what the method found out beforehand; what
@@ -159,8 +157,6 @@ def stream(
             copy_whole_numbers(every[name], writer)
         if journal is not None:
             journal.note(name, size)
-        if digests is not None:
-            digests.take(name)
         return size
 
     total = sum(writer.headers[n].end - writer.headers[n].start for n in made)

@@ -204,7 +204,7 @@ def located(judged: J, root: Path) -> J:
 def task_content(path: Path) -> list[str | None]:
     """What a task is made of: hashes of its file and, where it brings data of its own, of that."""
     from graft.evaluate.tasks import load_task, own_data
-    from graft.lineage import hash_file
+    from graft.hashing import hash_file
 
     own = own_data(load_task(path).settings, path)
     return [hash_file(path), None if own is None else own.fingerprint]

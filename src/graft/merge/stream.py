@@ -14,11 +14,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
-from graft.checkpoint import TORCH_NAMES, WIDTH, TensorReader, TensorWriter
+from graft.checkpoint import TORCH_NAMES, WIDTH, Headers, TensorReader
 from graft.errors import CannotCombine, CheckpointError
 from graft.finite import finite
 from graft.merge._workers import Workers
@@ -38,6 +38,15 @@ KNOWN = frozenset({"BF16", "F16", "F32"})
 """Stored types that kernels read."""
 
 R = TypeVar("R")
+
+
+class Writer(Protocol):
+    """Takes what is made, a piece at a time, in any order, from any thread."""
+
+    headers: Headers
+
+    def write(self, name: str, start: int, piece: memoryview | bytes) -> None:
+        """Put `piece` at byte `start` of the tensor."""
 
 
 @dataclass
@@ -221,7 +230,7 @@ class Tensors:
         source.reader.read_into(source.name, start * WIDTH[stored], into)
         return source.checked(self.workers.floats(raw, slot))
 
-    def write(self, combine: Combine, writer: TensorWriter) -> None:
+    def write(self, combine: Combine, writer: Writer) -> None:
         """Make every piece and put it into its place, cast once. Raises CheckpointError where NaN or Inf come out."""
         stored = writer.headers[self.name].dtype
         by_kernel: ByKernel | None = getattr(combine, "by_kernel", None)
@@ -255,7 +264,7 @@ def _torch_type(stored: str) -> torch.dtype:
     return getattr(torch, TORCH_NAMES[stored])
 
 
-def copy_whole_numbers(tensors: Tensors, writer: TensorWriter) -> None:
+def copy_whole_numbers(tensors: Tensors, writer: Writer) -> None:
     """Buffers, which have no mean, are taken over as they are stored.
 
     Raises CannotCombine where they are not the same in all parents.

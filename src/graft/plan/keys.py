@@ -15,13 +15,15 @@ from graft.lineage import known_hash as weights_hash
 from graft.recipe import Node, Recipe
 
 
-def keys_of(recipe: Recipe) -> dict[str, str]:
+def keys_of(recipe: Recipe, recorded: Mapping[str, str] | None = None) -> dict[str, str]:
     """The key of every model of the recipe and of every finished model it names.
 
     sha256 over verb, its version, resolved settings, seed, fingerprints of the data and keys of the parents.
+    `recorded`: hashes that finished models were known by; they are taken as these were.
     """
     fingerprint = cache(lambda name: open_corpus(recipe.data, name, recipe.root).fingerprint)
-    keys = {name: weights_hash(folder) for name, folder in recipe.outside.items()}
+    known = recorded or {}
+    keys = {name: weights_hash(folder, known.get(name)) for name, folder in recipe.outside.items()}
     for name, node in recipe.models.items():
         made_of = {
             "verb": node.verb.name,

@@ -73,7 +73,8 @@ def make_plan(
             f"expected nodes to make anew, `force` (--force), only among those that {', '.join(only)} needs, as `only` "
             f"(--only) asks, found {', '.join(left)}"
         )
-    keys = keys_of(recipe)
+    recorded = {p: h for name in wanted for p, h in _recorded(places.model(name)).items()}
+    keys = keys_of(recipe, recorded)
     facts = recipe.facts(keys.__getitem__)
     steps, prepared = {}, set[str]()
     for name in wanted:
@@ -112,7 +113,15 @@ def standing(step: Step, plan: Plan) -> bool:
     if step.forced or not _holds(folder, step.key):
         return False
     recorded = recorded_parents(folder)
-    return all(recorded.get(name) == weights_hash(plan.folder(name)) for name in step.node.models)
+    return all(recorded.get(name) == weights_hash(plan.folder(name), recorded.get(name)) for name in step.node.models)
+
+
+def _recorded(folder: Path) -> Mapping[str, str]:
+    """`recorded_parents`; none where the manifest is damaged."""
+    try:
+        return recorded_parents(folder)
+    except CheckpointError:
+        return {}
 
 
 def _holds(folder: Path, key: str) -> bool:

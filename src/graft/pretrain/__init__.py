@@ -40,7 +40,7 @@ class Pretrain(Verb[PretrainSettings]):
         return settings.model_copy(update={"tokenizer": TokenizerAt(path=str(folder))})
 
     def content(self, settings: PretrainSettings) -> Any:
-        from graft.lineage import hash_file
+        from graft.hashing import hash_file
 
         if not isinstance(settings.tokenizer, TokenizerAt):
             return settings.content()
