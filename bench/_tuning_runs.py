@@ -36,8 +36,6 @@ WORK = Path(__file__).resolve().parent / "work" / "tuning_help"
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 HEAD_RATE = 5e-3
 """Learning rate of a fresh head, beside whatever the body's is."""
-TEXT_LENGTH = 128
-"""Tokens of a row of text."""
 
 Record = dict[str, Any]
 Scored = tuple[metrics.Metric, np.ndarray]
@@ -57,6 +55,8 @@ class Task:
     steps: int
     made: Callable[[Record], Record] = dict
     """A record of the sample from one of the source."""
+    length: int = 128
+    """Tokens of a row of text."""
 
 
 @dataclass(frozen=True)
@@ -214,10 +214,10 @@ def _count(module: nn.Module) -> int:
 
 
 def _text_rows(model: Any, tokenizer: Any, given: Sample, seed: int) -> Rows:
-    objective = objective_for(architecture_of(model.config.to_dict()), None)
+    objective, length = objective_for(architecture_of(model.config.to_dict()), None), given.task.length
     return objective_rows(
-        given.corpus(), "train", tokenizer, objective, length=TEXT_LENGTH, seed=seed, cache=WORK / "cache",
-        together=keeps_apart(model, TEXT_LENGTH),
+        given.corpus(), "train", tokenizer, objective, length=length, seed=seed, cache=WORK / "cache",
+        together=keeps_apart(model, length),
     )  # fmt: skip
 
 

@@ -6,10 +6,11 @@
     OMP_NUM_THREADS=1 python bench/tuning_help.py domains
     OMP_NUM_THREADS=1 python bench/tuning_help.py tasks
 
-`grid`: tagging (UD English EWT), classification (CLINC intents), generation (tldr commands) from small pretrained
-models: the decoder of the domains family, or with `--on encoder` one that `encoder` pretrains by masked LM. The
-learning rate is searched for each method at its middle size on the dev split with the first seed, and from there on at
-its other sizes. `domains`: AdapterFusion and MAD-X on named entities of five domains. `tasks`: a task alone,
+`grid`: tagging (UD English EWT), classification (CLINC intents), generation (tldr commands), and where they are named
+polarity, summaries (SciTLDR) and translation (Tatoeba), from small pretrained models: the decoder of the domains
+family, or with `--on encoder` one that `encoder` pretrains by masked LM. The learning rate is searched for each method
+at its middle size on the dev split with the first seed (`--search-seeds`: several), and from there on at its other
+sizes. `domains`: AdapterFusion and MAD-X on named entities of five domains. `tasks`: a task alone,
 with another one, and after it. Every part goes on where it was cut short; `show` prints the tables of the grid as far
 as it is there and draws the picture. A larger run is other flags: `--steps`, `--train`, `--seeds`, `--limit`.
 """
@@ -31,9 +32,10 @@ import yaml
 import graft
 from _help import source_line
 from _tuning_domains import Domains, entities
-from _tuning_runs import SHARED, WORK, Sample, Task, Tuned, points_of, sample, started, tuned
+from _tuning_runs import WORK, Sample, Task, Tuned, points_of, sample, started, tuned
 from _tuning_several import several
 from _tuning_table import Cell, Method, Panel, Seeds, differences, drawing, table
+from _tuning_tasks import TASKS
 from ensembling_help import family
 from graft.adapters.point import Point
 from graft.adapters.trial import trained
@@ -46,41 +48,7 @@ SHARES = (0.001, 0.01, 0.05)
 SEARCHED_AT = 0.01
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 """Learning rates; a search begins with three neighbours and goes on to a fourth where the best of them is at an end."""
-INTENTS = 30
 FULL, HEAD, NONE = "full", "head alone", "untuned"
-
-
-@cache
-def intents() -> frozenset[str]:
-    """Intents evenly from the alphabet of all 150."""
-    source = graft.data.parse({"source": "jsonl", "path": "cls_intents/clinc150.val.jsonl.gz"})
-    every = graft.data.open_corpus({"val": source}, "val", SHARED)
-    found = sorted({record["label"] for split in ("train", "dev", "test") for record in every.records(split)})
-    return frozenset(found[:: len(found) // INTENTS][:INTENTS])
-
-
-def short(most: int) -> Callable[[Mapping[str, Any]], bool]:
-    """Sentences of 3 to so many words."""
-    return lambda record: 3 <= len(record["tokens"]) <= most
-
-
-TASKS = {
-    task.name: task
-    for task in (
-        Task("tagging", "tagging", "token_accuracy",
-             {"source": "jsonl", "format": "tagged", "fields": {"tags": "upos"}, "train": "pos_ud_ewt/train.jsonl.xz",
-              "dev": "pos_ud_ewt/dev.jsonl.gz", "test": "pos_ud_ewt/test.jsonl.gz"},
-             short(15), batch=16, steps=40),
-        Task("classification", "classification", "accuracy",
-             {"source": "jsonl", **{split: f"cls_intents/clinc150.{name}.jsonl.gz"
-                                    for split, name in (("train", "train"), ("dev", "val"), ("test", "test"))}},
-             lambda record: record["label"] in intents(), batch=16, steps=60),
-        Task("generation", "text", "bits_per_byte",
-             {"source": "jsonl", "format": "pairs", "fields": {"source": "instruction", "target": "output"},
-              "path": "inst_tldr_commands/train.jsonl.xz", "test": "inst_tldr_commands/test.jsonl.gz"},
-             lambda record: len(record["source"]) <= 80 and len(record["target"]) <= 80, batch=4, steps=30),
-    )
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -134,6 +102,7 @@ class Grid:
     def __init__(self, task: Task, base: Path, given: argparse.Namespace):
         self.task, self.base, self.given = task, base, given
         self.steps = given.steps or task.steps
+        self.searching = range(given.search_seeds)
         self.config = read_config(base)
         self.whole = sum(p.numel() for p in started(base, None, 0)[0].parameters())
         counts = {"train": given.train, "dev": max(2, given.limit // 2), "test": given.limit}
@@ -199,7 +168,7 @@ class Grid:
         return tuned(model, tokenizer, self.sample, rate=rate, seed=seed, steps=steps, **options)
 
     def searched(self, name: str, share: float | None, start: float) -> float:
-        """The learning rate that is best on the dev split with the first seed."""
+        """The learning rate that is best on the dev split with the first seeds."""
         middle = LADDER.index(start)
         found = {place: self._dev(name, share, place) for place in (middle - 1, middle, middle + 1)}
         best = self._best(found)
@@ -208,7 +177,8 @@ class Grid:
         return LADDER[self._best(found)]
 
     def _dev(self, name: str, share: float | None, place: int) -> float:
-        return float(self.run(name, share, LADDER[place], 0)["dev"])
+        """The mean on the dev split over the seeds that are searched with."""
+        return float(np.mean([self.run(name, share, LADDER[place], seed)["dev"] for seed in self.searching]))
 
     def _best(self, found: Mapping[int, float]) -> int:
         return (max if metrics.metric_of(self.task.metric).higher_is_better else min)(found, key=lambda at: found[at])
@@ -258,7 +228,7 @@ class Grid:
         for name in dict.fromkeys(row["method"] for row in rows):
             own = [row for row in rows if row["method"] == name]
             for share in dict.fromkeys(row["share"] for row in own):
-                rate = self._found_rate([row for row in own if row["share"] == share and row["seed"] == 0])
+                rate = self._found_rate([row for row in own if row["share"] == share])
                 here = [row for row in own if row["share"] == share and row["rate"] == rate]
                 statistics = np.array([row["test"][metric] for row in sorted(here, key=lambda row: row["seed"])])
                 scores = Seeds(metrics.metric_of(metric, statistics.shape[-1]), statistics)
@@ -266,10 +236,12 @@ class Grid:
         return {name: found[name] for name in (NONE, HEAD, FULL, *METHODS) if name in found}
 
     def _found_rate(self, rows: list[dict[str, Any]]) -> float:
-        """The best rate in these rows, which are of the first seed."""
-        searched = {row["rate"]: row["dev"] for row in rows}
+        """The best rate in these rows of those that all seeds were tried at that are searched with."""
+        dev = {(row["rate"], row["seed"]): row["dev"] for row in rows}
+        wanted = [seed for seed in self.searching if any(row["seed"] == seed for row in rows)]
+        tried = [rate for rate, seed in dev if seed == 0 and all((rate, other) in dev for other in wanted)]
         higher = metrics.metric_of(self.task.metric).higher_is_better
-        return (max if higher else min)(searched, key=lambda rate: searched[rate])
+        return (max if higher else min)(tried, key=lambda rate: sum(dev[rate, seed] for seed in wanted))
 
     def show(self) -> tuple[list[str], Panel | None]:
         """The tables, and the panel of the picture."""
@@ -330,7 +302,7 @@ def show(given: argparse.Namespace) -> list[str]:
     found = [grid.show() for grid in grids(given)]
     panels = [panel for _, panel in found if panel is not None]
     if panels:
-        (WORK / "tuning.svg").write_text(drawing(panels))
+        (WORK / f"tuning{'-encoder' * (given.on == 'encoder')}.svg").write_text(drawing(panels))
     return [line for lines, _ in found for line in lines]
 
 
@@ -364,7 +336,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--family", type=Path, default=HERE / "work" / "domains", help="folder of the domains family")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="of the grid")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS)[:3], help="of the grid")
     parser.add_argument("--on", choices=["decoder", "encoder"], default="decoder", help="what heads are put on")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="of the grid; all, if none is named")
     parser.add_argument("--steps", type=int, help="of each training; as many as the task has, if it is not said")
@@ -372,6 +344,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200, help="records of test; half as many of dev")
     parser.add_argument("--generate", type=int, default=0, help="commands that are written out, of those")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--search-seeds", type=int, default=1, help="of the search for learning rates")
     parser.add_argument("--budget", default="2M tokens", help="of the encoder's pretraining")
     given = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
