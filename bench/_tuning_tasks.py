@@ -60,7 +60,7 @@ TASKS = {
         Task("polarity", "classification", "accuracy",
              {"source": "jsonl", "path": "cls_polarity_subjectivity_reviews/sentence_polarity.train.jsonl.gz",
               "test": "cls_polarity_subjectivity_reviews/sentence_polarity.test.jsonl.gz"},
-             lambda record: len(record["text"]) <= 150, batch=16, steps=60),
+             lambda record: len(record["text"]) <= 70, batch=16, steps=120),
         Task("summaries", "text", "bits_per_byte",
              {"source": "jsonl", "format": "raw", "train": "sum_scitldr/train.jsonl.xz",
               "dev": "sum_scitldr/dev.jsonl.gz", "test": "sum_scitldr/test.jsonl.gz"},

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from graft.adapters import Point, adapters_of, adopt
-from graft.adapters.forms import FORMS, added
+from graft.adapters.forms import FORMS
 from graft.adapters.places import Layout
 from graft.errors import RequestError, SettingsError
 from graft.methods import method
@@ -246,20 +246,3 @@ def test_a_name_is_given_once():
     adopt(model, points("lora"), "a")
     with pytest.raises(RequestError, match="expected a new name"):
         adopt(model, points("lora"), "a")
-
-
-def test_gradients_of_low_rank_points_are_those_of_their_formula():
-    torch.manual_seed(0)
-    h, x, down, up = (
-        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 5), (7, 6), (2, 6), (5, 2))
-    )
-    assert torch.autograd.gradcheck(lambda *given: added(*given, 0.7), (h, x, down, up))
-    torch.testing.assert_close(added(h, x, down, up, 0.7), h + 0.7 * x @ down.T @ up.T)
-    for frozen in ((x,), (down, x), (up,), (h, x)):  # what is frozen has no gradient, the rest the same one
-        wanted = [p for p in (h, x, down, up) if all(p is not q for q in frozen)]
-        given = [p if any(p is q for q in wanted) else p.detach() for p in (h, x, down, up)]
-        weight = torch.randn(7, 5, dtype=torch.float64)
-        found = torch.autograd.grad((added(*given, 0.7) * weight).sum(), wanted)
-        plain = torch.autograd.grad(((given[0] + 0.7 * given[1] @ given[2].T @ given[3].T) * weight).sum(), wanted)
-        for one, other in zip(found, plain, strict=True):
-            torch.testing.assert_close(one, other)

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from graft.adapters.low_rank import added
 from graft.adapters.packed import plain_weight
 from graft.adapters.places import Place, sizes
 from graft.adapters.point import Point
@@ -92,45 +92,6 @@ class Site(nn.Module):
     def inputs(self) -> int:
         """Channels of what Δh is made from."""
         return self.place.outputs if self.after else self.place.inputs
-
-
-class _Added(torch.autograd.Function):
-    """h + scale · x downᵀ upᵀ and its gradients: rows n, channels i and o, rank r.
-
-    Each product is written so that the rank comes first: on a CPU those with so short a side take two to six times as
-    long in the layouts that autograd would choose. h is read once: the product is added as it is made.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, h_no: torch.Tensor, x_ni: torch.Tensor, down_ri: torch.Tensor, up_or: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        low_rn = down_ri @ x_ni.t()
-        ctx.save_for_backward(x_ni, down_ri, up_or, low_rn)
-        ctx.scale = scale
-        return torch.addmm(h_no, low_rn.t(), up_or.t(), alpha=scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (g_no,), (x_ni, down_ri, up_or, low_rn) = upstream, ctx.saved_tensors
-        _, of_x, of_down, of_up, _ = ctx.needs_input_grad
-        g_rn = (up_or.t() @ g_no.t()).mul_(ctx.scale) if of_x or of_down else None
-        return (
-            g_no,
-            g_rn.t() @ down_ri if of_x and g_rn is not None else None,
-            g_rn @ x_ni if of_down and g_rn is not None else None,
-            (low_rn @ g_no).mul_(ctx.scale).t() if of_up else None,
-            None,
-        )
-
-
-def added(
-    h_no: torch.Tensor, x_ni: torch.Tensor, down_ri: torch.Tensor, up_or: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """`[n, outputs]` h + scale · x downᵀ upᵀ, all of one dtype."""
-    found: torch.Tensor = _Added.apply(h_no, x_ni, down_ri, up_or, scale)
-    return found
 
 
 class LowRank(Site):

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from graft.adapters.forms import LowRank, Site
+from graft.adapters.low_rank import bare, beside
 from graft.adapters.places import Place
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Junction:
         self.x: torch.Tensor | None = None
         self.gathered: Gathered | None = None
         self.light: list[Light] | None = None
-        """What runs where no gradient is wanted, if all of it is plain low-rank."""
+        """What runs, if all of it is plain low-rank: where a gradient is wanted, only one that is alone."""
         self.prepared: Any = None
         """The active adapters that `light` is of."""
         self.type: torch.dtype | None = None
@@ -53,13 +54,16 @@ class Junction:
 
     def change_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The target's output with what the sites do to it; of a tuple, the first."""
-        if not torch.is_grad_enabled():
-            if self.prepared is not self.stack.active:
-                self._prepare()
-            if self.light is not None and self._applies(output):
+        if self.prepared is not self.stack.active:
+            self._prepare()
+        if self.light is not None and args and self._applies(output):
+            if not torch.is_grad_enabled():
                 for site in self.light:
                     output = site.added(output, args[0])
                 return output
+            if len(self.light) == 1 and self._first(module) and bare(module, args[0], output):
+                site = self.light[0]
+                return beside(output, args[0], module.weight, *site.held(), site.scale)  # type: ignore[arg-type]
         x = self.x if self.apart else args[0] if args else None
         self.x = None
         if isinstance(output, tuple):
@@ -79,6 +83,10 @@ class Junction:
     def _applies(self, output: Any) -> bool:
         """Whether the layer computed in the type of the sites, for all rows alike, and nothing is dropped now."""
         return output.dtype is self.type and self.stack.rows is None and not any(site.drops for site in self.of)
+
+    def _first(self, module: nn.Module) -> bool:
+        """Whether no other hook saw the output before."""
+        return next(iter(module._forward_hooks), None) == self.handles[0].id
 
     def joined(self, h: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
         """h with all active sites."""
@@ -122,11 +130,16 @@ class Light:
         self.place = 0
         self.turned: torch.Tensor = site.up
 
-    def added(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """`h [rows, length, outputs]` with the change; any other shape too."""
+    def held(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """down `[rank, inputs]` and up `[outputs, rank]`, as they are now."""
         down, up = self.weights["down"], self.weights["up"]
         assert down is not None
         assert up is not None
+        return down, up
+
+    def added(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """`h [rows, length, outputs]` with the change; any other shape too."""
+        down, up = self.held()
         low = linear(x, down)
         if h.dim() == 3 and h.shape[0] == 1:  # one row: the product is added as it is made
             if up is not self.up or up.data_ptr() != self.place:  # the weights lie elsewhere by now
