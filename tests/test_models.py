@@ -21,6 +21,7 @@ from transformers import (
 
 import graft
 from graft import data, models
+from graft.chatting import Talk
 from graft.data.tokenizers import train_tokenizer
 from graft.errors import CheckpointError, GraftError, RecipeError, RequestError
 from graft.lineage import facts_of
@@ -246,3 +247,24 @@ def test_a_model_is_sharded_when_it_is_large(tmp_path):
     models.save(made("llama"), None, tmp_path, shard_bytes=10_000)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     assert models.load(tmp_path).num_parameters() == made("llama").num_parameters()
+
+
+@pytest.mark.parametrize("content", ['{"broken', '{"model": {}}', '{"model": {"type": "BPE", "vocab": "x"}}', "[]"])
+def test_a_damaged_tokenizer_is_named_whoever_meets_it(tmp_path, tokenizer, content):
+    models.save(made("llama"), tokenizer, tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    (tmp_path / "d.txt").write_text("some text\n" * 9)
+    words = r"tokenizer\.json: expected a tokenizer, found a damaged file \("
+    for use in (models.load_tokenizer, Talk):
+        with pytest.raises(CheckpointError, match=words):
+            use(tmp_path)
+    if content in ('{"broken', "[]"):
+        with pytest.raises(RecipeError, match=words):
+            graft.tune(tmp_path / "out", from_=str(tmp_path), data=str(tmp_path / "d.txt"))
+
+
+def test_a_folder_without_a_tokenizer_is_named_in_a_line(tmp_path):
+    models.save(made("llama"), None, tmp_path)
+    with pytest.raises(RequestError) as error:
+        Talk(tmp_path)
+    assert str(error.value) == f"{tmp_path}: expected a tokenizer (tokenizer.json), found none"

@@ -290,3 +290,17 @@ def test_an_ensembles_time_is_that_of_fitting_its_weights_and_its_memory_counts_
     assert cost["even"].memory_bytes == PROCESS + 4 * parameters
     plan = plain(make_plan(read_recipe(path), Places(tmp_path / "run")))
     assert plan["total"]["seconds"] == pytest.approx(sum(model["seconds"] for model in plan["models"]))
+
+
+def test_a_finished_run_says_that_nothing_is_left_to_fit(tmp_path, monkeypatch, growing):
+    from typer.testing import CliRunner
+
+    from graft.cli import app
+
+    (tmp_path / "f.yaml").write_text("family: f\nmodels:\n  a: {grow: {}}\n")
+    monkeypatch.chdir(tmp_path)
+    asked = ["plan", "f.yaml", "--out", "run", "--fit", "1GB"]
+    first = CliRunner().invoke(app, asked)
+    assert "a: fits, with" in first.stdout, first.output
+    assert CliRunner().invoke(app, ["run", "f.yaml", "--out", "run", "--json"]).exit_code == 0
+    assert "everything is made already" in CliRunner().invoke(app, asked).stdout

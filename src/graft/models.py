@@ -21,10 +21,12 @@ from graft.hub import fetch
 from graft.lineage import (
     ADAPTED,
     GENERAL_TOKENIZERS,
+    TOKENIZER_FILES,
     check_as_made,
     folders_behind,
     read_config,
     read_manifest,
+    token_ids,
 )  # fmt: skip
 from graft.lora import add_to, base_folder, is_lora
 from graft.prefix_lm import write_as_trained
@@ -68,7 +70,7 @@ def load_config(path: str | Path, *, hub: bool = False) -> PretrainedConfig:
 
 
 def load_tokenizer(path: str | Path, *, hub: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder or hub id. Raises RequestError where it has none."""
+    """The tokenizer of a folder or hub id. Raises RequestError where it has none, CheckpointError for a damaged one."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = _place(path, hub)
@@ -77,8 +79,12 @@ def load_tokenizer(path: str | Path, *, hub: bool = False) -> PreTrainedTokenize
     chosen = PreTrainedTokenizerFast if _saved_class(path) in GENERAL_TOKENIZERS else AutoTokenizer
     try:
         tokenizer = chosen.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{path}: expected a tokenizer (tokenizer.json), found none that loads ({error})") from None
+    except Exception as error:  # each way of being damaged has an error of its own
+        if token_ids(Path(path)) is not None:
+            file = Path(path) / "tokenizer.json"
+            raise CheckpointError(f"{file}: expected a tokenizer, found a damaged file ({error!r})") from error
+        why = f" that loads ({error})" if any(any(Path(path).glob(name)) for name in TOKENIZER_FILES) else ""
+        raise RequestError(f"{path}: expected a tokenizer (tokenizer.json), found none{why}") from None
     if not getattr(tokenizer, "is_fast", False):
         raise RequestError(f"{path}: expected a fast tokenizer (tokenizer.json), found {type(tokenizer).__name__}")
     return tokenizer  # type: ignore[return-value]

@@ -24,7 +24,12 @@ class Settings(BaseModel):
     """Base of all settings: frozen, every key known, every value of its type."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
+        defer_build=True,
+        extra="forbid",
+        frozen=True,
+        populate_by_name=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
     placement: ClassVar[frozenset[str]] = frozenset()

@@ -1,6 +1,7 @@
 """What a split is read from: the same files are known again under other settings, their other documents are not."""
 
 import json
+import lzma
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,46 @@ def test_a_mixture_is_read_from_all_its_parts(tmp_path, file):
     sets = {name: data.parse(value) for name, value in raw.items()}
     found = contents(data.open_corpus(sets, "m", Path()), "train")
     assert [any(content.meets(one) for content in found) for one in [*read(path=file), *read(path=other)]] == [True] * 2
+
+
+def repeat(one, other):
+    found = {a.repeats(b) for a in one for b in other} | {b.repeats(a) for a in one for b in other}
+    assert len(found) == 1
+    return found.pop()
+
+
+def test_documents_are_known_again_in_files_of_another_kind(tmp_path, file):
+    texts = [f"line {n}" for n in range(50)]
+    packed, table, lines = tmp_path / "a.jsonl.xz", tmp_path / "a.csv", tmp_path / "a.txt"
+    packed.write_bytes(lzma.compress(Path(file).read_bytes()))
+    table.write_text("body\n" + "".join(f"{text}\n" for text in texts))
+    lines.write_text("".join(f"{text}\n" for text in texts))
+    kinds = [
+        {"path": str(packed)},
+        {"source": "csv", "path": str(table), "fields": {"text": "body"}},
+        {"source": "text", "path": str(lines), "document": "line"},
+    ]
+    trained = read(path=file)
+    for other in kinds:
+        assert not meet(trained, read(**other))
+        assert repeat(trained, read(**other))
+        for split in ("dev", "test"):  # the same documents are in the same split
+            assert not repeat(trained, read(split, **other))
+        assert repeat(trained, read("dev", **other, splits={"dev": 0.5, "test": 0}))
+
+
+def test_many_documents_are_compared_where_both_have_marks(tmp_path):
+    many = str(rows(tmp_path / "a.jsonl", [f"line {n}" for n in range(900)]))
+    whole = {"splits": {"dev": 0, "test": 0}}
+    for shared, found in ((300, True), (5, False), (0, False)):
+        other = str(rows(tmp_path / "b.jsonl", [f"line {n}" if n < shared else f"other {n}" for n in range(400)]))
+        assert repeat(read(path=many, **whole), read(path=other, **whole)) == found
+
+
+def test_a_single_document_and_a_few_short_lines(tmp_path):
+    whole = {"splits": {"dev": 0, "test": 0}}
+    novel, copy = (rows(tmp_path / name, ["a novel"]) for name in ("n.jsonl", "c.jsonl"))
+    copy.write_text('{"text": "a novel", "year": 1900}\n')
+    assert repeat(read(path=str(novel), **whole), read(path=str(copy), **whole))
+    talk, other = (rows(tmp_path / f"{n}.jsonl", ["Yes.", *(f"{n} says {i}" for i in range(40))]) for n in "ab")
+    assert not repeat(read(path=str(talk), **whole), read(path=str(other), **whole))

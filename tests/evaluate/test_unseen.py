@@ -53,6 +53,17 @@ def test_documents_of_that_file_that_were_held_out_may_judge(trained):
     check(trained, "base", path="other.jsonl")
 
 
+def test_a_copy_as_another_kind_of_file_is_known_again(trained):
+    lines = [json.loads(line)["text"] for line in (trained / "notes.jsonl").read_text().splitlines()]
+    (trained / "notes.csv").write_text("text\n" + "".join(f"{line}\n" for line in lines))
+    sets = {"asked": data.parse({"source": "csv", "path": "notes.csv"})}
+    with pytest.raises(
+        CannotCombine, match=r"base was trained on .*notes\.jsonl\.train, which holds documents of asked"
+    ):
+        check_unseen({"base": trained / "base"}, ["asked.train"], sets, trained)
+    check_unseen({"base": trained / "base"}, ["asked.dev", "asked.test"], sets, trained)
+
+
 def test_files_stand_in_the_manifest_of_what_was_trained_on_them(trained):
     (use,) = read_manifest(trained / "base").data
     (content,) = use.contents

@@ -83,7 +83,8 @@ def plan(
         typer.echo(json.dumps(plain(found) | ({"fit": [each.plain() for each in told]} if fit is not None else {})))
     else:
         shown(render(found))
-        typer.echo("\n".join(room.told(each) for each in told)) if told else None
+        if fit is not None:
+            typer.echo("\n".join(map(room.told, told)) or "everything is made already: nothing is left to fit anywhere")
     if found.damaged:
         typer.echo("\n".join(found.damaged), err=True)
 

@@ -1,4 +1,5 @@
-"""What a split is read from: noted of what was trained on, so that it is known again under other settings."""
+"""What a split is read from: noted of what was trained on, so that it is known again under other settings, and in files
+of another kind."""
 
 from __future__ import annotations
 
@@ -8,12 +9,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from graft.data import hugging_face
-from graft.data.corpus import AnyCorpus, Corpus, spans
-from graft.data.settings import HuggingFace, PythonLibrary, Source
+from graft.data.corpus import AnyCorpus, Corpus, identity_of, spans
+from graft.data.settings import Files, HuggingFace, PythonLibrary, Source
 from graft.settings import Settings
 
 MOST = 128
 """Hashes that are kept of a split: the lowest, so that two splits that share most of their files share some of them."""
+
+SHARED = 0.25
+"""Of the documents of two splits so many may be the same by chance: lines such as `Yes.`"""
 
 
 class Content(Settings):
@@ -27,11 +31,19 @@ class Content(Settings):
     low: float
     high: float
     """A document is in the split if its own hash, as a share of the highest, is at least `low` and below `high`."""
+    documents: list[str] = []
+    """Marks of documents among the split's first ones, the lowest, at most MOST: the same in a file of another kind."""
 
     def meets(self, other: Content) -> bool:
         """Whether there may be a text in both. Files cut into other documents have other shares in every split."""
         apart = self.cut == other.cut and (self.high <= other.low or other.high <= self.low)
         return not apart and not set(self.files).isdisjoint(other.files)
+
+    def repeats(self, other: Content) -> bool:
+        """Whether, as far as marks tell, the two have documents in common: more than the few that any texts share."""
+        full = [content.documents[-1] for content in (self, other) if len(content.documents) == MOST]
+        mine, theirs = ({d for d in one.documents if all(d <= last for last in full)} for one in (self, other))
+        return len(mine & theirs) > SHARED * min(len(mine), len(theirs))
 
 
 def contents(corpus: AnyCorpus, split: str) -> list[Content]:
@@ -43,11 +55,20 @@ def _of(corpus: Corpus, split: str) -> Iterator[Content]:
     groups: dict[str | None, list[str]] = {}
     for place, digest in corpus.hashes:
         groups.setdefault(place, []).append(_salted(digest, corpus.settings, split))
+    marks = _marks(corpus, split)
     by_hash = spans(corpus.settings, {place for place in groups if place is not None})[split]
     for place, files in groups.items():
         low, high = by_hash if place is None else (0.0, float(place == split))
         if low < high:
-            yield Content(files=sorted(set(files))[:MOST], cut=_cut(corpus), low=low, high=high)
+            yield Content(files=sorted(set(files))[:MOST], cut=_cut(corpus), low=low, high=high, documents=marks)
+
+
+def _marks(corpus: Corpus, split: str) -> list[str]:
+    """Marks of the first documents in files: a second hash of each, since the first says which split it is in."""
+    if not isinstance(corpus.settings, Files):
+        return []
+    known = (identity_of(record).to_bytes(8, "little") for place, record in corpus.first() if place == split)
+    return sorted({hashlib.blake2b(identity, digest_size=8).hexdigest() for identity in known})[:MOST]
 
 
 def _salted(digest: str, settings: Source, split: str) -> str:

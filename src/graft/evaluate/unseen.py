@@ -16,7 +16,7 @@ def check_unseen(folders: Mapping[str, Path], on: Sequence[str], sets: Mapping[s
     """Raises CannotCombine where a model, or one that it was made from, was trained on one of the data sets `on`.
 
     A data set is known by its content and settings; under other settings by its files, where documents of them may be
-    in both splits.
+    in both splits; in files of another kind (packed otherwise, as CSV) by its first documents.
     """
     for reference in on:
         name, split = data.split_ref(reference)
@@ -31,6 +31,8 @@ def check_unseen(folders: Mapping[str, Path], on: Sequence[str], sets: Mapping[s
                     raise CannotCombine(f"{favoured}: {why} ({use.name}.dev)")
                 if any(seen.meets(asked) for seen in use.contents for asked in read):
                     raise CannotCombine(f"{favoured}, which is read from the same files as {reference}: {why}")
+                if any(seen.repeats(asked) for seen in use.contents for asked in read):
+                    raise CannotCombine(f"{favoured}, which holds documents of {reference}: {why}")
 
 
 def trained_on(folder: Path) -> Iterator[DataUse]:

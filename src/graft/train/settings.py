@@ -11,6 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator, model
 
 from graft.errors import MissingExtra
 from graft.settings import Settings, Tokens
+from graft.train.account import no_account
 from graft.train.parallel import Parallel
 
 _TOKENS: TypeAdapter[int] = TypeAdapter(Tokens)
@@ -219,6 +220,8 @@ class TrainSettings(Settings):
         for name in track:
             if importlib.util.find_spec(name) is None:
                 raise ValueError(str(MissingExtra(name, name, f"the tracker {name}")))
+        if "wandb" in track and (lost := no_account()):
+            raise ValueError(lost)
         return track
 
     @model_validator(mode="after")
