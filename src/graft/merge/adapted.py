@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import TYPE_CHECKING
 
 from graft.checkpoint import Headers, TensorHeader, TensorReader
@@ -146,7 +146,8 @@ class AdaptedReader(TensorReader):
         self._tied = tied
         self._held: OrderedDict[tuple[str, int], Step] = OrderedDict()
         self._room = HELD * max(map(len, self._under.values()), default=1)
-        self._lock = RLock()
+        self._lock = Lock()
+        self._finding: dict[str, RLock] = {}
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with bytes of the tensor from byte `start`: float32 numbers where the adapter changes it."""
@@ -200,12 +201,19 @@ class AdaptedReader(TensorReader):
         return math.prod(self.headers[name].shape[1:])
 
     def _step(self, name: str, place: int) -> Step:
+        found = self._held.get((name, place))
+        if found is not None:
+            return found
         with self._lock:
-            if (name, place) not in self._held:
-                self._held[name, place] = self._found(name, place)
+            finding = self._finding.setdefault(name, RLock())
+        # others' tensors are not waited for: finding a step may take a pass over this one
+        with finding:
+            found = self._held.get((name, place)) or self._found(name, place)
+            with self._lock:
+                self._held[name, place] = found
                 while len(self._held) > self._room:
                     self._held.popitem(last=False)
-            return self._held[name, place]
+        return found
 
     def _found(self, name: str, place: int) -> Step:
         import torch
