@@ -14,7 +14,9 @@ def adapter(base, folder, seed=0, **config):
     made.peft_config["default"].base_model_name_or_path = str(base)
     with torch.no_grad():
         for name, weight in made.named_parameters():
-            if "lora_" in name:
+            if "magnitude" in name:
+                weight.mul_(1 + 0.05 * torch.randn_like(weight))
+            elif "lora_" in name:
                 weight.normal_(std=0.05)
             elif "modules_to_save" in name:
                 weight.add_(0.05 * torch.randn_like(weight))
