@@ -120,6 +120,22 @@ def test_a_fold_is_what_the_stack_computes(tmp_path, base):
     assert torch.allclose(logits(whole), logits(apart), atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    "how, options, words",
+    [("prefix", {"length": 2}, "learned keys or tokens"), ("houlsby", {"width": 3}, "which is not linear")],
+)
+def test_what_does_not_fold_is_refused_before_and_while_it_is_made(tmp_path, base, how, options, words):
+    own = adapter(base, tmp_path / "own", how, **options)
+    settings = {"adapters": ["own"], "fold": True}
+    (wrong,) = VERB.check(VERB.parse(settings), {"own": lineage.facts_of(own)})
+    assert wrong.startswith("own: the adapter does not fold")
+    assert words in wrong
+    with pytest.raises(RequestError, match=words):
+        run(tmp_path / "out", [own], **settings)
+    low = adapter(base, tmp_path / "low", "lora", rank=2)
+    assert VERB.check(VERB.parse({"adapters": ["low"], "fold": True}), {"low": lineage.facts_of(low)}) == []
+
+
 def test_adapters_of_different_models_are_refused(tmp_path, base):
     low = adapter(base, tmp_path / "low", "lora", rank=2)
     other = models.load(base)

@@ -9,10 +9,21 @@ from typing import Any
 
 from graft.adapt.settings import AdaptSettings
 from graft.adapters.facts import adapted_facts, folded_facts, is_adapted, points_of
+from graft.adapters.point import Point
 from graft.errors import RequestError
 from graft.settings import Settings, parse
 from graft.train.memory import PROCESS
 from graft.verb import Estimate, Facts, Job, Verb
+
+
+def _unfoldable(model: Facts) -> list[str]:
+    """Why its adapters do not fold, tried on the model's skeleton where its configuration is known."""
+    points = [parse(Point, point) for point in points_of(model)]
+    if not points or not model.config.get("architectures") or any(point.form == "fusion" for point in points):
+        return []
+    from graft.adapters.trial import problems
+
+    return problems(model.config, points, fold=True)
 
 
 class Adapt(Verb[AdaptSettings]):
@@ -60,6 +71,8 @@ class Adapt(Verb[AdaptSettings]):
                 f"{settings.start} stands on a quantised model, into which nothing folds: leave the adapters apart "
                 "(`fold: false`)"
             )
+        elif settings.fold:
+            found += [f"{name}: {wrong}" for name in settings.names for wrong in _unfoldable(models[name])]
         found += [
             f"{name} and {settings.start} were made for different models: adapters go together on one"
             for name in settings.names[1:]

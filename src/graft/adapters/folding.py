@@ -34,10 +34,7 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
     stack = adapters_of(model)
     if stack is None:
         raise RequestError("expected a model with adapters to fold, found none: they are folded already, or never were")
-    problems = unfoldable(model, stack)
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise RequestError(f"these adapters do not fold: {'; '.join(problems[:3])}{more}; keep them as an adapter")
+    _check_folds(model, stack)
     changed = folded_tensors(model, stack)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
@@ -45,6 +42,13 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
             parameters[name].copy_(tensor)
     remove(model)
     return model
+
+
+def _check_folds(model: PreTrainedModel, stack: Adapters) -> None:
+    problems = unfoldable(model, stack)
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise RequestError(f"these adapters do not fold: {'; '.join(problems[:3])}{more}; keep them as an adapter")
 
 
 def remove(model: PreTrainedModel) -> None:
@@ -62,11 +66,15 @@ def remove(model: PreTrainedModel) -> None:
 
 
 def save_folded(model: PreTrainedModel, folder: Path) -> None:
-    """Write the model with its active adapters folded in, as an ordinary folder; `model` itself stays as it is."""
+    """Write the model with its active adapters folded in, as an ordinary folder; `model` itself stays as it is.
+
+    Raises RequestError for what cannot be folded, as `fold` does.
+    """
     stack = adapters_of(model)
     if stack is None:
         save_foreign_folded(model, folder)
         return
+    _check_folds(model, stack)
     held = model.state_dict(keep_vars=True)
     whole = {name: value.detach() for name, value in held.items() if not name.startswith(f"{NAME}.")}
     for changed, tensor in folded_tensors(model, stack).items():

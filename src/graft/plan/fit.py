@@ -156,7 +156,7 @@ def told(found: Fit) -> str:
     if found.fits:
         return f"{found.node}: fits, with {needed}"
     if not found.changes:
-        return f"{found.node}: does not fit ({needed}); no setting of its training makes it small enough"
+        return f"{found.node}: does not fit ({needed}); no setting makes it small enough"
     ways = "; or ".join(
         f"{_written(change)} ({size / 1e9:.2f} GB{' each' if 'parallel' in change else ''})"
         for change, size in found.changes
