@@ -121,7 +121,7 @@ def test_a_fold_is_what_the_stack_computes(tmp_path, base):
 
 
 @pytest.mark.parametrize(
-    "how, options, words",
+    ("how", "options", "words"),
     [("prefix", {"length": 2}, "learned keys or tokens"), ("houlsby", {"width": 3}, "which is not linear")],
 )
 def test_what_does_not_fold_is_refused_before_and_while_it_is_made(tmp_path, base, how, options, words):
