@@ -6,9 +6,10 @@ import pytest
 import torch
 from tiny_members import five, gpt2, llama, prompts, qwen
 
-from graft.ensemble import causal
+from graft.ensemble import causal, speculative
 from graft.ensemble.model import ensemble_of
 from graft.ensemble.speculative import _Drawing, instead_of_generate, speculate
+from graft.ensemble.turns import PLAIN, Plan, Turns
 from graft.errors import RequestError, RunError
 
 
@@ -54,7 +55,7 @@ def test_a_prompt_that_needs_no_new_tokens_comes_back(ensemble):
 def test_an_ensemble_of_one_keeps_all_its_drafts():
     model = llama()
     ids, _ = prompts(3, 6, ())
-    found = speculate(ensemble_of({"one": model}), ids, max_new_tokens=12)
+    found = speculate(ensemble_of({"one": model}), ids, max_new_tokens=12, block=1)
     assert torch.equal(found.sequences, model.generate(ids, do_sample=False, max_new_tokens=12, eos_token_id=None))
     assert found.drafted == found.kept == 36
 
@@ -86,7 +87,9 @@ def test_a_kept_or_replaced_token_has_the_ensembles_probability():
 @pytest.mark.parametrize("combine", ["linear", "log_linear"])
 @pytest.mark.parametrize(("draft", "block"), [("a", 2), ("b", 1), (None, None)])
 @torch.no_grad()
-def test_samples_follow_the_ensemble_though_rows_are_kept_unequally_far(combine, draft, block):
+def test_samples_follow_the_ensemble_though_rows_are_kept_unequally_far(combine, draft, block, monkeypatch):
+    if block is None:
+        monkeypatch.setattr(speculative, "Turns", changing())
     trio = {name: llama(seed, tokens=4, layers=1) for name, seed in (("a", 5), ("b", 6), ("c", 7))}
     model = ensemble_of(trio, [0.5, 0.3, 0.2], combine)
     prompt, temperature, rows, new = torch.tensor([[3, 1]]), 1.3, 3000, 3
@@ -103,6 +106,30 @@ def test_samples_follow_the_ensemble_though_rows_are_kept_unequally_far(combine,
     # chi-square with 63 degrees of freedom is below 114 with probability 0.9999
     assert ((counts - expected) ** 2 / expected.clamp(min=1e-9)).sum() < 114
     assert 0 < found.kept < found.drafted
+
+
+def changing():
+    """Turns that change their plan at every round: plain decoding, drafts of other members, blocks."""
+    plans = itertools.cycle([PLAIN, Plan(0, 1, True), PLAIN, Plan(1, 2), Plan(0, 3, True), PLAIN, PLAIN])
+
+    class Changing(Turns):
+        def plan(self, left):
+            return next(plans)
+
+    return Changing
+
+
+def test_greedy_text_is_the_same_however_plans_change(ensemble, monkeypatch):
+    monkeypatch.setattr(speculative, "Turns", changing())
+    ids, mask = prompts(5, 9, (3, 1, 0, 8, 5))
+    plain = ensemble.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=25, eos_token_id=None)
+    end = int(plain[1, 20])
+    for ends in (None, end):
+        given = {"attention_mask": mask, "max_new_tokens": 25, "eos_token_id": ends, "pad_token_id": 0}
+        expected = ensemble.generate(ids, do_sample=False, **given)
+        found = speculate(ensemble, ids, **given)
+        assert torch.equal(found.sequences, expected)
+        assert 0 < found.kept < found.drafted
 
 
 def test_the_same_generator_gives_the_same_samples(ensemble):

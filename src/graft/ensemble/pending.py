@@ -57,6 +57,7 @@ class Pending:
             for _ in model.active
         ]
         self.cache = DynamicCache(config=model.config)
+        self._placed: tuple[Any, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @property
     def length(self) -> int:
@@ -78,12 +79,12 @@ class Pending:
         """The column before which all members have said what they think of every draft."""
         return min(min(map(self.seen, range(len(self.readers)))) + 1, self.length)
 
-    def read(self, number: int, until: int) -> None:
-        """An active member reads the columns before `until` that are new to it."""
+    def read(self, number: int, until: int) -> int:
+        """An active member reads the columns before `until` that are new to it; returns how many."""
         reader, seen, gate = self.readers[number], self.seen(number), self.model.gate
         if seen >= until:
-            return
-        self._order(number)
+            return 0
+        self._order(number, seen)
         keep = max(1, min(until - seen, until - self.first + 1))
         mask, positions = self._places(seen, until)
         given = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
@@ -91,10 +92,13 @@ class Pending:
         new = self.model._asked(self.model.active[number], self.text[:, seen:until], given, self.cache, states)
         reader.told = joined([reader.told, new]) if reader.told is not None and keep == until - seen else new
         reader.own = {row: until - start for row, start in zip(self.rows, self.starts, strict=True)}
+        return until - seen
 
-    def _order(self, number: int) -> None:
+    def _order(self, number: int, seen: int) -> None:
         """Puts a member's layers of the cache in the order that the text has by now."""
-        reader = self.readers[number]
+        reader, first = self.readers[number], self.model.spans[self.model.active[number]][0]
+        if reader.rows == self.rows and reader.starts == self.starts and self.cache.get_seq_length(first) == seen:
+            return
         stay = [reader.rows.index(row) for row in self.rows]
         shifts = [start - reader.starts[place] for start, place in zip(self.starts, stay, strict=True)]
         reads = [reader.starts[place] + reader.own[row] for row, place in zip(self.rows, stay, strict=True)]
@@ -105,12 +109,20 @@ class Pending:
         reader.rows, reader.starts = list(self.rows), list(self.starts)
 
     def _places(self, seen: int, until: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Mask `[rows, until]` and positions `[rows, until - seen]` of a padded batch; a single row needs none."""
-        if len(self.rows) == 1:
+        """Mask `[rows, until]` and positions `[rows, until - seen]` of a padded batch; others need none."""
+        if not any(self.starts):
             return None, None
-        starts = torch.tensor(self.starts, device=self.text.device)[:, None]
-        places = torch.arange(until, device=self.text.device) - starts
-        return (places >= 0).long(), places[:, seen:].clamp(min=0)
+        if self._placed is None or self._placed[0] != (seen, until, self.starts):
+            starts = torch.tensor(self.starts, device=self.text.device)[:, None]
+            places = torch.arange(until, device=self.text.device) - starts
+            self._placed = (seen, until, list(self.starts)), ((places >= 0).long(), places[:, seen:].clamp(min=0))
+        return self._placed[1]
+
+    def write(self, tokens: torch.Tensor) -> None:
+        """Adds a token to every row `[rows]`, all of whose drafts have been judged."""
+        self.text = torch.cat([self.text, tokens[:, None]], 1)
+        for reader in self.readers:
+            reader.told = None
 
     def draft(self, number: int, tokens: torch.Tensor, probs: torch.Tensor | None) -> None:
         """Adds a member's draft to every row: `tokens [rows]`, drawn from `probs [rows, vocabulary]`."""

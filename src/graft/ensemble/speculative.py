@@ -3,21 +3,25 @@
 A drafted token is kept with probability min(1, p/q) of the ensemble's p and the drafting member's q, else one is drawn
 from what p has above q (Leviathan et al. 2023). Members take turns (alternate proposals, Fu et al. 2025): one run of a
 member judges the drafts before it and adds one. What a member gave while drafting is its part of p, so no member
-computes a column of the kept text twice. In a batch each row goes on as far as its own drafts are kept.
+computes a column of the kept text twice. In a batch each row goes on as far as its own drafts are kept. Where drafts do
+not pay, all members run for each token, as they do in plain decoding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from graft.ensemble.gate import Told
 from graft.ensemble.greedy import behind, pad_of, plain_greedy
 from graft.ensemble.members import nan_words
 from graft.ensemble.pending import Pending, Verdict
-from graft.ensemble.turns import ACCELERATOR, THREAD, Turns
+from graft.ensemble.turns import ACCELERATOR, THREAD, Plan, Turns
 from graft.errors import RequestError, RunError
 from graft.prefix_lm import prefix_lms
 
@@ -48,15 +52,17 @@ def speculate(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     generator: torch.Generator | None = None,
+    clock: Callable[[], float] = perf_counter,
 ) -> Speculated:
     """Decode `input_ids [batch, length]` greedily (the same tokens as `generate`) or by sampling (the same
     distribution).
 
     A batch is padded on the left (`attention_mask`). `draft` names the member of non-zero weight that begins each
-    round, and `block` how many tokens it drafts; None: what gives most tokens for the cost, from how many drafts were
-    kept so far. Raises RequestError for other members, a temperature or block that is not above zero, an empty
-    prompt, a context longer than a member's, prefix LMs, a union of vocabularies, and rules that choose among whole
-    outputs; RunError naming a member whose logits are NaN.
+    round, and `block` how many tokens it drafts; None: what gives most tokens for the cost, plain decoding included,
+    from how many drafts were kept so far, and where decoding is greedy also from the time that drafting and plain
+    decoding took (`clock`, in seconds). Raises RequestError for other members, a temperature or block that is not above
+    zero, an empty prompt, a context longer than a member's, prefix LMs, a union of vocabularies, and rules that choose
+    among whole outputs; RunError naming a member whose logits are NaN.
     """
     if prefix_lms(model):
         raise RequestError(
@@ -67,17 +73,14 @@ def speculate(
     ids, starts = _begin(model, input_ids, attention_mask, max_new_tokens)
     sizes = [float(sum(weight.numel() for weight in model.members[place].parameters())) for place in model.active]
     free = THREAD * torch.get_num_threads() if model.device.type == "cpu" else ACCELERATOR
-    turns, pending = Turns(sizes, drafts, free, block), Pending(model, ids, starts)
+    turns = Turns(sizes, drafts, free, len(ids), block, None if do_sample else clock)
     ends = frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or ())
     answers = _Answers([ids.shape[1] - start + max_new_tokens for start in starts], ends, {})
-    drawing, longest = _Drawing(temperature if do_sample else None, generator), ids.shape[1] + max_new_tokens
-    while pending.rows and max_new_tokens > 0:
-        plan = turns.plan(len(pending.rows))
-        for number, drafting in plan.turns(len(sizes)):
-            _run(model, pending, number, drafting and pending.length < longest, drawing)
-            turns.saw(_judge(model, pending, drawing, answers))
-            if not any(pending.by):
-                break
+    round_ = _Round(
+        model, Pending(model, ids, starts), _Drawing(temperature if do_sample else None, generator), answers
+    )
+    while round_.pending.rows and max_new_tokens > 0:
+        round_.go(turns, ids.shape[1] + max_new_tokens)
     new = [answers.rows[row][ids.shape[1] - start :] if max_new_tokens > 0 else [] for row, start in enumerate(starts)]
     return Speculated(behind(input_ids, new, pad_of(model, pad_token_id, ends)), turns.drafted, turns.held)
 
@@ -133,44 +136,102 @@ def _begin(
     return input_ids[:, first:].to(model.device), (starts - first).tolist()
 
 
-def _run(model: EnsembleForCausalLM, pending: Pending, number: int, drafting: bool, drawing: _Drawing) -> None:
-    """A member reads what is new to it and, where it drafts, adds a token to every row."""
-    pending.read(number, pending.length if drafting else pending.length - 1)
-    if not drafting:
-        return
-    told = pending.said(number, pending.length, pending.length + 1).log_probs[:, 0]
-    if bool(told[:, 0].isnan().any()):
-        raise RunError(nan_words(model.config.members[model.active[number]]))
-    pending.draft(number, *drawing.draw(told))
+@dataclass(frozen=True)
+class _Round:
+    """What happens to pending texts until the turns are planned again."""
+
+    model: EnsembleForCausalLM
+    pending: Pending
+    drawing: _Drawing
+    answers: _Answers
+
+    def go(self, turns: Turns, longest: int) -> None:
+        """A round as it is planned; no text becomes longer than the `longest`."""
+        left = self.answers.left(self.pending)
+        plan, rows = turns.plan(left), len(left)
+        drafting = plan.block > 0 or any(self.pending.by)
+        if plan.block:
+            runs = list(self._drafted(plan, turns, longest))
+        else:
+            runs = [(number, self.pending.read(number, self.pending.length)) for number in self.numbers]
+            if drafting:
+                turns.saw(self.judge())
+            else:
+                self.write(turns, left)
+        turns.took(drafting, [(number, count) for number, count in runs if count], rows)
+
+    def _drafted(self, plan: Plan, turns: Turns, longest: int) -> Iterator[tuple[int, int]]:
+        """Members run in turn, and draft; which, and how many tokens they read."""
+        for number, drafts in plan.turns(len(self.numbers)):
+            yield number, self.run(number, drafts and self.pending.length < longest)
+            turns.saw(self.judge())
+            if not any(self.pending.by):
+                return
+
+    def run(self, number: int, drafting: bool) -> int:
+        """A member reads what is new to it and, where it drafts, adds a token to every row. Returns how many tokens it
+        read of each."""
+        pending, model = self.pending, self.model
+        count = pending.read(number, pending.length if drafting else pending.length - 1)
+        if drafting:
+            told = pending.said(number, pending.length, pending.length + 1).log_probs[:, 0]
+            if bool(told[:, 0].isnan().any()):
+                raise RunError(nan_words(model.config.members[model.active[number]]))
+            pending.draft(number, *self.drawing.draw(told))
+        return count
+
+    def judge(self) -> list[tuple[int, int, bool]]:
+        """What all members have spoken of is kept or replaced; in which rows whose drafts were judged, and whether they
+        were kept."""
+        pending = self.pending
+        first, stop = pending.first, min(pending.stop, pending.length)
+        if first >= stop:
+            return []
+        mixed = _mixed(self.model, [pending.said(n, first, stop) for n in self.numbers], self._mask(first, stop))
+        counts = [max(0, len(by) - (pending.length - stop)) for by in pending.by]
+        drawn = None if pending.drawn is None else pending.drawn[:, first - pending.length :][:, : stop - first]
+        verdicts = self.drawing.judge(pending.text[:, first:stop], mixed, drawn, counts)
+        seen = [
+            (row, number, place < verdict.kept)
+            for row, by, verdict in zip(pending.rows, pending.by, verdicts, strict=True)
+            for place, number in enumerate(by[: verdict.kept + (verdict.instead is not None)])
+        ]
+        pending.settle(verdicts, self.answers.take(pending, verdicts))
+        return seen
+
+    @property
+    def numbers(self) -> range:
+        """Of the active members."""
+        return range(len(self.model.active))
+
+    def _mask(self, first: int, stop: int) -> torch.Tensor | None:
+        """Mask `[rows, columns]` of what a column before these, in which the text has begun, says of them."""
+        starts = self.pending.starts
+        if first > max(starts):
+            return None
+        columns = torch.arange(first, stop, device=self.model.device)
+        return columns > torch.tensor(starts, device=self.model.device)[:, None]
+
+    def write(self, turns: Turns, left: Mapping[int, int]) -> None:
+        """A token behind every text, none of which ends in a draft, now that all members have read them; so many are
+        `left` to be written."""
+        pending = self.pending
+        told = [pending.said(number, pending.length, pending.length + 1) for number in self.numbers]
+        tokens, drawn = self.drawing.draw(_mixed(self.model, told, None)[:, 0])
+        if turns.looks:
+            turns.would(pending.rows, self.drawing.agreed(tokens, drawn, [each.log_probs[:, 0] for each in told]))
+        new = tokens.tolist()
+        over = 1 in left.values() or not self.answers.ends.isdisjoint(new)
+        done = self.answers.take(pending, [Verdict(0, 0, token) for token in new]) if over else []
+        pending.write(tokens)
+        if any(done):
+            pending.settle([Verdict(0, 0, None)] * len(done), done)
 
 
-def _judge(
-    model: EnsembleForCausalLM, pending: Pending, drawing: _Drawing, answers: _Answers
-) -> list[tuple[int, bool]]:
-    """What all members have spoken of is kept or replaced; whose drafts were judged, and whether they were kept."""
-    first, stop = pending.first, pending.stop
-    if first >= stop:
-        return []
-    mixed = _mixed(model, pending, first, stop)
-    counts = [max(0, len(by) - (pending.length - stop)) for by in pending.by]
-    drawn = None if pending.drawn is None else pending.drawn[:, first - pending.length :][:, : stop - first]
-    verdicts = drawing.judge(pending.text[:, first:stop], mixed, drawn, counts)
-    seen = [
-        (number, place < verdict.kept)
-        for by, verdict in zip(pending.by, verdicts, strict=True)
-        for place, number in enumerate(by[: verdict.kept + (verdict.instead is not None)])
-    ]
-    done = answers.take(pending, verdicts)
-    pending.settle(verdicts, done)
-    return seen
-
-
-def _mixed(model: EnsembleForCausalLM, pending: Pending, first: int, stop: int) -> torch.Tensor:
-    """The ensemble's log-probabilities `[rows, columns, vocabulary]` of the columns from `first` to before `stop`."""
-    told = [pending.said(number, first, stop) for number in range(len(model.active))]
+def _mixed(model: EnsembleForCausalLM, told: Sequence[Told], mask: torch.Tensor | None) -> torch.Tensor:
+    """The ensemble's log-probabilities `[rows, columns, vocabulary]` of what its active members say."""
     weights = model.weights if model.gate is None else model.gate.decide([told[n] for n in model.gate.looks_at])
-    columns = torch.arange(first, stop, device=model.device)
-    return model.mixed(told, weights, columns > torch.tensor(pending.starts, device=model.device)[:, None])
+    return model.mixed(told, weights, mask)
 
 
 @dataclass(frozen=True)
@@ -181,6 +242,11 @@ class _Answers:
     lengths: Sequence[int]
     ends: frozenset[int]
     rows: dict[int, list[int]]
+
+    def left(self, pending: Pending) -> dict[int, int]:
+        """How many tokens are left to be written in each row that is pending."""
+        texts = zip(pending.rows, pending.by, pending.starts, strict=True)
+        return {row: self.lengths[row] - (pending.length - len(by) - start) for row, by, start in texts}
 
     def take(self, pending: Pending, verdicts: Sequence[Verdict]) -> list[bool]:
         """Takes the texts that are finished by these verdicts; for each row whether it is."""
@@ -211,6 +277,14 @@ class _Drawing:
             return log_probs.argmax(-1), None
         probs = (log_probs / self.temperature).softmax(-1)
         return torch.multinomial(probs, 1, generator=self.generator)[:, 0], probs
+
+    def agreed(self, tokens: torch.Tensor, drawn: torch.Tensor | None, told: Sequence[torch.Tensor]) -> np.ndarray:
+        """With what probability each member's draft would have been kept `[rows, members]`, where the ensemble's
+        `tokens [rows]` were drawn from its probabilities `drawn [rows, vocabulary]`, and members say `told`, alike."""
+        if drawn is None or self.temperature is None:
+            return torch.stack([each.argmax(-1) == tokens for each in told], -1).double().cpu().numpy()
+        shared = [torch.minimum(drawn, (each / self.temperature).softmax(-1)).sum(-1) for each in told]
+        return torch.stack(shared, -1).double().cpu().numpy()
 
     def judge(
         self, tokens: torch.Tensor, mixed: torch.Tensor, drawn: torch.Tensor | None, counts: Sequence[int]
