@@ -797,6 +797,28 @@ WRONG_TASKS = {
 }
 
 
+def test_weights_learned_towards_a_task_want_its_dev_data(recipe, tmp_path):
+    for name in "qr":
+        lines = [f'{{"text": "{name} {number}", "label": "{number % 2}"}}\n' for number in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    said = """
+        family: f
+        data:
+          whole: {source: jsonl, path: q.jsonl, splits: {dev: 0, test: 0}}
+          split: {source: jsonl, train: q.jsonl, dev: r.jsonl}
+        models:
+          a: {pretrain: {data: whole, size: 1M, tokenizer: {size: 300}}}
+          b:
+            tune:
+              from: a
+              tasks: {one: {data: whole, head: classification}, two: {data: split, head: classification}}
+              mixing: {learn: {for: [NAME]}}
+    """
+    (problem,) = problems(recipe(said.replace("NAME", "one")))
+    assert problem.startswith("line 12: models.b.tune.mixing.learn: expected dev data for the task one, towards which")
+    read_recipe(recipe(said.replace("NAME", "two")))
+
+
 @pytest.mark.parametrize("name", WRONG_TASKS)
 def test_a_task_that_cannot_be_done_is_found_before_anything_runs(recipe, tmp_path, name):
     content, expected = WRONG_TASKS[name]

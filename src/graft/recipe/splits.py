@@ -24,6 +24,12 @@ def check_splits(
 ) -> None:
     """Note every data set, of those that are `sound`, without documents in a split that is read, or without anything to
     learn in one that is trained on; each split once."""
+    for name, node in nodes.items():
+        wanted = node.settings.wanted_dev() if isinstance(node.settings, TrainSettings) else {}
+        for reference, message in wanted.items():
+            where = split_ref(reference)[0]
+            if where in sound and not has_dev(open_corpus(sets, where, root)):
+                problems.note(("models", name, node.verb.name, "mixing", "learn"), message)
     read: dict[str, set[str]] = defaultdict(set)
     learned: dict[str, set[str]] = defaultdict(set)
     for name, split, trains in _named(nodes, measures):

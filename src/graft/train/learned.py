@@ -17,6 +17,7 @@ from graft.data.rows import Rows
 from graft.data.turns import named
 from graft.errors import RequestError
 from graft.train.multitask import MultiTask
+from graft.train.settings import no_dev
 
 
 class LearnedWeights:
@@ -71,14 +72,6 @@ class LearnedWeights:
         found = torch.autograd.grad(loss, self.shared, allow_unused=True)
         flat = [torch.zeros_like(p) if g is None else g for p, g in zip(self.shared, found, strict=True)]
         return torch.cat([each.flatten().float() for each in flat])
-
-
-def no_dev(task: str) -> str:
-    """What is said of a task without dev data in a learned mixture."""
-    return (
-        f"expected dev data for the task {task}, towards which weights are learned, found none: give its data a dev "
-        "split, or name tasks that have one in `mixing.learn.for`"
-    )
 
 
 def shared_parameters(model: MultiTask) -> list[torch.nn.Parameter]:

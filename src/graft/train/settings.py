@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_serializer, model_validator
@@ -248,3 +249,15 @@ class TrainSettings(Settings):
             raise ValueError(
                 "expected `ema` with `parallel: ddp` or `fsdp`, found zero, which holds weights its own way"
             )
+
+    def wanted_dev(self) -> Mapping[str, str]:
+        """Data sets, as they are named, that need a dev split, each with what is said where it has none."""
+        return {}
+
+
+def no_dev(task: str) -> str:
+    """What is said of a task without dev data in a learned mixture."""
+    return (
+        f"expected dev data for the task {task}, towards which weights are learned, found none: give its data a dev "
+        "split, or name tasks that have one in `mixing.learn.for`"
+    )

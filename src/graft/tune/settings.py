@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from graft.data.objectives import ObjectiveSettings
 from graft.lineage import CONTEXTS
 from graft.settings import DataRef, ModelRef
-from graft.train.settings import TrainSettings
+from graft.train.settings import TrainSettings, no_dev
 from graft.tune.tasks import Mixing, Task, problems
 
 
@@ -67,6 +67,12 @@ class TuneSettings(TrainSettings):
         if self.tasks and self.bootstrap is not None:
             raise ValueError("expected `bootstrap` with one data set, found several tasks")
         return self
+
+    def wanted_dev(self) -> Mapping[str, str]:
+        """Data sets of the tasks towards which weights are learned."""
+        learn = self.mixing.learn
+        ends = (learn.for_ or self.tasks) if learn else ()
+        return {self.tasks[name].data: no_dev(name) for name in ends if name in self.tasks}
 
     def misnamed(self, architecture: str) -> list[str]:
         """What is wrong with the names in tasks and mixing, and with heads for such a model; a sentence each."""

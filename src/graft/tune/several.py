@@ -24,13 +24,13 @@ from graft.multitask.folder import HeadFacts, heads_in, load_own, save_heads
 from graft.prefix_lm import mark
 from graft.settings import Settings
 from graft.train.batches import make_step
-from graft.train.learned import LearnedWeights, no_dev
+from graft.train.learned import LearnedWeights
 from graft.train.loop import DEV_ROWS, Save, row_tokens, train
 from graft.train.meta import EpisodeRows, MetaLoss
 from graft.train.multitask import MultiTask
 from graft.train.on_text import reads_together
 from graft.train.place import main_first, processes, tell
-from graft.train.settings import Budget
+from graft.train.settings import Budget, no_dev
 from graft.train.trackers import Title
 from graft.tune.settings import TuneSettings
 from graft.tune.tasks import Mixing, Task, unfit
