@@ -137,7 +137,7 @@ def _manifest(work: Work, found: Mapping[str, Any], seconds: float) -> Manifest:
         architecture=work.facts.architecture,
         parameters=_parameters(out) or work.facts.parameters,
         mergeable=work.facts.mergeable,
-        trained_on=sorted(work.facts.trained_on),
+        trained_on=_trained_on(work),
         metrics={name: value for name, value in found.items() if name not in ("notes", "forced")},
         notes=found.get("notes", {}),
         forced=found.get("forced", []),
@@ -145,6 +145,13 @@ def _manifest(work: Work, found: Mapping[str, Any], seconds: float) -> Manifest:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(seconds, 3),
     )
+
+
+def _trained_on(work: Work) -> list[str]:
+    """Fingerprint and split of all data that models learned from, the ancestors of this one included."""
+    own = {f"{use.fingerprint}.{use.split}" for use in work.uses if use.split == "train"}
+    before = (read_manifest(folder) for folder in work.models.values())
+    return sorted(own.union(*(manifest.trained_on for manifest in before if manifest is not None)))
 
 
 def _threads() -> int | None:

@@ -70,3 +70,10 @@ def test_files_stand_in_the_manifest_of_what_was_trained_on_them(trained):
     assert len(content.files) == 1
     assert (content.low, content.high) == (0.1, 1.0)
     assert (use.name, use.split) == (str(trained / "notes.jsonl"), "train")
+
+
+def test_what_ancestors_were_trained_on_stands_in_the_manifest_too(trained):
+    base, later = (read_manifest(trained / name) for name in ("base", "later"))
+    own = [f"{manifest.data[0].fingerprint}.train" for manifest in (base, later)]
+    assert base.trained_on == own[:1]
+    assert later.trained_on == sorted(own)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from graft.settings import Settings
 MOST = 128
 """Hashes that are kept of a split: the lowest, so that two splits that share most of their files share some of them."""
 
+MARK = 12
 SHARED = 0.25
 """Of the documents of two splits so many may be the same by chance: lines such as `Yes.`"""
 
@@ -31,8 +33,9 @@ class Content(Settings):
     low: float
     high: float
     """A document is in the split if its own hash, as a share of the highest, is at least `low` and below `high`."""
-    documents: list[str] = []
-    """Marks of documents among the split's first ones, the lowest, at most MOST: the same in a file of another kind."""
+    documents: str = ""
+    """Marks of documents among the split's first ones, the lowest, at most MOST: the same in a file of another kind.
+    Each has MARK hexadecimal digits; they stand in order, with nothing between."""
 
     def meets(self, other: Content) -> bool:
         """Whether there may be a text in both. Files cut into other documents have other shares in every split."""
@@ -41,8 +44,9 @@ class Content(Settings):
 
     def repeats(self, other: Content) -> bool:
         """Whether, as far as marks tell, the two have documents in common: more than the few that any texts share."""
-        full = [content.documents[-1] for content in (self, other) if len(content.documents) == MOST]
-        mine, theirs = ({d for d in one.documents if all(d <= last for last in full)} for one in (self, other))
+        both = [re.findall(f".{{{MARK}}}", content.documents) for content in (self, other)]
+        full = [marks[-1] for marks in both if len(marks) == MOST]
+        mine, theirs = ({mark for mark in marks if all(mark <= last for last in full)} for marks in both)
         return len(mine & theirs) > SHARED * min(len(mine), len(theirs))
 
 
@@ -63,12 +67,13 @@ def _of(corpus: Corpus, split: str) -> Iterator[Content]:
             yield Content(files=sorted(set(files))[:MOST], cut=_cut(corpus), low=low, high=high, documents=marks)
 
 
-def _marks(corpus: Corpus, split: str) -> list[str]:
+def _marks(corpus: Corpus, split: str) -> str:
     """Marks of the first documents in files: a second hash of each, since the first says which split it is in."""
     if not isinstance(corpus.settings, Files):
-        return []
+        return ""
     known = (identity_of(record).to_bytes(8, "little") for place, record in corpus.first() if place == split)
-    return sorted({hashlib.blake2b(identity, digest_size=8).hexdigest() for identity in known})[:MOST]
+    marks = {hashlib.blake2b(identity, digest_size=MARK // 2).hexdigest() for identity in known}
+    return "".join(sorted(marks)[:MOST])
 
 
 def _salted(digest: str, settings: Source, split: str) -> str:
