@@ -75,7 +75,7 @@ class Scores:
     def difference(self, model: str, other: str, places: Sequence[str]) -> Difference:
         """Of two models on the same items."""
         (first, items), (second, _) = self._score(model, places), self._score(other, places)
-        low, high, p = statistics.paired_bootstrap(first, second, items, 0)
+        low, high, p = statistics.paired(*statistics.redrawn([first, second], items, 0), items)
         return Difference(self.value(model, places) - self.value(other, places), low, high, p)
 
     def best(self, models: Sequence[str], places: Sequence[str]) -> str:

@@ -395,8 +395,9 @@ TRAINED = """tuned: {{tune: {{from: base, data: t, method: {{{method}}}, budget:
   both: {{merge: {{method: task_arithmetic, base: base, models: {{x: 0.7, tuned: 0.3}}}}}}"""
 
 
-def test_a_recipe_tunes_adapters_and_merges_them(folders, tmp_path):
-    recipe = written(folders, tmp_path, TRAINED.format(method="lora: {rank: 2}"))
+@pytest.mark.parametrize("dora", ["false", "true"])
+def test_a_recipe_tunes_adapters_and_merges_them(dora, folders, tmp_path):
+    recipe = written(folders, tmp_path, TRAINED.format(method=f"lora: {{rank: 2, dora: {dora}}}"))
     facts = read_recipe(recipe).facts()
     assert (facts["tuned"].mergeable, facts["both"].mergeable, facts["both"].stored) == (False, True, "safetensors")
     assert facts["both"].config["model_type"] == "llama"
