@@ -267,3 +267,28 @@ def test_the_same_weights_are_refused_in_memory_and_in_a_recipe():
         ensemble_of({"a": llama(), "b": qwen()}, [0.4, 0.8])
     with pytest.raises(RequestError, match="expected 2 weights, found 1"):
         ensemble_of({"a": llama(), "b": qwen()}, [1.0])
+
+
+@pytest.mark.parametrize("combine", ["linear", "majority", "log_linear"])
+def test_a_mixture_tells_of_wanted_tokens_without_the_others(combine):
+    inner = ensemble_of({"a": llama(), "b": qwen()}, [0.3, 0.7])
+    wide = llama(5, tokens=TOKENS + 3)
+    model = ensemble_of({"inner": inner, "wide": wide, "gpt2": gpt2()}, [0.5, 0.2, 0.3], combine)
+    ids, _ = prompts(3, 9, ())
+    wanted = ids.roll(-1, 1)
+    found = model.log_probs_of(ids, wanted)
+    if combine == "log_linear":
+        assert found is None
+    else:
+        with torch.no_grad():
+            told = model(input_ids=ids).logits.gather(-1, wanted[..., None])[..., 0]
+        assert torch.allclose(found, told, atol=1e-5)
+
+
+def test_wanted_tokens_of_a_damaged_member_name_it():
+    bad = qwen()
+    with torch.no_grad():
+        list(bad.parameters())[-1].fill_(float("nan"))
+    ids, _ = prompts(2, 5, ())
+    with pytest.raises(RunError, match=r"member 'bad' \(.*\) gives NaN logits: check its weights"):
+        ensemble_of({"fine": llama(), "bad": bad}).log_probs_of(ids, ids)

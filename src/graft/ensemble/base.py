@@ -18,7 +18,7 @@ from graft import lineage, models
 from graft.ensemble import linear
 from graft.ensemble.configuration import EnsembleConfig, context_of, keeps_text, kind_of, layers_of, spans_of
 from graft.ensemble.gate import Gate, Told
-from graft.ensemble.lanes import Lanes
+from graft.ensemble.lanes import Answer, Lanes
 from graft.ensemble.members import copied, fresh, load_members, nan_words
 from graft.ensemble.union import Union, union_of
 from graft.errors import RequestError, RunError
@@ -105,7 +105,7 @@ class Ensemble(PreTrainedModel):
         told |= zip(rest, self._each(rest, read), strict=True)
         return [told.get(number) for number in numbers], weights
 
-    def _each(self, numbers: Sequence[int], read: Callable[[int], Told]) -> list[Told]:
+    def _each(self, numbers: Sequence[int], read: Callable[[int], Answer]) -> list[Answer]:
         """What active members say; those on several devices at the same time."""
         return self.lanes.run([self._lane(n) for n in numbers], [partial(read, n) for n in numbers])
 

@@ -13,15 +13,18 @@ from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from graft.ensemble import agreed
+from graft.ensemble import agreed, linear
 from graft.ensemble.base import Ensemble, log_probs_of, to_device
 from graft.ensemble.caches import CacheView, Text, grown_text
 from graft.ensemble.configuration import EnsembleConfig
 from graft.ensemble.gate import Told, last_state
+from graft.ensemble.members import nan_words
 from graft.ensemble.outputs import chosen_outputs
 from graft.ensemble.possible import watched
 from graft.ensemble.speculative import Speculated, instead_of_generate, speculate
 from graft.ensemble.union import Union
+from graft.errors import RunError
+from graft.evaluate.reading import log_probs_of_wanted
 
 
 class EnsembleForCausalLM(Ensemble, GenerationMixin):
@@ -94,6 +97,33 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
             loss = self.loss_function(logits=mixed, labels=labels, vocab_size=mixed.shape[-1], **kwargs)
         found = CausalLMOutputWithPast(loss=loss, logits=mixed, past_key_values=past_key_values)
         return found.to_tuple() if return_dict is False else found
+
+    @torch.no_grad()
+    def log_probs_of(self, input_ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor | None:
+        """log Σ λᵢ pᵢ(wanted) `[batch, length]` of one `wanted` token at each place, from what each member says of that
+        token alone; None where more is needed: other rules, a gate, a union.
+
+        Raises as `forward`, padding behind a text included.
+        """
+        if self.combine is not linear.combine or self.gate is not None or self.union is not None:
+            return None
+        self._check_inputs(input_ids, None)
+        every = self._each(range(len(self.active)), lambda number: self._wanted(number, input_ids, wanted))
+        return (torch.stack(every, -1) + self.weights.log().to(self.device)).logsumexp(-1)
+
+    def _wanted(self, number: int, input_ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """What an active member says of the wanted tokens `[batch, length]`."""
+        place = self.active[number]
+        member, device = self.members[place], next(self.members[place].parameters()).device
+        ids, tokens, found = input_ids.to(device), wanted.to(device), None
+        if isinstance(member, EnsembleForCausalLM):
+            found = member.log_probs_of(ids, tokens)
+        if found is None:
+            logits = member(input_ids=ids, use_cache=False).logits[..., : self.config.vocab_size]
+            found = log_probs_of_wanted(logits, tokens)
+        if bool(found.isnan().any()):
+            raise RunError(nan_words(self.config.members[place]))
+        return found.to(self.device)
 
     def told(
         self, input_ids: torch.Tensor, given: dict[str, Any], cache: Cache | None, *, every: bool = False

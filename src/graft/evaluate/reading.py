@@ -80,6 +80,16 @@ class Reader:
             raise RunError("the model gives NaN logits: its weights are damaged, or its precision is too low")
         return logits
 
+    def told(self, inputs: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of the wanted tokens `[rows, length]`, of the model itself where it works them out without
+        all others (a mixture)."""
+        if (own := getattr(self.model, "log_probs_of", None)) is not None:
+            found: torch.Tensor | None = own(inputs, wanted)
+            if found is not None:
+                self.tokens_read += inputs.numel()
+                return found
+        return self.log_probs(self.forward(inputs), wanted)
+
     def _keeps(self) -> bool:
         import inspect
 
@@ -128,14 +138,19 @@ class Reader:
         return found
 
     def log_probs(self, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """log softmax(logits)[wanted] in float32, without making the softmax; an ensemble's logits are normalised."""
-        own = logits.gather(-1, wanted[..., None])[..., 0].float()
+        """Of the wanted tokens `[...]`, from `logits [..., vocabulary]`; an ensemble's are normalised."""
         if self.normalised:
-            return own
-        rows = logits.flatten(0, -2)
-        size = max(1, PIECE // rows.shape[-1]) if self.device.type == "cpu" else len(rows)
-        sums = [piece.float().logsumexp(-1) for piece in rows.split(max(1, size))]
-        return own - torch.cat(sums).view(own.shape)
+            return logits.gather(-1, wanted[..., None])[..., 0].float()
+        return log_probs_of_wanted(logits, wanted)
+
+
+def log_probs_of_wanted(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """log softmax(logits)[wanted] `[...]` in float32, without making the softmax; `logits [..., vocabulary]`."""
+    own = logits.gather(-1, wanted[..., None])[..., 0].float()
+    rows = logits.flatten(0, -2)
+    size = max(1, PIECE // rows.shape[-1]) if logits.device.type == "cpu" else len(rows)
+    sums = [piece.float().logsumexp(-1) for piece in rows.split(max(1, size))]
+    return own - torch.cat(sums).view(own.shape)
 
 
 def padded(

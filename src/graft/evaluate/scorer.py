@@ -109,8 +109,7 @@ class Scorer:
         fill = getattr(self.model, "padding", 0)  # an id that the model reads at no cost
         inputs = torch.tensor([row + [fill] * (longest - len(row)) for row in rows], device=self.device)
         wanted = torch.tensor([row + [0] * (longest - len(row)) for row in targets], device=self.device)
-        logits = self.reader.forward(inputs)
-        return self.reader.log_probs(logits, wanted).cpu().numpy()
+        return self.reader.told(inputs, wanted).cpu().numpy()
 
     # continuations
 
