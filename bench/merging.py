@@ -130,6 +130,8 @@ class Process:
         self.held.append(found["held"])
         if (self.out / "graft.json").is_file():
             self.worked.append(json.loads((self.out / "graft.json").read_text())["seconds"])
+        # what is read next keeps its place in memory
+        shutil.rmtree(self.out)
         return found["seconds"]
 
     def _run(self) -> dict[str, float]:
@@ -281,7 +283,8 @@ def main() -> None:
         for models, method in itertools.product(args.models, args.methods):
             lines += [compare(method, size, models, args.work, args.repeats, args.warmup, args.alone)]
         if args.remove:
-            shutil.rmtree(args.work / size)
+            for left in (size, f"first-{size}", f"kept-{size}"):
+                shutil.rmtree(args.work / left, ignore_errors=True)
     print(table(lines))
 
 

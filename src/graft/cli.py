@@ -58,6 +58,8 @@ def main() -> None:
     gc.set_threshold(100_000)
     # numpy's threads keep their cores busy for a while after each product, others could use them
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+    # to look whether another package wants to watch settings being read takes longer than to read them
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "true")
     if "--debug" in sys.argv[2:]:
         sys.argv = [sys.argv[0], "--debug", *(word for word in sys.argv[1:] if word != "--debug")]
     app()

@@ -7,9 +7,10 @@ import json
 import subprocess
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import metadata
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -252,13 +253,13 @@ def vocabulary_hash(folder: Path) -> str:
     path = Path(folder) / "tokenizer.json"
     if not path.exists():
         return "none:" + hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:16]
-    return _vocabulary_hash(path, _file_state(path))
+    return _vocabulary_hash(_tokenizer(path, _file_state(path)))
 
 
 def token_ids(folder: Path) -> Mapping[str, int] | None:
     """Token string → id, from `tokenizer.json`; None where there is none. Raises CheckpointError for a damaged one."""
     path = Path(folder) / "tokenizer.json"
-    return _token_ids(path, _file_state(path)) if path.exists() else None
+    return _token_ids(_tokenizer(path, _file_state(path))) if path.exists() else None
 
 
 def _file_state(path: Path) -> tuple[int, ...]:
@@ -266,13 +267,27 @@ def _file_state(path: Path) -> tuple[int, ...]:
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
+@dataclass(frozen=True)
+class _Tokenizer:
+    """A file with a tokenizer; those of one family are mostly the same, byte by byte, and read once."""
+
+    content: str
+    path: Path = field(compare=False)
+
+
 @lru_cache(maxsize=64)
-def _vocabulary_hash(path: Path, state: tuple[int, ...]) -> str:
-    return hash_vocabulary(_token_ids(path, state))
+def _tokenizer(path: Path, state: tuple[int, ...]) -> _Tokenizer:
+    return _Tokenizer(hash_file(path), path)
+
+
+@lru_cache(maxsize=64)
+def _vocabulary_hash(tokenizer: _Tokenizer) -> str:
+    return hash_vocabulary(_token_ids(tokenizer))
 
 
 @lru_cache(maxsize=8)
-def _token_ids(path: Path, state: tuple[int, ...]) -> Mapping[str, int]:
+def _token_ids(tokenizer: _Tokenizer) -> Mapping[str, int]:
+    path = tokenizer.path
     try:
         raw = json.loads(path.read_text())
         tokens = raw.get("model", {}).get("vocab", {})
@@ -310,7 +325,7 @@ def tokenizer_of(folder: Path) -> frozenset[str] | None:
 
 def hash_vocabulary(tokens: Mapping[str, int]) -> str:
     """sha256 of token strings with their ids, in the order of the ids."""
-    plain = json.dumps(sorted(tokens.items(), key=lambda pair: (pair[1], pair[0])), ensure_ascii=False)
+    plain = json.dumps(sorted(tokens.items(), key=itemgetter(1, 0)), ensure_ascii=False)
     return hashlib.sha256(plain.encode()).hexdigest()[:32]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from folded_twins import CLOSE, METHODS, check_as_folded
 from safetensors.torch import load_file, save_file
 from small_adapters import adapter, folded
 from small_family import family, merge, model, save, tensors, tokenizer, with_nan
@@ -18,8 +19,6 @@ from graft.lineage import facts_of
 from graft.models import load, load_tokenizer
 from graft.recipe import read_recipe
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
-"""float32 sums of r products in another order."""
 KINDS = {
     "plain": {},
     "rank-stabilised": {"use_rslora": True, "r": 3},
@@ -98,31 +97,9 @@ def test_a_checkpoint_without_the_first_part_of_its_names_is_understood(tmp_path
     torch.testing.assert_close(out["h.0.attn.c_attn.weight"], wanted["transformer.h.0.attn.c_attn.weight"], **CLOSE)
 
 
-METHODS = {
-    "linear": {"models": {"x": 1, "y": 3}},
-    "task_arithmetic": {"base": "base", "models": {"x": 0.7, "y": -0.4}},
-    "ties": {"base": "base", "models": ["x", "y"], "density": 0.4},
-    "dare_ties": {"base": "base", "models": ["x", "y"]},
-    "della_linear": {"base": "base", "models": ["x", "y"]},
-    "model_stock": {"base": "base", "models": ["x", "y"]},
-    "karcher": {"models": ["x", "y"]},
-    "slerp": {"models": ["x", "y"]},
-    "sce": {"base": "base", "models": ["x", "y"], "select": 0.5},
-    "arcee_fusion": {"base": "base", "models": ["x"]},
-    "ram": {"base": "base", "models": ["x", "y"]},
-}
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_takes_adapters_of_unequal_ranks(name, folders, tmp_path):
-    settings = {"method": name} | METHODS[name]
-    out, found = merge(settings, folders, tmp_path / "out")
-    stand_in = folders | {n: folders[f"{n} folded"] for n in "xy"}
-    wanted, _ = merge(settings, stand_in, tmp_path / "wanted")
-    wrong = {n: (out[n] - wanted[n]).abs().gt(1e-6 + 1e-5 * wanted[n].abs()).sum() for n in out}
-    # a threshold that two roundings of one value straddle may keep another element
-    assert sum(wrong.values()) <= (2 if name in ("ties", "sce", "arcee_fusion") else 0)
-    assert found["notes"]["verified_as"] == "LlamaForCausalLM"
+    check_as_folded(name, folders, tmp_path)
 
 
 def test_adapters_and_models_are_merged_with_each_other(folders, tmp_path):

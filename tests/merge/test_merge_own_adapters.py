@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from folded_twins import CLOSE, METHODS, check_as_folded
 from own_adapters import folded, named, own, points, save_folded
 from safetensors.torch import load_file, save_file
 from small_adapters import adapter
@@ -20,8 +21,6 @@ from graft.errors import CannotCombine, CheckpointError, GraftError, RecipeError
 from graft.lineage import facts_of
 from graft.recipe import read_recipe
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
-"""float32 sums of r products in another order."""
 PIECE = 100
 """Pieces that begin and end inside of rows."""
 LORA = named("lora", rank=4)
@@ -171,31 +170,9 @@ def test_adapters_count_as_much_as_they_are_active(folders, tmp_path):
     same(out, folded(added))
 
 
-METHODS = {
-    "linear": {"models": {"x": 1, "y": 3}},
-    "task_arithmetic": {"base": "base", "models": {"x": 0.7, "y": -0.4}},
-    "ties": {"base": "base", "models": ["x", "y"], "density": 0.4},
-    "dare_ties": {"base": "base", "models": ["x", "y"]},
-    "della_linear": {"base": "base", "models": ["x", "y"]},
-    "model_stock": {"base": "base", "models": ["x", "y"]},
-    "slerp": {"models": ["x", "y"]},
-    "knots": {"base": "base", "models": ["x", "y"], "merge": "linear"},
-    "tsv_merge": {"base": "base", "models": ["x", "y"]},
-}
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_takes_them_as_it_takes_the_folded_models(name, folders, tmp_path):
-    settings = {"method": name} | METHODS[name]
-    out, found = merge(settings, folders, tmp_path / "out")
-    stand_in = folders | {n: folders[f"{n} folded"] for n in "xy"}
-    wanted, _ = merge(settings, stand_in, tmp_path / "wanted")
-    close = {"rtol": 1e-3, "atol": 2e-5} if name in ("knots", "tsv_merge") else CLOSE
-    wrong = {n: (~torch.isclose(out[n], wanted[n], **close)).sum() for n in out}
-    # a threshold that two roundings of one value straddle may keep another element
-    assert sum(wrong.values()) <= (2 if name == "ties" else 0)
-    assert found["notes"]["verified_as"] == "LlamaForCausalLM"
-    graft.load(tmp_path / "out")
+    graft.load(check_as_folded(name, folders, tmp_path))
 
 
 @pytest.mark.slow

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
 from graft.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,6 +23,8 @@ def chat_text(messages: Messages, tokenizer: PreTrainedTokenizerFast) -> str:
     """The chat as the template writes it. Raises DataError where there is no template or it refuses the messages."""
     if not tokenizer.chat_template:
         raise DataError("chat data needs a tokenizer with a chat template; this one has none")
+    from jinja2 import TemplateError
+
     try:
         return _written(messages, tokenizer)
     except TemplateError as error:
@@ -52,6 +52,8 @@ def _by_prefix(messages: Messages, turn: int, whole: str, tokenizer: PreTrainedT
     """From the end of the prompt for this turn to the end of the chat up to it; None where these are no prefixes."""
     if turn == 0:  # transformers writes no chat without messages
         return None
+    from jinja2 import TemplateError
+
     try:
         before = _written(messages[:turn], tokenizer, prompt=True)
         after = _written(messages[: turn + 1], tokenizer)

@@ -49,6 +49,8 @@ STORED = {"BF16": P16, "F16": P16, "F32": P32}
 """Stored types that kernels know, and pointers to whole numbers of their width."""
 INFINITE = {"BF16": U32(0x7F80), "F16": U32(0x7C00), "F32": U32(0x7F800000)}
 """The bits of infinity; those of NaN are above."""
+MAGNITUDE = {"BF16": U16(0x7FFF), "F16": U16(0x7FFF), "F32": U32(0x7FFFFFFF)}
+"""All bits but that of the sign."""
 
 PATIENCE = 8
 """Steps an element, in sorting a row within its buckets, before it is sorted otherwise."""
@@ -74,7 +76,7 @@ NARROW = {"BF16": _narrow_bf16, "F16": float_to_half, "F32": as_bits}
 
 def _reading(stored: str) -> Any:
     """into[0:size] = the elements of `raw`; returns the largest bits without their sign."""
-    widen, positive = WIDEN[stored], STORED[stored].dtype(0x7FFF if STORED[stored] is P16 else 0x7FFFFFFF)
+    widen, positive = WIDEN[stored], MAGNITUDE[stored]
 
     @inlined
     def read(raw, size, into):
@@ -90,7 +92,7 @@ def _reading(stored: str) -> Any:
 
 def _reading_deltas(stored: str) -> Any:
     """into[0:size] = the elements of `raw` minus those of the base; returns the largest bits without their sign."""
-    widen, positive = WIDEN[stored], STORED[stored].dtype(0x7FFF if STORED[stored] is P16 else 0x7FFFFFFF)
+    widen, positive = WIDEN[stored], MAGNITUDE[stored]
 
     @inlined
     def read(raw, base, size, into):
@@ -106,7 +108,7 @@ def _reading_deltas(stored: str) -> Any:
 
 def _writing(made: str) -> Any:
     """out[0:size] = values; returns the largest bits without their sign."""
-    narrow, positive = NARROW[made], STORED[made].dtype(0x7FFF if STORED[made] is P16 else 0x7FFFFFFF)
+    narrow, positive = NARROW[made], MAGNITUDE[made]
 
     @inlined
     def write(values, size, out):
