@@ -446,7 +446,7 @@ def _facts_of(folder: Path) -> Facts:
     if manifest is not None and not manifest.mergeable:
         return Facts(
             manifest.architecture, manifest.initialisation, manifest.vocabulary, manifest.parameters,
-            _bytes_behind(folder), config, False, frozenset(manifest.trained_on),
+            _bytes_behind(folder), config, False, frozenset(manifest.trained_on), frozen=_below(folder, config),
         )  # fmt: skip
     if ADAPTED in config and "head_of" in config[ADAPTED]:
         own = facts_of(folder / config[ADAPTED]["head_of"])
@@ -457,7 +457,8 @@ def _facts_of(folder: Path) -> Facts:
             return _homeless(folder, config, False)
         if not (folder / ADAPTER).is_file():
             raise CheckpointError(f"{folder}: expected the adapters' weights in {ADAPTER}, found no such file")
-        return replace(facts_of(place), config=config, mergeable=False, bytes=_bytes_behind(folder))
+        found = replace(facts_of(place), config=config, mergeable=False, bytes=_bytes_behind(folder))
+        return replace(found, frozen=_below(folder, config))
     headers = read_headers(folder)
     size = sum(h.end - h.start for h in headers.values())
     if manifest is not None:
@@ -476,6 +477,12 @@ def _facts_of(folder: Path) -> Facts:
     return Facts(
         architecture_of(config), f"unknown:{hash_weights(folder)}", vocabulary_hash(folder), count, size, config
     )
+
+
+def _below(folder: Path, config: Mapping[str, Any]) -> str:
+    """Where the model below adapters lies; empty where there is none."""
+    path = config.get(ADAPTED, {}).get("base", {}).get("path")
+    return str((folder / path).resolve()) if path else ""
 
 
 def _bytes_behind(folder: Path) -> int:
@@ -517,7 +524,8 @@ def _lora_facts(folder: Path) -> Facts:
         return replace(_homeless(folder, {}, True), trained_on=trained_on, stored="adapter")
     found = facts_of(base)
     spoken = vocabulary_hash(folder) if (folder / "tokenizer.json").is_file() else found.vocabulary
-    return replace(found, vocabulary=spoken, stored="adapter", trained_on=found.trained_on | trained_on)
+    known = found.trained_on | trained_on
+    return replace(found, vocabulary=spoken, stored="adapter", trained_on=known, frozen=str(base.resolve()))
 
 
 def find_models(folder: Path) -> dict[str, tuple[Path, Manifest]]:

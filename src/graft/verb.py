@@ -44,6 +44,8 @@ class Facts:
     """Heads for tasks, beside or in the place of its own: the task's name → `classification`, `tagging` or `spans`."""
     start: Path | None = None
     """Where weights lie that it grew from, if nothing else tells of its initialisation (`unknown:…`)."""
+    frozen: str = ""
+    """The model below its adapters, by a node's name or its folder: the same where models share it."""
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,13 @@ from tiny_members import llama, prompts
 from graft import models
 from graft.adapters import adopt
 from graft.adapters.folder import save
-from graft.ensemble import VERB
+from graft.ensemble import PROCESS, VERB
 from graft.ensemble.dropout import thinned
 from graft.ensemble.members import load_members, loaded, share
 from graft.errors import CheckpointError
 from graft.tune import lora
+from graft.verb import Facts
+from graft.verbs import verb
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -190,3 +192,29 @@ def test_an_adapter_whose_base_is_gone_is_named(family):
     shutil.rmtree(family / "base")
     with pytest.raises(CheckpointError, match="lora: the adapter's base is missing"):
         models.load(target)
+
+
+def test_an_estimate_counts_a_shared_base_once(family, tmp_path):
+    base = facts(family, "base")["base"]
+    for place, name in enumerate(("one", "two")):
+        graft_folder(family / name, place, family / "base")
+    found = facts(family, "one", "two")
+    own = found["one"].bytes - base.bytes
+    assert 0 < own < base.bytes
+    cost = VERB.estimate(VERB.parse({"members": ["one", "two"]}), found)
+    assert cost.parameters == base.parameters
+    assert base.bytes + own <= cost.memory_bytes - PROCESS <= base.bytes + 2 * own
+    apart = VERB.estimate(VERB.parse({"members": ["one", "base"]}), {"one": base, "base": base})
+    assert apart.memory_bytes - PROCESS == 2 * base.bytes
+
+
+def test_a_plan_counts_the_base_of_adapters_once():
+    base = Facts("decoder", "begin", "words", 1000, 4000, {"model_type": "llama"})
+    tune = verb("tune")
+    settings = tune.parse({"from": "base", "data": "text", "method": {"lora": {"rank": 2}}})
+    known = {"base": base} | {name: tune.facts(settings, {"base": base}, name) for name in ("one", "two")}
+    for members, times in ((["one", "two"], 1), (["one", "two", "base"], 1), (["base"], 1)):
+        assert VERB.facts(VERB.parse({"members": members}), known, "key").bytes == times * 4000
+    full = tune.facts(tune.parse({"from": "base", "data": "text", "method": "full"}), {"base": base}, "full")
+    found = VERB.facts(VERB.parse({"members": ["one", "full"]}), known | {"full": full}, "key")
+    assert (found.parameters, found.bytes) == (2000, 8000)

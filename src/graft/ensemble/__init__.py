@@ -95,22 +95,20 @@ class Ensemble(Verb[EnsembleSettings]):
 
     def facts(self, settings: EnsembleSettings, models: Mapping[str, Facts], key: str) -> Facts:
         members = [models[name] for name in settings.names]
-        first, times = members[0], _times(settings)
+        first, (parameters, size) = members[0], _held(settings, models)
         return Facts(
             first.architecture,
             f"of:{key}",
             first.vocabulary if settings.vocabulary == "same" else f"{settings.vocabulary}:{key}",
-            sum(models[name].parameters * count for name, count in times.items()),
-            sum(models[name].bytes * count for name, count in times.items()),
+            parameters,
+            size,
             _config(settings, members),
             mergeable=False,
             trained_on=frozenset().union(*(m.trained_on for m in members)),
         )
 
     def estimate(self, settings: EnsembleSettings, models: Mapping[str, Facts]) -> Estimate:
-        times = _times(settings)
-        parameters = sum(models[name].parameters * count for name, count in times.items())
-        size = sum(models[name].bytes * count for name, count in times.items())
+        parameters, size = _held(settings, models)
         copied = size if settings.self_contained else 0
         seconds, note = copied / 5e8, "all members in memory at once"
         if isinstance(settings.weights, FittedWeights):
@@ -160,6 +158,20 @@ def _times(settings: EnsembleSettings) -> dict[str, int]:
     for entry in settings.entries:
         found[entry.model] = found.get(entry.model, 0) + (entry.last_checkpoints or 1)
     return found
+
+
+def _held(settings: EnsembleSettings, models: Mapping[str, Facts]) -> tuple[int, int]:
+    """Parameters and bytes of the members' weights. A model below adapters is held once, for all of them and for itself
+    as a member; how large adapters are is known beside the smallest member on that model."""
+    held: dict[str, list[Facts]] = {}
+    for name, count in _times(settings).items():
+        facts = models[name]
+        for number in range(count):
+            own = f"{name} {number}" if number else name
+            held.setdefault(facts.frozen or own, []).append(facts)
+    least = [min(facts.bytes for facts in group) for group in held.values()]
+    more = (facts.bytes - size for size, group in zip(least, held.values(), strict=True) for facts in group)
+    return sum(max(facts.parameters for facts in group) for group in held.values()), sum(least) + sum(more)
 
 
 VERB = Ensemble()

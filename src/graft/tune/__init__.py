@@ -154,7 +154,8 @@ class Tune(Verb[TuneSettings]):
             return replace(folded_facts(start), heads=heads)
         (chosen,) = settings.method.items()
         points = [point.plain() for point in _chosen_points(chosen)]
-        return replace(adapted_facts(start, points, peft=chosen[0] == "peft"), heads=heads)
+        found = adapted_facts(start, points, peft=chosen[0] == "peft")
+        return replace(found, heads=heads, frozen=start.frozen or settings.from_)
 
     def estimate(self, settings: TuneSettings, models: Mapping[str, Facts]) -> Estimate:
         from graft.train.estimate import training_estimate
