@@ -17,16 +17,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from graft.checkpoint import (
-    INDEX,
-    SINGLE,
-    TensorReader,
-    TensorWriter,
-    atomic_folder,
-    atomic_write,
-    free_space,
-    read_headers,
-)
+from graft.checkpoint import INDEX, SINGLE, TensorReader, TensorWriter, read_headers
+from graft.disk import atomic_folder, atomic_write, free_space
 from graft.errors import CheckpointError, DiskError
 
 TENSORS = {

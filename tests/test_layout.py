@@ -15,7 +15,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "graft"
 VERBS = {"pretrain", "tune", "adapt", "head", "merge", "ensemble", "quantize", "_load"}
 LAYERS = [
     {"allocator", "errors", "machine", "misfits", "settings", "progress", "_callable", "_register", "yaml_lines"},
-    {"methods", "verb", "hub", "checkpoint", "lora", "pickles", "remembered", "hashing"},
+    {"methods", "verb", "hub", "disk", "checkpoint", "lora", "pickles", "remembered", "hashing"},
     {"lineage", "finite", "fitting", "data"},
     {"models", "adapters", "multitask", "kinship", "masks", "prefix_lm"},
     {"train", "evaluate"},

@@ -88,7 +88,8 @@ class Load(Verb[LoadSettings]):
 
     def run(self, job: Job) -> dict[str, Any]:
         """Copy the model's files, so that the artifact stays what it is when the original changes."""
-        from graft.checkpoint import copy_model, disk_errors, read_headers
+        from graft.checkpoint import copy_model, read_headers
+        from graft.disk import disk_errors
         from graft.finite import check_folder, check_weights
         from graft.models import check_fit
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from graft import tree as trees
 from graft.chatting import Talk
-from graft.checkpoint import atomic_write
+from graft.disk import atomic_write
 from graft.errors import RequestError, SettingsError
 from graft.evaluate.settings import Measure, TaskMeasure
 from graft.evaluate.tasks import load_task

@@ -18,8 +18,9 @@ from pydantic import ValidationError
 
 import graft
 from graft import lora
-from graft.checkpoint import ADAPTER, INDEX, SINGLE, TensorHeader, atomic_write, read_headers
+from graft.checkpoint import ADAPTER, INDEX, SINGLE, TensorHeader, read_headers
 from graft.data.contents import Content
+from graft.disk import atomic_write
 from graft.errors import CheckpointError, DiskError, RequestError
 from graft.hashing import Way, hash_file, hash_text, hash_weights, way_of
 from graft.lora import is_lora

@@ -16,16 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graft.checkpoint import (
-    INDEX,
-    LORA,
-    SINGLE,
-    Headers,
-    TensorHeader,
-    TensorReader,
-    atomic_write,
-    read_file_headers,
-)
+from graft.checkpoint import INDEX, LORA, SINGLE, Headers, TensorHeader, TensorReader, read_file_headers
+from graft.disk import atomic_write
 from graft.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:

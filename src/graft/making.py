@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from graft import verbs
-from graft.checkpoint import atomic_write, disk_errors, replace_folder
+from graft.disk import atomic_write, disk_errors, replace_folder
 from graft.hashing import hash_file
 from graft.lineage import (
     DataUse,

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from graft import remembered
 from graft.adapters.facts import adapter_of_head
-from graft.checkpoint import ADAPTER, Headers, disk_errors, read_headers
+from graft.checkpoint import ADAPTER, Headers, read_headers
+from graft.disk import disk_errors
 from graft.errors import CheckpointError, RequestError
 from graft.finite import check_folder, check_loaded
 from graft.fitting import OLD_NAMES, architecture_of, beyond, misfits

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graft.checkpoint import INDEX, SINGLE, TORCH_NAMES, TensorWriter, atomic_folder
+from graft.checkpoint import INDEX, SINGLE, TORCH_NAMES, TensorWriter
+from graft.disk import atomic_folder
 from graft.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from graft.checkpoint import atomic_write
+from graft.disk import atomic_write
 from graft.errors import DiskError
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from graft import machine
-from graft.checkpoint import atomic_write, disk_errors
+from graft.disk import atomic_write, disk_errors
 from graft.errors import CheckpointError, Failure, Locked, RequestError, ScoresFailed, Unfinished
 from graft.executors import Executor, Here, Launched, Outcome, Processes, misplaced
 from graft.making import Work

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.adapters.point import SUBLAYERS, Point
-from graft.checkpoint import atomic_write
+from graft.disk import atomic_write
 from graft.lineage import ADAPTED, read_config
 from graft.settings import parse
 from graft.verb import Facts

@@ -20,8 +20,9 @@ from graft import lineage, models
 from graft.adapters.foreign import foreign_base, foreign_said, foreign_weights, load_foreign
 from graft.adapters.point import Point
 from graft.adapters.stack import Adapters, Sites, adapters_of, adopt, free_name
-from graft.checkpoint import ADAPTER, atomic_write, disk_errors, read_file_headers
+from graft.checkpoint import ADAPTER, read_file_headers
 from graft.data.objectives import is_prefix_lm
+from graft.disk import atomic_write, disk_errors
 from graft.errors import CheckpointError, RequestError
 from graft.finite import check_tensors
 from graft.hashing import shortened

@@ -21,7 +21,8 @@ from graft.adapters.forms import LowRank, Site
 from graft.adapters.keys import KeySite, TokenSite
 from graft.adapters.point import Point
 from graft.adapters.stack import Adapters, adapters_of, adopt
-from graft.checkpoint import atomic_write, disk_errors, read_file_headers
+from graft.checkpoint import read_file_headers
+from graft.disk import atomic_write, disk_errors
 from graft.errors import CheckpointError, RequestError
 from graft.finite import check_tensors
 from graft.lora import scale_of

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graft.checkpoint import atomic_folder
 from graft.data.corpus import AnyCorpus, Corpus
 from graft.data.stream import Batch, TokenStream, open_stream, stream_name, tokenize, write_stream
+from graft.disk import atomic_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

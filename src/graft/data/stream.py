@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from graft.checkpoint import atomic_folder
 from graft.data import render
 from graft.data.amount import text_bytes
 from graft.data.corpus import Corpus, text_of
 from graft.data.encode import uncut
+from graft.disk import atomic_folder
 from graft.errors import DataError
 from graft.progress import Progress
 

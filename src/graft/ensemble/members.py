@@ -19,7 +19,8 @@ from transformers import (
 
 from graft import lineage, models
 from graft.adapters.facts import adapter_of_head, frozen_config
-from graft.checkpoint import atomic_write, copy_model
+from graft.checkpoint import copy_model
+from graft.disk import atomic_write
 from graft.ensemble.configuration import kind_of
 from graft.ensemble.dropout import thinned, twin
 from graft.ensemble.sources import Source

@@ -84,7 +84,7 @@ def _show(
     reference = settings.show or fitted
     if reference is None or not _can_be_shown(settings, sources):
         return ()
-    from graft.checkpoint import atomic_write
+    from graft.disk import atomic_write
     from graft.ensemble.byte_level import show as byte_show
     from graft.ensemble.byte_level.fitting import cover_of
     from graft.ensemble.show import spoken_by, spoken_in_union
@@ -137,7 +137,7 @@ def _write_union(job: Job, sources: Sequence[Source], boundaries: int | None) ->
 def _write(
     job: Job, settings: EnsembleSettings, sources: Sequence[Source], weights: list[float], gate: Any = None
 ) -> None:
-    from graft.checkpoint import atomic_write
+    from graft.disk import atomic_write
     from graft.ensemble.configuration import EnsembleConfig
     from graft.ensemble.members import home_of
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from graft.checkpoint import atomic_write, disk_errors
+from graft.disk import atomic_write, disk_errors
 
 Row = dict[str, Any]
 

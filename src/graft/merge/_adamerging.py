@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.checkpoint import atomic_write
 from graft.data.objectives import IGNORED
 from graft.data.rows import Rows
+from graft.disk import atomic_write
 from graft.merge._composed import Composed
 from graft.merge._kept import made_of, rooms
 from graft.merge._reading import rows_for, rows_of_step, what_is_read

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graft.checkpoint import TensorReader, atomic_folder
+from graft.checkpoint import TensorReader
+from graft.disk import atomic_folder
 from graft.merge.inputs import inputs
 from graft.merge.settings import MergeSettings
 from graft.verb import Job

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from graft import data, models
-from graft.checkpoint import FLOATS, TensorReader, atomic_write
+from graft.checkpoint import FLOATS, TensorReader
 from graft.data.objectives import objective_for, objective_rows
+from graft.disk import atomic_write
 from graft.errors import CannotCombine
 from graft.evaluate.limits import longest_context
 from graft.evaluate.unseen import check_unseen

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from graft.checkpoint import LORA, atomic_write, disk_errors
+from graft.checkpoint import LORA
+from graft.disk import atomic_write, disk_errors
 from graft.errors import CheckpointError
 from graft.lora import CONFIG, START
 from graft.merge._factors import Pair

@@ -18,7 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from graft.checkpoint import FLOATS, TensorReader, TensorWriter, atomic_write
+from graft.checkpoint import FLOATS, TensorReader, TensorWriter
+from graft.disk import atomic_write
 from graft.errors import RequestError
 from graft.hashing import Digests
 from graft.merge.architecture import Check, verify

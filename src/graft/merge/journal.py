@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from graft.checkpoint import atomic_write, sync
+from graft.disk import atomic_write, sync
 from graft.machine import boot
 
 SYNC_BYTES = 1 << 34

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from graft.adapters.facts import HEAD_OF, adapter_of_head
 from graft.adapters.stack import Adapted, carried
-from graft.checkpoint import atomic_write, disk_errors, read_file_headers, read_headers
+from graft.checkpoint import read_file_headers, read_headers
+from graft.disk import atomic_write, disk_errors
 from graft.errors import CheckpointError
 from graft.finite import check_tensors
 from graft.lineage import ADAPTED, head_kind, read_config

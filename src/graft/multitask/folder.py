@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft import lineage
-from graft.checkpoint import INDEX, atomic_write, disk_errors, read_headers, weight_files
+from graft.checkpoint import INDEX, read_headers, weight_files
+from graft.disk import atomic_write, disk_errors
 from graft.errors import CheckpointError, RequestError, UnknownName
 
 if TYPE_CHECKING:

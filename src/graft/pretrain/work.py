@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft import data, models
-from graft.checkpoint import atomic_folder
 from graft.data.objectives import Span, objective_for
 from graft.data.tokenizers import put_ends
+from graft.disk import atomic_folder
 from graft.pretrain.architectures import Shape, build, config_for, positions_for, shape_of
 from graft.pretrain.settings import PretrainSettings, TokenizerAt, TokenizerOf
 from graft.verb import Job

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import graft
-from graft.checkpoint import atomic_write
+from graft.disk import atomic_write
 from graft.report.ceiling import draw_ceiling, said
 from graft.report.colours import VERBS, verb_class
 from graft.report.cost import COSTS, cost_panel

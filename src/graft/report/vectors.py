@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from graft.checkpoint import atomic_write
+from graft.disk import atomic_write
 from graft.errors import GraftError, RequestError
 from graft.lineage import known_hash
 from graft.report.read import Model, Run

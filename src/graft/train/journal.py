@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from graft.checkpoint import disk_errors
+from graft.disk import disk_errors
 from graft.progress import Progress
 from graft.train.place import Place
 from graft.train.trackers import Title, Trackers

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from graft.checkpoint import atomic_folder
+from graft.disk import atomic_folder
 from graft.train.settings import Keep
 
 Scores = dict[int, float | None]

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from graft.allocator import memory_kept
-from graft.checkpoint import atomic_folder
 from graft.data.rows import Rows
+from graft.disk import atomic_folder
 from graft.errors import RequestError, TrainingError
 from graft.progress import say
 from graft.train.batches import Ahead, Batch, Step, make_step, spans, tokens_in

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from graft.checkpoint import disk_errors, sync
+from graft.disk import disk_errors, sync
 
 Facts = dict[str, Any]
 
