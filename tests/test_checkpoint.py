@@ -237,7 +237,7 @@ WRITERS = {
 def test_a_real_limit_on_file_size_is_said_whoever_writes(tmp_path, writer):
     code = (
         "import resource, signal, sys\nfrom pathlib import Path\n"
-        "from graft.checkpoint import atomic_write, disk_errors\n"
+        "from graft.disk import atomic_write, disk_errors\n"
         "from graft.errors import DiskError\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"def write(path):\n    {WRITERS[writer]}\n"
         "def limited(path):\n    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n    write(path)\n"

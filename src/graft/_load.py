@@ -76,7 +76,7 @@ class Load(Verb[LoadSettings]):
 
         try:
             check_stored(fetched(settings))
-        except CheckpointError as error:
+        except (RequestError, CheckpointError) as error:
             return [str(error)]
         return []
 
