@@ -82,7 +82,8 @@ def compare(what: str, model: EnsembleForCausalLM, prompts: Any, asked: argparse
         raise SystemExit(f"{what}: the texts differ")
     sides = [Side("speculative", timed(drafted)), Side("generate", timed(plain))]
     rows = len(prompts["input_ids"])
-    what = f"{what}, batch {rows}, {asked.tokens} tokens, kept {found.kept / found.drafted:.0%} of the drafts"
+    kept = f"kept {found.kept / found.drafted:.0%} of {found.drafted} drafts" if found.drafted else "no drafts"
+    what = f"{what}, batch {rows}, {asked.tokens} tokens, {kept}"
     report(what, measure(sides, asked.repeats), unit="s", packages=["graft", "torch", "transformers"])
 
 
