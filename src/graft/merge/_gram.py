@@ -13,6 +13,7 @@ import numpy as np
 
 from graft.merge import _fused
 from graft.merge._blocks import LANES
+from graft.merge._workers import TOGETHER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,7 @@ def gram(tensors: Tensors) -> np.ndarray:
 
     size = len(tensors.models)
     made = np.zeros((size, size))
-    made[np.tril_indices(size)] = np.sum(tensors.workers.map(products, tensors.spans()), axis=0).sum(axis=1)
+    made[np.tril_indices(size)] = np.sum(tensors.workers.map(products, tensors.spans(), TOGETHER), axis=0).sum(axis=1)
     return made + np.tril(made, -1).T
 
 

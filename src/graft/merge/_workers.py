@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 FAR_THREADS = 6
 """Pieces on an accelerator at the same time, at most; with their number and size its memory is bounded."""
+TOGETHER = 4
+"""Pieces that a thread takes at a time: to hand each out by itself costs a part of the work on it."""
 LEAST = 1 << 20
 """Bytes of a buffer, at least."""
 
@@ -47,16 +49,21 @@ class Workers:
     def _streams(self) -> bool:
         return self.device.startswith("cuda")
 
-    def map(self, function: Callable[[R], object], items: Sequence[R]) -> list:
-        """The results in the order of the items; the first exception is raised after the others have stopped."""
+    def map(self, function: Callable[[R], object], items: Sequence[R], together: int = 1) -> list:
+        """The results in the order of the items; the first exception is raised after the others have stopped.
+
+        `together`: a thread of the processor takes so many small items at a time, but leaves some to the others.
+        """
         if self._streams:
             import torch
 
             # what this thread has begun on the device is there before another stream reads it
             torch.cuda.current_stream(self.device).synchronize()
-        futures = [self._pool.submit(self._in_stream, function, item) for item in items]
+        size = max(min(together, len(items) // self.threads), 1) if self.near else 1
+        runs = [items[at : at + size] for at in range(0, len(items), size)]
+        futures = [self._pool.submit(lambda run: [self._in_stream(function, one) for one in run], run) for run in runs]
         try:
-            return [future.result() for future in futures]
+            return [found for future in futures for found in future.result()]
         except BaseException:
             for future in futures:
                 future.cancel()

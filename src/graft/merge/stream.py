@@ -21,7 +21,7 @@ import numpy as np
 from graft.checkpoint import TORCH_NAMES, WIDTH, Headers, TensorReader
 from graft.errors import CannotCombine, CheckpointError
 from graft.finite import finite
-from graft.merge._workers import Workers
+from graft.merge._workers import TOGETHER, Workers
 
 if TYPE_CHECKING:
     import torch
@@ -173,7 +173,7 @@ class Tensors:
 
     def map(self, function: Callable[[Piece], R]) -> list[R]:
         """What `function` gives for every piece, in order; pieces are read and worked on in parallel."""
-        return self.workers.map(lambda span: function(self.read(*span)), self.spans())
+        return self.workers.map(lambda span: function(self.read(*span)), self.spans(), TOGETHER)
 
     @cached_property
     def sources(self) -> list[Source]:
@@ -240,7 +240,7 @@ class Tensors:
             made = self._plainly(combine, span, stored) if made is None else made
             writer.write(self.name, span[0] * WIDTH[stored], made)
 
-        self.workers.map(make, self.spans())
+        self.workers.map(make, self.spans(), TOGETHER)
 
     def _made(self, by_kernel: ByKernel, span: tuple[int, int], stored: str) -> memoryview | None:
         """The bytes that a kernel makes of a piece; None where it cannot, or met NaN or Inf."""
