@@ -10,7 +10,7 @@ from .families import CLASSES, family
 
 
 def places(model, on, layers=None, form="bottleneck"):
-    return Layout(model).places(Point(form=form, on=[on], size=2, layers=layers))
+    return Layout(model).places(Point(form=form, on=[on], size=None if form == "bias" else 2, layers=layers))
 
 
 @pytest.mark.parametrize("name", [name for name in CLASSES if name != "mamba"])
@@ -71,7 +71,7 @@ def test_what_is_not_there_is_refused_with_what_is():
     with pytest.raises(RequestError, match=r"MambaForCausalLM: expected a place 'attention'.*in_proj, x_proj"):
         places(family("mamba"), "attention")
     with pytest.raises(RequestError, match="expected layers with biases, found none; use lora"):
-        places(family("llama"), "biases")
+        places(family("llama"), "biases", form="bias")
 
 
 def test_alternatives_take_the_first_that_is_there():

@@ -236,6 +236,7 @@ def test_points_that_mean_nothing_are_refused():
         ({"form": "softmax", "on": ["feed_forward"], "size": 2}, "beside those of attention"),
         ({"form": "tokens", "on": ["attention"], "size": 2}, "stand at the input"),
         ({"form": "linear", "on": ["query"], "size": 2, "layers": "1-3"}, "expected layers such as"),
+        ({"form": "linear", "on": ["biases"], "size": 2}, "expected the form bias or scale, found linear"),
     ):
         with pytest.raises(SettingsError, match=words):
             point(**settings)
