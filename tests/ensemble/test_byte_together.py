@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from tiny_bytes import LEFT, by_hand, member, tokenizer
+from tiny_bytes import LEFT, by_hand, member, stepwise, tokenizer
 from tiny_members import gpt2
 
 from graft.ensemble.byte_level import forest as forests
 from graft.ensemble.byte_level.asking import Ask, together
 from graft.ensemble.byte_level.byte_model import EXACT, ByteModel, Cover
 from graft.ensemble.byte_level.cover import Born
+from graft.ensemble.byte_level.following import cut
 from graft.ensemble.byte_level.forest import Forest, style_of
 from graft.ensemble.byte_level.leaf import Leaf
 from graft.ensemble.byte_level.scorer import distributions, score
@@ -89,7 +90,7 @@ def test_a_special_token_that_a_text_speaks_of_is_written_by_its_letters():
     model = member(3, words)
     ids = words.get_vocab()
     reader = ByteModel(model, words, Cover("canonical", 0.0, 0.0, None))
-    assert reader._cut(b"a<eos>b", True) == [ids[letter] for letter in "a<eos>b"]
+    assert cut(reader, b"a<eos>b", True) == [ids[letter] for letter in "a<eos>b"]
     leaf = Forest(reader.reader, 1).root()[0]
     for letter in "a<eos>":
         assert reader._canonical(Born(leaf, ids[letter], 0.0, 1.0))
@@ -151,3 +152,17 @@ def test_what_is_read_ahead_is_what_comes_to_pass_and_changes_nothing():
         byte = int(state.next[:256].argmax())
         assert np.allclose(state.next, same.next, atol=1e-5)
         (state,), (same,) = reader.advance(forest, [state], [byte]), plain.advance(other, [same], [byte])
+
+
+def test_a_known_text_takes_fewer_passes_than_its_bytes_one_by_one_also_where_its_tokenizer_is_no_guide():
+    """Of a random model, which finds other sequences likelier again and again."""
+    text = b"abcabcacbbcab" * 4
+
+    def passes(read):
+        reader = ByteModel(member(6, LEFT), LEFT, SOME)
+        read(reader)  # what follows single tokens is read once and kept
+        before = reader.reader.forwards
+        read(reader)
+        return reader.reader.forwards - before
+
+    assert passes(lambda reader: score(reader, [text])) < 0.8 * passes(lambda reader: stepwise(reader, text))

@@ -21,19 +21,26 @@ Found = tuple[Leaf, Told]
 class Ask(NamedTuple):
     """What a text needs before it goes on: new `leaves`, each behind a known one or one before it, and what comes
     behind the tokens `alone`. Where something is read, so is what it will need later, `more` (which is asked only
-    then), as far as other texts need as much, or up to `room` leaves of the text in all. `patient`: it may wait until
-    nobody needs anything else."""
+    then), as far as other texts need as much, or up to `room` leaves of the text in all."""
 
     leaves: Sequence[Leaf] = ()
     alone: Sequence[int] = ()
     more: Callable[[], Sequence[Leaf]] = tuple
     room: int = 0
-    patient: bool = False
 
 
 Reading = Generator[Ask, list[Found], T]
 """A text that is read: it yields what it needs, is given the leaves (and as much more as was read) with what follows
 them, and returns a result."""
+
+
+class Lacking:
+    """What must be known before a text goes on: `leaves` that were not read, by their identity, and what comes behind
+    the tokens `alone`."""
+
+    def __init__(self) -> None:
+        self.leaves: dict[int, Leaf] = {}
+        self.alone: list[int] = []
 
 
 class Wanted:
@@ -61,8 +68,9 @@ class Wanted:
                 continue
             leaf.twin = now, _ = read[id(made)]
             above = now.parent.told() if now.parent is not None and now.parent.told is not None else None
-            if above is not None and now.parent is not None and leaf.true == -np.inf:
-                leaf.true = now.parent.true + above.log(leaf.token)
+            # not that of what it is read behind, which may be only the end of what leads to it
+            if above is not None and leaf.parent is not None and leaf.true == -np.inf:
+                leaf.true = leaf.parent.now.true + above.log(leaf.token)
             now.true = max(now.true, leaf.true)
 
 
@@ -72,11 +80,11 @@ def together(forest: Forest, readings: Sequence[Reading[T]]) -> list[T]:
     waiting: dict[int, tuple[Reading[Any], Ask]] = {}
     _go_on(results, waiting, {number: (reading, None) for number, reading in enumerate(readings)})
     while waiting:
-        turn = [number for number, (_, ask) in waiting.items() if not ask.patient] or list(waiting)
-        asked = [waiting.pop(number) for number in turn]
-        found = _answered(forest, [ask for _, ask in asked])
-        given = zip(turn, ((reading, own) for (reading, _), own in zip(asked, found, strict=True)), strict=True)
-        _go_on(results, waiting, dict(given))
+        asked = dict(waiting)
+        waiting.clear()
+        found = _answered(forest, [ask for _, ask in asked.values()])
+        given = zip(asked.items(), found, strict=True)
+        _go_on(results, waiting, {number: (reading, own) for (number, (reading, _)), own in given})
     return [results[number] for number in range(len(readings))]
 
 

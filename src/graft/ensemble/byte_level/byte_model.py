@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from graft.data.encode import encode
-from graft.ensemble.byte_level.asking import Found, Reading, together
+from graft.ensemble.byte_level.asking import Found, Lacking, Reading, together
 from graft.ensemble.byte_level.cover import (
     END,
     Born,
@@ -23,19 +23,16 @@ from graft.ensemble.byte_level.cover import (
     state_of,
     step_of,
 )
+from graft.ensemble.byte_level.following import Following, Note
 from graft.ensemble.byte_level.forest import Forest
 from graft.ensemble.byte_level.leaf import Leaf
 from graft.ensemble.byte_level.reader import Reader
-from graft.ensemble.byte_level.spelling import Spelling, spelling_of
+from graft.ensemble.byte_level.spelling import spelling_of
 from graft.ensemble.configuration import context_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-AHEAD, LEAST = 24, 12
-"""Tokens that are read ahead where the text is known, at most; and at least, where others turned out likelier."""
-SIDES = 64
-"""Sequences beside those that are looked for at once."""
 LIKELY, DRAFTED = 0.003, 16
 """Where a pass is made anyway, what the likely next bytes need is read ahead: probability of these, and how many."""
 ROOM = 4
@@ -60,42 +57,6 @@ class Cover:
 
 
 EXACT = Cover(drop=0.0, join=0.0, most=None)
-
-
-Note = Callable[[int, State], None]
-"""Is given the place of a byte and the state behind it."""
-
-
-class Lacking:
-    """What must be known before a text goes on: `leaves` that were not read, by their identity, and what comes behind
-    the tokens `alone`."""
-
-    def __init__(self) -> None:
-        self.leaves: dict[int, Leaf] = {}
-        self.alone: list[int] = []
-
-
-class Line:
-    """One sequence through a text: `tokens` behind the leaf `above`, which has been read up to the byte `end`; `held`:
-    what of it was read and is still ahead, with the bytes at which that ends, behind the leaf `here`."""
-
-    def __init__(self, above: Leaf, tokens: Sequence[int], end: int):
-        self.above, self.tokens, self.end, self.here = above, tokens, end, above
-        self.held: list[tuple[int, Found]] = []
-
-    def read_on(self, found: Sequence[Found], spelling: Spelling) -> None:
-        """The first of its tokens have been read."""
-        for each in found:
-            self.above = each[0]
-            self.end += len((spelling.first if self.above.depth == 1 else spelling.later)[self.above.token] or b"")
-            self.held.append((self.end, each))
-        self.tokens = self.tokens[len(found) :]
-
-    def leads(self, state: State, done: int) -> bool:
-        """Whether the state behind the text up to byte `done` follows it."""
-        while self.held and self.held[0][0] <= done:
-            self.here = self.held.pop(0)[1][0]
-        return any(each.leaf is self.here for each in state.open)
 
 
 class Plan(NamedTuple):
@@ -181,16 +142,26 @@ class ByteModel:
             if sure:
                 return after
 
+    def following(self, forest: Forest, state: State, data: bytes, note: Note) -> Reading[State]:
+        """The state at the end of a known text."""
+        return Following(self, forest, state, data, note).reading()
+
     def _step(self, forest: Forest, state: State, byte: int, exact: bool = True) -> tuple[State, bool, Lacking]:
         """The state one byte on, whether all of it is known, and what is lacking; what is sure is kept in the state."""
         if byte in state.later:
             return state.later[byte], True, Lacking()
         lacking = Lacking()
-        known, sure, step = self._known(forest, state, byte, lacking, exact)
-        after = _next_state(state, known, step)
+        after, sure = self.stepped(forest, state, byte, lacking, exact)
         if sure and exact:
             state.later[byte] = after
         return after, sure, lacking
+
+    def stepped(
+        self, forest: Forest, state: State, byte: int, lacking: Lacking, exact: bool = True
+    ) -> tuple[State, bool]:
+        """The state one byte on, and whether all of it is known; what is not is noted as `lacking`."""
+        known, sure, step = self._known(forest, state, byte, lacking, exact)
+        return _next_state(state, known, step), sure
 
     def _likely(self, forest: Forest, state: State) -> list[Leaf]:
         """What must be read for the likeliest next bytes, as far as they are likely enough."""
@@ -206,58 +177,6 @@ class ByteModel:
             exact = exact and sure
             found += lacking.leaves.values()
         return found
-
-    def following(self, forest: Forest, state: State, data: bytes, note: Note) -> Reading[State]:
-        """The state at the end of a known text.
-
-        The sequence that the tokenizer makes is read ahead, and with it those beside it: they are looked for as if they
-        were rough, read together, and the bytes behind the first of them are gone through again.
-        """
-        done, line, lacking, ahead = 0, self._line(state, data, 0), Lacking(), AHEAD
-        held: list[Lacking] = []  # what was read lives until the next byte is known
-        while done < len(data):
-            leads = line.leads(state, done)
-            if not leads or done >= line.end:
-                ahead = min(AHEAD, 2 * ahead) if leads else LEAST
-                line = self._line(state, data, done)
-            least = ahead if done >= line.end else 0
-            found = yield from forest.catch_up(
-                list(lacking.leaves.values()), (line.above, line.tokens[:AHEAD]), least, lacking.alone
-            )
-            line.read_on(found, self.spelling)
-            stop = min(len(data), max(done + 1, line.end))
-            held.append(lacking)
-            before = done
-            done, state, lacking = self._pass(forest, state, data[:stop], done, note)
-            held = held if done == before else []
-        return state
-
-    def _line(self, state: State, data: bytes, done: int) -> Line:
-        """The likeliest sequence through the text: only a guess, which changes no result."""
-        likely = max(state.open, key=lambda each: each.mass)
-        if not likely.leaf.read:
-            return Line(likely.leaf, [], done)
-        begun = likely.node.read
-        tokens = self._cut(begun + data[done : done + 8 * AHEAD], likely.leaf.depth == 0)
-        return Line(likely.leaf, tokens, done - len(begun))
-
-    def _pass(self, forest: Forest, state: State, data: bytes, begin: int, note: Note) -> tuple[int, State, Lacking]:
-        """Go on from byte `begin` as long as all is known; returns how far, the state there, what is to be read.
-
-        Behind the first byte that something is lacking for, what stands for it is a guess: only to see what else is.
-        """
-        here, reached, exact = state, begin, True
-        lacking = Lacking()
-        for place in range(begin, len(data)):
-            known, sure, step = self._known(forest, here, data[place], lacking, exact)
-            here = _next_state(here, known, step)
-            exact = exact and sure
-            if exact:
-                reached, state = place + 1, here
-                note(place, here)
-            elif len(lacking.leaves) > SIDES:
-                break
-        return reached, state, lacking
 
     def _plan(self, state: State, byte: int) -> Plan:
         """What is followed of a state one byte on, before the model is asked."""
@@ -335,26 +254,6 @@ class ByteModel:
             return True
         (cut,) = encode([text], self.tokenizer)
         return cut == tokens if whole else cut[-WINDOW // 2 :] == tokens[-WINDOW // 2 :]
-
-    def _cut(self, text: bytes, first: bool) -> list[int]:
-        """Tokens that spell the text (or its beginning): the tokenizer's as far as they do, then the longest."""
-        (ids,) = encode([text.decode(errors="replace")], self.tokenizer)
-        made: list[int] = []
-        done = 0
-        for token in ids:
-            spelt = (self.spelling.first if first and not made else self.spelling.later)[token]
-            if not spelt or text[done : done + len(spelt)] != spelt:
-                break
-            made.append(token)
-            done += len(spelt)
-        while done < len(text) and len(made) < AHEAD:
-            trie = self.reader.first if first and not made else self.reader.later
-            found = trie.longest(text[done : done + 64])
-            if found is None:
-                break
-            made.append(found[0])
-            done += found[1]
-        return made
 
 
 def _rough(born: Born, told: Told) -> Hypothesis:

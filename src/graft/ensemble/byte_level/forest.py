@@ -85,16 +85,12 @@ class Forest:
         return leaf.twin
 
     def catch_up(
-        self,
-        unread: Sequence[Leaf],
-        behind: tuple[Leaf, Sequence[int]],
-        least: int,
-        alone: Sequence[int] = (),
+        self, unread: Sequence[Leaf], behind: tuple[Leaf, Sequence[int]], alone: Sequence[int] = ()
     ) -> Reading[list[Found]]:
         """Read sequences that were not read, and what they stand behind, in one go; their `twin` says what they are.
 
         What comes behind the tokens `alone` is found out with it, and tokens one `behind` the other, the first behind a
-        leaf: `least` of them, and as much more as costs nothing. Returns the leaves of those.
+        leaf, which may be unread. Returns the leaves of those.
         """
         wanted = Wanted()
         for leaf in unread:
@@ -105,17 +101,14 @@ class Forest:
             known.append(found)
             above = found[0]
             tokens.pop(0)
-        needed = before = len(wanted.leaves)
-        if least > len(known):
-            above = self._roomy(above, wanted)
-            before = len(wanted.leaves)
-            needed = before + least - len(known)
+        above = self._place(above, wanted)
+        above = self._roomy(above, wanted) if tokens else above
+        before = len(wanted.leaves)
         for token in self._fitting(above, tokens):
             above = wanted.add(above, token)
-        needed = min(needed, len(wanted.leaves))
-        if not needed and not alone:
+        if not wanted.leaves and not alone:
             return known
-        read = yield Ask(wanted.leaves[:needed], alone, lambda: wanted.leaves[needed:], patient=not unread)
+        read = yield Ask(wanted.leaves, alone)
         wanted.keep(read)
         return known + read[before:]
 

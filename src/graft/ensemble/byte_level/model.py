@@ -20,10 +20,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from graft import models
 from graft.ensemble.base import Ensemble
 from graft.ensemble.byte_level.asking import Reading, together
-from graft.ensemble.byte_level.byte_model import ByteModel, Cover, Note
+from graft.ensemble.byte_level.byte_model import ByteModel, Cover
 from graft.ensemble.byte_level.cache import ByteCache, Read
 from graft.ensemble.byte_level.configuration import ByteEnsembleConfig
 from graft.ensemble.byte_level.cover import State
+from graft.ensemble.byte_level.following import Note
 from graft.ensemble.byte_level.forest import Forest
 from graft.ensemble.byte_level.tokenizer import BOS, EOS, PAD, SIZE, byte_tokenizer
 from graft.ensemble.configuration import WORDS, EnsembleConfig, context_of, kind_of

@@ -14,8 +14,8 @@ from graft.errors import CannotCombine, RunError
 
 KEPT = 2**24
 """Log-probabilities of what comes behind single tokens that are kept, and as many running totals."""
-AT_ONCE = 2**22
-"""Log-probabilities that are summed at once."""
+AT_ONCE = 2**18
+"""Log-probabilities that are summed at once: as many as stay in a core's cache."""
 
 
 class Reader:

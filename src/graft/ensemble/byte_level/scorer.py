@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graft.ensemble.byte_level.byte_model import AHEAD, ByteModel, Note
+from graft.allocator import memory_kept
+from graft.ensemble.byte_level.byte_model import ByteModel
 from graft.ensemble.byte_level.cover import END, State
+from graft.ensemble.byte_level.following import MOST, Note
 from graft.ensemble.byte_level.forest import Forest
 from graft.progress import Progress
 
@@ -43,6 +45,7 @@ def bytes_of(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
+@memory_kept()
 def score(model: ByteModel, texts: Sequence[str | bytes]) -> list[ByteDocument]:
     """The log-probability of every byte of every text; -inf for a byte that the model's tokens cannot write."""
     data = [text if isinstance(text, bytes) else bytes_of(text) for text in texts]
@@ -57,7 +60,7 @@ def score(model: ByteModel, texts: Sequence[str | bytes]) -> list[ByteDocument]:
 
 def _batches(model: ByteModel, data: Sequence[bytes]) -> list[list[int]]:
     """Texts that are about as long together."""
-    rows = min(ROWS, max(1, HELD // (AHEAD * model.reader.size)))
+    rows = min(ROWS, max(1, HELD // (MOST * model.reader.size)))
     order = sorted(range(len(data)), key=lambda row: len(data[row]))
     return [order[begin : begin + rows] for begin in range(0, len(order), rows)]
 
@@ -82,6 +85,7 @@ def _noting(gold: np.ndarray) -> Note:
     return note
 
 
+@memory_kept()
 def distributions(model: ByteModel, texts: Sequence[bytes]) -> list[np.ndarray]:
     """`[bytes, 257] float64` of each text: what the model gives each byte (and the end) before it comes."""
     made: dict[int, np.ndarray] = {}
