@@ -69,6 +69,8 @@ def test_one_node_is_cached_and_remade_by_the_same_rules_as_in_a_run(tmp_path, g
 
 
 def test_one_node_refuses_what_is_not_there_and_what_it_would_overwrite(tmp_path, growing):
+    with pytest.raises(RequestError, match="expected a folder to write, found an empty name"):
+        make_one("grow", "", {})
     with pytest.raises(RequestError, match="expected a model's folder, found none at nowhere"):
         make_one("grow", tmp_path / "a", {"parents": ["nowhere"]})
     (tmp_path / "mine").mkdir()
@@ -115,11 +117,15 @@ def test_a_data_file_is_known_by_its_suffix(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "x.md").write_text("x")
     assert data_at(str(tmp_path / "folder"))["source"] == "text"
-    (tmp_path / "weights.bin").write_text("x")
-    with pytest.raises(DataError, match=r"expected files ending in one of .jsonl.*found none"):
+    (tmp_path / "code.py").write_text("x = 1\n")
+    assert data_at(str(tmp_path / "code.py"))["source"] == "text"
+    (tmp_path / "weights.bin").write_bytes(b"\x80\x00\xff")
+    with pytest.raises(DataError, match=r"expected files of one kind, ending in one of .txt.*found none"):
         data_at(str(tmp_path / "weights.bin"))
     with pytest.raises(DataError, match=r"found nothing at nowhere\.jsonl"):
         data_at("nowhere.jsonl")
+    with pytest.raises(DataError, match=r"found nothing at ''"):
+        data_at("")
 
 
 def test_a_file_is_read_whole_where_no_split_of_it_is_named_and_nobody_trains(tmp_path):

@@ -6,8 +6,10 @@ import io
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from graft import machine
+from graft.cli import app
 from graft.errors import RequestError, SettingsError
 from graft.machine import cores, size
 from graft.plan import Places, make_plan, plain, render
@@ -180,7 +182,9 @@ def test_what_is_there_already_costs_nothing_and_a_loaded_model_the_process(tmp_
 def test_figures_are_written_short():
     assert [size(n) for n in (999, 12_400_000, 3.2e9)] == ["999 B", "12.4 MB", "3.2 GB"]
     assert [count(n) for n in (40, 3_100_000, 1.1e9)] == ["40", "3.1M", "1.1B"]
-    assert [clock(s) for s in (None, 0.3, 42, 210, 7560)] == ["?", "under 1 s", "42 s", "3.5 min", "2.1 h"]
+    assert [clock(s) for s in (None, 0.3, 42, 210, 7560, 676_800)] == [
+        "?", "under 1 s", "42 s", "3.5 min", "2.1 h", "7.8 days",
+    ]  # fmt: skip
 
 
 TRAINED = """
@@ -249,6 +253,9 @@ def test_a_training_that_does_not_fit_the_machine_is_refused_before_anything_is_
         run(path, tmp_path / "run", device="cpu")
     assert not (tmp_path / "run" / "models").exists()
     assert not list((tmp_path / "run").glob("work/*"))
+    shown = CliRunner().invoke(app, ["plan", str(path)])
+    assert shown.exit_code == 0
+    assert "base: does not fit" in shown.stderr
 
 
 def test_a_machine_tells_its_memory_and_a_container_its_limit(tmp_path, monkeypatch):

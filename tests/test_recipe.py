@@ -887,3 +887,31 @@ def test_the_template_of_a_classification_names_fields_of_its_records(recipe, tm
     first, second = problems(path)
     assert first.startswith("line 7: evaluate.0.prompt: expected a template of the fields text, label, found txet in ")
     assert second.startswith("line 8: evaluate.1.prompt: expected a template (jinja), found '{{ text'")
+
+
+def test_a_model_without_a_size_hides_no_other_problem(recipe, tmp_path):
+    (tmp_path / "one.txt").write_text("one\n")
+    path = recipe("""
+        family: f
+        data: {one: {source: text, path: one.txt, splits: {dev: 0, test: 0}}}
+        models:
+          a: {pretrain: {data: one, length: 16}}
+          b: {tune: {from: a, data: one, rate: 1}}
+        """)
+    found = problems(path)
+    assert "line 5: models.a.pretrain: expected `size` (such as 5M), or `hidden` and `layers`, found neither" in found
+    assert any(problem.startswith("line 6: models.b.tune") for problem in found)
+
+
+def test_splits_given_as_files_have_no_dev_split_of_which_no_file_is_given(recipe, tmp_path):
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} {n}"}}\n' for n in range(3000)))
+    text = """
+        family: f
+        data: {one: {source: jsonl, train: train.jsonl, test: test.jsonl}}
+        models: {a: {pretrain: {data: one, size: 60k, length: 16, tokenizer: {size: 300}}}}
+        evaluate: [{measure: bits_per_byte, on: [one.SPLIT]}]
+        """
+    assert read_recipe(recipe(text.replace("SPLIT", "test"))).models
+    (problem,) = problems(recipe(text.replace("SPLIT", "dev")))
+    assert "one.dev: expected at least one document, found none: files are given for `test`, `train` alone" in problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -29,7 +30,7 @@ LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_by
 
 def memory(device: str | None = None) -> int:
     """Bytes of memory of a device; None: the accelerator, or the computer where there is none."""
-    if device != "cpu":
+    if device != "cpu" and (device is not None or _may_have_accelerator()):
         import torch
 
         if torch.cuda.is_available() and (device is None or device.startswith("cuda")):
@@ -38,6 +39,11 @@ def memory(device: str | None = None) -> int:
 
     said = [Path(place).read_text().strip() for place in LIMITS if Path(place).is_file()]
     return min([psutil.virtual_memory().total, *(int(words) for words in said if words.isdecimal())])
+
+
+def _may_have_accelerator() -> bool:
+    """Whether it is worth a second to ask torch: on Linux no GPU is seen that has no file under /dev."""
+    return sys.platform != "linux" or any(Path(place).exists() for place in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
 
 
 def size(number: float) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from graft import verbs
 from graft._load import LoadSettings, fetched
 from graft.data import nearest_ref, split_ref
+from graft.data.files import COMPRESSED, SUFFIXES, begins_as_text
 from graft.errors import DataError, RequestError
 from graft.lineage import read_manifest
 from graft.models import check_device
@@ -21,18 +22,7 @@ from graft.settings import references
 from graft.train.settings import TrainSettings
 from graft.yaml_lines import Document, read_text, read_yaml
 
-SOURCES = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-    ".rst": "text",
-}
+SOURCES = {ending: source for source, endings in SUFFIXES.items() for ending in endings}
 """The source of a data file, by its suffix."""
 
 
@@ -59,6 +49,8 @@ def make_one(
     check_device(device)
     executor = executor_for(launch=launch)
     target = Path(out)
+    if not str(out):
+        raise RequestError("expected a folder to write, found an empty name")
     if target.exists() and not target.is_dir():
         raise RequestError(f"expected a folder to write, found the file {target}: choose another name")
     places = beside(target)
@@ -148,18 +140,23 @@ def data_at(place: str, names: Collection[str] = ()) -> dict[str, Any]:
     `names`: data sets that might have been meant.
     """
     path = Path(place).expanduser()
-    if not path.exists():
+    if not place or not path.exists():
         meant = f"{nearest_ref(place, names)}; data sets are: {', '.join(names)}" if names else ""
-        raise DataError(f"expected a data file, a folder or the name of a data set, found nothing at {place}{meant}")
+        raise DataError(
+            f"expected a data file, a folder or the name of a data set, found nothing at {place or repr(place)}{meant}"
+        )
     if path.suffix in (".yaml", ".yml"):
         return yaml_file(path)
     if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
         return {"source": "huggingface", "name": str(path.resolve())}
     inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     found = {SOURCES[s] for p in inside for s in p.suffixes if s in SOURCES}
+    if not found and path.is_file() and begins_as_text(path):
+        return {"source": "text", "path": str(path.resolve())}
     if len(found) != 1:
-        kinds = ", ".join(SOURCES)
-        raise DataError(f"{place}: expected files ending in one of {kinds}, found {', '.join(sorted(found)) or 'none'}")
+        kinds = f"{', '.join(SOURCES)} (most of them with {' or '.join(COMPRESSED)} behind it too)"
+        there = f"files for {' and '.join(sorted(found))}" if found else "none"
+        raise DataError(f"{place}: expected files of one kind, ending in one of {kinds}, found {there}")
     return {"source": found.pop(), "path": str(path.resolve())}
 
 

@@ -11,20 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from graft import machine
 from graft.disk import atomic_write, disk_errors
 from graft.errors import CheckpointError, Failure, Locked, RequestError, ScoresFailed, Unfinished
 from graft.executors import Executor, Here, Launched, Outcome, Processes, misplaced
 from graft.making import Work
 from graft.models import check_device
 from graft.plan import Places, Plan, Step, make_plan, standing
-from graft.plan.fit import fits, launched
-from graft.plan.fit import told as told_of
+from graft.plan.fit import launched, too_large
 from graft.plan.keys import data_uses
 from graft.plan.places import OneModel
 from graft.progress import say
 from graft.recipe import Recipe, read_recipe
-from graft.train.settings import TrainSettings
 from graft.verbs import told
 
 
@@ -176,10 +173,6 @@ def execute(plan: Plan, executor: Executor, *, device: str | None = None) -> tup
         executor.close()
 
 
-SURE = 1.15
-"""Estimates of memory are within 15 % of what was measured (docs/tuning.md): beyond that a training cannot fit."""
-
-
 def _check_room(plan: Plan, executor: Executor, device: str | None) -> None:
     """Raises RequestError for trainings that are to run and need more memory than there is, before anything loads.
 
@@ -190,14 +183,8 @@ def _check_room(plan: Plan, executor: Executor, device: str | None) -> None:
         if executor.processes is None:
             return
         plan = launched(plan, executor.processes)
-    steps = [s for s in plan.steps.values() if s.state != "cached" and isinstance(s.node.settings, TrainSettings)]
-    if not steps:
-        return
-    there = machine.memory(device)
-    if all(step.estimate.memory_bytes <= SURE * there for step in steps):
-        return
-    wrong = [told_of(found) for found in fits(plan, there) if found.memory_bytes > SURE * there]
-    raise RequestError(f"expected trainings that fit into {machine.size(there)} of memory, found {'; '.join(wrong)}")
+    if wrong := too_large(plan, device):
+        raise RequestError(wrong)
 
 
 class _Course:

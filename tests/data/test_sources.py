@@ -178,6 +178,20 @@ def test_records_that_are_read_as_one_text_are_told_their_source(tmp_path):
         list(corpus({"source": "text", "path": "a.jsonl.gz"}, tmp_path).records("dev"))
 
 
+def test_files_that_a_folder_holds_and_nobody_reads_are_told(tmp_path):
+    (tmp_path / "code" / "deep").mkdir(parents=True)
+    (tmp_path / "code" / "notes.rst").write_text("one text\n")
+    for name in ("a.py", "deep/b.py"):
+        (tmp_path / "code" / name).write_text("x = 1\n")
+    settings = data.parse({"source": "text", "path": "code"})
+    assert data.misread(settings, tmp_path) == (
+        "of code only files ending in .txt, .text, .md, .rst are read (1); `code/**/*.py` names the 2 that end in .py"
+    )
+    assert data.misread(data.parse({"source": "text", "path": "code/**/*.py"}), tmp_path) == ""
+    (tmp_path / "code" / "more.md").write_text("another\n")
+    assert data.misread(settings, tmp_path) == ""
+
+
 def test_a_file_that_is_not_there_is_named_before_anything_is_read(tmp_path):
     (problem,) = data.problems(data.parse({"source": "text", "path": "nothing.txt"}), tmp_path)
     assert "nothing.txt" in problem

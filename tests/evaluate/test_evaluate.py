@@ -367,6 +367,21 @@ def test_what_cannot_be_measured_of_a_model_stops_nothing_else(family, sets, tmp
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 3
 
 
+def test_data_that_cannot_be_read_stop_no_other_measure(family, sets, tmp_path):
+    late = tmp_path / "late.jsonl"
+    late.write_text("".join(f'{{"text": "{n}"}}\n' for n in range(99)) + '{"text": 5}\n')
+    sets = {**sets, "late": data.parse({"source": "jsonl", "test": str(late)})}
+    raw = [{"measure": "bits_per_byte", "on": ["late.test", "other.test"], "models": ["gpt2"]}]
+    with pytest.raises(ScoresFailed) as told:
+        run(family, raw, sets, tmp_path)
+    assert str(told.value) == f"bits_per_byte on late.test: {late}, line 100: expected text in 'text', found int '5'"
+    assert told.value.exit_code == 1
+    assert [row["on"] for row in told.value.done] == ["other.test"]
+    with pytest.raises(ScoresFailed) as alone:
+        run(family, [raw[0] | {"on": ["late.test"]}], sets, tmp_path)
+    assert alone.value.exit_code == 2
+
+
 def test_measures_of_one_name_that_fail_are_told_each(family, sets, tmp_path):
     raw = [{"measure": "generation", "on": ["pairs.test"], "max_tokens": size} for size in (10**6, 10**7)]
     with pytest.raises(ScoresFailed) as told:

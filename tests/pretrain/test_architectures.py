@@ -58,7 +58,8 @@ def test_positions_that_no_class_carries_are_refused_with_those_there_are():
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"data": "d"}, "either `size`"),
+        ({"data": "d"}, "expected `size` (such as 5M), or `hidden` and `layers`, found neither"),
+        ({"data": "d", "hidden": 32}, "expected `size` (such as 5M), or `hidden` and `layers`"),
         ({"data": "d", "size": "1M", "hidden": 32, "layers": 2}, "either `size`"),
         ({"data": "d", "size": "1M", "architecture": "encoder", "positions": "alibi"}, "no encoder with alibi"),
         ({"data": "d", "size": "1M", "architecture": "encoder", "objective": "causal"}, "does not go with"),

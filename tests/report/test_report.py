@@ -42,6 +42,13 @@ def test_the_highest_accuracy_is_best(tmp_path):
     assert [m["scores"][0]["best"] for m in report.summary(tmp_path)["models"]] == [False, True]
 
 
+def test_models_that_are_level_are_best_together(tmp_path):
+    row = {"higher_is_better": True, "metric": "accuracy"}
+    fake.write_rows(tmp_path, [fake.score(name, "quiz", value, **row) for name, value in (("a", 0), ("b", 0))])
+    assert [m["scores"][0]["best"] for m in report.summary(tmp_path)["models"]] == [True, True]
+    assert "level with b" in report.write_report(tmp_path).read_text()
+
+
 def test_a_combination_is_held_against_its_best_parent(tmp_path):
     found = scores_of(fake.family(tmp_path / "run"), "soup")
     lost, won = found["code.test"]["against_best_parent"], found["mixed.test"]["against_best_parent"]

@@ -31,6 +31,7 @@ class Adapt(Verb[AdaptSettings]):
 
     name = "adapt"
     summary = "Put finished adapters together on their model: stacked, averaged, brought in from peft, folded."
+    version = 2
     reads = Verb.reads | {"quantised"}
 
     def types(self) -> Mapping[str, type[Settings]]:

@@ -85,8 +85,8 @@ def plan(
         shown(render(found))
         if fit is not None:
             typer.echo("\n".join(map(room.told, told)) or "everything is made already: nothing is left to fit anywhere")
-    if found.damaged:
-        typer.echo("\n".join(found.damaged), err=True)
+    for wrong in filter(None, [*found.damaged, room.too_large(found) if fit is None else ""]):
+        typer.echo(wrong, err=True)
 
 
 @tidy

@@ -99,7 +99,7 @@ class Corpus:
             missing.discard(place)
             if not missing:
                 return []
-        return [self._why_empty(split) for split in SPLITS if split in missing and head.whole]
+        return [self._why_empty(s) for s in SPLITS if s in missing and (head.whole or self._has_no_file_for(s))]
 
     def unanswered(self, splits: Collection[str]) -> list[str]:
         """A sentence for each of `splits` whose chats have no turn of the assistant, so that nothing can be trained on;
@@ -142,7 +142,16 @@ class Corpus:
                 for piece in _pieces(record, self.settings.pieces):
                     yield place, piece
 
+    def _has_no_file_for(self, split: str) -> bool:
+        return isinstance(self.settings, Files) and self.settings.path is None and not self.settings.feeds(split)
+
     def _why_empty(self, split: str) -> str:
+        if isinstance(self.settings, Files) and self._has_no_file_for(split):
+            given = ", ".join(f"`{name}`" for name in self.settings.groups())
+            return (
+                f"{self.name}.{split}: expected at least one document, found none: files are given for {given} alone; "
+                f"name some for it (`{split}: …`), or give `path` in the place of `train`, which is split by hash"
+            )
         documents = sum(1 for _ in self._all())
         without = "; with `splits: {dev: 0}` models are trained without one" if split == "dev" else ""
         hint = f"; {said}" if (said := sources.misread(self.settings, self.root)) else ""
@@ -238,8 +247,7 @@ def nearest_ref(reference: str, names: Collection[str]) -> str:
 
 def has_dev(corpus: AnyCorpus) -> bool:
     """Whether all parts of a data set have a dev split, as far as their settings tell."""
-    settings = [part.settings for part, _ in corpus.parts]
-    return all(source.splits.dev > 0 or getattr(source, "dev", None) for source in settings)
+    return all(part.settings.feeds("dev") for part, _ in corpus.parts)
 
 
 def problems(settings: DataSettings, root: Path) -> list[str]:

@@ -7,6 +7,7 @@ import glob
 import gzip
 import lzma
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -45,9 +46,32 @@ def find(path: str, source: str, root: Path) -> list[Path]:
     return sorted(found)
 
 
+def left_out(path: str, source: str, root: Path) -> str:
+    """A sentence on the commonest kind of file that `find` leaves out of a folder, where there are more of these than
+    of what it takes; empty otherwise."""
+    place = root / Path(path).expanduser()
+    there = Counter(_plain_suffix(p) for p in place.rglob("*") if p.is_file()) if place.is_dir() else Counter()
+    taken = sum(there.pop(suffix, 0) for suffix in SUFFIXES[source])
+    suffix, count = max(there.items(), key=lambda kind: kind[1], default=("", 0))
+    if count <= taken or not suffix:
+        return ""
+    return (
+        f"of {path} only files ending in {', '.join(SUFFIXES[source])} are read ({taken}); "
+        f"`{path.rstrip('/')}/**/*{suffix}` names the {count} that end in {suffix}"
+    )
+
+
 def source_of(path: Path) -> str | None:
     """The source that files with such an ending are for; None where it does not tell."""
     return next((source for source, suffixes in SUFFIXES.items() if _plain_suffix(path) in suffixes), None)
+
+
+def begins_as_text(path: Path) -> bool:
+    """Whether the first lines of a file are text, whatever it is called."""
+    try:
+        return next(texts(path), None) is not None
+    except DataError:
+        return False
 
 
 def _plain_suffix(path: Path) -> str:

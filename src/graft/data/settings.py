@@ -55,6 +55,10 @@ class Source(Settings):
         ),
     ] = None
 
+    def feeds(self, split: str) -> bool:
+        """Whether documents go into `split`, as far as the settings tell."""
+        return split == "train" or getattr(self.splits, split) > 0
+
 
 class PythonLibrary(Source):
     """The running interpreter's own library: real text on every machine, without a download."""
@@ -78,7 +82,11 @@ Paths = str | list[str]
 
 
 class Files(Source):
-    """What sources made of files share. Where `dev` or `test` are given, nothing else goes into that split."""
+    """What sources made of files share. Where `dev` or `test` are given, nothing else goes into that split.
+
+    Without `path` nothing is split by hash: a split of which no files are given is empty, and a model that is trained
+    where there is no dev split has no dev score.
+    """
 
     source: str
     path: Annotated[Paths | None, Field(description="File, folder or glob, or a list of them; split by hash.")] = None
@@ -93,6 +101,10 @@ class Files(Source):
         if self.path and self.train:
             raise ValueError("expected `path` or `train`, found both: `path` is what is split by hash")
         return self
+
+    def feeds(self, split: str) -> bool:
+        """Whether documents go into `split`: from files of its own, or as a share of what is split by hash."""
+        return bool(getattr(self, split)) or (self.path is not None and super().feeds(split))
 
     def groups(self) -> dict[str, list[str]]:
         """Paths as written, by what they feed: `path` (to be split by hash) or the name of a split.

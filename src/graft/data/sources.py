@@ -70,13 +70,17 @@ def content_files(settings: kinds.Source, root: Path) -> list[tuple[str | None, 
 
 
 def misread(settings: kinds.DataSettings, root: Path) -> str:
-    """A hint where a file that is read as plain text ends as files of records do; empty where none does."""
-    if not isinstance(settings, kinds.TextFiles):
+    """A hint where a file that is read as plain text ends as files of records do, or a folder holds more files that are
+    not read than files that are; empty where there is nothing to say."""
+    if not isinstance(settings, kinds.Files):
         return ""
-    for _, path in _placed(settings, root):
+    for _, path in _placed(settings, root) if isinstance(settings, kinds.TextFiles) else ():
         if (source := files.source_of(path)) not in (None, "text"):
             return f"{path.name} is read as plain text: `source: {source}` reads the records in it"
-    return ""
+    folders = [
+        path for paths in settings.groups().values() for path in paths if (root / Path(path).expanduser()).is_dir()
+    ]
+    return next(filter(None, (files.left_out(path, settings.source, root) for path in folders)), "")
 
 
 def commit(settings: kinds.Source, root: Path) -> str | None:

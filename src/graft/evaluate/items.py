@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,16 @@ class Scored:
 
 def subjects(measure: Measure, sets: Mapping[str, Any], root: Path) -> list[Subject]:
     """A measure on each of its data sets. Raises DataError for one that is empty or of the wrong format."""
+    return [read() for read in readings(measure, sets, root).values()]
+
+
+def readings(measure: Measure, sets: Mapping[str, Any], root: Path) -> dict[str, Callable[[], Subject]]:
+    """What reads a measure's data sets, one by one, by what is measured on which; each raises as `subjects` does."""
     if isinstance(measure, TaskMeasure):
-        return [_of_task(measure, sets, root)]
+        return {f"task {measure.task}": lambda: _of_task(measure, sets, root)}
     assert isinstance(measure, OnData)
-    return [_on_data(measure, reference, sets, root) for reference in measure.on]
+    kind = str(measure.measure)  # type: ignore[attr-defined]
+    return {f"{kind} on {ref}": functools.partial(_on_data, measure, ref, sets, root) for ref in measure.on}
 
 
 def _on_data(measure: OnData, reference: str, sets: Mapping[str, Any], root: Path) -> Subject:

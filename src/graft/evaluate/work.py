@@ -19,7 +19,7 @@ from graft import lineage, models
 from graft.errors import Failure, RequestError, RunError, ScoresFailed, attempt
 from graft.evaluate import metrics, statistics
 from graft.evaluate.headed import HeadScorer
-from graft.evaluate.items import Scored, Subject, score, subjects
+from graft.evaluate.items import Scored, Subject, readings, score
 from graft.evaluate.results import Results, Row, key_of
 from graft.evaluate.scorer import Scorer
 from graft.evaluate.settings import Measure
@@ -48,12 +48,14 @@ def evaluate(
     if mute:
         raise RequestError(f"expected models with a tokenizer, found none in {', '.join(mute)}: put its files there")
     results = Results(out)
-    asked = [subject for measure in measures for subject in subjects(measure, data, root)]
+    asked, failures = _asked(measures, data, root)
+    if not asked:
+        raise ScoresFailed(failures, [])
+    failures = {words: replace(failure, exit_code=RunError.exit_code) for words, failure in failures.items()}
     hashes = {name: lineage.hash_model(folder) for name, folder in folders.items()}
     told = {name: _beside_the_hash(folder) for name, folder in folders.items()}
     rows: list[Row] = []
     scored: dict[tuple[str, int], list[Row]] = {}
-    failures: dict[str, Failure] = {}
     for name, folder in folders.items():
         readers = _Readers(folder, device)
         for number, subject in enumerate(asked):
@@ -76,6 +78,22 @@ def evaluate(
     if failures:
         raise ScoresFailed(failures, rows)
     return rows
+
+
+def _asked(
+    measures: Sequence[Measure], sets: Mapping[str, Any], root: Path
+) -> tuple[list[Subject], dict[str, Failure]]:
+    """What is measured, and what cannot be read, told at once: it keeps nothing else from being measured."""
+    asked, failures = list[Subject](), dict[str, Failure]()
+    for measure in measures:
+        for words, read in readings(measure, sets, root).items():
+            found = attempt(read)
+            if isinstance(found, Failure):
+                say(f"{words}: failed")
+                failures[words] = found
+            else:
+                asked.append(found)
+    return asked, failures
 
 
 def _told(name: str, subject: Subject, others: Collection[str]) -> str:

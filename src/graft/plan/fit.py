@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from graft import machine
 from graft.errors import SettingsError
 from graft.plan.steps import Plan, Step
 from graft.settings import Bytes, Settings, parse
@@ -81,6 +82,22 @@ def fits(plan: Plan, limit: int) -> list[Fit]:
         changes = [] if needed <= limit else [*ways(*asked), *spread(*asked)]
         found.append(Fit(name, needed, needed <= limit, changes))
     return found
+
+
+SURE = 1.15
+"""Estimates of memory are within 15 % of what was measured (docs/tuning.md): beyond that a training cannot fit."""
+
+
+def too_large(plan: Plan, device: str | None = None) -> str:
+    """Which trainings that are to run need more memory than there is, and what would help; empty where all fit."""
+    steps = [s for s in plan.steps.values() if s.state != "cached" and isinstance(s.node.settings, TrainSettings)]
+    if not steps:
+        return ""
+    there = machine.memory(device)
+    if all(step.estimate.memory_bytes <= SURE * there for step in steps):
+        return ""
+    wrong = [told(found) for found in fits(plan, there) if found.memory_bytes > SURE * there]
+    return f"expected trainings that fit into {machine.size(there)} of memory, found {'; '.join(wrong)}"
 
 
 def ways(

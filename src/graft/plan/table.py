@@ -103,10 +103,11 @@ def count(number: float) -> str:
 
 
 def clock(seconds: float | None) -> str:
-    """Seconds in words: `42 s`, `3.5 min`, `2.1 h`; `?` where they are not known."""
+    """Seconds in words: `42 s`, `3.5 min`, `2.1 h`, `3 days`; `?` where they are not known."""
     if seconds is None:
         return "?"
-    for factor, unit in ((3600, "h"), (60, "min")):
-        if seconds >= factor:
-            return f"{seconds / factor:.2g} {unit}"
+    for least, factor, unit in ((48 * 3600, 24 * 3600, "days"), (3600, 3600, "h"), (60, 60, "min")):
+        if seconds >= least:
+            amount = seconds / factor
+            return f"{amount:.2g} {unit}" if amount < 100 else f"{amount:,.0f} {unit}"
     return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"

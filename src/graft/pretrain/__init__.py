@@ -51,7 +51,7 @@ class Pretrain(Verb[PretrainSettings]):
 
     def check(self, settings: PretrainSettings, models: Mapping[str, Facts]) -> list[str]:
         from graft.data.objectives import objective_for
-        from graft.pretrain.architectures import positions_for
+        from graft.pretrain.architectures import NO_SIZE, positions_for
 
         found = []
         for test in (
@@ -66,7 +66,7 @@ class Pretrain(Verb[PretrainSettings]):
         if settings.size is not None and given:
             found.append(f"expected either `size` or {', '.join(f'`{name}`' for name in given)}, found both")
         elif settings.size is None and not {"hidden", "layers"} <= set(given):
-            found.append("expected either `size`, or `hidden` and `layers`")
+            found.append(NO_SIZE)
         elif settings.hidden and settings.heads and settings.hidden % settings.heads:
             found.append(f"expected `heads` to divide `hidden`, found {settings.heads} and {settings.hidden}")
         return found or self._check_size(settings, models) or self._check_parallel(settings, models)

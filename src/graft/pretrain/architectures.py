@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from graft.errors import CannotCombine
+from graft.errors import CannotCombine, RequestError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -210,13 +210,16 @@ def dimensions(size: int, architecture: str, positions: str, vocabulary: int, le
     return best[1]
 
 
+NO_SIZE = "expected `size` (such as 5M), or `hidden` and `layers`, found neither"
+
+
 def shape_of(settings: PretrainSettings, vocabulary: int) -> tuple[int, int, int]:
-    """(hidden, layers, heads): as the settings give them, or from their size."""
+    """(hidden, layers, heads): as the settings give them, or from their size. Raises RequestError where they do not."""
     if settings.size is not None:
         positions = positions_for(settings.architecture, settings.positions)
         return dimensions(settings.size, settings.architecture, positions, vocabulary, settings.length)
-    assert settings.hidden
-    assert settings.layers
+    if settings.hidden is None or settings.layers is None:
+        raise RequestError(NO_SIZE)
     return settings.hidden, settings.layers, settings.heads or default_heads(settings.hidden)
 
 

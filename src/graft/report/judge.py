@@ -87,10 +87,10 @@ def half(row: Row) -> float | None:
     return max(high - value, value - low)
 
 
-def best(run: Run, column: Column) -> str | None:
-    """The model with the best score in `column`."""
+def best(run: Run, column: Column) -> list[str]:
+    """The models with the best score in `column`: one, or all that are level."""
     rows = run.ranked(column)
-    return str(rows[0]["model"]) if rows else None
+    return [str(row["model"]) for row in rows if row["value"] == rows[0]["value"]]
 
 
 def difference(run: Run, column: Column, a: str, b: str) -> tuple[Row, int] | None:
@@ -188,4 +188,4 @@ def _score(run: Run, name: str, column: Column) -> dict[str, Any]:
             "p": found.p,
             "significant": found.significant,
         }
-    return {key: row.get(key) for key in kept} | {"best": best(run, column) == name, "against_best_parent": against}
+    return {key: row.get(key) for key in kept} | {"best": name in best(run, column), "against_best_parent": against}

@@ -108,15 +108,20 @@ def _card(run: Run, column: Column) -> dict[str, Any]:
     row, places = run.ranked(column)[0], decimals(run, column)
     name = str(row["model"])
     single = next((r for r in run.ranked(column) if not run.models[r["model"]].combines), None)
+    level = [model for model in best(run, column) if model != name]
+    if level:
+        against = f"level with {', '.join(level)}"
+    elif run.models[name].combines and single:
+        against = _against(run, column, name, single)
+    else:
+        against = _standing(run, column)
     return {
         "column": column,
         "model": name,
         "verb": run.models[name].verb,
         "value": fixed(row["value"], places),
         "half": f"±{fixed(error, places)}" if (error := half(row)) is not None else "",
-        "against": _against(run, column, name, single)
-        if run.models[name].combines and single
-        else _standing(run, column),
+        "against": against,
     }
 
 
@@ -194,7 +199,7 @@ def _cell(run: Run, name: str, column: Column) -> dict[str, Any] | None:
     return {
         "value": fixed(row["value"], places),
         "half": f"±{fixed(error, places)}" if (error := half(row)) is not None else "",
-        "best": best(run, column) == name,
+        "best": name in best(run, column),
         "mark": mark,
         "flag": flag_class(mark),
         "hint": sentence(run, column, found) if found else "",

@@ -38,7 +38,7 @@ def _axis(low: float, high: float, x: Scale, height: float) -> Markup:
 def _score(run: Run, column: Column, row: Row, x: Scale, y: float) -> Markup:
     name, value = str(row["model"]), row["value"]
     places, found = decimals(run, column), verdict(run, name, column)
-    top, mark = best(run, column) == name, found.mark if found else ""
+    top, mark = name in best(run, column), found.mark if found else ""
     written = fixed(value, places) + (f" ±{fixed(error, places)}" if (error := half(row)) is not None else "")
     hint = f"{name}, {column.title}: {written} {row.get('unit') or ''}"
     if found and mark:

@@ -138,7 +138,7 @@ def _cell(run: Run, name: str, column: Column) -> Text:
     if row is None:
         return Text("–", style="dim")
     places, error, found = decimals(run, column), half(row), verdict(run, name, column)
-    cell = Text(fixed(row["value"], places), style="bold" if best(run, column) == name else "")
+    cell = Text(fixed(row["value"], places), style="bold" if name in best(run, column) else "")
     if error is not None:
         cell.append(f" ±{fixed(error, places)}", style="dim not bold")
     mark = found.mark if found else ""
