@@ -88,9 +88,9 @@ def test_a_damaged_manifest_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        ({"seed": "x"}, "seed: input should be a valid integer, unable to parse string as an integer, found 'x'"),
-        ({"key": 3, "hash": None}, "key: input should be a valid string, found 3, and 1 more"),
-        ({"files": {"a": ["b", 0]}}, "files.a.0: input should be a valid integer, .*, found 'b'"),
+        ({"seed": "x"}, "seed: expected a valid integer, found 'x'"),
+        ({"key": 3, "hash": None}, "key: expected a valid string, found 3, and 1 more"),
+        ({"files": {"a": ["b", 0]}}, "files.a.0: expected a valid integer, found 'b'"),
         (None, "Invalid JSON: EOF while parsing .*"),
         ([], "expected a mapping with format, name, .*, found \\[\\]"),
     ],

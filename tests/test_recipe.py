@@ -79,8 +79,7 @@ def test_all_problems_are_reported_at_once_each_with_its_line(recipe):
         "fails, kind, journal",
         "line 8: models.c.grow.parents.0: unknown model 'bb' (did you mean 'b'?); there are: a, b, c, d",
         "line 8: models.c.grow.data: unknown data set 'note' (did you mean 'notes'?); there are: notes",
-        "line 11: models.d.grow.steps: input should be a valid integer, unable to parse string as an integer, "
-        "found 'many'",
+        "line 11: models.d.grow.steps: expected a valid integer, found 'many'",
     ]
 
 
@@ -138,7 +137,7 @@ def test_a_misspelt_section_is_read_as_the_one_it_is_nearest_to(recipe):
     ) == [
         "line 2: models: this key is required and missing",
         "line 2: models.a.grow.parents.0: unknown model 'x'; there are: a",
-        "line 3: seed: input should be a valid integer, unable to parse string as an integer, found 'many'",
+        "line 3: seed: expected a valid integer, found 'many'",
         "line 4: modles: unknown key (did you mean 'models'?); there are: family, seed, data, models, evaluate, report",
     ]
 
@@ -278,8 +277,8 @@ def test_weights_that_are_no_numbers_are_problems_with_lines(recipe):
           c: {ensemble: {members: {a: .nan}}}
         """)
     assert problems(path) == [
-        "line 5: models.b.merge.models.a: input should be a finite number, found inf",
-        "line 6: models.c.ensemble.members.a: input should be a finite number, found nan",
+        "line 5: models.b.merge.models.a: expected a finite number, found inf",
+        "line 6: models.c.ensemble.members.a: expected a finite number, found nan",
     ]
 
 
@@ -292,8 +291,8 @@ def test_of_numbers_that_are_all_wrong_it_is_not_said_that_there_is_none(recipe)
           i: {merge: {models: {a: .nan, b: .inf}}}
         """)
     assert problems(path) == [
-        "line 6: models.i.merge.models.a: input should be a finite number, found nan",
-        "line 6: models.i.merge.models.b: input should be a finite number, found inf",
+        "line 6: models.i.merge.models.a: expected a finite number, found nan",
+        "line 6: models.i.merge.models.b: expected a finite number, found inf",
     ]
     path.write_text("family: f\nmodels: {i: {merge: {models: {}}}}\n")
     assert "at least 1 item" in problems(path)[0]
@@ -695,7 +694,7 @@ def test_what_does_not_go_together_is_told_beside_what_is_wrong_alone(recipe):
         """)
     )
     assert [(problem.split(": ")[1], problem.partition(", found")[0].split(": ", 2)[2]) for problem in found] == [
-        ("models.a.pretrain.precision", "input should be 'fp32', 'bf16' or 'fp16'"),
+        ("models.a.pretrain.precision", "expected 'fp32', 'bf16' or 'fp16'"),
         (
             "models.a.pretrain.track",
             "the tracker trackio needs the package trackio: pip install 'graft[trackio]'",
@@ -705,7 +704,7 @@ def test_what_does_not_go_together_is_told_beside_what_is_wrong_alone(recipe):
         ("models.b.pretrain.data", "unknown data set 'dd' (did you mean 'd'?); there are: d"),
         (
             "models.c.pretrain.accumulate",
-            "input should be a valid integer, unable to parse string as an integer",
+            "expected a valid integer",
         ),
     ]
 

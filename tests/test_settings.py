@@ -89,8 +89,8 @@ class Either(Settings):
         (
             {"tokenizer": {"size": 3, "algorithm": "bpee"}},
             [
-                "a.tokenizer.algorithm: input should be 'bpe' or 'unigram', found 'bpee'",
-                "a.tokenizer.size: input should be greater than or equal to 260, found 3",
+                "a.tokenizer.algorithm: expected 'bpe' or 'unigram', found 'bpee'",
+                "a.tokenizer.size: expected a number greater than or equal to 260, found 3",
             ],
         ),
         (
@@ -98,10 +98,10 @@ class Either(Settings):
             ["a.tokenizer: expected a mapping with algorithm, size or a mapping with of, found {"],
         ),
         ({"tokenizer": 512}, ["a.tokenizer: expected a mapping with algorithm, size or a mapping with of, found 512"]),
-        ({"tokenizer": {"of": 3}}, ["a.tokenizer.of: input should be a valid string, found 3"]),
+        ({"tokenizer": {"of": 3}}, ["a.tokenizer.of: expected a valid string, found 3"]),
         (
             {"weights": {"coder": "half"}},
-            ["a.weights.coder: input should be a valid number, unable to parse"],
+            ["a.weights.coder: expected a valid number"],
         ),
         (
             {"weights": "half"},

@@ -20,6 +20,10 @@ from graft.errors import Problem, closest, nearest
 Where = tuple[str | int, ...]
 
 
+INPUT = "Input should be "
+"""How pydantic begins to say what it expects."""
+
+
 @dataclass(frozen=True)
 class _Fault:
     """An error of pydantic: where it is (names of alternatives left out), in which settings, by which alternatives."""
@@ -172,9 +176,9 @@ def _wanted(fault: _Fault, name: str, one: Any) -> str:
     if _is_settings(one):
         return _mapping(one)
     said = str(fault.error["msg"])
-    if not said.startswith("Input should be "):
+    if not said.startswith(INPUT):
         return name
-    wanted = said.removeprefix("Input should be ")
+    wanted = said.removeprefix(INPUT)
     return wanted if fault.error["type"] == "literal_error" else wanted.partition(",")[0]
 
 
@@ -198,4 +202,12 @@ def _sentence(fault: _Fault) -> str:
         return "this key is required and missing"
     if error["type"] == "value_error":  # a validator of ours says what it found
         return message
+    if error["type"] == "too_short":
+        least = error["ctx"]["min_length"]
+        return f"expected at least {least} item{'s' * (least != 1)}, found {error['input']!r}"
+    if message.startswith(INPUT):
+        number = "a number " if error["type"].startswith(("greater_than", "less_than")) else ""
+        wanted = message.removeprefix(INPUT)
+        wanted = wanted.partition(", ")[0] if error["type"].endswith("_parsing") else wanted
+        return f"expected {number}{wanted}, found {error['input']!r}"
     return f"{message[0].lower()}{message[1:]}, found {error['input']!r}"

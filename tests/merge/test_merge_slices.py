@@ -110,7 +110,7 @@ def test_slices_that_cannot_be_are_refused(slices, message):
 
 
 def test_a_slice_that_the_method_cannot_merge_is_refused_before_anything_is_written(folders, tmp_path):
-    with pytest.raises(CannotCombine, match=r"lm_head.weight: models: list should have at least 2 items"):
+    with pytest.raises(CannotCombine, match=r"lm_head.weight: models: expected at least 2 items"):
         settings = {"method": "slerp", "models": ["a", "b"], "slices": [{"a": [0, 1], "b": [0, 1]}, {"a": [1, 2]}]}
         merge(settings, folders, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
