@@ -141,7 +141,9 @@ class Search(NeedsData):
             "one number, else `cma_es`."
         ),
     ] = None
-    evaluations: Annotated[int, Field(ge=1, description="Merges that are judged at most.")] = 20
+    evaluations: Annotated[
+        int, Field(ge=1, description="Merges that are judged at most, beside the one as written.")
+    ] = 20
     by_layer: Annotated[
         int | None,
         Field(

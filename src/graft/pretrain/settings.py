@@ -39,7 +39,10 @@ class PretrainSettings(TrainSettings):
     ] = "decoder"
     size: Annotated[
         Parameters | None,
-        Field(gt=0, description="Parameters: width and depth follow from it; or give `hidden` and `layers`."),
+        Field(
+            gt=0,
+            description="Parameters, to within a tenth: width and depth follow from it; or give `hidden` and `layers`.",
+        ),
     ] = None
     hidden: Annotated[int | None, Field(gt=0, description="Channels.")] = None
     layers: Annotated[int | None, Field(gt=0, description="Layers (of each half of an encoder-decoder).")] = None
@@ -48,7 +51,10 @@ class PretrainSettings(TrainSettings):
     ] = None
     positions: Annotated[
         Literal["rotary", "learned", "sinusoidal", "alibi", "relative"] | None,
-        Field(description="Position encoding; None: rotary, for encoder-decoders relative."),
+        Field(
+            description="Position encoding; None: rotary, for encoder-decoders relative. A decoder takes all but "
+            "relative, an encoder rotary and learned, an encoder-decoder relative, learned and sinusoidal."
+        ),
     ] = None
     length: Annotated[int, Field(ge=8, description="Context in tokens.")] = 256
     dropout: Annotated[float, Field(ge=0, lt=1, description="Dropout while training.")] = 0.0
