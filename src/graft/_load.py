@@ -49,10 +49,13 @@ class Load(Verb[LoadSettings]):
             raise RequestError("`revision` names a commit on the hub: expected `hub: true` beside it")
         folder = (root / Path(settings.path).expanduser()).resolve()
         if not (folder / "config.json").is_file() and not is_lora(folder):
+            from graft.models import nearest_folder
+
             id_ = f"; for a model on the hub write {{load: {{path: {settings.path}, hub: true}}}}"
             may_be_id = settings.path.count("/") <= 1 and not settings.path.startswith((".", "/", "~"))
             raise RequestError(
-                f"expected a model's folder (with config.json) at {folder}, found none{id_ if may_be_id else ''}"
+                f"expected a model's folder (with config.json) at {folder}, found none{nearest_folder(folder)}"
+                f"{id_ if may_be_id else ''}"
             )
         if (adapter := adapter_of_head(folder)) is not None:
             raise RequestError(

@@ -424,7 +424,8 @@ def facts_of(folder: Path) -> Facts:
     """
     folder = Path(folder)
     check_as_made(folder)
-    found = replace(_facts_of(folder), tokenizer=tokenizer_of(folder), heads=heads_of(folder))
+    place = str(folder.resolve())
+    found = replace(_facts_of(folder), tokenizer=tokenizer_of(folder), heads=heads_of(folder), folder=place)
     if is_quantised(folder):
         return replace(found, stored="quantised", start=None)
     tells = found.initialisation.startswith("unknown:") and list(folder.glob("*.safetensors")) and not is_lora(folder)

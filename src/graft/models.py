@@ -14,7 +14,7 @@ from graft import remembered
 from graft.adapters.facts import adapter_of_head
 from graft.checkpoint import ADAPTER, Headers, read_headers
 from graft.disk import disk_errors
-from graft.errors import CheckpointError, RequestError
+from graft.errors import CheckpointError, RequestError, closest
 from graft.finite import check_folder, check_loaded
 from graft.fitting import OLD_NAMES, architecture_of, beyond, misfits
 from graft.hashing import hash_file
@@ -290,8 +290,18 @@ def _place(path: str | Path, hub: bool) -> Path:
     if hub:
         return fetch(str(path))
     raise RequestError(
-        f"{path}: expected a model's folder, found none; one on the hub needs the network allowed: `hub=True` (--hub)"
+        f"{path}: expected a model's folder, found none{nearest_folder(Path(path))}; one on the hub needs the network "
+        "allowed: `hub=True` (--hub)"
     )
+
+
+def nearest_folder(path: Path) -> str:
+    """`" (did you mean 'models/doctor'?)"` where a model with a name close to the last part of `path` lies in the same
+    place, else an empty string."""
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    there = sorted(each.name for each in beside if (each / "config.json").is_file() or is_lora(each))
+    close = closest(path.name, there)
+    return f" (did you mean {str(path.parent / close)!r}?)" if close else ""
 
 
 def _is_ours(path: str | Path) -> bool:

@@ -13,7 +13,7 @@ from graft.data import nearest_ref, split_ref
 from graft.data.files import COMPRESSED, SUFFIXES, begins_as_text
 from graft.errors import DataError, RequestError
 from graft.lineage import read_manifest
-from graft.models import check_device
+from graft.models import check_device, nearest_folder
 from graft.plan import make_plan
 from graft.plan.places import beside
 from graft.recipe import Recipe, build_recipe
@@ -101,9 +101,10 @@ def one_node(
     folders = {ref: Path(ref).expanduser() for kind, ref in named if kind == "model"}
     missing = [ref for ref, folder in folders.items() if not folder.is_dir()]
     if missing and not hub:
+        told = ", ".join(f"{ref}{nearest_folder(folders[ref])}" for ref in missing)
         raise RequestError(
-            f"expected a model's folder, found none at {', '.join(missing)}; a model on the hub needs the network "
-            "allowed: `hub=True` (--hub)"
+            f"expected a model's folder, found none at {told}; a model on the hub needs the network allowed: "
+            "`hub=True` (--hub)"
         )
     folders |= {ref: fetched(LoadSettings(path=ref, hub=True)) for ref in missing}
     while name in folders:

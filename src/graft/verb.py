@@ -45,7 +45,10 @@ class Facts:
     start: Path | None = None
     """Where weights lie that it grew from, if nothing else tells of its initialisation (`unknown:…`)."""
     frozen: str = ""
-    """The model below its adapters, by a node's name or its folder: the same where models share it."""
+    """The model below its adapters, by its folder or, where it has none yet, its node's name: the same where models
+    share it."""
+    folder: str = ""
+    """Where these very weights lie, if they are on disk already."""
 
 
 @dataclass(frozen=True)

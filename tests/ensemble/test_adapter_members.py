@@ -204,8 +204,15 @@ def test_an_estimate_counts_a_shared_base_once(family, tmp_path):
     cost = VERB.estimate(VERB.parse({"members": ["one", "two"]}), found)
     assert cost.parameters == base.parameters
     assert base.bytes + own <= cost.memory_bytes - PROCESS <= base.bytes + 2 * own
+    with_it = VERB.estimate(VERB.parse({"members": ["one", "base"]}), found | {"base": base})
+    assert with_it.parameters == base.parameters
+    assert base.bytes < with_it.memory_bytes - PROCESS <= base.bytes + 2 * own
     apart = VERB.estimate(VERB.parse({"members": ["one", "base"]}), {"one": base, "base": base})
     assert apart.memory_bytes - PROCESS == 2 * base.bytes
+    tune = verb("tune")
+    full = tune.facts(tune.parse({"from": "base", "data": "text", "method": "full"}), {"base": base}, "full")
+    both = VERB.estimate(VERB.parse({"members": ["one", "full"]}), found | {"full": full})
+    assert both.parameters == 2 * base.parameters
 
 
 def test_a_plan_counts_the_base_of_adapters_once():

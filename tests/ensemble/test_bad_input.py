@@ -3,6 +3,7 @@ line, for every kind of ensemble."""
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from graft.cli import app
 from graft.ensemble import VERB
 from graft.ensemble.gate import Gate
 from graft.ensemble.model import ensemble_of
+from graft.ensemble.sources import short_names
 from graft.errors import CheckpointError, RequestError, RunError, SettingsError
+from graft.verbs import verb
 
 
 def command(family, *words):  # noqa: F811
@@ -115,6 +118,13 @@ def test_nan_logits_of_a_member_name_it(kind):
             ensemble.generate(ids, attention_mask=mask, max_new_tokens=2, **given)
 
 
+@pytest.mark.parametrize("rule", ["linear", "log_linear", "majority", "ranked", "contrastive"])
+def test_nan_of_a_classifier_is_no_vote(rule):
+    ids, mask = prompts()
+    with pytest.raises(RunError, match=r"member 'bad' \(.*\) gives NaN logits: check its weights"):
+        ensemble_of({"fine": bert(1), "bad": broken(bert(2))}, combine=rule)(input_ids=ids, attention_mask=mask)
+
+
 @pytest.mark.parametrize("rule", ["linear", "least_risk"])
 def test_a_context_longer_than_a_member_was_made_for(rule):
     ensemble = ensemble_of({"far": qwen(), "near": gpt2()}, [0.5, 0.5], rule)
@@ -184,7 +194,14 @@ def test_a_rule_that_is_misspelt_and_a_member_that_is_not_there(family):  # noqa
     assert "did you mean 'linear'" in message
     code, message = command(family, str(family / "llama"), str(family / "nobody"))
     assert code == 2
-    assert "nobody" in message
+    assert f"found none at {family / 'nobody'}; a model on the hub" in message
+    code, message = command(family, str(family / "lama"), str(family / "gpt2"))
+    assert code == 2
+    assert f"found none at {family / 'lama'} (did you mean {str(family / 'llama')!r}?); a model on the hub" in message
+    with pytest.raises(RequestError, match=r"found none \(did you mean '.*llama'\?\); one on the hub"):
+        models.load(family / "lama")
+    with pytest.raises(RequestError, match=r"found none \(did you mean '.*llama'\?\); for a"):
+        verb("load").located(verb("load").parse("lama"), family)
 
 
 def test_a_translators_batch_is_otherwise_fine():
@@ -208,5 +225,16 @@ def test_members_named_by_their_folders_have_the_folders_names(family):  # noqa:
     same = [str(family / "gpt2"), str(family / "inner" / "gpt2")]
     assert CliRunner().invoke(app, ["ensemble", str(other), *same]).exit_code == 0
     names = [entry["name"] for entry in models.load(other).config.members]
-    assert len(set(names)) == 2
-    assert names[1].endswith("models-inner-gpt2")
+    assert names == [f"{family.name}-gpt2", "inner-gpt2"]
+
+
+def test_members_are_named_by_as_much_of_their_paths_as_tells_them_apart():
+    def called(*paths):
+        return list(short_names(paths).values())
+
+    assert called("/a/models/coder", "b/writer") == ["coder", "writer"]
+    assert called("/a/models/gpt2", "/a/models/inner/gpt2") == ["models-gpt2", "inner-gpt2"]
+    assert called("/models/gpt2", "/other/models/gpt2") == ["models-gpt2", "other-models-gpt2"]
+    assert called("gpt2", "inner/gpt2", "./one/gpt2/") == ["gpt2", "inner-gpt2", "one-gpt2"]
+    assert called(".", "gpt2") == [Path.cwd().name, "gpt2"]
+    assert called("../gpt2", "gpt2") == [f"{Path.cwd().parent.name}-gpt2", "gpt2"]

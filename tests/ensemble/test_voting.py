@@ -68,3 +68,11 @@ def test_rules_and_weights_that_cannot_be_used_are_refused():
         classify(probs(), [1, 1, 1], "mean")
     with pytest.raises(ValueError, match="must sum to one"):
         classify(probs(), [1, 1, 1])
+
+
+def test_classes_that_are_equally_likely_share_their_places():
+    even = np.log([[[0.25, 0.25, 0.25, 0.25]], [[0.4, 0.4, 0.1, 0.1]]])
+    # of six points: 1.5 each; 2.5, 2.5, 0.5, 0.5
+    assert np.exp(classify(even[:1], [1.0], "ranked")) == pytest.approx(np.full((1, 4), 0.25))
+    assert np.exp(classify(even, [0.5, 0.5], "ranked")) == pytest.approx(np.array([[2, 2, 1, 1]]) / 6)
+    assert np.exp(classify(even[:1], [1.0], "majority")) == pytest.approx(np.array([[1, 0, 0, 0]]))

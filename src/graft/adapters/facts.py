@@ -72,7 +72,7 @@ def _bars(point: Point) -> str:
 
 def folded_facts(start: Facts) -> Facts:
     """Facts of `start` with adapters folded in: an ordinary model again."""
-    return replace(start, mergeable=True, config=frozen_config(dict(start.config)), frozen="")
+    return replace(start, mergeable=True, config=frozen_config(dict(start.config)), frozen="", folder="")
 
 
 def frozen_config(config: dict[str, Any]) -> dict[str, Any]:

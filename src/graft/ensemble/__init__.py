@@ -164,10 +164,11 @@ def _held(settings: EnsembleSettings, models: Mapping[str, Facts]) -> tuple[int,
     """Parameters and bytes of the members' weights. A model below adapters is held once, for all of them and for itself
     as a member; how large adapters are is known beside the smallest member on that model."""
     held: dict[str, list[Facts]] = {}
+    below = {models[name].frozen for name in settings.names} - {""}
     for name, count in _times(settings).items():
         facts = models[name]
         for number in range(count):
-            own = f"{name} {number}" if number else name
+            own = f"{name} {number}" if number else facts.folder if facts.folder in below else name
             held.setdefault(facts.frozen or own, []).append(facts)
     least = [min(facts.bytes for facts in group) for group in held.values()]
     more = (facts.bytes - size for size, group in zip(least, held.values(), strict=True) for facts in group)

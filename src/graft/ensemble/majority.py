@@ -30,11 +30,14 @@ def default(members: int, options: Settings) -> list[float]:
 
 def combine(log_probs: Sequence[torch.Tensor], weights: torch.Tensor, options: Settings) -> torch.Tensor:
     """The log of each class's share of the votes, `[..., classes]` from `[..., classes] float32` each."""
+    return voting.shares(log_probs, weights, _vote)
+
+
+def _vote(log_probs: torch.Tensor) -> torch.Tensor:
+    """One for the class that is likeliest, the first of several."""
     import torch
 
-    classes = log_probs[0].shape[-1]
-    votes = [torch.nn.functional.one_hot(each.argmax(-1), classes).to(each.dtype) for each in log_probs]
-    return voting.shares(votes, weights)
+    return torch.nn.functional.one_hot(log_probs.argmax(-1), log_probs.shape[-1]).to(log_probs.dtype)
 
 
 def choose(outputs: Sequence[Sequence[str]], weights: Sequence[float], options: Settings) -> int:

@@ -34,8 +34,16 @@ def default(members: int, options: Settings) -> list[float]:
 
 def combine(log_probs: Sequence[torch.Tensor], weights: torch.Tensor, options: Settings) -> torch.Tensor:
     """The log of each class's share of the points, `[..., classes]` from `[..., classes] float32` each."""
-    points = [each.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True).to(each.dtype) for each in log_probs]
-    return voting.shares(points, weights)
+    return voting.shares(log_probs, weights, _points)
+
+
+def _points(log_probs: torch.Tensor) -> torch.Tensor:
+    """How many classes are less likely; those that are equally likely share their places evenly."""
+    import torch
+
+    ordered, values = log_probs.sort(dim=-1).values, log_probs.contiguous()
+    less, up_to = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+    return (less + up_to - 1).to(log_probs.dtype) / 2
 
 
 def choose(outputs: Sequence[Sequence[str]], weights: Sequence[float], options: Settings) -> int:

@@ -54,13 +54,23 @@ def sources_of(settings: EnsembleSettings, folders: Mapping[str, Path], seed: in
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:
-    """What members are called: in a recipe as the models, outside one their folders' last part where that tells them
+    """What members are called: in a recipe as the models, outside one as many last parts of their folders as tell them
     apart."""
-    last = [Path(model).name for model in models]
-    return {
-        model: name if last.count(name) == 1 else model.strip("/.").replace("/", "-")
-        for model, name in zip(models, last, strict=True)
-    }
+    every = [_parts(model) for model in models]
+    return {model: _short(parts, every) for model, parts in zip(models, every, strict=True)}
+
+
+def _parts(model: str) -> Sequence[str]:
+    """The folders of a path as it is written, or from the root on where it leads upwards."""
+    path = Path(model)
+    upwards = not path.name or ".." in path.parts
+    return [part for part in (path.resolve() if upwards else path).parts if part != path.anchor]
+
+
+def _short(parts: Sequence[str], every: Sequence[Sequence[str]]) -> str:
+    """The shortest end of a path that no other of `every` has; all of it where each end is another's too."""
+    least = (n for n in range(1, len(parts) + 1) if sum(each[-n:] == parts[-n:] for each in every) == 1)
+    return "-".join(parts[-next(least, len(parts)) :])
 
 
 def _of_entry(entry: MemberSettings, name: str, folder: Path, seed: int) -> list[Source]:

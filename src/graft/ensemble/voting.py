@@ -5,6 +5,7 @@ Pure functions on what members have given; where several answers are equally goo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -84,9 +85,17 @@ def classify(log_probs: np.ndarray, weights: Sequence[float], rule: str = "linea
     return chosen.combine(rows, torch.tensor(weights, dtype=torch.float32), chosen.Settings()).numpy()
 
 
-def shares(points: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-    """The log of what each class has of all points, `[..., classes]`; `points` of the same shape each, zero or more."""
-    total = sum(each * weights[..., place : place + 1] for place, each in enumerate(points))
+def shares(
+    log_probs: Sequence[torch.Tensor], weights: torch.Tensor, points: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """The log of what each class has of all points, `[..., classes]` from `[..., classes] float32` each.
+
+    `points` gives those of one classifier, zero or more. NaN of one, which no vote would show, makes all NaN.
+    """
+    total = sum(
+        points(each).masked_fill(each.isnan(), math.nan) * weights[..., place : place + 1]
+        for place, each in enumerate(log_probs)
+    )
     return (total / total.sum(-1, keepdim=True)).log()  # type: ignore[union-attr]
 
 

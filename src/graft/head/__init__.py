@@ -49,7 +49,7 @@ class Head(Verb[HeadSettings]):
     def facts(self, settings: HeadSettings, models: Mapping[str, Facts], key: str) -> Facts:
         start = models[settings.from_]
         own = {task: kind for task, kind in start.heads.items() if settings.task in (None, task)}
-        return replace(start, architecture="encoder", heads=own)
+        return replace(start, architecture="encoder", heads=own, folder="")
 
     def estimate(self, settings: HeadSettings, models: Mapping[str, Facts]) -> Estimate:
         start = models[settings.from_]

@@ -73,11 +73,11 @@ class Quantize(Verb[QuantizeSettings]):
         start = models[settings.from_]
         config = {name: value for name, value in start.config.items() if name != "quantization_config"}
         if settings.bits == 16:
-            return replace(start, config=config, stored="safetensors", bytes=4 * start.parameters)
+            return replace(start, config=config, stored="safetensors", bytes=4 * start.parameters, folder="")
         config["quantization_config"] = wanted(settings)
         plain = min(embedded(start.config), start.parameters)
         size = BYTES[settings.bits] * (start.parameters - plain) + WIDTHS[settings.dtype] * plain
-        return replace(start, config=config, stored="quantised", bytes=int(size))
+        return replace(start, config=config, stored="quantised", bytes=int(size), folder="")
 
     def estimate(self, settings: QuantizeSettings, models: Mapping[str, Facts]) -> Estimate:
         start, made = models[settings.from_], self.facts(settings, models, "")

@@ -149,13 +149,13 @@ class Tune(Verb[TuneSettings]):
             objective = objective_for(start.architecture, settings.objective, start.config)
             start = replace(start, config=told_of(start.config, objective))
         if "full" in settings.method:
-            return replace(start, heads=heads)
+            return replace(start, heads=heads, folder="")
         if settings.fold:
             return replace(folded_facts(start), heads=heads)
         (chosen,) = settings.method.items()
         points = [point.plain() for point in _chosen_points(chosen)]
         found = adapted_facts(start, points, peft=chosen[0] == "peft")
-        return replace(found, heads=heads, frozen=start.frozen or settings.from_)
+        return replace(found, heads=heads, frozen=start.frozen or start.folder or settings.from_)
 
     def estimate(self, settings: TuneSettings, models: Mapping[str, Facts]) -> Estimate:
         from graft.train.estimate import training_estimate
