@@ -18,7 +18,7 @@ from graft.ensemble.model import ensemble_of
 from graft.ensemble.show import coloured, speaks
 from graft.ensemble.spoken import FILE, Spoken
 from graft.ensemble.union import union_of, unmatched_mass
-from graft.errors import CannotCombine, RequestError
+from graft.errors import CannotCombine, RequestError, RunError
 from graft.evaluate.scorer import Scorer
 from graft.verb import Job
 
@@ -221,3 +221,22 @@ def test_a_member_that_needs_more_tokens_than_it_was_made_for_reads_the_newest_o
     assert torch.allclose(found[-1].exp(), expected, atol=1e-5)
     early = ensemble(input_ids=ids[:, :40]).logits[0]
     assert torch.allclose(found[:40], early, atol=1e-4)
+
+
+@torch.no_grad()
+def test_nan_of_a_member_that_lacks_the_first_token_is_seen():
+    broken = llama(2, tokens=3)
+    broken.lm_head.weight.fill_(math.nan)
+    left, right = (
+        PreTrainedTokenizerFast(tokenizer_object=with_fuse(words)) for words in (["x", "a", "b"], ["a", "b", "c"])
+    )
+    ensemble = ensemble_of({"fine": llama(1, tokens=3), "bad": broken}, [0.5, 0.5], union=union_of([left, right]))
+    with pytest.raises(RunError, match=r"member 'bad' .*gives NaN logits"):
+        ensemble(input_ids=torch.tensor([[1, 2]]))
+
+
+def with_fuse(words):
+    """A tokenizer of single letters."""
+    inner = Tokenizer(models.BPE(vocab={word: place for place, word in enumerate(words)}, merges=[]))
+    inner.decoder = decoders.Fuse()
+    return inner

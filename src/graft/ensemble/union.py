@@ -54,7 +54,8 @@ class Union:
         side = self.sides[member]
         told = logits[..., side.own.to(logits.device)].float().log_softmax(-1)
         whole = told.new_full((*told.shape[:-1], len(self.tokens)), -torch.inf)
-        return whole.index_copy_(-1, side.places.to(told.device), told)
+        # where one logit is NaN all are: also what it lacks, so that this shows at any token
+        return whole.index_copy_(-1, side.places.to(told.device), told).masked_fill(told[..., :1].isnan(), torch.nan)
 
     def cut(
         self, member: int, ids: torch.Tensor, mask: torch.Tensor | None
