@@ -1,8 +1,10 @@
 """An ensemble is an ordinary `transformers` model: in pipelines, in trainings, with every kind of member and output."""
 
 import copy
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -68,6 +70,16 @@ def duo(tmp_path_factory):
     ensemble_of(members, [0.6, 0.4]).save_pretrained(place, self_contained=True)
     tokenizer.save_pretrained(place)
     return place
+
+
+def test_a_server_that_holds_an_earlier_transformers_finds_the_classes(monkeypatch):
+    """Loading a processor puts a new package in the place of the one that the server has imported before."""
+    earlier, server = ModuleType("transformers"), ModuleType("server")
+    server.transformers = earlier
+    monkeypatch.setitem(sys.modules, "server", server)
+    made.name_classes()
+    assert earlier.EnsembleForCausalLM is EnsembleForCausalLM
+    assert sys.modules["transformers"].EnsembleForCausalLM is EnsembleForCausalLM
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", {"": "cpu"}, torch.device("cpu")])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from types import ModuleType
 from typing import Any
 
 import transformers
@@ -90,6 +92,20 @@ def _config(model: PreTrainedModel) -> dict[str, Any]:
     return {**model.config.to_dict(), "architectures": [type(model).__name__]}
 
 
-for _kind in (EnsembleForCausalLM, EnsembleForSeq2SeqLM, EnsembleForSequenceClassification, EnsembleOverBytes):
-    # where `transformers serve` and other servers look for the class that a configuration names
-    setattr(transformers, _kind.__name__, _kind)
+def name_classes() -> None:
+    """Name the classes in `transformers`, where its server and others look for the one that a configuration names.
+
+    Loading a processor makes the package anew (`direct_transformers_import`): who has imported it before holds an
+    earlier one, which is not in `sys.modules` any more.
+    """
+    held = [getattr(module, "__dict__", {}).get("transformers") for module in list(sys.modules.values())]
+    for package in (transformers, sys.modules["transformers"], *held):
+        if isinstance(package, ModuleType) and package.__name__ == "transformers":
+            for kind in KINDS:
+                setattr(package, kind.__name__, kind)
+
+
+KINDS = (EnsembleForCausalLM, EnsembleForSeq2SeqLM, EnsembleForSequenceClassification, EnsembleOverBytes)
+"""The classes that a configuration may name."""
+
+name_classes()
