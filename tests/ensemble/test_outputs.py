@@ -174,3 +174,19 @@ def test_what_it_cannot_do_is_refused():
         VERB.parse({"combine": {"least_risk": {"utility": "meteor"}}, "members": ["a", "b"]})
     with pytest.raises(RequestError, match="must sum to one"):
         ensemble_of(writers(), [1, 1, 1], "majority")
+
+
+def test_answers_of_several_lengths_are_padded_with_an_end_where_there_is_no_padding():
+    ids = prompts(3, 7, ())[0][::2]
+    mask = torch.ones_like(ids)
+    short, long = llama(1), llama(2)
+    ends = short.generate(ids, attention_mask=mask, max_new_tokens=1)[:, -1].tolist()
+    ensemble = ensemble_of({"short": short, "long": long}, combine="majority")
+    ensemble.config.pad_token_id, ensemble.config.eos_token_id = None, ends
+    places = iter((0, 1))
+    ensemble.choose = lambda *_: next(places)
+    found = ensemble.generate(ids, attention_mask=mask, max_new_tokens=4, eos_token_id=ends, tokenizer=letters())[:, 7:]
+    own = long.generate(ids, attention_mask=mask, max_new_tokens=4, eos_token_id=ends, pad_token_id=min(ends))[:, 7:]
+    assert found[1].tolist() == own[1].tolist()
+    assert found[0].tolist() == [ends[0], *[min(ends)] * (own.shape[1] - 1)]
+    assert min(ends) > 0 < own.shape[1] - 1

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from graft.ensemble.base import Ensemble
     from graft.ensemble.causal import EnsembleForCausalLM
 
 
@@ -41,7 +42,7 @@ _UNHEARD = {"transformers_version", "_from_model_config", "max_length", "use_cac
 """What a generation configuration may say without changing it."""
 
 
-def pad_of(model: EnsembleForCausalLM, given: int | None, ends: Collection[int]) -> int:
+def pad_of(model: Ensemble, given: int | None, ends: Collection[int]) -> int:
     """What stands behind an answer that ends before others."""
     return next((each for each in (given, model.config.pad_token_id, *sorted(ends)) if isinstance(each, int)), 0)
 

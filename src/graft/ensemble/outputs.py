@@ -8,6 +8,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from graft import models
+from graft.ensemble.greedy import pad_of
 from graft.ensemble.members import nan_words
 from graft.errors import RequestError, RunError
 
@@ -61,10 +62,8 @@ def _tokenizer(model: Ensemble) -> Any:
 
 
 def _pad(model: Ensemble, kwargs: dict[str, Any]) -> int:
-    for found in (kwargs.get("pad_token_id"), model.config.pad_token_id, model.config.eos_token_id):
-        if isinstance(found, int):
-            return found
-    return 0
+    ends = kwargs.get("eos_token_id") or model.config.eos_token_id
+    return pad_of(model, kwargs.get("pad_token_id"), [ends] if isinstance(ends, int) else ends or ())
 
 
 def _written(model: Ensemble, place: int, inputs: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
