@@ -430,6 +430,6 @@ def test_facts_of_a_merge_are_those_of_the_model(folders):
     settings = verb.parse({"method": "linear", "models": ["x", "y"]})
     made = verb.facts(settings, {n: facts_of(folders[n]) for n in "xy"}, "key")
     plain = facts_of(folders["base"])
-    assert replace(made, start=None, config={}) == replace(plain, start=None, config={})
+    assert replace(made, start=None, config={}) == replace(plain, start=None, config={}, folder="")
     assert made.config["model_type"] == "llama"
     assert "graft_adapted" not in made.config

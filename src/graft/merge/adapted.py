@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 PIECE = 1 << 20
 """Elements that are looked at together."""
-HELD = 8
-"""Tensors whose steps are kept in memory: as many are worked on at a time."""
+HELD = 32
+"""Tensors whose steps are kept in memory: more than all threads together work on, each of which takes several."""
 
 
 @dataclass(frozen=True)
