@@ -17,7 +17,8 @@ from numba.extending import intrinsic
 
 from graft.merge._blocks import LANES
 
-U16, U32, U64, F32, F64, I64 = types.uint16, types.uint32, types.uint64, types.float32, types.float64, types.int64
+U16, U32, U64 = types.uint16, types.uint32, types.uint64
+I32, I64, F32, F64 = types.int32, types.int64, types.float32, types.float64
 P16, P32, P64, PF, PD, PI = (types.CPointer(kind) for kind in (U16, U32, U64, F32, F64, I64))
 
 

@@ -21,6 +21,7 @@ from numba import njit
 from graft.merge._blocks import BLOCK, BUCKETS, CUT, DRAWN, DROPPED, LANES, RANKED
 from graft.merge._instructions import (
     F32,
+    I32,
     I64,
     P16,
     P32,
@@ -203,11 +204,14 @@ def _order(values, n, keys, turns, counts, order, other):
     for j in range(n):
         most = max(most, _magnitude(values, j))
     top = as_float(most)
-    reach = F32(buckets - 1) / top if top > F32(1e-30) else F32(0)
+    # x / (x + bend), written so that rounding cannot turn two values around, spreads what crowds about zero
+    bend = top * F32(0.2) if top > F32(1e-30) else F32(1)
+    reach = F32(buckets - 1) / (F32(1) - bend / (top + bend)) if top > F32(1e-30) else F32(0)
     for b in range(buckets):
         put(counts, b, U32(0))
     for j in range(n):
-        put(keys, j, U32(I64(abs(get(values, j)) * reach)))
+        # by way of 32 bits with a sign, which processors make of many numbers at once
+        put(keys, j, U32(I32((F32(1) - bend / (abs(get(values, j)) + bend)) * reach)))
     for j in range(n):
         key = I64(get(keys, j))
         turn = get(counts, key)
