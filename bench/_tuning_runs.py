@@ -23,7 +23,7 @@ from graft.data.rows import ListRows, Rows
 from graft.data.turns import TaskRows, Turns
 from graft.evaluate import metrics
 from graft.evaluate.scorer import Scorer, longest_context
-from graft.lineage import architecture_of
+from graft.folders import architecture_of
 from graft.methods import method
 from graft.multitask.build import add_head
 from graft.train.attention import keeps_apart

@@ -41,7 +41,7 @@ from graft.adapters.point import Point
 from graft.adapters.trial import trained
 from graft.evaluate import metrics
 from graft.evaluate.results import Results, key_of
-from graft.lineage import read_config
+from graft.folders import read_config
 
 HERE = Path(__file__).resolve().parent
 SHARES = (0.001, 0.01, 0.05)

@@ -16,7 +16,7 @@ VERBS = {"pretrain", "tune", "adapt", "head", "merge", "ensemble", "quantize", "
 LAYERS = [
     {"allocator", "errors", "machine", "misfits", "settings", "progress", "_callable", "_register", "yaml_lines"},
     {"methods", "verb", "hub", "disk", "checkpoint", "lora", "pickles", "remembered", "hashing"},
-    {"lineage", "finite", "fitting", "data"},
+    {"folders", "vocabulary", "lineage", "facts", "finite", "fitting", "data"},
     {"models", "adapters", "multitask", "kinship", "masks", "prefix_lm"},
     {"train", "evaluate"},
     VERBS,

@@ -11,7 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from graft import hashing, lineage, models
 from graft.errors import CheckpointError, RequestError
+from graft.facts import facts_of
+from graft.folders import architecture_of
 from graft.lineage import Manifest, Parent
+from graft.vocabulary import vocabulary_hash
 
 
 def tiny(seed=0):
@@ -106,7 +109,7 @@ def test_of_a_damaged_manifest_the_field_is_named_in_one_line(tmp_path, content,
 def test_facts_without_a_manifest_come_from_configuration_and_headers(tmp_path):
     model = tiny()
     model.save_pretrained(tmp_path)
-    facts = lineage.facts_of(tmp_path)
+    facts = facts_of(tmp_path)
     assert facts.architecture == "decoder"
     assert facts.parameters == model.num_parameters()
     assert facts.bytes == 4 * model.num_parameters()
@@ -117,14 +120,14 @@ def test_a_copy_of_a_folder_has_the_same_facts_and_another_model_does_not(tmp_pa
     tiny(0).save_pretrained(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     tiny(1).save_pretrained(tmp_path / "c")
-    a, b, c = (lineage.facts_of(tmp_path / name).initialisation for name in "abc")
+    a, b, c = (facts_of(tmp_path / name).initialisation for name in "abc")
     assert a == b != c
 
 
 def test_facts_with_a_manifest_are_the_manifests(tmp_path):
     tiny().save_pretrained(tmp_path)
     lineage.write_manifest(tmp_path, manifest(initialisation="of:base", trained_on=["x"]))
-    facts = lineage.facts_of(tmp_path)
+    facts = facts_of(tmp_path)
     assert facts.initialisation == "of:base"
     assert facts.trained_on == {"x"}
 
@@ -142,7 +145,7 @@ def test_weights_that_were_changed_after_the_model_was_made_are_named_however_ol
     other = made(tmp_path / "b", seed=1) / "model.safetensors"
     os.utime(other, (1, 1))
     shutil.copy2(other, folder / "model.safetensors")
-    for read in (models.load, lineage.facts_of):
+    for read in (models.load, facts_of):
         with pytest.raises(CheckpointError, match=r"a: its weights are not those that graft.json tells of"):
             read(folder)
     assert lineage.known_hash(folder) == lineage.known_hash(tmp_path / "b")
@@ -155,12 +158,12 @@ def test_a_copy_is_hashed_once_and_what_was_not_touched_never(tmp_path, monkeypa
     real = lineage.hash_model
     monkeypatch.setattr(lineage, "hash_model", lambda place, like=None: hashed.append(place) or real(place, like))
     models.load(folder)
-    lineage.facts_of(folder)
+    facts_of(folder)
     assert hashed == []
     shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copy)
     os.utime(tmp_path / "copy" / "model.safetensors", (1, 1))
     models.load(tmp_path / "copy")
-    lineage.facts_of(tmp_path / "copy")
+    facts_of(tmp_path / "copy")
     assert hashed == [tmp_path / "copy"]
     assert lineage.read_manifest(tmp_path / "copy").hash == lineage.read_manifest(folder).hash
 
@@ -178,7 +181,7 @@ def test_a_manifest_without_stamps_is_older_than_what_was_changed_after_it(tmp_p
 
 def test_a_folder_that_is_no_models_is_refused(tmp_path):
     with pytest.raises(RequestError, match=r"expected a model's folder with config.json"):
-        lineage.facts_of(tmp_path)
+        facts_of(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -190,14 +193,14 @@ def test_a_folder_that_is_no_models_is_refused(tmp_path):
     ],
 )
 def test_architectures_are_told_from_configurations(config, expected):
-    assert lineage.architecture_of(config) == expected
+    assert architecture_of(config) == expected
 
 
 def test_vocabularies_are_the_same_by_their_strings_and_numbers(tmp_path):
     for name, tokens in (("a", {"x": 0, "y": 1}), ("b", {"y": 1, "x": 0}), ("c", {"x": 1, "y": 0})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": tokens}, "added_tokens": []}))
-    a, b, c = (lineage.vocabulary_hash(tmp_path / name) for name in "abc")
+    a, b, c = (vocabulary_hash(tmp_path / name) for name in "abc")
     assert a == b != c
 
 

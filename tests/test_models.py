@@ -24,7 +24,7 @@ from graft import data, models
 from graft.chatting import Talk
 from graft.data.tokenizers import train_tokenizer
 from graft.errors import CheckpointError, GraftError, RecipeError, RequestError
-from graft.lineage import facts_of
+from graft.facts import facts_of
 from graft.run import run
 
 SMALL = {

@@ -71,7 +71,7 @@ class Load(Verb[LoadSettings]):
         return {"weights": hash_model(fetched(settings), "sha256"), "files": _hashes(fetched(settings))}
 
     def facts(self, settings: LoadSettings, models: Mapping[str, Facts], key: str) -> Facts:
-        from graft.lineage import facts_of
+        from graft.facts import facts_of
 
         return facts_of(fetched(settings))
 
@@ -121,7 +121,7 @@ def fetched(settings: LoadSettings) -> Path:
 
 def _copied_bytes(folder: Path) -> int | None:
     """Size of the weights in the folder itself, where a model is loaded from other folders as well; else None."""
-    from graft.lineage import parts_of
+    from graft.folders import parts_of
 
     if not parts_of(folder):
         return None

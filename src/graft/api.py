@@ -15,7 +15,7 @@ from graft.disk import atomic_write
 from graft.errors import RequestError, SettingsError
 from graft.evaluate.settings import Measure, TaskMeasure
 from graft.evaluate.tasks import load_task
-from graft.lineage import facts_of
+from graft.facts import facts_of
 from graft.models import check_device, load
 from graft.one import data_at, data_named, make_one
 from graft.plan import Places, Plan, make_plan

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from graft.checkpoint import ADAPTER, FLOATS, TORCH_NAMES, TensorHeader, TensorReader
 from graft.errors import CheckpointError
-from graft.lineage import parts_of, read_manifest
+from graft.folders import parts_of
+from graft.lineage import read_manifest
 from graft.machine import cores
 
 if TYPE_CHECKING:

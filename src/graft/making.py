@@ -18,6 +18,8 @@ from typing import Any
 
 from graft import verbs
 from graft.disk import atomic_write, disk_errors, replace_folder
+from graft.facts import parameters_in
+from graft.folders import read_config
 from graft.hashing import hash_file
 from graft.lineage import (
     DataUse,
@@ -25,17 +27,15 @@ from graft.lineage import (
     Parent,
     code_state,
     hash_model,
-    parameters_in,
-    read_config,
     read_manifest,
     stamps,
     versions,
-    vocabulary_hash,
     write_manifest,
 )
 from graft.machine import boot
 from graft.settings import Settings
 from graft.verb import Facts, Job
+from graft.vocabulary import vocabulary_hash
 
 
 @dataclass(frozen=True)

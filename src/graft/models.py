@@ -17,20 +17,13 @@ from graft.disk import disk_errors
 from graft.errors import CheckpointError, RequestError, closest
 from graft.finite import check_folder, check_loaded
 from graft.fitting import OLD_NAMES, architecture_of, beyond, misfits
+from graft.folders import ADAPTED, folders_behind, read_config
 from graft.hashing import hash_file
 from graft.hub import fetch
-from graft.lineage import (
-    ADAPTED,
-    GENERAL_TOKENIZERS,
-    TOKENIZER_FILES,
-    check_as_made,
-    folders_behind,
-    read_config,
-    read_manifest,
-    token_ids,
-)  # fmt: skip
+from graft.lineage import check_as_made, read_manifest
 from graft.lora import add_to, base_folder, is_lora
 from graft.prefix_lm import write_as_trained
+from graft.vocabulary import GENERAL_TOKENIZERS, TOKENIZER_FILES, token_ids  # fmt: skip
 
 if TYPE_CHECKING:
     import torch

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 import graft
-from graft import lineage, models
+from graft import models
 from graft.adapt import VERB
 from graft.adapters import adapters_of, adopt
 from graft.adapters.folder import averaged
 from graft.data.tokenizers import train_tokenizer
 from graft.errors import CheckpointError, RequestError, SettingsError
+from graft.facts import facts_of
 from graft.methods import method
 from graft.train.memory import PROCESS
 from graft.verb import Facts, Job
@@ -127,13 +128,13 @@ def test_a_fold_is_what_the_stack_computes(tmp_path, base):
 def test_what_does_not_fold_is_refused_before_and_while_it_is_made(tmp_path, base, how, options, words):
     own = adapter(base, tmp_path / "own", how, **options)
     settings = {"adapters": ["own"], "fold": True}
-    (wrong,) = VERB.check(VERB.parse(settings), {"own": lineage.facts_of(own)})
+    (wrong,) = VERB.check(VERB.parse(settings), {"own": facts_of(own)})
     assert wrong.startswith("own: the adapter does not fold")
     assert words in wrong
     with pytest.raises(RequestError, match=words):
         run(tmp_path / "out", [own], **settings)
     low = adapter(base, tmp_path / "low", "lora", rank=2)
-    assert VERB.check(VERB.parse({"adapters": ["low"], "fold": True}), {"low": lineage.facts_of(low)}) == []
+    assert VERB.check(VERB.parse({"adapters": ["low"], "fold": True}), {"low": facts_of(low)}) == []
 
 
 def test_adapters_of_different_models_are_refused(tmp_path, base):
@@ -145,7 +146,7 @@ def test_adapters_of_different_models_are_refused(tmp_path, base):
     strange = adapter(tmp_path / "other", tmp_path / "strange", "lora", rank=2)
     with pytest.raises(CheckpointError, match="strange: the adapters were made for another base"):
         run(tmp_path / "x", [low, strange], adapters=["low", "strange"])
-    facts = {path.name: lineage.facts_of(path) for path in (low, strange, base)}
+    facts = {path.name: facts_of(path) for path in (low, strange, base)}
     settings = VERB.parse({"adapters": ["low", "strange"]})
     assert VERB.check(settings, facts) == [
         "strange and low were made for different models: adapters go together on one"
@@ -155,7 +156,7 @@ def test_adapters_of_different_models_are_refused(tmp_path, base):
 
 
 def test_facts_of_a_folder_without_a_manifest_are_those_of_its_base(tmp_path, base):
-    low, frozen = lineage.facts_of(adapter(base, tmp_path / "low", "lora", rank=2)), lineage.facts_of(base)
+    low, frozen = facts_of(adapter(base, tmp_path / "low", "lora", rank=2)), facts_of(base)
     assert (low.architecture, low.vocabulary, low.initialisation) == (
         frozen.architecture, frozen.vocabulary, frozen.initialisation,
     )  # fmt: skip
@@ -167,10 +168,10 @@ def test_the_plan_counts_the_base_of_adapters_on_disk(tmp_path, base):
         return sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
 
     low, wide = (adapter(base, tmp_path / name, "lora", rank=rank) for name, rank in (("low", 2), ("wide", 4)))
-    assert lineage.facts_of(low).bytes == size(low, base)
+    assert facts_of(low).bytes == size(low, base)
     made = graft.ensemble(tmp_path / "duo", members=[str(low), str(wide)])
     # the base is in memory once
-    assert lineage.facts_of(made).bytes == size(low, wide, base)
+    assert facts_of(made).bytes == size(low, wide, base)
     recipe = tmp_path / "family.yaml"
     recipe.write_text(
         "family: f\nmodels:\n  low: {load: low}\n  duo: {ensemble: {members: {low: 1}}}\n"

@@ -105,7 +105,7 @@ def published(monkeypatch):
 
 
 def test_methods_are_sized_to_the_share_and_those_that_find_no_place_say_so(base):
-    from graft.lineage import facts_of
+    from graft.facts import facts_of
 
     facts = facts_of(base)
     found = {each.method: each for each in candidates.sized(["lora", "prefix", "mix_and_match", "bitfit"], facts, 900)}

@@ -145,8 +145,8 @@ def test_what_it_cannot_do_is_refused(ensemble):
 def test_without_a_union_it_is_refused_before_anything_runs(tmp_path):
     from test_union import saved
 
-    from graft import lineage
+    from graft.facts import facts_of
 
-    facts = {name: lineage.facts_of(folder) for name, folder in saved(tmp_path).items()}
+    facts = {name: facts_of(folder) for name, folder in saved(tmp_path).items()}
     settings = VERB.parse({"members": ["left", "right"], "vocabulary": "bytes", "boundaries": 4})
     assert any("`boundaries` is for a union of vocabularies" in each for each in VERB.check(settings, facts))

@@ -11,7 +11,6 @@ from tiny_bytes import LEFT, RIGHT, by_hand, member, pair, tokenizer
 from transformers import AutoModelForCausalLM
 
 import graft.data
-from graft import lineage
 from graft import models as graft_models
 from graft.ensemble import VERB
 from graft.ensemble.byte_level.byte_model import EXACT, Cover
@@ -19,6 +18,7 @@ from graft.ensemble.byte_level.tokenizer import BOS, EOS, PAD, SIZE, byte_tokeni
 from graft.ensemble.model import EnsembleOverBytes, ensemble_of
 from graft.errors import CannotCombine, RequestError, RunError
 from graft.evaluate.scorer import Scorer
+from graft.facts import facts_of
 from graft.verb import Job
 
 SOME = Cover(drop=0.05, most=4)
@@ -193,7 +193,7 @@ def saved(folder):
 def run(folder, raw):
     folders = saved(folder)
     settings = VERB.parse(raw)
-    assert VERB.check(settings, {name: lineage.facts_of(place) for name, place in folders.items()}) == []
+    assert VERB.check(settings, {name: facts_of(place) for name, place in folders.items()}) == []
     out = folder / "both"
     out.mkdir()
     VERB.run(Job("both", settings, 0, out, folder / "s", folder / "c", folders, {}))
@@ -238,7 +238,7 @@ def test_the_scorer_counts_the_bits_of_the_bytes():
 
 
 def test_different_vocabularies_name_bytes_and_bytes_refuse_what_they_cannot_do(tmp_path):
-    facts = {name: lineage.facts_of(place) for name, place in saved(tmp_path).items()}
+    facts = {name: facts_of(place) for name, place in saved(tmp_path).items()}
     (problem,) = VERB.check(VERB.parse({"members": ["left", "right"]}), facts)
     assert "`vocabulary: bytes`" in problem
     raw = {"members": ["left", "right"], "vocabulary": "bytes", "draft": "left"}

@@ -10,7 +10,7 @@ from test_gate import looking_at_one, step_by_step
 from tiny_bytes import LEFT, RIGHT, member, tokenizer
 
 import graft.data
-from graft import lineage, models
+from graft import models
 from graft.ensemble import VERB
 from graft.ensemble.byte_level.byte_model import Cover
 from graft.ensemble.byte_level.configuration import ByteEnsembleConfig
@@ -18,6 +18,7 @@ from graft.ensemble.byte_level.show import speaks
 from graft.ensemble.byte_level.tokenizer import PAD
 from graft.ensemble.gate import Gate, Told, features
 from graft.ensemble.model import EnsembleOverBytes
+from graft.facts import facts_of
 from graft.verb import Job
 
 EXACT = {"tokenisations": "all", "drop": 0.0, "join": 0.0, "most": None}
@@ -113,7 +114,7 @@ def fitted(folder, gate, cover=EXACT):
     folders = saved(folder)
     weights = {"fit": "some.dev", "gate": gate}
     settings = VERB.parse({"members": ["left", "right"], "vocabulary": "bytes", "cover": cover, "weights": weights})
-    assert VERB.check(settings, {name: lineage.facts_of(place) for name, place in folders.items()}) == []
+    assert VERB.check(settings, {name: facts_of(place) for name, place in folders.items()}) == []
     out = folder / "both"
     out.mkdir()
     made = VERB.run(Job("both", settings, 0, out, folder / "s", folder / "c", folders, sets, root=folder))
@@ -151,7 +152,7 @@ def test_who_speaks_follows_the_gate_in_memory_and_in_the_folder(tmp_path):
 
 
 def test_hidden_states_are_refused_over_bytes_with_the_reason(tmp_path):
-    facts = {name: lineage.facts_of(place) for name, place in saved(tmp_path).items()}
+    facts = {name: facts_of(place) for name, place in saved(tmp_path).items()}
     gate = {"hidden_states": True}
     raw = {"members": ["left", "right"], "vocabulary": "bytes", "weights": {"fit": "some.dev", "gate": gate}}
     (problem,) = VERB.check(VERB.parse(raw), facts)

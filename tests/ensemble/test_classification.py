@@ -26,6 +26,8 @@ from graft.ensemble.reading import classes
 from graft.ensemble.sources import Source
 from graft.ensemble.voting import classify
 from graft.errors import CannotCombine, RequestError, RunError
+from graft.facts import facts_of
+from graft.folders import architecture_of, read_config
 from graft.multitask.build import add_head
 from graft.multitask.folder import save_heads
 from graft.verb import Job
@@ -114,7 +116,7 @@ def test_it_is_saved_and_loads_by_the_auto_class_with_its_labels(members, tmp_pa
         assert torch.equal(loaded(input_ids=ids, attention_mask=mask).logits, before)
         assert loaded.config.id2label == LABELS
         assert loaded.config.num_labels == 3
-    assert lineage.architecture_of(lineage.read_config(tmp_path / "votes")) == "encoder"
+    assert architecture_of(read_config(tmp_path / "votes")) == "encoder"
 
 
 def test_a_classifier_that_gives_nan_is_named(members):
@@ -212,7 +214,7 @@ def test_labels_and_data_that_classifiers_do_not_know_are_refused(family):
 
 
 def test_what_classifiers_cannot_do_is_said_before_anything_runs(family):
-    facts = {name: lineage.facts_of(family / name) for name in ("bert", "wide")}
+    facts = {name: facts_of(family / name) for name in ("bert", "wide")}
     gate = {"weights": {"fit": "r.dev", "gate": {"hidden_states": True}}}
     for raw, words in [
         ({"combine": "least_risk"}, "least_risk chooses among texts"),

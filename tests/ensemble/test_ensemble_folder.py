@@ -18,6 +18,7 @@ from graft import models as graft_models
 from graft.ensemble import VERB
 from graft.ensemble.model import EnsembleForCausalLM, ensemble_of
 from graft.errors import CannotCombine, CheckpointError, RequestError, SettingsError, UnknownName
+from graft.facts import facts_of
 from graft.verb import Job
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,\n"
@@ -216,7 +217,7 @@ def test_what_an_ensemble_cannot_honour_is_refused(family):
 
 
 def facts(family, *names):
-    return {name: lineage.facts_of(family / name) for name in names}
+    return {name: facts_of(family / name) for name in names}
 
 
 def test_different_vocabularies_are_refused(family):

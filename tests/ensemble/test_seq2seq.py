@@ -20,11 +20,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from graft import data, lineage, models
+from graft import data, models
 from graft.ensemble import VERB
 from graft.ensemble.dropout import thinned
 from graft.ensemble.model import ensemble_of
 from graft.errors import CannotCombine, RequestError
+from graft.facts import facts_of
 
 ENDS = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1}
 PLAIN = {"max_new_tokens": 8, "eos_token_id": None}
@@ -269,7 +270,7 @@ def differential(translator, inside, outside, alpha, source_, mask, target):
 def test_domain_differential_adaptation_end_to_end(members, family):
     raw = {"combine": {"experts": {"alpha": 0.7}}, "members": ["deep", "inside", "outside"]}
     names = ("deep", "inside", "outside")
-    assert VERB.check(VERB.parse(raw), {name: lineage.facts_of(family / name) for name in names}) == []
+    assert VERB.check(VERB.parse(raw), {name: facts_of(family / name) for name in names}) == []
     loaded = models.load(run(family, raw)[0])
     parts = [models.load(family / name) for name in names]
     ids, mask = source()
@@ -288,7 +289,7 @@ def test_domain_differential_adaptation_end_to_end(members, family):
 
 
 def test_other_mixtures_of_translators_and_decoders_are_refused_before_anything_runs(family):
-    facts = {name: lineage.facts_of(family / name) for name in ("deep", "inside", "outside")}
+    facts = {name: facts_of(family / name) for name in ("deep", "inside", "outside")}
     found = VERB.check(VERB.parse({"members": ["deep", "inside"]}), facts)
     assert "inside is a decoder and deep is an encoder-decoder" in found
     swapped = {"combine": "experts", "members": ["inside", "deep", "outside"]}
@@ -299,7 +300,7 @@ def test_how_far_language_models_move_a_translator_is_fitted(members, family):
     """Three weights of a product of which one member reads the source and two the target alone; fits never lose."""
     raw = {"combine": "log_linear", "members": ["deep", "inside", "outside"], "weights": {"fit": "pairs.dev"}}
     names = ("deep", "inside", "outside")
-    assert VERB.check(VERB.parse(raw), {name: lineage.facts_of(family / name) for name in names}) == []
+    assert VERB.check(VERB.parse(raw), {name: facts_of(family / name) for name in names}) == []
     sets = {"pairs": pairs(family / "pairs.jsonl")}
     target, found = run(family, raw, sets)
     loaded = models.load(target)

@@ -11,7 +11,7 @@ from tiny_members import greedy, llama
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from graft import data, lineage
+from graft import data
 from graft import models as graft_models
 from graft.ensemble import VERB
 from graft.ensemble.model import ensemble_of
@@ -20,6 +20,7 @@ from graft.ensemble.spoken import FILE, Spoken
 from graft.ensemble.union import union_of, unmatched_mass
 from graft.errors import CannotCombine, RequestError, RunError
 from graft.evaluate.scorer import Scorer
+from graft.facts import facts_of
 from graft.verb import Job
 
 
@@ -124,7 +125,7 @@ def saved(tmp_path: Path, members=MEMBERS):
 
 def test_a_recipe_makes_a_union_that_loads_writes_and_reads_text(tmp_path, ensemble):
     folders = saved(tmp_path)
-    facts = {name: lineage.facts_of(folder) for name, folder in folders.items()}
+    facts = {name: facts_of(folder) for name, folder in folders.items()}
     raw = {"members": {"left": 0.6, "right": 0.4}}
     (problem,) = VERB.check(VERB.parse(raw), facts)
     assert "different vocabularies" in problem
@@ -153,7 +154,7 @@ def union_folder(tmp_path, settings, name="both", members=MEMBERS):
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 4))
     source = {"source": "jsonl", "path": str(tmp_path / "text.jsonl"), "splits": {"dev": 0.5, "test": 0.1}}
     settings = VERB.parse({**settings, "vocabulary": "union"})
-    facts = {name: lineage.facts_of(folder) for name, folder in folders.items()}
+    facts = {name: facts_of(folder) for name, folder in folders.items()}
     assert VERB.check(settings, facts) == []
     out = tmp_path / name
     out.mkdir()
@@ -201,7 +202,7 @@ def test_a_union_shows_who_speaks_and_how_much_is_not_mixed(tmp_path):
 
 
 def test_a_gate_over_a_union_is_refused(tmp_path):
-    facts = {name: lineage.facts_of(folder) for name, folder in saved(tmp_path).items()}
+    facts = {name: facts_of(folder) for name, folder in saved(tmp_path).items()}
     raw = {"members": ["left", "right"], "vocabulary": "union", "weights": {"fit": "text.dev", "gate": 0}}
     assert any("a gate is for members of one vocabulary" in each for each in VERB.check(VERB.parse(raw), facts))
 

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import graft
 import graft.merge.stream
 from graft.errors import CannotCombine, CheckpointError, RecipeError, RequestError
-from graft.lineage import facts_of
+from graft.facts import facts_of
 from graft.models import load, load_tokenizer
 from graft.recipe import read_recipe
 

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import graft
 import graft.merge
 from graft.errors import CannotCombine, CheckpointError, SettingsError
-from graft.lineage import facts_of
+from graft.facts import facts_of
 from graft.lora import read_lora
 from graft.merge._factors import Pair, concatenated, count, factored, refactored
 from graft.models import load

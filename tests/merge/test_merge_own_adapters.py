@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import graft
 from graft.cli import app
 from graft.errors import CannotCombine, CheckpointError, GraftError, RecipeError
-from graft.lineage import facts_of
+from graft.facts import facts_of
 from graft.recipe import read_recipe
 
 PIECE = 100

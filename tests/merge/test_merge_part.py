@@ -7,7 +7,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import graft.merge
 from graft.errors import CannotCombine, SettingsError
-from graft.lineage import facts_of
+from graft.facts import facts_of
 from graft.models import load
 
 VISION = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,

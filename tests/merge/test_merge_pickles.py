@@ -11,7 +11,7 @@ from small_family import merge, model, save, tensors
 
 import graft
 from graft.errors import CannotCombine, CheckpointError, RecipeError
-from graft.lineage import facts_of
+from graft.facts import facts_of
 from graft.models import load
 from graft.recipe import read_recipe
 

@@ -11,7 +11,7 @@ import graft
 import graft.merge
 from graft.cli import app
 from graft.errors import CannotCombine, SettingsError
-from graft.lineage import facts_of
+from graft.facts import facts_of
 from graft.models import load
 
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
 from graft.errors import CannotCombine
-from graft.lineage import facts_of
+from graft.facts import facts_of
 from graft.merge.vocabulary import union_tokenizer
 from graft.models import load, load_tokenizer
 

@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 import graft
 from graft.cli import app
 from graft.errors import CannotCombine, RecipeError
-from graft.lineage import Manifest, facts_of, hash_model, read_manifest, vocabulary_hash, write_manifest
+from graft.facts import facts_of
+from graft.lineage import Manifest, hash_model, read_manifest, write_manifest
 from graft.recipe import read_recipe
+from graft.vocabulary import vocabulary_hash
 
 SOUP = {"method": "linear", "models": ["a", "b"]}
 

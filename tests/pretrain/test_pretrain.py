@@ -5,13 +5,14 @@ import shutil
 import pytest
 import torch
 
-from graft import data, hashing, lineage, models
+from graft import data, hashing, models
 from graft.data.bootstrap import weights_of
 from graft.data.settings import Shares
 from graft.errors import RequestError
 from graft.finite import check_weights
 from graft.pretrain import VERB, TokenizerAt
 from graft.verb import Job
+from graft.vocabulary import vocabulary_hash
 
 SETS = {"json": data.parse({"source": "python-library", "packages": ["json", "html"], "splits": {"dev": 0.2}})}
 
@@ -81,18 +82,18 @@ def test_the_same_settings_and_seed_give_the_same_bytes_and_another_seed_does_no
 def test_a_tokenizer_can_be_another_models(tmp_path):
     run(tmp_path / "base", {"tokenizer": {"size": 500}})
     run(tmp_path / "other", {"tokenizer": {"of": "base"}}, models_={"base": tmp_path / "base" / "out"})
-    assert lineage.vocabulary_hash(tmp_path / "base" / "out") == lineage.vocabulary_hash(tmp_path / "other" / "out")
+    assert vocabulary_hash(tmp_path / "base" / "out") == vocabulary_hash(tmp_path / "other" / "out")
 
 
 def test_a_tokenizer_can_stand_in_a_folder_and_counts_by_its_content(tmp_path):
     run(tmp_path / "base", {"tokenizer": {"size": 500}})
     models.load_tokenizer(tmp_path / "base" / "out").save_pretrained(tmp_path / "tokens")
     found = run(tmp_path / "other", {"tokenizer": {"path": str(tmp_path / "tokens")}})
-    assert lineage.vocabulary_hash(tmp_path / "base" / "out") == lineage.vocabulary_hash(tmp_path / "other" / "out")
+    assert vocabulary_hash(tmp_path / "base" / "out") == vocabulary_hash(tmp_path / "other" / "out")
     written = VERB.parse({"data": "json", "hidden": 32, "layers": 1, "length": 64, "tokenizer": {"path": "tokens"}})
     located = VERB.located(written, tmp_path)
     facts = VERB.facts(located, {}, "k")
-    assert facts.vocabulary == lineage.vocabulary_hash(tmp_path / "tokens")
+    assert facts.vocabulary == vocabulary_hash(tmp_path / "tokens")
     assert facts.parameters == pytest.approx(found["parameters"], rel=0.02)
     moved = shutil.copytree(tmp_path / "tokens", tmp_path / "moved")
     elsewhere = VERB.located(written.model_copy(update={"tokenizer": TokenizerAt(path=str(moved))}), tmp_path)

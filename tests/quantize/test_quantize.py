@@ -12,7 +12,8 @@ from graft import models
 from graft.adapters import adapters_of
 from graft.adapters.packed import is_packed, plain_weight
 from graft.errors import CannotCombine, RecipeError
-from graft.lineage import facts_of, read_manifest
+from graft.facts import facts_of
+from graft.lineage import read_manifest
 from graft.run import NodesFailed
 
 CODE = {"source": "python-library", "packages": ["json", "email"], "keep": "code", "splits": {"dev": 0.1, "test": 0.2}}

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import graft
-from graft import lineage, models
+from graft import models
 from graft.adapters import adapters_of
 from graft.checkpoint import TensorReader
 from graft.cli import app
 from graft.errors import RequestError, SettingsError
+from graft.facts import facts_of
 from graft.pretrain.architectures import Shape, build, config_for
 from graft.tune import VERB
 from graft.verb import Facts
@@ -182,7 +183,7 @@ def test_what_cannot_work_is_refused_before_training(tmp_path, base):  # noqa: F
 
 
 def facts(folder):
-    return lineage.facts_of(folder)
+    return facts_of(folder)
 
 
 def test_the_check_tries_the_points_on_a_skeleton(base):  # noqa: F811

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
-from graft import data, lineage, models
+from graft import data, models
 from graft.checkpoint import TensorReader
 from graft.data.tokenizers import train_tokenizer
 from graft.errors import CannotCombine, RequestError, SettingsError, UnknownName
@@ -15,6 +15,7 @@ from graft.tune import VERB
 from graft.tune.full import trained_names
 from graft.tune.settings import longest
 from graft.verb import Facts, Job
+from graft.vocabulary import vocabulary_hash
 
 ROWS = {
     "text": [{"text": f"plain text number {n}"} for n in range(30)],
@@ -99,7 +100,7 @@ def test_any_format_can_be_tuned_on(tmp_path, base, format):
     found = run(tmp_path, base, format)
     assert found["dev_loss"] > 0
     assert changed(base, tmp_path / "out")
-    assert lineage.vocabulary_hash(tmp_path / "out") == lineage.vocabulary_hash(base)
+    assert vocabulary_hash(tmp_path / "out") == vocabulary_hash(base)
 
 
 @pytest.mark.parametrize(

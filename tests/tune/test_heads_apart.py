@@ -12,6 +12,7 @@ from graft import lineage, models
 from graft._load import VERB as LOAD
 from graft.adapters import adapters_of
 from graft.errors import CheckpointError, RequestError, UnknownName
+from graft.facts import facts_of
 from graft.head import VERB as HEAD
 from graft.multitask.folder import heads_in
 from graft.multitask.served import ManyTasks
@@ -161,7 +162,7 @@ def test_a_recipe_trains_measures_and_caches_it(tmp_path, bert, monkeypatch):
     assert row["value"] > 0.5  # a third by chance
     assert graft.run("f.yaml", device="cpu").made == []
     made = done.folder / "models" / "low"
-    assert lineage.facts_of(made / "heads" / "colour").heads == {"colour": "classification"}
+    assert facts_of(made / "heads" / "colour").heads == {"colour": "classification"}
     before = lineage.hash_model(made)
     head = made / "heads" / "colour" / "head.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(head).items()}, head)
@@ -184,7 +185,7 @@ def test_what_cannot_work_with_such_heads_is_refused(tmp_path, bert):
     place = tmp_path / "out" / "heads" / "colour"
     with pytest.raises(RequestError, match="is a head beside an adapter, which cannot stand alone"):
         LOAD.located(LOAD.parse(str(place)), tmp_path)
-    facts = {"low": lineage.facts_of(bert)}
+    facts = {"low": facts_of(bert)}
     apart = VERB.facts(VERB.parse({"from": "low", "tasks": HEADED, "method": "lora"}), facts, "key")
     assert apart.heads == {"colour": "classification", "tag": "tagging"}
     assert "needs the adapter folded" in HEAD.check(HEAD.parse({"from": "low", "task": "tag"}), {"low": apart})[0]

@@ -16,7 +16,7 @@ import graft
 from graft import models
 from graft.adapters.packed import is_packed
 from graft.adapters.stack import adapters_of
-from graft.lineage import facts_of
+from graft.facts import facts_of
 from graft.tune import VERB
 
 from . import in_processes

@@ -9,7 +9,7 @@ import graft
 from graft import models
 from graft.adapters import adapters_of
 from graft.errors import RequestError
-from graft.lineage import facts_of
+from graft.facts import facts_of
 from graft.tune import VERB
 
 from .test_full import base, goes_on_with_the_same_bytes, run  # noqa: F401  (a fixture)

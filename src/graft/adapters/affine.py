@@ -22,7 +22,7 @@ from graft import remembered
 from graft.adapters.facts import obstacles
 from graft.checkpoint import ADAPTER, Headers, read_file_headers, read_headers
 from graft.errors import CheckpointError, RequestError
-from graft.lineage import read_config
+from graft.folders import read_config
 from graft.lora import (
     Change,
     Factors,

@@ -15,7 +15,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from graft.lineage import ADAPTED
+from graft.folders import ADAPTED
 
 AUTO: tuple[Any, ...] = (
     AutoModelForCausalLM,

@@ -11,7 +11,7 @@ from typing import Any
 
 from graft.adapters.point import SUBLAYERS, Point
 from graft.disk import atomic_write
-from graft.lineage import ADAPTED, read_config
+from graft.folders import ADAPTED, read_config
 from graft.settings import parse
 from graft.verb import Facts
 

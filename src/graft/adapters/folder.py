@@ -25,8 +25,8 @@ from graft.data.objectives import is_prefix_lm
 from graft.disk import atomic_write, disk_errors
 from graft.errors import CheckpointError, RequestError
 from graft.finite import check_tensors
+from graft.folders import ADAPTED, read_config
 from graft.hashing import shortened
-from graft.lineage import ADAPTED
 from graft.lora import is_lora
 from graft.prefix_lm import mark
 from graft.settings import parse
@@ -64,7 +64,7 @@ def save(model: PreTrainedModel, folder: Path, *, seen_from: Path | None = None)
     from graft.multitask.adapted import is_added, save_adapted_heads
 
     added = is_added(model, base)
-    own = lineage.read_config(base) if added else {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    own = read_config(base) if added else {**model.config.to_dict(), "architectures": [type(model).__name__]}
     config = {**own, "model_type": ADAPTED, ADAPTED: entry}
     folder.mkdir(parents=True, exist_ok=True)
     with disk_errors(folder):
@@ -114,7 +114,7 @@ def load(
     place = Path(base) if base is not None else folder / entry["base"]["path"]
     check_base(folder, entry, place)
     model = models.load(place, dtype=dtype, device=device)
-    mark(model, is_prefix_lm(lineage.read_config(folder)))
+    mark(model, is_prefix_lm(read_config(folder)))
     if "peft" in entry:
         return load_foreign(model, entry["peft"], _read(folder), place).eval()
     active = _put(model, folder, entry, place)
@@ -189,7 +189,7 @@ def averaged(model: PreTrainedModel, weights: Mapping[str, float], name: str) ->
 
 def entry_of(folder: Path) -> dict[str, Any]:
     """What `config.json` says of the adapters. Raises CheckpointError where it says nothing that can be read."""
-    entry: dict[str, Any] = lineage.read_config(folder).get(ADAPTED) or {}
+    entry: dict[str, Any] = read_config(folder).get(ADAPTED) or {}
     needed = {"base", "adapters", "active", "model_type"}
     if not needed <= set(entry) or any(name not in entry["adapters"] for name, _ in entry["active"]):
         raise CheckpointError(f"{folder}/config.json: expected what the adapters are ({ADAPTED}), found it damaged")

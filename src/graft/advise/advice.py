@@ -15,7 +15,7 @@ from graft.advise.check import learned, recipe
 from graft.advise.evidence import Claim, Standing, Study, alike, evidence, standing
 from graft.errors import RequestError
 from graft.evaluate.limits import named_length
-from graft.lineage import facts_of
+from graft.facts import facts_of
 from graft.machine import size
 from graft.methods import method_names
 from graft.plan.table import count

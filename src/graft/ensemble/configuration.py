@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from graft.ensemble.settings import MOVE
 from graft.errors import RequestError
-from graft.lineage import CONTEXTS
+from graft.folders import CONTEXTS
 
 
 class EnsembleConfig(PretrainedConfig):

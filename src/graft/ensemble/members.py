@@ -25,6 +25,7 @@ from graft.ensemble.configuration import kind_of
 from graft.ensemble.dropout import thinned, twin
 from graft.ensemble.sources import Source
 from graft.errors import CheckpointError, RequestError
+from graft.folders import ADAPTED, read_config
 from graft.hashing import shortened
 from graft.lora import CONFIG as LORA_CONFIG
 from graft.lora import base_folder, is_lora
@@ -44,7 +45,7 @@ def member_entry(source: Source, folder: Path, seen_from: Path) -> dict[str, Any
 
 def config_of(folder: Path) -> dict[str, Any]:
     """The configuration of the model in a folder; of an adapter's, that of the model it changes."""
-    return frozen_config(lineage.read_config(home_of(folder)))
+    return frozen_config(read_config(home_of(folder)))
 
 
 def home_of(folder: Path) -> Path:
@@ -84,7 +85,7 @@ def copied(folder: Path, target: Path, name: str, copies: dict[Path, str]) -> st
 def _copy_members(own: Path, target: Path, name: str, copies: dict[Path, str]) -> None:
     """Of an ensemble that was copied from `own`: copy its members that lie elsewhere, and let it name the copies."""
     place = target / copies[own]
-    config = {} if is_lora(own) else lineage.read_config(own)
+    config = {} if is_lora(own) else read_config(own)
     entries = config.get("members") if str(config.get("model_type")).startswith("graft_") else None
     elsewhere = [entry for entry in entries or () if not (own / entry["path"]).resolve().is_relative_to(own)]
     for entry in elsewhere:
@@ -114,7 +115,7 @@ def _base_of(folder: Path) -> Path | None:
             f"{folder} is a head beside an adapter, which cannot stand alone: expected a model of its own, with the "
             "adapter folded (`fold: true`) and its head split out (graft head)"
         )
-    adapted = lineage.read_config(folder).get(lineage.ADAPTED)
+    adapted = read_config(folder).get(ADAPTED)
     return None if adapted is None else folder / adapted["base"]["path"]
 
 
@@ -125,7 +126,7 @@ def _rename_base(folder: Path, beside: str) -> None:
     if is_lora(folder):
         config["base_model_name_or_path"] = f"../{beside}"
     else:
-        config[lineage.ADAPTED]["base"]["path"] = f"../{beside}"
+        config[ADAPTED]["base"]["path"] = f"../{beside}"
     atomic_write(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

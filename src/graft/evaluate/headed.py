@@ -18,7 +18,7 @@ from graft.evaluate import metrics
 from graft.evaluate.items import Scored, Subject, scored_texts
 from graft.evaluate.limits import longest_context
 from graft.evaluate.settings import Headed
-from graft.lineage import heads_of
+from graft.folders import heads_of
 from graft.multitask.folder import HeadFacts, find_head
 
 ROWS = 32

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from graft.lineage import CONTEXTS
+from graft.folders import CONTEXTS
 
 WINDOWS = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size", "local_attention")
 """Names that configurations give to how far a layer looks back."""

@@ -23,8 +23,10 @@ from graft.evaluate.items import Scored, Subject, readings, score
 from graft.evaluate.results import Results, Row, key_of
 from graft.evaluate.scorer import Scorer
 from graft.evaluate.settings import Measure
+from graft.folders import folders_behind
 from graft.hashing import hash_file
 from graft.progress import say
+from graft.vocabulary import tokenizer_of
 
 VERSION = 3
 """Counted up when the same model and items give other numbers."""
@@ -44,7 +46,7 @@ def evaluate(
 ) -> list[Row]:
     """See `graft.evaluate.evaluate`."""
     there = [folder for folder in folders.values() if (folder / "config.json").is_file()]
-    mute = [str(folder) for folder in there if lineage.tokenizer_of(folder) == frozenset()]
+    mute = [str(folder) for folder in there if tokenizer_of(folder) == frozenset()]
     if mute:
         raise RequestError(f"expected models with a tokenizer, found none in {', '.join(mute)}: put its files there")
     results = Results(out)
@@ -307,7 +309,7 @@ def disk_bytes(folder: Path) -> int:
     What several of them share is counted once; checkpoints and the log of the training are no part of the model.
     """
     files: set[Path] = set()
-    for place in lineage.folders_behind(folder):
+    for place in folders_behind(folder):
         files |= {f for f in place.rglob("*") if not {"checkpoints", "log.jsonl"} & {*f.relative_to(place).parts}}
     return sum(file.stat().st_size for file in files if file.is_file())
 

@@ -25,7 +25,7 @@ from graft.disk import atomic_write
 from graft.errors import CannotCombine
 from graft.evaluate.limits import longest_context
 from graft.evaluate.unseen import check_unseen
-from graft.lineage import architecture_of
+from graft.folders import architecture_of
 from graft.merge.candidates import check_parents, stored_names
 from graft.merge.engine import stamps
 from graft.merge.inputs import inputs

@@ -49,7 +49,7 @@ class Settings(NormalisedSettings):
 
 def make(job: Job, settings: Settings) -> dict[str, Any]:
     """Write the adapter's folder; the notes give ranks and, where columns were dropped, the error of each tensor."""
-    from graft.lineage import facts_of
+    from graft.facts import facts_of
     from graft.merge._write_lora import write_lora
     from graft.merge.inputs import changes_in, is_adapter
     from graft.merge.preflight import anyway, problems

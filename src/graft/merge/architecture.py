@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from graft import remembered
 from graft.errors import CannotCombine, CheckpointError
 from graft.fitting import Architecture, Shapes, architecture_of, misfits
-from graft.lineage import read_config
+from graft.folders import read_config
 from graft.merge._derived import derived
 from graft.models import Empty, load_config, made_empty, without_memory
 

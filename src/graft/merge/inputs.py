@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from graft.adapters.facts import adapted_base, base_there, frozen_config, is_adapted, obstacles
 from graft.checkpoint import Headers, TensorReader, read_headers
 from graft.errors import CannotCombine, RequestError
-from graft.lineage import ADAPTED, is_quantised, read_config
+from graft.folders import ADAPTED, is_quantised, read_config
 from graft.lora import Lora, base_folder, is_lora, new_rows, read_lora, stands_for
 from graft.pickles import converted, is_pickled, refusal
 from graft.verb import Facts

@@ -11,7 +11,8 @@ from graft.adapters.facts import is_adapted, obstacles
 from graft.checkpoint import FLOATS, Headers
 from graft.data.objectives import PREFIX_LM, is_prefix_lm
 from graft.errors import CannotCombine
-from graft.lineage import ADAPTED, facts_of
+from graft.facts import facts_of
+from graft.folders import ADAPTED
 from graft.merge._options import OnData
 from graft.merge.architecture import architecture
 from graft.merge.inputs import Input, homeless, inputs, settled

@@ -12,8 +12,8 @@ import numpy as np
 
 from graft.checkpoint import Headers, TensorReader
 from graft.errors import CannotCombine
-from graft.lineage import token_ids
 from graft.merge.adapted import Virtual
+from graft.vocabulary import token_ids
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,7 @@ from graft.checkpoint import read_file_headers, read_headers
 from graft.disk import atomic_write, disk_errors
 from graft.errors import CheckpointError
 from graft.finite import check_tensors
-from graft.lineage import ADAPTED, head_kind, read_config
+from graft.folders import ADAPTED, head_kind, read_config
 from graft.lora import base_folder, is_lora
 from graft.multitask.build import add_head
 from graft.multitask.folder import HEADS, OWN, TASK, head_in

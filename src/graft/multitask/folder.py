@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graft import lineage
 from graft.checkpoint import INDEX, read_headers, weight_files
 from graft.disk import atomic_write, disk_errors
 from graft.errors import CheckpointError, RequestError, UnknownName
+from graft.folders import head_kind, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -51,8 +51,8 @@ def heads_in(folder: Path) -> dict[str, HeadFacts]:
 def _head_of(folder: Path, name: str) -> HeadFacts | None:
     if not (folder / "config.json").is_file():
         return None
-    config = lineage.read_config(folder)
-    kind = lineage.head_kind(config)
+    config = read_config(folder)
+    kind = head_kind(config)
     if kind is None:
         return None
     said = config.get(TASK) or {}

@@ -86,7 +86,7 @@ class Pretrain(Verb[PretrainSettings]):
         ]
 
     def facts(self, settings: PretrainSettings, models: Mapping[str, Facts], key: str) -> Facts:
-        from graft.lineage import vocabulary_hash
+        from graft.vocabulary import vocabulary_hash
 
         if isinstance(settings.tokenizer, TokenizerOf):
             vocabulary = models[settings.tokenizer.of].vocabulary
@@ -114,7 +114,7 @@ class Pretrain(Verb[PretrainSettings]):
     def _tokenizer(settings: PretrainSettings, models: Mapping[str, Facts]) -> frozenset[str] | None:
         """What of special tokens the tokenizer will have (see `Facts.tokenizer`)."""
         from graft.data.objectives import Span, objective_for
-        from graft.lineage import tokenizer_of
+        from graft.vocabulary import tokenizer_of
 
         if isinstance(settings.tokenizer, TokenizerOf):
             return models[settings.tokenizer.of].tokenizer

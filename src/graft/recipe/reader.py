@@ -161,7 +161,7 @@ class _Reader:
 
     def _combinations(self, recipe: Recipe, formats: Mapping[str, str]) -> Mapping[str, Facts]:
         """Ask every verb whether its node can work, given the facts of what it is made from; the facts found."""
-        from graft.lineage import facts_of
+        from graft.facts import facts_of
         from graft.models import check_stored
 
         loaded = {model for node in recipe.models.values() if node.verb.loads for model in node.models}

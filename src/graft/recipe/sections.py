@@ -89,7 +89,7 @@ class Recipe:
 
     def facts(self, key: Callable[[str], str] = lambda name: name) -> dict[str, Facts]:
         """Facts of every model; `key` gives what identifies a node (its name, where the true key is not needed)."""
-        from graft.lineage import facts_of
+        from graft.facts import facts_of
 
         found = {name: facts_of(folder) for name, folder in self.outside.items()}
         for name, node in self.models.items():

@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from graft.folders import ADAPTED, architecture_of
 from graft.kinship.evidence import TRACE
-from graft.lineage import ADAPTED, Manifest, architecture_of, read_manifest, token_ids
+from graft.lineage import Manifest, read_manifest
 from graft.relate.vocabulary import Overlap, overlap
+from graft.vocabulary import token_ids
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -49,7 +49,7 @@ class Tune(Verb[TuneSettings]):
         model = None
         if known:
             from graft.adapters.trial import skeleton
-            from graft.lineage import read_config
+            from graft.folders import read_config
 
             model = skeleton(read_config(Path(known["from"])))
         return rows(named_points(), model)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from graft.data.objectives import ObjectiveSettings
-from graft.lineage import CONTEXTS
+from graft.folders import CONTEXTS
 from graft.settings import DataRef, ModelRef
 from graft.train.settings import TrainSettings, no_dev
 from graft.tune.tasks import Mixing, Task, problems

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graft import data, lineage, models
+from graft import data, models
 from graft.data.objectives import objective_for
 from graft.errors import RequestError
+from graft.folders import architecture_of
 from graft.methods import method
 from graft.tune.settings import TuneSettings, longest
 from graft.verb import Job
@@ -34,7 +35,7 @@ def run(job: Job) -> dict[str, Any]:
     torch.manual_seed(job.seed)
     tell(job, f"loading {settings.from_}")
     model = applied(models.load(start, dtype=torch.float32), settings, job.name, start)
-    objective = objective_for(lineage.architecture_of(model.config.to_dict()), settings.objective, model.config)
+    objective = objective_for(architecture_of(model.config.to_dict()), settings.objective, model.config)
     tokenizer = models.load_tokenizer(start)
     stack = adapters_of(model)
     taken = stack.taken(model) if stack else 0

@@ -1,0 +1,111 @@
+"""What a model's folder says of itself: its configuration, the folders behind it, its heads. Light."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from graft import lora
+from graft.errors import CheckpointError, RequestError
+from graft.lora import is_lora
+
+ADAPTED = "graft_adapted"
+"""The `model_type` of a folder of adapters, and the key of what `config.json` says of them."""
+CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+"""Names in configurations for how many tokens a model reads at once."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a model's folder. Raises RequestError where there is none, CheckpointError for a damaged one."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise RequestError(f"{folder}: expected a model's folder with config.json, found none")
+    found = read_json(path, "configuration")
+    if ADAPTED in found and not _names_its_model(found[ADAPTED]):
+        raise CheckpointError(f"{path}: expected what the adapters are ({ADAPTED}), found it damaged")
+    return found
+
+
+def _names_its_model(said: Any) -> bool:
+    """Whether what a configuration says of adapters (or of a head on one) says where their model lies."""
+    base = said.get("base") if isinstance(said, dict) else None
+    return isinstance(said, dict) and ("head_of" in said or (isinstance(base, dict) and "path" in base))
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The mapping in a JSON file; `what` it is, for the CheckpointError that a damaged one raises."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the {what} is damaged ({error})") from None
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """Folders of the models that one is loaded from beside its own weights: an ensemble's members, an adapter's base,
+    the adapter below a head.
+
+    One that is not there is left out.
+    """
+    folder = Path(folder)
+    if is_lora(folder):
+        found = [lora.base_folder(folder)]
+    else:
+        config = read_config(folder)
+        named = [member for member in config.get("members", ()) if isinstance(member, dict) and member.get("path")]
+        said = config.get(ADAPTED, {})
+        named += [said["base"]] if "base" in said else [{"path": said["head_of"]}] if "head_of" in said else []
+        found = [folder / one["path"] for one in named]
+    return [place for place in found if place is not None and place.is_dir()]
+
+
+def folders_behind(folder: Path) -> list[Path]:
+    """All folders that a model is loaded from: its own, its parts' (`parts_of`) and theirs, each once."""
+    found, waiting = dict[Path, None](), [Path(folder).resolve()]
+    while waiting:
+        place = waiting.pop()
+        if place not in found:
+            found[place] = None
+            waiting += [part.resolve() for part in parts_of(place)]
+    return list(found)
+
+
+HEADS = {
+    "classification": "ForSequenceClassification",
+    "tagging": "ForTokenClassification",
+    "spans": "ForQuestionAnswering",
+}
+"""Kind of a head for a task → how the names of its classes end."""
+
+
+def head_kind(config: Mapping[str, Any]) -> str | None:
+    """The kind of head that a configuration names; None where it is one for language modelling."""
+    names = " ".join(config.get("architectures") or [])
+    return next((kind for kind, suffix in HEADS.items() if suffix in names), None)
+
+
+def heads_of(folder: Path) -> dict[str, str]:
+    """Task → kind of the heads in a model's folder: its own, or those in folders of its `heads`."""
+    folder = Path(folder)
+    found = {}
+    for place in (folder / "config.json", *sorted((folder / "heads").glob("*/config.json"))):
+        config = read_json(place, "configuration") if place.is_file() else {}
+        if kind := head_kind(config):
+            found[config.get("graft_task", {}).get("name", place.parent.name)] = kind
+    return found
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """`decoder`, `encoder` or `encoder-decoder`, from a configuration."""
+    if config.get("is_encoder_decoder"):
+        return "encoder-decoder"
+    names = " ".join(config.get("architectures") or [])
+    kinds = ("MaskedLM", "Classification", "QuestionAnswering", "EncoderModel")
+    return "encoder" if any(word in names for word in kinds) else "decoder"
+
+
+def is_quantised(folder: Path) -> bool:
+    """Whether the weights in a model's folder are packed, by its configuration."""
+    config = read_config(folder) if (Path(folder) / "config.json").is_file() else {}
+    return bool(config.get("quantization_config")) and config["model_type"] != ADAPTED
