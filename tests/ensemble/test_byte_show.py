@@ -18,6 +18,7 @@ from graft.ensemble.show import page
 from graft.ensemble.show import speaks as speaks_in
 from graft.ensemble.spoken import FILE, Spoken
 from graft.errors import RequestError
+from graft.facts import facts_of
 from graft.verb import Job
 
 
@@ -55,7 +56,7 @@ def test_a_recipes_ensemble_keeps_a_text_and_the_command_shows_any(tmp_path):
     folders = saved(tmp_path)
     raw = {"members": {"left": 0.6, "right": 0.4}, "vocabulary": "bytes", "show": "some.dev"}
     settings = VERB.parse(raw)
-    assert VERB.check(settings, {name: graft.lineage.facts_of(place) for name, place in folders.items()}) == []
+    assert VERB.check(settings, {name: facts_of(place) for name, place in folders.items()}) == []
     out = tmp_path / "both"
     out.mkdir()
     VERB.run(Job("both", settings, 0, out, tmp_path / "s", tmp_path / "c", folders, sets, root=tmp_path))
@@ -74,5 +75,5 @@ def test_a_recipes_ensemble_keeps_a_text_and_the_command_shows_any(tmp_path):
 
 def test_a_product_over_bytes_is_not_shown(tmp_path):
     raw = {"members": ["left", "right"], "vocabulary": "bytes", "combine": "log_linear", "show": "some.dev"}
-    facts = {name: graft.lineage.facts_of(place) for name, place in saved(tmp_path).items()}
+    facts = {name: facts_of(place) for name, place in saved(tmp_path).items()}
     assert "`show` is for mixtures" in "".join(VERB.check(VERB.parse(raw), facts))
