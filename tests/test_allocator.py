@@ -1,12 +1,13 @@
 """What a step frees, the next one takes again without the system's help."""
 
+import gc
 import platform
 import resource
 
 import pytest
 import torch
 
-from graft.allocator import memory_kept
+from graft.allocator import memory_kept, unsearched
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tells glibc what to keep")
 SIZE = 48 << 20
@@ -38,3 +39,13 @@ def test_memory_goes_back_to_the_system_afterwards():
         del tensors
         assert held() > before + 2 * SIZE
     assert held() < before + SIZE
+
+
+def test_nothing_is_searched_inside_and_it_is_as_before_behind():
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError), unsearched():
+        with unsearched():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+        _ = 1 / 0
+    assert gc.isenabled()

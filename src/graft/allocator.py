@@ -1,8 +1,10 @@
-"""Memory on the CPU that is freed and taken again, in every step of a training or a scorer, stays with its process."""
+"""Memory on the CPU that is freed and taken again, in every step of a training or a scorer, stays with its process, and
+is not searched for what only refers to itself where much is made that does not."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,3 +37,16 @@ def memory_kept() -> Iterator[None]:
         library.mallopt(MMAP_THRESHOLD, USUAL)
         library.mallopt(TRIM_THRESHOLD, 2 * USUAL)
         library.malloc_trim(0)
+
+
+@contextmanager
+def unsearched() -> Iterator[None]:
+    """Inside, nothing is searched for objects that only refer to each other: what has many small ones that do not would
+    have all of a process's objects looked through again and again."""
+    searching = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if searching:
+            gc.enable()

@@ -75,6 +75,17 @@ def beyond(made: Architecture, stored: Iterable[str]) -> list[str]:
     )
 
 
+def unread(made: Architecture, stored: Iterable[str]) -> list[str]:
+    """Stored tensors that the model has no use for: buffers of old versions, heads of another task.
+
+    Of an architecture that converts names nothing is known, nor of old names.
+    """
+    if made.converted:
+        return []
+    known = made.shapes.keys() | made.tied.keys()
+    return [name for name in stored if not OLD_NAMES.search(name) and known.isdisjoint(_places(made, name))]
+
+
 def _places(made: Architecture, name: str) -> tuple[str, ...]:
     """Names under which a model may hold what a checkpoint with or without a head calls `name`."""
     return name.removeprefix(made.prefix), made.prefix + name, name

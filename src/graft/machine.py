@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from pathlib import Path
 
-BOOT = Path("/proc/sys/kernel/random/boot_id")
+BOOT, PROCESSORS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/cpuinfo")
 
 
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def maker() -> str:
+    """Who made the processor, in its own words (`GenuineIntel`, `AuthenticAMD`); empty where nothing tells."""
+    if not PROCESSORS.exists():  # Windows ends its description with it
+        return platform.processor().rpartition(", ")[2]
+    lines = [line.partition(":") for line in PROCESSORS.read_text().splitlines()]
+    return next((said.strip() for name, _, said in lines if name.strip() == "vendor_id"), "")
 
 
 def boot() -> str | None:

@@ -20,6 +20,7 @@ from graft.evaluate.limits import longest_context
 from graft.evaluate.settings import Headed
 from graft.folders import heads_of
 from graft.multitask.folder import HeadFacts, find_head
+from graft.products import quick_layers
 
 ROWS = 32
 """Rows that are read together."""
@@ -103,6 +104,7 @@ class HeadScorer:
                 best[place] = value, context[int(window.places[first][0]) : int(window.places[last][1])].strip()
         return [text for _, text in best]
 
+    @quick_layers()
     @torch.inference_mode()
     def _read(self, model: Any, encoder: Encoder, kind: str, rows: Sequence[Row]) -> list[tuple[np.ndarray, ...]]:
         """The logits of each row, without padding: of a class, of the tokens' tags, or of a span's start and end."""

@@ -21,6 +21,7 @@ from graft.evaluate.branches import Branches
 from graft.evaluate.limits import longest_context, most_tokens, puts_start
 from graft.evaluate.reading import Answers, Continuation, Reader, padded
 from graft.evaluate.sharing import Request, plan, plan_prompts
+from graft.products import quick_layers
 from graft.progress import Progress
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Scorer:
     # documents
 
     @memory_kept()
+    @quick_layers()
     @torch.inference_mode()
     def documents(self, texts: Sequence[str]) -> list[Document]:
         """The log-probability of every token of every text, each scored once.
@@ -115,6 +117,7 @@ class Scorer:
     # continuations
 
     @memory_kept()
+    @quick_layers()
     @torch.inference_mode()
     def loglikelihoods(self, requests: Sequence[tuple[str, str]], *, start: bool | None = None) -> list[Continuation]:
         """log p(continuation | context) of each (context, continuation); `start` instead of the scorer's own.
@@ -198,6 +201,7 @@ class Scorer:
     # generation
 
     @memory_kept()
+    @quick_layers()
     @torch.inference_mode()
     def generate(
         self, prompts: Sequence[str], *, max_tokens: int = 64, stop: Sequence[str] = (), start: bool | None = None

@@ -27,6 +27,7 @@ from graft.merge.inputs import inputs
 from graft.merge.prepared import Prepared
 from graft.merge.regmean import RegressionSettings
 from graft.merge.stream import Source
+from graft.products import quick_layers
 from graft.progress import Progress
 from graft.train.attention import model_inputs
 from graft.verb import Job
@@ -243,7 +244,12 @@ def gather(
     gatherer = Gatherer()
     modules = {layer: module_of(model, layer) for layer in layers}
     rows = rows_for(job, settings, model, name)
-    with torch.no_grad(), gatherer.watching(modules), Progress("reading", settings.tokens, "tokens") as progress:
+    with (
+        torch.no_grad(),
+        quick_layers(),
+        gatherer.watching(modules),
+        Progress("reading", settings.tokens, "tokens") as progress,
+    ):
         for batch in batches(settings, rows, ROWS, device_of(job)):
             gatherer.mask = real(batch)
             model(**model_inputs(model, batch), use_cache=False)

@@ -158,7 +158,9 @@ def _mixture(job: Job, settings: Settings, readers: Sequence[TensorReader], home
     plan = layout(settings, job.models)
     device = job.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = models.load(home, dtype="float32", device=device)
-    names = stored_names(model, home)
+    stored = stored_names(model, home)
+    # other parents may call a tensor what the model itself does
+    names = stored and {**{name: name for name in stored.values()}, **stored}
     floats = [name for name, (dtype, _) in plan.tensors.items() if dtype in FLOATS]
     if names is None or not set(floats) <= set(names):
         raise CannotCombine(

@@ -19,6 +19,7 @@ from graft.merge._reading import batches, device_of, real, rows_for, what_is_rea
 from graft.merge.inputs import inputs
 from graft.merge.prepared import Prepared
 from graft.merge.regmean import RegressionSettings, regressed
+from graft.products import quick_layers
 from graft.progress import Progress
 from graft.train.attention import model_inputs
 from graft.verb import Job
@@ -136,7 +137,7 @@ def _behind(growing: Growing, stack: str, number: int, layers: Sequence[str], na
     model, settings = growing.model, growing.settings
     rows = rows_for(growing.job, settings, model, name)
     handle = block.register_forward_pre_hook(instead, with_kwargs=True)
-    with torch.no_grad(), gatherer.watching(modules):
+    with torch.no_grad(), quick_layers(), gatherer.watching(modules):
         for batch in batches(settings, rows, ROWS, device_of(growing.job)):
             gatherer.mask = real(batch)
             try:

@@ -23,6 +23,7 @@ from graft.allocator import memory_kept
 from graft.data.rows import Rows
 from graft.disk import atomic_folder
 from graft.errors import RequestError, TrainingError
+from graft.products import quick_layers
 from graft.progress import say
 from graft.train.batches import Ahead, Batch, Step, make_step, spans, tokens_in
 from graft.train.dev_loss import dev_loss
@@ -100,7 +101,7 @@ def train(
     training = Training(
         model, rows, objective, settings, Path(out), Path(scratch), seed, dev, save, place, title, before_step
     )
-    with Interrupt() as interrupt, memory_kept():
+    with Interrupt() as interrupt, memory_kept(), quick_layers():
         training.resume()
         training.run(interrupt)
     return training.finish()
