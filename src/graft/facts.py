@@ -36,7 +36,7 @@ def facts_of(folder: Path) -> Facts:
 
 def _facts_of(folder: Path) -> Facts:
     if is_lora(folder):
-        return _lora_facts(folder)
+        return replace(_lora_facts(folder), stored="pickle") if is_pickled(folder) else _lora_facts(folder)
     config = read_config(folder)
     if is_pickled(folder):
         return _pickled_facts(folder, config)

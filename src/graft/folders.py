@@ -13,6 +13,18 @@ from graft.lora import is_lora
 
 ADAPTED = "graft_adapted"
 """The `model_type` of a folder of adapters, and the key of what `config.json` says of them."""
+COMPANIONS = (
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model*", "*.model", "*.spm",
+    "tekken.json", "vocab*", "*_vocab.json", "merges.txt", "bpe.codes", "dict.txt", "normalizer.json",
+    "chat_template.*", "additional_chat_templates/*", "*processor_config.json", "generation_config.json",
+)  # fmt: skip
+"""Patterns of files beside the weights that what is made of several models takes from one of them: all that the
+tokenizers and processors of `transformers` are loaded from."""
+STALE = (
+    "vocab*", "*_vocab.json", "merges.txt", "bpe.codes", "dict.txt", "*.model", "tokenizer.model*", "*.spm",
+    "tekken.json", "added_tokens.json",
+)  # fmt: skip
+"""Patterns of files of a tokenizer that say again what `tokenizer.json` says, and say it of the reference alone."""
 CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 """Names in configurations for how many tokens a model reads at once."""
 

@@ -202,9 +202,10 @@ def _sentence(fault: _Fault) -> str:
         return "this key is required and missing"
     if error["type"] == "value_error":  # a validator of ours says what it found
         return message
-    if error["type"] == "too_short":
-        least = error["ctx"]["min_length"]
-        return f"expected at least {least} item{'s' * (least != 1)}, found {error['input']!r}"
+    if error["type"] in ("too_short", "too_long"):
+        bound, number = ("at least", "min_length") if error["type"] == "too_short" else ("at most", "max_length")
+        count = error["ctx"][number]
+        return f"expected {bound} {count} item{'s' * (count != 1)}, found {error['input']!r}"
     if message.startswith(INPUT):
         number = "a number " if error["type"].startswith(("greater_than", "less_than")) else ""
         wanted = message.removeprefix(INPUT)

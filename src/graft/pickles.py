@@ -7,29 +7,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graft.checkpoint import INDEX, SINGLE, TORCH_NAMES, TensorWriter
+from graft.checkpoint import INDEX, LORA, SINGLE, TORCH_NAMES, TensorWriter
 from graft.disk import atomic_folder
 from graft.errors import CheckpointError
+from graft.lora import base_folder, is_lora, name_base
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ONE, LISTED = "pytorch_model.bin", "pytorch_model.bin.index.json"
+ADAPTER = "adapter_model.bin"
+"""Where older versions of peft keep the factors of an adapter."""
 LEFT = ("*.bin", "*.pt", "*.pth", "*.ckpt", LISTED, "graft.json", "checkpoints", ".*")
 """What of a folder does not go into the converted one."""
 PIECE = 1 << 24
 
 
 def is_pickled(folder: Path | str) -> bool:
-    """Whether a model's weights lie in pickles and nowhere else."""
+    """Whether a model's weights, or an adapter's, lie in pickles and nowhere else."""
     place = Path(folder)
     if any((place / name).is_file() for name in (SINGLE, INDEX)):
         return False
+    if is_lora(place):
+        return (place / ADAPTER).is_file() and not (place / LORA).is_file()
     return (place / ONE).is_file() or (place / LISTED).is_file()
 
 
@@ -43,7 +49,9 @@ def refusal(names: Sequence[str]) -> str:
 
 
 def pickled_files(folder: Path) -> list[Path]:
-    """The pickles of a model. Raises CheckpointError for shards that are missing and for a damaged index."""
+    """The pickles of a model or an adapter. Raises CheckpointError for missing shards and for a damaged index."""
+    if is_lora(folder):
+        return [folder / ADAPTER]
     if not (folder / LISTED).is_file():
         return [folder / ONE]
     try:
@@ -83,6 +91,10 @@ def converted(folder: Path, cache: Path, tied: Mapping[str, str]) -> Path:
     with atomic_folder(target, keep_existing=True) as part:
         shutil.copytree(folder, part, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*LEFT))
         _convert(pickled_files(folder), part, tied)
+        if is_lora(folder):
+            (part / SINGLE).rename(part / LORA)
+            # what it names as seen from its own folder is not there seen from the new one
+            name_base(part, base_folder(folder))
     return target
 
 
@@ -131,14 +143,21 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             found = torch.load(path, map_location="cpu", weights_only=True)
     # whatever a file may make the library raise
     except Exception as error:  # noqa: BLE001
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{path}: expected a pickle of tensors alone, found another or a damaged one: {reason}"
+            f"{path}: expected a pickle of tensors alone, found another or a damaged one: {_reason(error)}"
         ) from None
     plain = found if isinstance(found, dict) else {}
     if not plain or not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in plain.items()):
         raise CheckpointError(f"{path}: expected tensors by name, found {_kind(found)}")
     return plain
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a pickle; not the way around that the library names beside it."""
+    said = str(error).strip()
+    if called := re.search(r"GLOBAL (\S+)", said):
+        return f"it calls {called[1]}, which makes no tensor"
+    return type(error).__name__ if "weights_only" in said else (said.splitlines() or [type(error).__name__])[0]
 
 
 def _kind(found: object) -> str:

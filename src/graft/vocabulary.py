@@ -19,16 +19,45 @@ from graft.lora import is_lora
 
 GENERAL_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """Names under which a tokenizer is saved that is all in its `tokenizer.json`."""
+ADDED = "added_tokens.json"
+LISTS = ("vocab.json", "vocab.txt")
+"""Files that list tokens, by id or in their order."""
 TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "tekken.json")
 """Files that a tokenizer may be in that is not in `tokenizer.json`."""
 
 
 def vocabulary_hash(folder: Path) -> str:
-    """Hash of the token strings with their ids; the same for all models with the same vocabulary."""
+    """Hash of the token strings with their ids; the same for all models with the same vocabulary.
+
+    From `tokenizer.json`, else from the plain lists of tokens that older tokenizers are saved as; `none:…`, another one
+    for each folder, where there is neither.
+    """
     path = Path(folder) / "tokenizer.json"
-    if not path.exists():
-        return "none:" + hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:16]
-    return _vocabulary_hash(_tokenizer(path, _file_state(path)))
+    if path.exists():
+        return _vocabulary_hash(_tokenizer(path, _file_state(path)))
+    for listed in (Path(folder) / name for name in LISTS if (Path(folder) / name).is_file()):
+        added = listed.with_name(ADDED)
+        states = tuple(_file_state(path) for path in (listed, added) if path.is_file())
+        if (found := _listed_hash(listed, states)) is not None:
+            return found
+    return "none:" + hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=64)
+def _listed_hash(path: Path, states: tuple[tuple[int, ...], ...]) -> str | None:
+    """Of a list of tokens, with those that were added beside it; None where it is another list."""
+    try:
+        text, added = path.read_text(), path.with_name(ADDED)
+        tokens = json.loads(text) if path.suffix == ".json" else _numbered(text)
+        tokens |= json.loads(added.read_text()) if added.is_file() else {}
+    except (ValueError, TypeError):
+        return None
+    numbered = isinstance(tokens, dict) and all(isinstance(number, int) for number in tokens.values())
+    return hash_vocabulary(tokens) if numbered else None
+
+
+def _numbered(text: str) -> dict[str, int]:
+    return {token: number for number, token in enumerate(text.removesuffix("\n").split("\n"))}
 
 
 def token_ids(folder: Path) -> Mapping[str, int] | None:

@@ -243,6 +243,10 @@ def test_trimming_is_suggested_only_where_it_costs_little(found):
     assert advise(alike(found, 0.05, 0.8)).method == "task_arithmetic"
     assert "fisher or regmean" in " ".join(advise(alike(found, 0.05, 0.8)).also)
     assert advise(alike(found, 0.05, 0.95)).method == "ties"
+    said = {cosine: " ".join(advise(alike(found, cosine, 0.65)).why) for cosine in (-0.4, 0.05, 0.4)}
+    assert "go against each other (mean cosine -0.40)" in said[-0.4]
+    assert "hardly overlap (mean cosine 0.05)" in said[0.05]
+    assert "go the same way in part (mean cosine 0.40)" in said[0.4]
     assert advise(alike(found, 0.8, 0.95)).method == "linear"
 
 

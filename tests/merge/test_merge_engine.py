@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import graft.merge
 from graft.errors import CannotCombine, CheckpointError, UnknownName
+from graft.merge.telling import lines
 from graft.models import load, load_tokenizer
 from graft.verb import Facts
 
@@ -257,7 +258,7 @@ def test_a_recipe_is_refused_from_facts_alone(other, message, may_be_forced):
     models = {"a": facts(config={"hidden_size": 4}), "b": facts(**{"config": {"hidden_size": 4}} | other)}
     (found,) = check(SOUP, **models)
     assert message in found
-    assert "ensemble" in found
+    assert ("nor their predictions" if "architecture" in other else "ensemble") in found
     assert (check(SOUP | {"anyway": True}, **models) == []) == may_be_forced
 
 
@@ -279,3 +280,35 @@ def test_the_facts_of_a_merge():
 def test_an_unknown_method_lists_the_folder():
     with pytest.raises(UnknownName, match=r"'tise' \(did you mean 'ties'\?\); there are: .*arcee_fusion"):
         graft.merge.VERB.parse({"method": "tise", "models": ["a"]})
+
+
+def test_whatever_tokenizers_and_processors_are_loaded_from_comes_along(folders, tmp_path):
+    """Vocabularies that are no tokenizer.json, templates of their own, and what prepares images or sound."""
+    first = Path(shutil.copytree(folders["a"], tmp_path / "a"))
+    (first / "additional_chat_templates").mkdir()
+    names = [
+        "source.spm", "target.spm", "vocab-src.json", "sentencepiece.bpe.model", "tokenizer.model.v3", "tekken.json",
+        "preprocessor_config.json", "processor_config.json", "additional_chat_templates/rag.jinja",
+    ]  # fmt: skip
+    for name in [*names, "README.md", "training_args.bin"]:
+        (first / name).write_text(name)
+    out = tmp_path / "out"
+    _, found = merge({"models": ["a", "b"]}, folders | {"a": first}, out)
+    assert set(names) <= set(found["notes"]["files_taken"])
+    assert all((out / name).read_text() == name for name in names)
+    assert not (out / "README.md").exists()
+    assert not (out / "training_args.bin").exists()
+    (told,) = [line for line in lines(found["notes"]) if line.startswith("configuration")]
+    assert told == "configuration, tokenizer, processor and generation settings of a"
+
+
+def test_tokens_that_nothing_tells_of_are_told_and_plain_lists_are_compared(folders, tmp_path):
+    bare = Path(shutil.copytree(folders["b"], tmp_path / "bare", ignore=shutil.ignore_patterns("token*")))
+    _, found = merge({"models": ["a", "b"]}, folders | {"b": bare}, tmp_path / "1")
+    assert any(line.startswith("the tokens of b are not known") for line in lines(found["notes"]))
+    (bare / "vocab.json").write_text(json.dumps({f"w{i}": i for i in range(48)}))
+    _, found = merge({"models": ["a", "b"]}, folders | {"b": bare}, tmp_path / "2")
+    assert "tokens_unknown" not in found["notes"]
+    (bare / "vocab.json").write_text(json.dumps({f"w{i}": 47 - i for i in range(48)}))
+    with pytest.raises(CannotCombine, match="b and a have different vocabularies"):
+        merge({"models": ["a", "b"]}, folders | {"b": bare}, tmp_path / "3")

@@ -1,8 +1,10 @@
 """Compiled kernels give the bytes of the plain way, whatever is stored; without them, merges go the plain way."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,3 +191,13 @@ def test_where_nothing_may_be_kept_there_are_no_kernels(monkeypatch):
     _compiled._kernel.cache_clear()
     assert _compiled.kernel("draws", "BF16", "BF16") is None
     _compiled._kernel.cache_clear()
+
+
+def test_all_that_kernels_are_written_in_decides_whether_kept_code_is_theirs():
+    folder = Path(_compiled.__file__).parent
+    found, ahead = set(), ["_kernels.py"]
+    while ahead:
+        found.add(name := ahead.pop())
+        imported = re.findall(r"^from graft\.merge\.(\w+) import", (folder / name).read_text(), re.M)
+        ahead += {f"{one}.py" for one in imported} - found
+    assert found == set(_compiled.SOURCES)

@@ -288,3 +288,10 @@ def test_an_architecture_that_cannot_be_read_is_refused_by_name(tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(CannotCombine, match=r"known names, found model\.layers\.0\.mlp"):
         symmetries(tmp_path)
+
+
+def test_a_model_without_attention_is_refused(tmp_path):
+    config = AutoConfig.for_model("mamba", vocab_size=48, hidden_size=16, num_hidden_layers=1, state_size=4)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(CannotCombine, match="MambaForCausalLM: expected a model of attention"):
+        symmetries(tmp_path)

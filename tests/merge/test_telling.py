@@ -71,6 +71,18 @@ def test_a_tokenizer_that_is_not_there_and_one_that_is_made_are_told():
     assert lines(with_template) == ["configuration, tokenizer and chat template of a"]
 
 
+def test_what_an_adapter_has_kept_is_told(apart, tmp_path):
+    like = save(model(3, near=model(0)), tmp_path / "like")
+    read = invoke(tmp_path / "out", like, "--method", "extract_lora", "--base", apart["a"], "--rank", "2")
+    found = read_manifest(tmp_path / "out").notes
+    (adapter,) = [line for line in read if line.startswith("an adapter of rank 2 for 14 layers, relative error ")]
+    assert f"{max(found['relative_error'].values()):.2%} at most" in adapter
+    kept, out = read[read.index(adapter) + 1].split(" kept; ")
+    assert kept == f"  {found['share_kept']:.2%} of the squared difference from {apart['a']}"
+    assert out == "left out: 7 tensors that changed too"
+    assert lines({"exact": True, "ranks": {"x": 2, "y": 3}}) == ["an adapter of ranks 2 to 3 for 2 layers"]
+
+
 def test_barriers_and_alignment_are_told():
     measured = {"metric": "bits_per_byte", "barrier_before": 1.25, "barrier_after": None}
     alignment = {"to": "a", "models": {"b": {"cosine_before": 0.25, "cosine_after": 0.75, **measured}}}

@@ -22,6 +22,8 @@ from graft.relate import Relation, relate
 
 ALIKE = 0.5
 """Cosine above which task vectors count as runs of one task."""
+HARDLY = 0.2
+"""Cosine, of either sign, up to which task vectors count as independent."""
 TRIMMABLE = 0.9
 """Share of ‖δ‖² in the largest fifth above which a density of 0.2 loses little; of normal numbers that fifth holds
 0.65."""
@@ -134,7 +136,7 @@ def advise(found: Deltas) -> Advice:
     if mean >= ALIKE:
         reason = f"the task vectors point the same way (mean cosine {mean:.2f}): their mean is near all of them"
         return Advice("linear", {}, [*why, f"{reason} (Wortsman et al. 2022)"], ["greedy_soup", "model_stock"])
-    apart = f"the task vectors hardly overlap (mean cosine {mean:.2f}): added, each keeps its own"
+    apart = _overlap(mean)
     if kept >= TRIMMABLE and conflicts > 0.1:
         reasons = [
             f"the largest fifth of the changes holds {kept:.0%} of each task vector: the rest can be trimmed",
@@ -150,6 +152,15 @@ def advise(found: Deltas) -> Advice:
     ]
     also = [SEARCHED, WITH_TEXT, "iso_c", "tsv_merge"]
     return Advice("task_arithmetic", {"scale": _scale(found)}, [*why, apart, *reasons], also)
+
+
+def _overlap(mean: float) -> str:
+    """What the mean cosine of task vectors, below ALIKE, says of their sum."""
+    if mean > HARDLY:
+        return f"the task vectors go the same way in part (mean cosine {mean:.2f}): a whole sum goes too far along it"
+    if mean < -HARDLY:
+        return f"the task vectors go against each other (mean cosine {mean:.2f}): added, each takes from the others"
+    return f"the task vectors hardly overlap (mean cosine {mean:.2f}): added, each keeps its own"
 
 
 def _scale(found: Deltas) -> float:

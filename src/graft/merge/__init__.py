@@ -32,6 +32,7 @@ ROOMS = (
     "journal",
     "judged",
     "matching",
+    "naming",
     "part",
     "preflight",
     "prepared",

@@ -25,6 +25,8 @@ _ENGINES: list[Any] = []
 """What holds the code in memory, for as long as the process runs."""
 THERE = {"memcpy", "memmove", "memset"}
 """What machine code may call: functions of the C library."""
+SOURCES = ("_kernels.py", "_stored.py", "_drawing.py", "_ranking.py", "_instructions.py", "_blocks.py")
+"""What the kernels are written in."""
 INTO = 2
 """Arguments that numba puts before ours: where the result goes, and what went wrong."""
 
@@ -59,8 +61,7 @@ def _compiler() -> str:
     """What machine code depends on beside its source."""
     from llvmlite import binding
 
-    names = ("_kernels.py", "_instructions.py", "_blocks.py")
-    text = b"".join(Path(__file__).with_name(name).read_bytes() for name in names)
+    text = b"".join(Path(__file__).with_name(name).read_bytes() for name in SOURCES)
     versions = [importlib.metadata.version(name) for name in ("numba", "llvmlite")]
     features = binding.get_host_cpu_features().flatten()
     return " ".join([hashlib.sha256(text).hexdigest(), *versions, binding.get_host_cpu_name(), features])

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -20,6 +20,8 @@ from graft.merge._blocks import LANES
 U16, U32, U64 = types.uint16, types.uint32, types.uint64
 I32, I64, F32, F64 = types.int32, types.int64, types.float32, types.float64
 P16, P32, P64, PF, PD, PI = (types.CPointer(kind) for kind in (U16, U32, U64, F32, F64, I64))
+inlined = njit(forceinline=True)
+"""A function that becomes a part of those that call it."""
 
 
 def _emits(result: Callable[..., Any], emit: Callable[..., Any]) -> Any:

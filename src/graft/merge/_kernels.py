@@ -16,116 +16,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from numba import njit
-
-from graft.merge._blocks import BLOCK, BUCKETS, CUT, DRAWN, DROPPED, LANES, RANKED
+from graft.merge._blocks import BLOCK, CUT, DRAWN, DROPPED, LANES, RANKED
+from graft.merge._drawing import draw
 from graft.merge._instructions import (
     F32,
-    I32,
     I64,
-    P16,
     P32,
     P64,
     PD,
     PF,
     PI,
-    U16,
     U32,
     U64,
     add_products,
     as_bits,
     as_float,
     behind,
-    float_to_half,
     fma,
     gather_lanes,
     get,
-    half_to_float,
+    inlined,
     put,
-)  # fmt: skip
+)
+from graft.merge._ranking import order_of
+from graft.merge._stored import INFINITE, STORED, reading, reading_deltas, writing
 
-inlined = njit(forceinline=True)
-"""A function that becomes a part of those that call it."""
-STORED = {"BF16": P16, "F16": P16, "F32": P32}
-"""Stored types that kernels know, and pointers to whole numbers of their width."""
-INFINITE = {"BF16": U32(0x7F80), "F16": U32(0x7C00), "F32": U32(0x7F800000)}
-"""The bits of infinity; those of NaN are above."""
-MAGNITUDE = {"BF16": U16(0x7FFF), "F16": U16(0x7FFF), "F32": U32(0x7FFFFFFF)}
-"""All bits but that of the sign."""
-
-PATIENCE = 8
-"""Steps an element, in sorting a row within its buckets, before it is sorted otherwise."""
 Kernel = tuple[Callable[..., Any], tuple[Any, ...]]
 """A function and the types of its arguments; it gives an int64."""
 
 
-@inlined
-def _widen_bf16(bits):
-    return as_float(U32(bits) << U32(16))
-
-
-@inlined
-def _narrow_bf16(value):
-    # to the nearest, ties to even; there is no NaN
-    bits = as_bits(value)
-    return U16((bits + U32(0x7FFF) + ((bits >> U32(16)) & U32(1))) >> U32(16))
-
-
-WIDEN = {"BF16": _widen_bf16, "F16": half_to_float, "F32": as_float}
-NARROW = {"BF16": _narrow_bf16, "F16": float_to_half, "F32": as_bits}
-
-
-def _reading(stored: str) -> Any:
-    """into[0:size] = the elements of `raw`; returns the largest bits without their sign."""
-    widen, positive = WIDEN[stored], MAGNITUDE[stored]
-
-    @inlined
-    def read(raw, size, into):
-        worst = U32(0)
-        for j in range(size):
-            bits = get(raw, j)
-            worst = max(worst, U32(bits & positive))
-            put(into, j, widen(bits))
-        return worst
-
-    return read
-
-
-def _reading_deltas(stored: str) -> Any:
-    """into[0:size] = the elements of `raw` minus those of the base; returns the largest bits without their sign."""
-    widen, positive = WIDEN[stored], MAGNITUDE[stored]
-
-    @inlined
-    def read(raw, base, size, into):
-        worst = U32(0)
-        for j in range(size):
-            bits = get(raw, j)
-            worst = max(worst, U32(bits & positive))
-            put(into, j, widen(bits) - get(base, j))
-        return worst
-
-    return read
-
-
-def _writing(made: str) -> Any:
-    """out[0:size] = values; returns the largest bits without their sign."""
-    narrow, positive = NARROW[made], MAGNITUDE[made]
-
-    @inlined
-    def write(values, size, out):
-        worst = U32(0)
-        for j in range(size):
-            bits = narrow(get(values, j))
-            worst = max(worst, U32(bits & positive))
-            put(out, j, bits)
-        return worst
-
-    return write
-
-
 def weighted_sum(stored: str, made: str) -> Kernel:
     """out = Σ w_m θ_m: `weighted_sum` of linear, `add_up` without a base. `scratch`: 2 BLOCK."""
-    read, write = _reading(stored), _writing(made)
+    read, write = reading(stored), writing(made)
     bad, bad_out = INFINITE[stored], INFINITE[made]
 
     def kernel(raw, stride, m, n, weights, scratch, out):
@@ -149,121 +71,14 @@ def weighted_sum(stored: str, made: str) -> Kernel:
     return kernel, (STORED[stored], I64, I64, I64, PF, PF, STORED[made])
 
 
-@inlined
-def _philox(counter, key0, key1, into):
-    """64 numbers of 32 bits: word w of counter c lies at 16 w + c. Philox 4×32, ten rounds, Salmon et al. 2011."""
-    for lane in range(16):
-        at = U64(counter) * U64(16) + U64(lane)
-        x0, x1, x2, x3 = U32(at), U32(at >> U64(32)), U32(0), U32(0)
-        k0, k1 = key0, key1
-        for _ in range(10):
-            a, b = U64(x0) * U64(0xD2511F53), U64(x2) * U64(0xCD9E8D57)
-            x0, x2 = U32(b >> U64(32)) ^ x1 ^ k0, U32(a >> U64(32)) ^ x3 ^ k1
-            x1, x3 = U32(b), U32(a)
-            k0, k1 = U32(k0 + U32(0x9E3779B9)), U32(k1 + U32(0xBB67AE85))
-        put(into, lane, x0)
-        put(into, lane + 16, x1)
-        put(into, lane + 32, x2)
-        put(into, lane + 48, x3)
-
-
-@inlined
-def _draw(start, size, key0, key1, into):
-    """The numbers of `size` elements from `start`; returns where in `into` the first one lies."""
-    first = start // DRAWN
-    last = (start + size - 1) // DRAWN
-    for group in range(first, last + 1):
-        _philox(group, key0, key1, behind(into, (group - first) * DRAWN))
-    return start - first * DRAWN
-
-
 def draws(stored: str, made: str) -> Kernel:
     """out = the numbers of `n` elements from `start` (see `_random`), in a buffer with 2 DRAWN to spare; returns where
     in it the first one lies."""
 
     def kernel(start, n, key0, key1, out):
-        return _draw(start, n, key0, key1, out)
+        return draw(start, n, key0, key1, out)
 
     return kernel, (I64, I64, U32, U32, P32)
-
-
-@inlined
-def _magnitude(values, place):
-    """The bits of |value|, which order as it does."""
-    return as_bits(get(values, place)) & U32(0x7FFFFFFF)
-
-
-@inlined
-def _order(values, n, keys, turns, counts, order, other):
-    """order[0:n]: magnitude's bits, then the place, of all values by growing magnitude, equal ones by place.
-
-    keys and turns: n, counts: BUCKETS n + 257, other: n.
-    """
-    buckets = BUCKETS * n
-    most = U32(0)
-    for j in range(n):
-        most = max(most, _magnitude(values, j))
-    top = as_float(most)
-    # x / (x + bend), written so that rounding cannot turn two values around, spreads what crowds about zero
-    bend = top * F32(0.2) if top > F32(1e-30) else F32(1)
-    reach = F32(buckets - 1) / (F32(1) - bend / (top + bend)) if top > F32(1e-30) else F32(0)
-    for b in range(buckets):
-        put(counts, b, U32(0))
-    for j in range(n):
-        # by way of 32 bits with a sign, which processors make of many numbers at once
-        put(keys, j, U32(I32((F32(1) - bend / (abs(get(values, j)) + bend)) * reach)))
-    for j in range(n):
-        key = I64(get(keys, j))
-        turn = get(counts, key)
-        put(turns, j, turn)
-        put(counts, key, turn + U32(1))
-    before = U32(0)
-    for b in range(buckets):
-        own = get(counts, b)
-        put(counts, b, before)
-        before += own
-    for j in range(n):
-        put(order, I64(get(counts, I64(get(keys, j))) + get(turns, j)), _packed(values, j))
-    moved = I64(0)
-    for i in range(1, n):
-        own = get(order, i)
-        j = i - 1
-        while j >= 0 and get(order, j) > own:
-            put(order, j + 1, get(order, j))
-            j -= 1
-        put(order, j + 1, own)
-        moved += i - 1 - j
-        if moved > PATIENCE * n:
-            _by_digits(values, n, counts, order, other)
-            return
-
-
-@inlined
-def _packed(values, place):
-    return (U64(_magnitude(values, place)) << U64(32)) | U64(place)
-
-
-@inlined
-def _by_digits(values, n, counts, order, other):
-    """The same, digit by digit of the magnitude's bits: for rows of which most elements are in few buckets."""
-    for j in range(n):
-        put(order, j, _packed(values, j))
-    for digit in range(4, 8):
-        shift = U64(8 * digit)
-        for b in range(257):
-            put(counts, b, U32(0))
-        for j in range(n):
-            key = I64((get(order, j) >> shift) & U64(255)) + 1
-            put(counts, key, get(counts, key) + U32(1))
-        for b in range(1, 257):
-            put(counts, b, get(counts, b) + get(counts, b - 1))
-        for j in range(n):
-            own = get(order, j)
-            key = I64((own >> shift) & U64(255))
-            put(other, I64(get(counts, key)), own)
-            put(counts, key, get(counts, key) + U32(1))
-        for j in range(n):
-            put(order, j, get(other, j))
 
 
 @inlined
@@ -291,9 +106,11 @@ def _keep_by_rank(deltas, size, row, drawn, limits, gains, keys, turns, counts, 
     """In every row, the draw at a rank's place keeps the element of that rank or not."""
     for begin in range(0, size, row):
         own, lots = behind(deltas, begin), behind(drawn, begin)
-        _order(own, row, keys, turns, counts, order, other)
+        order_of(own, row, keys, turns, counts, order, other)
         for r in range(row):
-            kept = get(gains, r) if get(lots, r) < get(limits, r) else F32(0)
+            # read in any case: a jump that chance decides takes longer than all else here
+            gain = get(gains, r)
+            kept = gain if get(lots, r) < get(limits, r) else F32(0)
             put(factor, I64(get(order, r) & U64(0xFFFFFFFF)), kept)
         for j in range(row):
             put(own, j, get(own, j) * get(factor, j))
@@ -357,7 +174,7 @@ def deltas(stored: str, made: str) -> Kernel:
     for RANKED. A model of which everything is kept has a gain of 0. `scratch` has room for (m + 5) · block, `places`
     for (3 + BUCKETS) · block + 257 + 2 · DRAWN, `order` for 2 · block.
     """
-    read, read_deltas, write = _reading(stored), _reading_deltas(stored), _writing(made)
+    read, read_deltas, write = reading(stored), reading_deltas(stored), writing(made)
     bad, bad_out = INFINITE[stored], INFINITE[made]
 
     def kernel(
@@ -383,7 +200,7 @@ def deltas(stored: str, made: str) -> Kernel:
                 if how == CUT:
                     _shrink(own, size, get(cuts, k), get(lasts, k) - at)
                 elif how >= DROPPED and get(gains, k * row) != F32(0):
-                    first = _draw(start + at, size, get(keys, 2 * k), get(keys, 2 * k + 1), drawn)
+                    first = draw(start + at, size, get(keys, 2 * k), get(keys, 2 * k + 1), drawn)
                     lots = behind(drawn, first)
                     if how == RANKED:
                         own_limits, own_gains = behind(limits, k * row), behind(gains, k * row)
@@ -411,7 +228,7 @@ def inner_products(stored: str, made: str) -> Kernel:
 
     `scratch`: (m + 1) BLOCK.
     """
-    read, read_deltas, bad = _reading(stored), _reading_deltas(stored), INFINITE[stored]
+    read, read_deltas, bad = reading(stored), reading_deltas(stored), INFINITE[stored]
 
     def kernel(raw, stride, m, n, base, scratch, out):
         below = behind(scratch, m * BLOCK)
@@ -444,7 +261,7 @@ def inner_products(stored: str, made: str) -> Kernel:
 
 def magnitudes(stored: str, made: str) -> Kernel:
     """out [m, n] = |θ_m − θ₀|. `scratch`: BLOCK."""
-    read, read_deltas, bad = _reading(stored), _reading_deltas(stored), INFINITE[stored]
+    read, read_deltas, bad = reading(stored), reading_deltas(stored), INFINITE[stored]
 
     def kernel(raw, stride, m, n, scratch, out):
         for start in range(0, n, BLOCK):
@@ -481,7 +298,7 @@ def bracketed(stored: str, made: str) -> Kernel:
 
     `found` [m, n + LANES]: those inside, in their order, where low and high are not the same. `scratch`: 2 BLOCK.
     """
-    read, read_deltas, bad = _reading(stored), _reading_deltas(stored), INFINITE[stored]
+    read, read_deltas, bad = reading(stored), reading_deltas(stored), INFINITE[stored]
 
     def kernel(raw, stride, m, n, low, high, scratch, above, inside, found):
         own = behind(scratch, BLOCK)

@@ -29,14 +29,16 @@ from graft.lora import (
     Turning,
     stands_for,
 )
+from graft.machine import cores
+from graft.merge._workers import TOGETHER
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PIECE = 1 << 20
 """Elements that are looked at together."""
-HELD = 32
-"""Tensors whose steps are kept in memory: more than all threads together work on, each of which takes several."""
+HELD = 2 * TOGETHER
+"""Tensors for each core whose steps are kept in memory: more than a thread works on, which takes several at a time."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class AdaptedReader(TensorReader):
         self._whole = {stands_for(name, self.headers) or name: own for name, own in self.lora.whole.items()}
         self._tied = tied
         self._held: OrderedDict[tuple[str, int], Step] = OrderedDict()
-        self._room = HELD * max(map(len, self._under.values()), default=1)
+        self._room = HELD * cores() * max(map(len, self._under.values()), default=1)
         self._lock = Lock()
         self._finding: dict[str, RLock] = {}
 

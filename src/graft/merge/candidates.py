@@ -27,11 +27,13 @@ from graft.errors import GraftError, RunError
 from graft.evaluate.judge import Judge
 from graft.evaluate.results import Results, key_of
 from graft.evaluate.unseen import check_unseen
+from graft.folders import COMPANIONS
 from graft.hashing import hash_file
 from graft.machine import share_of_cores
-from graft.merge.engine import COMPANIONS, files_beside, prepare, stamps, stream
+from graft.merge.engine import files_beside, prepare, stamps, stream
 from graft.merge.inputs import Input, inputs
 from graft.merge.judged import Judged
+from graft.merge.naming import is_dead
 from graft.merge.preflight import Layout, layout
 from graft.merge.prepared import Prepared
 from graft.merge.related import unrelated
@@ -95,7 +97,7 @@ class Seat:
         self._made: tuple[Any, ...] | None = None
         self._targets: dict[str, Tensor] | None = None
         self._opened = ExitStack()
-        self._readers: dict[Input, TensorReader] = {}
+        self._readers: dict[tuple[Any, ...], TensorReader] = {}
 
     def take(self, settings: MergeSettings, seed: int | None = None) -> None:
         """Make `model` and `tokenizer` those of this merge. Raises what the merge itself would raise.
@@ -125,9 +127,11 @@ class Seat:
         _stream(settings, job, plan, readers, writer, prepared.survey)
 
     def _reader(self, part: Input) -> TensorReader:
-        if part not in self._readers:
-            self._readers[part] = self._opened.enter_context(part.open())
-        return self._readers[part]
+        # what its tensors are called hangs on the other parents of the candidate
+        asked = (part, *sorted(part.names.items()))
+        if asked not in self._readers:
+            self._readers[asked] = self._opened.enter_context(part.open())
+        return self._readers[asked]
 
     def _load(
         self,
@@ -171,7 +175,7 @@ def stored_names(model: Any, folder: Path) -> dict[str, str] | None:
     state = model.state_dict()
     found = {}
     with TensorReader(folder) as reader:
-        for stored in reader.names:
+        for stored in (name for name in reader.names if not is_dead(reader.headers[name])):
             name = stored if stored in state else f"{model.base_model_prefix}.{stored}"
             if name not in state or not torch.equal(state[name].cpu(), reader.read(stored).to(state[name].dtype)):
                 return None

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from graft.checkpoint import FLOATS, TensorReader, TensorWriter
 from graft.disk import atomic_write
 from graft.errors import RequestError
+from graft.folders import COMPANIONS, STALE
 from graft.hashing import Digests
 from graft.merge.architecture import Check, verify
 from graft.merge.inputs import Input, inputs, once, unpickled
@@ -31,7 +33,7 @@ from graft.merge.related import unrelated
 from graft.merge.settings import MergeSettings
 from graft.merge.stream import Piece, Source, Tensors, Workers, Writer, copy_whole_numbers
 from graft.merge.varying import by_tensor
-from graft.merge.vocabulary import STALE, aligned
+from graft.merge.vocabulary import aligned
 from graft.methods import method
 from graft.progress import Progress
 from graft.verb import Job
@@ -39,11 +41,6 @@ from graft.verb import Job
 if TYPE_CHECKING:
     from torch import Tensor
 
-COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
-"""Files beside the weights that the output takes from one parent."""
 AT_ONCE = 8
 """Tensors worked on at the same time, so that no core waits for the last piece of one."""
 
@@ -140,7 +137,9 @@ def stream(
     own = by_tensor(settings, {name: place for name, place in plan.places.items() if name not in plan.copied})
     sources = aligned(readers, plan.vocabulary, plan.places)
     every = {name: _tensors(name, plan, settings, sources, workers, seed, chosen) for name in plan.tensors}
-    floats = {name: tensors for name, tensors in every.items() if plan.tensors[name][0] in FLOATS}
+    # of a tensor without elements nothing can be measured, and there is nothing to write
+    full = {name: tensors for name, tensors in every.items() if tensors.count}
+    floats = {name: tensors for name, tensors in full.items() if plan.tensors[name][0] in FLOATS}
     if survey is None and hasattr(chosen, "survey"):
         found = chosen.survey([tensors for name, tensors in floats.items() if name not in plan.copied], settings)
         floats = {name: replace(tensors, survey=found) for name, tensors in floats.items()}
@@ -154,8 +153,8 @@ def stream(
             merged = floats[name].models and name not in plan.copied
             rule = chosen.rule(floats[name], own[name]) if merged else _alone
             floats[name].write(rule, writer)
-        else:
-            copy_whole_numbers(every[name], writer)
+        elif name in full:
+            copy_whole_numbers(full[name], writer)
         if journal is not None:
             journal.note(name, size)
         return size
@@ -205,15 +204,15 @@ def files_beside(plan: Layout, parent: Input, out: Path) -> None:
     """Configuration, generation configuration, tokenizer and chat template, all of the first parent."""
     atomic_write(out / "config.json", json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
     taken = parent.beside(COMPANIONS)
+    new = plan.vocabulary.tokenizer if plan.vocabulary is not None else None
+    if new is not None:
+        taken = {n: path for n, path in taken.items() if not any(fnmatch(n, pattern) for pattern in STALE)}
     for name, path in taken.items():
+        (out / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, out / name)
-    found = list(taken)
-    if plan.vocabulary is not None and plan.vocabulary.tokenizer is not None:
-        for name in STALE:
-            (out / name).unlink(missing_ok=True)
-        atomic_write(out / "tokenizer.json", json.dumps(plan.vocabulary.tokenizer, indent=2, ensure_ascii=False))
-        found = [name for name in found if name not in STALE]
-    plan.notes["files_taken"] = found
+    if new is not None:
+        atomic_write(out / "tokenizer.json", json.dumps(new, indent=2, ensure_ascii=False))
+    plan.notes["files_taken"] = list(taken)
 
 
 def stamps(folders: Mapping[str, Path]) -> dict[str, list[Any]]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from graft.checkpoint import TensorReader
+    from graft.checkpoint import Headers, TensorReader
     from graft.merge._factors import Pair
     from graft.merge.preflight import Layout
     from graft.merge.stream import Source
@@ -84,7 +84,7 @@ def make(job: Job, settings: Settings) -> dict[str, Any]:
 
     plan, parts = layout(settings, job.models), inputs(settings, job.models)
     home = parts[settings.base].home
-    linear = linear_layers(home)
+    linear = linear_layers(home, parts[settings.base].headers)
     with ExitStack() as opened:
         readers = {name: opened.enter_context(part.open()) for name, part in parts.items()}
         workers = opened.enter_context(Workers(device=job.device or "cpu"))
@@ -110,16 +110,15 @@ class Linear:
     turned: bool
 
 
-def linear_layers(folder: Path) -> dict[str, Linear]:
-    """Weight's name in the checkpoint → layer. Raises CannotCombine where `transformers` does not know the model."""
+def linear_layers(folder: Path, headers: Headers) -> dict[str, Linear]:
+    """Weight's name among `headers` → layer. Raises CannotCombine where `transformers` does not know the model."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    from graft.checkpoint import read_headers
     from graft.lora import stands_for
     from graft.merge.architecture import empty_model
 
-    model, headers = empty_model(folder), read_headers(folder)
+    model = empty_model(folder)
     if model is None:
         raise CannotCombine(f"{folder}: this version of transformers does not know the model, nor what of it is linear")
     made = {}

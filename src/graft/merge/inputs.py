@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from graft.checkpoint import Headers, TensorReader, read_headers
 from graft.errors import CannotCombine, RequestError
 from graft.folders import ADAPTED, is_quantised, read_config
 from graft.lora import Lora, base_folder, is_lora, new_rows, read_lora, stands_for
+from graft.merge.naming import Names, Placed, alike, is_dead, renamed
 from graft.pickles import converted, is_pickled, refusal
 from graft.verb import Facts
 
@@ -28,10 +29,23 @@ class Input:
 
     folder: Path
     home: Path
+    names: Names = field(default_factory=dict, compare=False)
+    """What tensors are called here that the files call otherwise."""
 
     @cached_property
     def headers(self) -> Headers:
         """All tensors of the model; those that an adapter changes are worked out when they are read."""
+        read = {name: header for name, header in self._as_stored.items() if name not in self.dead}
+        return renamed(read, self.names) if self.names else read
+
+    @cached_property
+    def dead(self) -> dict[str, str]:
+        """Buffers of old versions, which are not merged: as they are stored, and as they are called here."""
+        stored = self._as_stored.items()
+        return {name: self.names.get(name, name) for name, header in stored if is_dead(header)}
+
+    @cached_property
+    def _as_stored(self) -> Headers:
         if self.folder == self.home:
             return read_headers(self.folder)
         from graft.merge.adapted import adapted_headers
@@ -53,12 +67,14 @@ class Input:
         """The folder of the tokenizer: an adapter's own, where it has one."""
         return self.folder if (self.folder / "tokenizer.json").is_file() else self.home
 
-    def beside(self, names: Sequence[str]) -> dict[str, Path]:
-        """Files beside the weights, of those that are named: an adapter's own tokenizer, else what its base has."""
-        found = {
-            name: next((p / name for p in (self.tokenizer, self.home) if (p / name).is_file()), None) for name in names
-        }
-        return {name: path for name, path in found.items() if path is not None}
+    def beside(self, patterns: Sequence[str]) -> dict[str, Path]:
+        """Files beside the weights whose names fit: an adapter's own tokenizer, else what its base has."""
+        found: dict[str, Path] = {}
+        for pattern in patterns:
+            for folder in (self.tokenizer, self.home):
+                for path in sorted(folder.glob(pattern)):
+                    found.setdefault(str(path.relative_to(folder)), path)
+        return {name: path for name, path in found.items() if path.is_file()}
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -85,6 +101,13 @@ class Input:
 
     def open(self) -> TensorReader:
         """Reads pieces of the tensors."""
+        reader = self._reader()
+        if not (self.names or self.dead):
+            return reader
+        places = {self.names.get(t, t): t for t in reader.headers if t not in self.dead}
+        return Placed(reader, places, owns=True)
+
+    def _reader(self) -> TensorReader:
         if self.folder == self.home:
             return TensorReader(self.folder)
         from graft.merge.adapted import AdaptedReader
@@ -94,7 +117,29 @@ class Input:
 
 def inputs(settings: MergeSettings, folders: Mapping[str, Path]) -> dict[str, Input]:
     """The parents by name. Raises CannotCombine for an adapter whose base is not to be found."""
-    return {name: Input(folders[name], _home(settings, name, folders)) for name in settings.parents}
+    found = {name: Input(folders[name], _home(settings, name, folders)) for name in settings.parents}
+    # of a part it is said how names begin
+    return found if settings.part is not None else called_alike(found)
+
+
+def called_alike(parts: Mapping[str, Input], model: Collection[str] = ()) -> dict[str, Input]:
+    """The same, with one name for a tensor that some saved under another. `model`: the names that it has itself."""
+    if len({part.home for part in parts.values()}) == 1 and not model:
+        return dict(parts)
+    stored: dict[str, Collection[str]] = {name: _names(part.home, _state(part.home)) for name, part in parts.items()}
+    names = alike({**stored, **({"": model} if model else {})})
+    return {name: replace(part, names=names[name]) for name, part in parts.items()}
+
+
+@lru_cache(maxsize=64)
+def _names(home: Path, state: tuple[Any, ...]) -> frozenset[str]:
+    """The names of a folder's tensors, asked for more than once in a merge."""
+    return frozenset(read_headers(home))
+
+
+def _state(home: Path) -> tuple[Any, ...]:
+    files = sorted(home.glob("*.safetensors*"))
+    return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
 
 def once(settings: MergeSettings, folders: Mapping[str, Path]) -> None:
@@ -174,6 +219,8 @@ def _safe(folder: Path, cache: Path) -> Path:
 def _tied(folder: Path) -> Mapping[str, str]:
     from graft.merge.architecture import architecture
 
+    if is_lora(folder):
+        return {}
     found = architecture(folder)
     return found.tied if found else {}
 
@@ -194,7 +241,8 @@ def _settled(settings: MergeSettings, models: Mapping[str, Facts], facts: Facts)
         config = frozen_config(dict(facts.config))
         size = 4 if config.get("dtype", config.get("torch_dtype", "float32")) == "float32" else 2
         facts = replace(facts, mergeable=True, config=config, stored="adapter", bytes=size * facts.parameters)
-    if facts.stored != "adapter":
+    pickled = facts.stored == "pickle" and facts.folder != "" and is_lora(facts.folder)
+    if facts.stored != "adapter" and not pickled:
         return facts
     under = models[settings.adapters_of] if settings.adapters_of is not None else facts
     if under.architecture == "unknown" and settings.base_name is not None:

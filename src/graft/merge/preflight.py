@@ -12,6 +12,7 @@ from graft.checkpoint import FLOATS, Headers
 from graft.data.objectives import PREFIX_LM, is_prefix_lm
 from graft.errors import CannotCombine
 from graft.facts import facts_of
+from graft.fitting import unread
 from graft.folders import ADAPTED
 from graft.merge._options import OnData
 from graft.merge.architecture import architecture
@@ -109,7 +110,10 @@ def problems(settings: MergeSettings, models: Mapping[str, Facts]) -> tuple[list
             # a part is compared by its tensors
             pass
         elif a.architecture != b.architecture:
-            never.append(f"{name} is of architecture {b.architecture} and {first} of {a.architecture}; {INSTEAD}")
+            never.append(
+                f"{name} is of architecture {b.architecture} and {first} of {a.architecture}: neither their weights "
+                "nor their predictions can be combined"
+            )
         elif different := different_keys(a.config, b.config, _shape_keys(settings)):
             never.append(f"{name} and {first} differ in shape: {'; '.join(different)}; {INSTEAD}")
         known = not any(found.startswith("none:") for found in (a.vocabulary, b.vocabulary))
@@ -186,9 +190,12 @@ def layout(settings: MergeSettings, folders: Mapping[str, Path]) -> Layout:
     parts = inputs(settings, folders)
     headers = {name: part.headers for name, part in parts.items()}
     configs = {name: part.config for name, part in parts.items()}
+    same = settings.part is None and all(headers[name].keys() == headers[reference].keys() for name in others)
+    left = {} if same else _unread_by_some(parts)
+    headers = {name: {t: h for t, h in own.items() if t not in left} for name, own in headers.items()}
+    left |= {dead: [n for n, p in parts.items() if dead in p.dead.values()] for dead in _dead(parts)}
     # who ties what matters only where not all store the same tensors
-    alike = settings.part is None and all(headers[name].keys() == headers[reference].keys() for name in others)
-    alike = alike and not any(part.apart for part in parts.values())
+    alike = same and not any(part.apart for part in parts.values())
     said = {name: {} if alike else _tied(parts[name].home, headers[name]) for name in settings.parents}
     tied = {name: {t: o for t, o in said[name].items() if t not in parts[name].apart} for name in settings.parents}
     places = _all_places(settings, headers, tied)
@@ -211,17 +218,37 @@ def layout(settings: MergeSettings, folders: Mapping[str, Path]) -> Layout:
     if causal and len(causal) < len(configs):
         config.pop(PREFIX_LM, None)
         notes[PREFIX_LM] = f"{', '.join(causal)} read from left to right, and so does the merge"
-    differ = {name: different_keys(configs[reference], configs[name], MEANING_KEYS) for name in others}
-    if any(differ.values()):
-        notes["config_differences"] = {name: found for name, found in differ.items() if found}
+    notes |= _compared(settings, facts, configs, config)
     tensors = {t: _stored(headers[name], found, settings.dtype) for t, ((name, found), *_) in _items(places)}
     copied = frozenset(t for t, place in places.items() if settings.part is not None and list(place) == [reference])
     by_tensor(settings, {tensor: place for tensor, place in places.items() if tensor not in copied})
+    if left:
+        notes["unread"] = left
     if copied:
         notes["copied"] = f"{len(copied)} tensors of {reference}"
     if vocabulary is not None:
         notes["vocabulary"] = dict(vocabulary.notes)
     return Layout(tensors, places, config, notes, forced, facts, copied, vocabulary)
+
+
+def _compared(
+    settings: MergeSettings,
+    facts: Mapping[str, Facts],
+    configs: Mapping[str, Mapping[str, Any]],
+    made: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Notes of what may not mean the same: configurations, that of the output (`made`) among them, and tokens."""
+    reference, *others = settings.parents
+    notes: dict[str, Any] = {}
+    unknown = [name for name, found in settled(settings, facts).items() if found.vocabulary.startswith("none:")]
+    if unknown and others and "vocab_size" in made:
+        notes["tokens_unknown"] = unknown
+    differ = {name: different_keys(configs[reference], configs[name], MEANING_KEYS) for name in others}
+    if any(differ.values()):
+        notes["config_differences"] = {name: found for name, found in differ.items() if found}
+        own = {key: made[key] for key in MEANING_KEYS if key in made and made[key] != configs[reference].get(key)}
+        notes |= {"config_of_its_own": own} if own else {}
+    return notes
 
 
 def _all_places(settings: MergeSettings, headers: Mapping[str, Headers], tied: Tied) -> Places:
@@ -241,6 +268,24 @@ def _stored(headers: Headers, name: str, dtype: str | None) -> tuple[str, tuple[
         raise CannotCombine(f"{name} is stored as {header.dtype}, which cannot hold a merge: give a `dtype`")
     is_float = header.dtype in FLOATS or header.dtype.startswith("F8")
     return STORED[dtype] if dtype is not None and is_float else header.stored, header.shape
+
+
+def _dead(parts: Mapping[str, Input]) -> list[str]:
+    return sorted({called for part in parts.values() for called in part.dead.values()})
+
+
+def _unread_by_some(parts: Mapping[str, Input]) -> dict[str, list[str]]:
+    """Tensors that some parents store and others do not, and that no model makes anything of (buffers of old versions,
+    for example), with who stores them."""
+    headers = {name: part.headers for name, part in parts.items()}
+    everywhere = set.intersection(*(set(own) for own in headers.values()))
+    found: dict[str, list[str]] = {}
+    for name, own in headers.items():
+        made = architecture(parts[name].home) if own.keys() - everywhere else None
+        for tensor in unread(made, sorted(own.keys() - everywhere)) if made is not None else ():
+            found.setdefault(tensor, []).append(name)
+    holders = {tensor: [name for name, own in headers.items() if tensor in own] for tensor in found}
+    return {tensor: names for tensor, names in found.items() if names == holders[tensor]}
 
 
 def _tied(folder: Path, headers: Headers) -> dict[str, str]:

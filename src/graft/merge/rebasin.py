@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from graft.evaluate.settings import DRAWN
+from graft.folders import COMPANIONS
 from graft.merge import linear
 from graft.merge.judged import Judged
 
@@ -65,12 +66,11 @@ def prepare(job: Job, settings: Settings) -> Prepared:
 def _aligned(known: Symmetries, job: Job, settings: Settings, name: str) -> Path:
     """The folder of a model in the order that agrees with the first, and how well they agree."""
     from graft.merge._kept import kept, made_of
-    from graft.merge.engine import COMPANIONS
-    from graft.merge.inputs import inputs
+    from graft.merge.inputs import called_alike, inputs
     from graft.merge.matching import Matching, write_aligned
     from graft.merge.symmetry import check_read
 
-    parts = inputs(settings, job.models)
+    parts = called_alike(inputs(settings, job.models), known.axes)
     first, second = parts[settings.names[0]], parts[name]
 
     def make(out: Path) -> None:
@@ -84,6 +84,7 @@ def _aligned(known: Symmetries, job: Job, settings: Settings, name: str) -> Path
         apart = {"tie_word_embeddings": False} if second.apart else {}
         (out / "config.json").write_text(json.dumps({**second.config, **apart}))
         for companion, path in second.beside(COMPANIONS).items():
+            (out / companion).parent.mkdir(exist_ok=True)
             (out / companion).write_bytes(path.read_bytes())
         cosines = {"cosine_before": round(reached[0], 6), "cosine_after": round(reached[-1], 6)}
         (out / AGREEMENT).write_text(json.dumps({**cosines, "rounds": len(reached) - 1}))

@@ -8,27 +8,13 @@ from graft.checkpoint import TensorReader
 from graft.errors import CannotCombine
 from graft.kinship.evidence import Evidence, kin
 from graft.merge.inputs import settled
+from graft.merge.naming import Placed
 from graft.merge.preflight import INSTEAD, Layout, anyway
 from graft.merge.settings import MergeSettings
 from graft.verb import Facts
 
 _VERDICTS: dict[Hashable, Evidence] = {}
 """What was found out about two models in this process."""
-
-
-class Placed(TensorReader):
-    """The tensors of a parent under the names that they have in the output."""
-
-    def __init__(self, reader: TensorReader, places: Mapping[str, str]):
-        self.folder, self.reader, self.places = reader.folder, reader, places
-        self.headers = {name: reader.headers[there] for name, there in places.items()}
-
-    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the tensor's bytes from byte `start`."""
-        self.reader.read_into(self.places[name], start, buffer)
-
-    def close(self) -> None:
-        """Nothing: the files are the reader's."""
 
 
 def unrelated(settings: MergeSettings, plan: Layout, readers: Mapping[str, TensorReader]) -> list[str]:
@@ -43,7 +29,7 @@ def unrelated(settings: MergeSettings, plan: Layout, readers: Mapping[str, Tenso
         if evidence.test is not None:
             found[name] = round(evidence.test.value, 4)
         if not evidence.mean_is_a_model:
-            wrong.append(_told(name, first, evidence, same_tokens))
+            wrong.append(_told(name, first, evidence, same_tokens and _aligns(plan.facts[name])))
     if found:
         plan.notes["correlation_of_weights"] = found
     if refused := anyway(settings, wrong):
@@ -64,8 +50,13 @@ def strangers(settings: MergeSettings, models: Mapping[str, Facts]) -> list[str]
         with TensorReader(starts[0]) as a, TensorReader(starts[1]) as b:
             evidence = _judged(a, b, same_tokens)
         if not evidence.mean_is_a_model:
-            wrong.append(_told(name, first, evidence, same_tokens))
+            wrong.append(_told(name, first, evidence, same_tokens and _aligns(models[name])))
     return wrong
+
+
+def _aligns(facts: Facts) -> bool:
+    """Whether `rebasin` knows which units of such a model may change places."""
+    return facts.architecture != "encoder-decoder"
 
 
 def _judged(a: TensorReader, b: TensorReader, same_tokens: bool) -> Evidence:
@@ -110,10 +101,10 @@ def _readers(
     return a, b
 
 
-def _told(name: str, first: str, evidence: Evidence, same_tokens: bool) -> str:
+def _told(name: str, first: str, evidence: Evidence, aligns: bool) -> str:
     assert evidence.test is not None
     value = evidence.test.value
-    align = "`method: rebasin` matches their units first, and " if same_tokens else ""
+    align = "`method: rebasin` matches their units first, and " if aligns else ""
     if evidence.found == "permuted":
         return (
             f"{name} and {first} are related, but {evidence.what}: the mean of their weights is no model; "

@@ -69,7 +69,7 @@ def _products(
     total = np.zeros((len(merges), len(merges)))
     base = settings.base_name
     for name, (dtype, shape) in plan.tensors.items():
-        if dtype in FLOATS:
+        if dtype in FLOATS and 0 not in shape:
             sources = [Source(f"merge {place}", reader, name) for place, reader in enumerate(merges)]
             below = Source(base, readers[base], plan.places[name][base]) if base is not None else None
             total += gram(Tensors(name, shape, sources, below, workers))

@@ -66,6 +66,11 @@ def symmetries(folder: Path) -> Symmetries:
     if model is None or model.config.is_encoder_decoder:
         kind = "an encoder–decoder" if model is not None else "an architecture that transformers does not know"
         raise CannotCombine(f"{folder}: expected a decoder or an encoder whose order can be read, found {kind}")
+    if not hasattr(model.config, "num_attention_heads"):
+        raise CannotCombine(
+            f"{type(model).__name__}: expected a model of attention and feed-forward blocks, found one without heads: "
+            "what may change places there is not known"
+        )
     heads = _heads(model.config)
     axes: dict[str, tuple[Axis, ...]] = {}
     unread = []

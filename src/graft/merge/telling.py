@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-TOKENIZER = ("tokenizer", "vocab", "merges", "spiece", "added_tokens", "special_tokens")
+TOKENIZER = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "source.spm", "tekken", "special_tokens")
 """How the names of a tokenizer's files begin."""
 
 
@@ -13,7 +13,8 @@ def lines(notes: Mapping[str, Any]) -> list[str]:
     """What people should know of a merge, from its manifest's notes (with what was `forced`): what was wrong first."""
     told: dict[str, Callable[[Any], Iterator[str]]] = {
         "forced": _forced,
-        "config_differences": lambda found: _differences(found, notes["config_from"]),
+        "config_differences": lambda found: _differences(found, notes),
+        "tokens_unknown": _unknown,
         "alignment": _alignment,
         "search": _search,
         "greedy_soup": _greedy,
@@ -26,6 +27,8 @@ def lines(notes: Mapping[str, Any]) -> list[str]:
         "barriers": _barriers,
         "correlation_of_weights": _correlations,
         "vocabulary": _vocabulary,
+        "unread": _unread,
+        "ranks": lambda found: _adapter(found, notes),
         "copied": _copied,
         "files_taken": lambda found: _taken(found, notes),
     }
@@ -36,9 +39,15 @@ def _forced(found: list[str]) -> Iterator[str]:
     yield from (f"merged anyway: {sentence}" for sentence in found)
 
 
-def _differences(found: Mapping[str, list[str]], kept: str) -> Iterator[str]:
+def _differences(found: Mapping[str, list[str]], notes: Mapping[str, Any]) -> Iterator[str]:
+    kept, own = notes["config_from"], notes.get("config_of_its_own", {})
+    beside = f", but {', '.join(f'{key} {value!r}' for key, value in own.items())}" if own else ""
     for name, differences in found.items():
-        yield f"{kept} and {name} differ in {'; '.join(differences)}: the merge has what {kept} has"
+        yield f"{kept} and {name} differ in {'; '.join(differences)}: the merge has what {kept} has{beside}"
+
+
+def _unknown(found: list[str]) -> Iterator[str]:
+    yield f"the tokens of {', '.join(found)} are not known: rows of embeddings were taken to stand for the same ones"
 
 
 def _correlations(found: Mapping[str, float]) -> Iterator[str]:
@@ -54,6 +63,7 @@ def _taken(files: list[str], notes: Mapping[str, Any]) -> Iterator[str]:
     known = {
         "tokenizer": spoken,
         "chat template": "chat_template.jinja" in files,
+        "processor": any(file.endswith("processor_config.json") for file in files),
         "generation settings": "generation_config.json" in files,
     }
     *first, last = ["configuration", *(what for what, taken in known.items() if taken)]
@@ -69,6 +79,25 @@ def _vocabulary(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _copied(found: str) -> Iterator[str]:
     yield f"copied: {found}"
+
+
+def _unread(found: Mapping[str, list[str]]) -> Iterator[str]:
+    names = ", ".join(list(found)[:3]) + (", …" if len(found) > 3 else "")
+    holders = ", ".join(dict.fromkeys(name for each in found.values() for name in each))
+    yield f"left out: {len(found)} tensors of {holders} that no such model reads ({names})"
+
+
+def _adapter(ranks: Mapping[str, int], notes: Mapping[str, Any]) -> Iterator[str]:
+    if not ranks:
+        return
+    least, most = min(ranks.values()), max(ranks.values())
+    rank = f"rank {least}" if least == most else f"ranks {least} to {most}"
+    layer, error = max(notes.get("relative_error", {"": 0.0}).items(), key=lambda one: one[1])
+    lost = f", relative error {error:.2%} at most ({layer})" if error > 0 else ""
+    yield f"an adapter of {rank} for {len(ranks)} layers{lost}"
+    if "share_kept" in notes:
+        out = f"; left out: {len(notes['left_out'])} tensors that changed too" if notes["left_out"] else ""
+        yield f"  {notes['share_kept']:.2%} of the squared difference from {notes['config_from']} kept{out}"
 
 
 def _alignment(found: Mapping[str, Any]) -> Iterator[str]:

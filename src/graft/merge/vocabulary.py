@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from graft.merge.settings import MergeSettings
 
 LACKS = -1
-STALE = ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "added_tokens.json")
-"""Files of a tokenizer that say again what `tokenizer.json` says, and say it of the reference alone."""
 Places = Mapping[str, Mapping[str, str]]
 
 
