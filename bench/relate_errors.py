@@ -1,6 +1,6 @@
 """How often `graft relate` errs: many small families, every kind of pair, a row of the table in docs/relate.md each.
 
-    OMP_NUM_THREADS=1 python bench/relate_errors.py --families 30
+    OMP_NUM_THREADS=1 python bench/relate_errors.py --families 100
 
 Each family grows from an initialisation of its own, on the same text as the others; unrelated pairs are those of two
 families, all of them.
@@ -74,7 +74,7 @@ def interval(wrong: int, n: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", type=int, default=30)
+    parser.add_argument("--families", type=int, default=100)
     parser.add_argument("--first", type=int, default=0, help="Seed of the first family.")
     parser.add_argument("--steps", type=int, default=20, help="Steps of Adam from the base; twice as many to the base.")
     asked = parser.parse_args()
@@ -95,7 +95,7 @@ def main() -> None:
         low, high = interval(wrong, n)
         instead = ", ".join(f"{name} {count}" for name, count in counts.items() if name != right) or "–"
         reach = f"{min(values[kind]):.2f} to {max(values[kind]):.2f}"
-        print(f"| {kind} | {n} | {reach} | {wrong} | {low:.1%} to {high:.1%} | {instead} |")
+        print(f"| {kind} | {n} | {reach} | {wrong} | {low:.2%} to {high:.2%} | {instead} |")
     print(f"\n{asked.families} families, {asked.steps} steps, {time.perf_counter() - began:.0f} s")
 
 

@@ -204,6 +204,25 @@ def test_vocabularies_are_the_same_by_their_strings_and_numbers(tmp_path):
     assert a == b != c
 
 
+def test_vocabularies_that_are_plain_lists_are_compared_too(tmp_path):
+    """As older tokenizers are saved: by id, or in their order, with added tokens beside."""
+    files = {
+        "whole": ("tokenizer.json", json.dumps({"model": {"vocab": {"x": 0, "y\u2028": 1}}, "added_tokens": []})),
+        "ids": ("vocab.json", json.dumps({"y\u2028": 1, "x": 0})),
+        "order": ("vocab.txt", "x\ny\u2028\n"),
+        "other": ("vocab.txt", "y\u2028\nx\n"),
+        "nested": ("vocab.json", json.dumps({"en": {"x": 0}})),
+    }
+    for name, (file, text) in files.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text(text)
+    found = {name: vocabulary_hash(tmp_path / name) for name in files}
+    assert found["whole"] == found["ids"] == found["order"] != found["other"]
+    assert found["nested"].startswith("none:")
+    (tmp_path / "order" / "added_tokens.json").write_text(json.dumps({"z": 2}))
+    assert vocabulary_hash(tmp_path / "order") not in found.values()
+
+
 def test_versions_and_code_are_recorded():
     assert {"graft", "torch", "transformers", "python"} <= set(lineage.versions())
     assert set(lineage.code_state()) == {"commit", "dirty"}

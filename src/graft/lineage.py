@@ -122,10 +122,10 @@ def hash_model(folder: Path, like: str | None = None) -> str:
     """
     folder = Path(folder)
     way = _way(folder, like)
-    if is_lora(folder):
-        return _hash_lora(folder, way)
     if is_pickled(folder):
         return hash_pickles(folder)
+    if is_lora(folder):
+        return _hash_lora(folder, way)
     config = read_config(folder)
     if (folder / ADAPTER).exists():
         parts = [config.get(ADAPTED, {}).get("base", {}).get("hash"), hash_file(folder / ADAPTER)]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_adapters import adapter
 from tokenizers import Tokenizer, models
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import graft
@@ -258,3 +258,18 @@ def test_of_another_start_and_another_vocabulary_only_predictions_can_be_combine
     )
     with pytest.raises(GraftError, match="different vocabularies"):
         graft.merge(tmp_path / "out", models=[family["base"], folder], method="rebasin")
+
+
+def test_encoder_decoders_of_two_starts_are_not_sent_to_an_alignment_that_refuses_them(tmp_path):
+    shape = {"d_model": 32, "d_kv": 16, "num_heads": 2, "d_ff": 64, "num_layers": 2, "vocab_size": 96}
+    folders = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **shape, decoder_start_token_id=0))
+        folders.append(save(model, tmp_path / f"t5-{seed}"))
+    found = graft.relate(*folders)
+    assert (found.kind, found.weights) == ("other initialisation", "no")
+    assert "`rebasin`, which would match their units first, takes no encoder–decoders" in found.weights_why
+    with pytest.raises(GraftError, match="the mean of their weights is no model; an ensemble") as error:
+        graft.merge(tmp_path / "out", models=folders)
+    assert "rebasin" not in str(error.value)

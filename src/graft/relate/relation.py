@@ -89,7 +89,7 @@ def _related(a: str, b: str, one: Input, two: Input, seed: int) -> Relation:
     words = overlap(first, second) if first is not None and second is not None else None
     same = Path(a).resolve() == Path(b).resolve()
     kind, evidence, correlation, p = SAME_FOLDER if same else _kinship(one, two, words, seed)
-    weights = _weights(kind, correlation, _rows_differ(one, two, words))
+    weights = _weights(kind, correlation, _rows_differ(one, two, words), _family(one) != "encoder-decoder")
     adapters = {name: part.home for name, part in ((a, one), (b, two)) if part.home != part.folder}
     said = [f"{name} is an adapter, read as the model that it makes of {home}" for name, home in adapters.items()]
     evidence = "; ".join([evidence, *said])
@@ -124,7 +124,9 @@ def _manifest(part: Input) -> Manifest | None:
 
 def _by_weights(a: Input, b: Input, manifests: Sequence[Manifest | None], words: Overlap | None, seed: int) -> Kinship:
     from graft.kinship.evidence import same_weights, weigh
+    from graft.merge.inputs import called_alike
 
+    a, b = called_alike({"a": a, "b": b}).values()
     with a.open() as ours, b.open() as theirs:
         if same_weights(ours, theirs, (a.folder, b.folder)):
             return "same weights", "every tensor is the same", None, None
@@ -163,7 +165,7 @@ def _rows_differ(a: Input, b: Input, words: Overlap | None) -> bool:
 
 
 def _weights(
-    kind: Kind, correlation: float | None, rows_differ: bool
+    kind: Kind, correlation: float | None, rows_differ: bool, aligns: bool
 ) -> tuple[Literal["yes", "after alignment", "no"], str]:
     match kind:
         case "same folder" | "same weights":
@@ -174,10 +176,11 @@ def _weights(
             return "after alignment", "the rows of their embeddings stand for different tokens or differ in number"
         case "same initialisation":
             return "yes", "any method of merge"
-        case "permuted" | "other initialisation" if rows_differ:
+        case "permuted" | "other initialisation" if rows_differ or not aligns:
+            takes = "models of one vocabulary only" if rows_differ else "no encoder–decoders"
             return "no", (
                 "a plain mean of their weights is no model, and the merge `rebasin`, which would match their units "
-                "first, takes models of one vocabulary only: an ensemble works"
+                f"first, takes {takes}: an ensemble works"
             )
         case "permuted":
             return "after alignment", "their units stand in different orders: the merge `rebasin` matches them first"
