@@ -60,6 +60,17 @@ SPREAD: dict[str, dict[str, Any]] = {
     "gpt2 25M, fp32, 4 processes": {"kind": "gpt2", **LLAMA, "parallel": FOUR},
 }  # fmt: skip
 """Models spread over processes (gloo, each with one thread): what the one holds that holds most, while it trains."""
+ZERO: dict[str, dict[str, Any]] = {
+    f"llama 25M, {said}, {processes} processes": {
+        **LLAMA, **more, "parallel": {"method": "zero", "stage": stage, "devices": processes},
+    }
+    for said, more, stage, processes in [
+        ("stage 1", {}, 1, 2), ("stage 1", {}, 1, 4), ("stage 2", {}, 2, 2), ("stage 2", {}, 2, 4),
+        ("stage 3", {}, 3, 2), ("stage 3", {}, 3, 4), ("stage 3, LoRA", {"method": "lora"}, 3, 2),
+        ("stage 2, LoRA", {"method": "lora"}, 2, 2),
+    ]
+}  # fmt: skip
+"""The same by DeepSpeed."""
 SETTINGS = ("precision", "gradient_checkpointing", "accumulate", "optimizer", "batch_size", "parallel")
 LENGTH, ROWS, VOCABULARY = 512, 8, 8000
 
@@ -122,6 +133,8 @@ class Held:
 
     def add(self, tensor: Any) -> None:
         """A tensor that may be new; its storage counts until it goes. Of one in parts, the part that is here."""
+        if tensor.is_meta:
+            return
         storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
         if storage not in self.known:
             size = [storage.nbytes()]
@@ -244,7 +257,7 @@ def config_parameters(case: dict[str, Any]) -> int:
 
 def measured(name: str) -> dict[str, float]:
     """A case in a process of its own, or in several."""
-    processes = {**CASES, **SPREAD}[name].get("parallel", {}).get("devices")
+    processes = {**CASES, **SPREAD, **ZERO}[name].get("parallel", {}).get("devices")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
     command = [sys.executable, *launcher, __file__, "--one", name]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -255,9 +268,10 @@ def main() -> None:
     """A process a case, then the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", help="one case, for the script itself")
-    every = {**CASES, **SPREAD}
+    every = {**CASES, **SPREAD, **ZERO}
     parser.add_argument("--only", nargs="+", choices=every, metavar="CASE", help="these cases")
     parser.add_argument("--spread", action="store_true", help="the cases of several processes")
+    parser.add_argument("--zero", action="store_true", help="the cases of several processes under DeepSpeed")
     given = parser.parse_args()
     if given.one:
         with tempfile.TemporaryDirectory() as room:
@@ -267,7 +281,7 @@ def main() -> None:
         return
     print("### memory of training, said and taken\n")
     print("| case | parameters | said, MB | taken, MB | error |\n|---|---|---|---|---|")
-    for name in given.only or (SPREAD if given.spread else CASES):
+    for name in given.only or (ZERO if given.zero else SPREAD if given.spread else CASES):
         found = measured(name)
         error = found["said"] / found["took"] - 1
         sizes = f"{found['said'] / 1e6:,.0f} | {found['took'] / 1e6:,.0f}"

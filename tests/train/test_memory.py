@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -11,7 +13,8 @@ from graft.methods import method
 from graft.settings import parse
 from graft.train.estimate import training_estimate
 from graft.train.losses import summed_cross_entropy
-from graft.train.memory import CONVENTIONS, NF4_BYTES, Dimensions, activation_bytes, model_states
+from graft.train.memory import CONVENTIONS, NF4_BYTES, PROCESS, Dimensions, activation_bytes, model_states
+from graft.train.parallel import TOGETHER
 from graft.train.settings import TrainSettings
 from graft.tune import kept_by
 
@@ -149,3 +152,21 @@ def test_the_plan_of_spread_trainings_counts_what_is_packed_and_what_is_offloade
     assert alone - packed == pytest.approx(12 * 10**6 * 3 / 4 - 4 * (33e6 - 8 * known.block), rel=0.05)
     # offloaded, only what is packed stays on the device of a model that is not computing
     assert said(0.9, method="fsdp", devices=4, offload="cpu") < packed
+
+
+def test_the_plan_of_zero_counts_deepspeeds_own_copy_of_the_weights_and_its_rooms(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: object())
+
+    def said(stage, *, trained=None, **more):
+        parallel = {"method": "zero", "stage": stage, "devices": 4, **more}
+        settings = parse(TrainSettings, {"budget": "2 steps", "batch_size": 8, "parallel": parallel})
+        return training_estimate(10**9, settings, 1, Dimensions(2048, 20, 5461, 4, 2048, True, 8), trained).memory_bytes
+
+    # with hardly a token, gradients and the room they are sent in are more than activations
+    room, billion = 4 * TOGETHER, 10**9
+    states = {1: 4 + (8 + 4) / 4 + 4, 2: 4 + (8 + 4) / 4 + 4 / 4, 3: (4 + 8 + 4 + 4) / 4}
+    for stage, bytes_each in states.items():
+        rooms = 2 * room if stage == 3 else room
+        assert said(stage) - PROCESS == pytest.approx(bytes_each * billion + rooms, rel=0.01)
+    assert said(2, offload="cpu") - PROCESS == pytest.approx(4 * billion + room, rel=0.01)
+    assert said(2, trained=10**6) - PROCESS == pytest.approx(4 * billion + room + 8 * 10**6, rel=0.01)

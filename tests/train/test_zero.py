@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from graft.errors import SettingsError
 from graft.settings import parse
-from graft.train.parallel import Parallel
+from graft.train.parallel import TOGETHER, Parallel
 from graft.train.zero import configuration
 
 MORE = {"accumulate": 2, "evaluate_every": 3, "keep": {"last": 1}, "checkpoint_every": "1 step"}
@@ -24,6 +24,12 @@ CASES = {
     "offload": {"given": {**MORE, "parallel": {"method": "zero", "offload": "cpu"}}},
     "bf16": {"given": {**MORE, "precision": "bf16", "parallel": {"method": "zero", "stage": 3}}},
 }
+
+ROOMS = {
+    "reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size", "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+}  # fmt: skip
+"""What says how much is sent, or whole, at a time."""
 
 
 def zero(monkeypatch, **given):
@@ -54,7 +60,10 @@ def test_stages_and_offload_are_what_deepspeed_is_told(monkeypatch, given, sprea
     parallel = zero(monkeypatch, **given)
     assert parallel.spread == spread
     told = configuration(parallel, tiny.settings(accumulate=4, clip=0.5))
+    rooms = {key: told["zero_optimization"].pop(key) for key in list(told["zero_optimization"]) if key in ROOMS}
     assert told["zero_optimization"] == wanted
+    assert len(rooms) == (5 if spread == 3 else 2)
+    assert max(rooms.values()) == TOGETHER
     assert (told["gradient_accumulation_steps"], told["gradient_clipping"]) == (4, 0.5)
     assert not told["torch_autocast"]["enabled"]
     half = configuration(parallel, tiny.settings(clip=None, precision="bf16"))

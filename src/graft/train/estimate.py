@@ -16,7 +16,7 @@ from graft.train.memory import (
     activation_bytes,
     model_states,
 )
-from graft.train.parallel import Parallel
+from graft.train.parallel import TOGETHER, Parallel
 from graft.train.settings import TrainSettings
 from graft.verb import Estimate
 
@@ -100,11 +100,13 @@ def training_estimate(
     read = step_tokens / settings.accumulate / max(1, devices // spread.tensor)
     activations = _activations(parameters, settings, read, known, reads)
     packed = parameters * frozen_bytes if frozen_bytes < 4 else 0.0
-    kept, elsewhere = _kept(spread, states, average, packed)
+    copied = 4 * (parameters if trained is None else trained) / devices if spread.method == "zero" else 0
+    kept, elsewhere = _kept(spread, states, average, packed, copied)
     # gradients come as activations go; those of the pieces before stand beside the activations of the next
     gradients = 0 if spread.offload else states.gradients
-    passing = max(gradients, activations) if settings.accumulate == 1 else gradients + activations
-    whole = _together(parameters, known, frozen=trained is not None, packed=packed > 0) if spread.spread == 3 else 0
+    beside = settings.accumulate > 1 or (spread.method == "zero" and spread.spread == 3)
+    passing = gradients + activations if beside else max(gradients + _sent(spread), activations)
+    whole = _whole(spread, parameters, known, frozen=trained is not None, packed=packed > 0)
     memory = PROCESS + kept + passing + whole
     seconds = None if tokens is None else 6 * parameters * tokens / cpu_flops()
     notes = [_convention(settings, trained, frozen_bytes), f"time {on_this_cpu()}"]
@@ -114,14 +116,31 @@ def training_estimate(
     return Estimate(parameters, 4 * parameters, int(memory), seconds, "; ".join(notes))
 
 
-def _kept(spread: Parallel, states: States, average: float, packed: float) -> tuple[float, float]:
-    """Bytes that lie on a device between steps, `packed` weights among them, and in the CPU's memory."""
+def _kept(spread: Parallel, states: States, average: float, packed: float, copied: float) -> tuple[float, float]:
+    """Bytes that lie on a device between steps, `packed` weights among them, and in the CPU's memory.
+
+    copied: those of the weights that DeepSpeed's optimizer works on, beside those that the model has.
+    """
     if not spread.offload:
-        return states.weights + states.optimizer + average, 0
-    offloaded = states.gradients + states.optimizer
+        return states.weights + states.optimizer + average + copied, 0
+    offloaded = states.gradients + states.optimizer + copied
     if spread.spread < 3:
         return states.weights + average, offloaded
     return packed, offloaded + states.weights - packed + average
+
+
+def _sent(spread: Parallel) -> float:
+    """Bytes of the room in which DeepSpeed puts gradients that it sends."""
+    return 4 * TOGETHER if spread.method == "zero" else 0
+
+
+def _whole(spread: Parallel, parameters: int, known: Dimensions | None, *, frozen: bool, packed: bool) -> float:
+    """Bytes of weights in parts that are whole at a time, of their gradients, and of the room these are sent in."""
+    if spread.spread < 3:
+        return 0
+    if spread.method == "zero":
+        return 4 * min(parameters, TOGETHER) + _sent(spread)
+    return _together(parameters, known, frozen=frozen, packed=packed)
 
 
 def _together(parameters: int, known: Dimensions | None, *, frozen: bool = False, packed: bool = False) -> float:

@@ -11,6 +11,9 @@ from pydantic import Field, model_validator
 from graft.errors import MissingExtra
 from graft.settings import Settings
 
+TOGETHER = 1 << 24
+"""Numbers that `zero` sends together, and may put together before they are needed; DeepSpeed's own 5·10⁸ take 2 GB."""
+
 
 class Parallel(Settings):
     """Several processes, each with a device, train one model together; what comes out is the same but for rounding."""

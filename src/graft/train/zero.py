@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graft.errors import RequestError
-from graft.train.parallel import Parallel
+from graft.train.parallel import TOGETHER, Parallel
 from graft.train.settings import TrainSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -21,7 +21,12 @@ SWAPPED = ("_parameters", *HOOKS)
 
 def configuration(parallel: Parallel, settings: TrainSettings) -> dict[str, Any]:
     """What DeepSpeed is told. Weights and moments stay in fp32, as in graft's own loop."""
-    zero: dict[str, Any] = {"stage": parallel.spread}
+    zero: dict[str, Any] = {
+        "stage": parallel.spread, "reduce_bucket_size": TOGETHER, "allgather_bucket_size": TOGETHER,
+    }  # fmt: skip
+    if parallel.spread == 3:
+        zero |= {f"stage3_{name}": TOGETHER for name in ("prefetch_bucket_size", "max_live_parameters")}
+        zero["stage3_max_reuse_distance"] = 0
     if parallel.offload:
         zero["offload_optimizer"] = {"device": parallel.offload}
         if parallel.spread == 3:
