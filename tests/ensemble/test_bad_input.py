@@ -2,6 +2,7 @@
 line, for every kind of ensemble."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from test_union import UNION
 from tiny_members import gpt2, llama, prompts, qwen
 from typer.testing import CliRunner
 
+import graft
 from graft import models
 from graft.cli import app
 from graft.ensemble import VERB
@@ -238,3 +240,29 @@ def test_members_are_named_by_as_much_of_their_paths_as_tells_them_apart():
     assert called("gpt2", "inner/gpt2", "./one/gpt2/") == ["gpt2", "inner-gpt2", "one-gpt2"]
     assert called(".", "gpt2") == [Path.cwd().name, "gpt2"]
     assert called("../gpt2", "gpt2") == [f"{Path.cwd().parent.name}-gpt2", "gpt2"]
+
+
+@pytest.mark.parametrize("ways", [("llama", "./llama"), ("llama", "inner/../llama"), ("llama", "llama")])
+def test_a_folder_that_is_written_in_two_ways_is_one_member(family, ways, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(family)
+    first, second = ways
+    what = rf"'{first}' and '{second}', which are one folder" if first != second else "'llama' twice"
+    for members in ([first, second], {first: 0.5, second: 0.5} if first != second else [first, {"model": second}]):
+        with pytest.raises(SettingsError, match=rf"expected each member once, found {re.escape(what)}: name it once"):
+            graft.ensemble(family.parent / "duo", members=members)
+    code, message = command(family, f"{first}=0.5", f"{second}=0.5")
+    assert code == 2
+    assert ("llama' twice in llama=0.5 llama=0.5" if first == second else "which are one folder") in message
+    assert not (family.parent / "duo").exists()
+
+
+def test_a_link_to_a_folder_is_another_member_and_one_folder_in_two_types_needs_one(family, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(family)
+    Path("again").symlink_to("llama")
+    twins = graft.ensemble(family.parent / "twins", members=["llama", "again"])
+    assert [entry["name"] for entry in models.load(twins).config.members] == ["llama", "again"]
+    typed = [{"model": "llama", "dtype": "bfloat16"}, "llama"]
+    with pytest.raises(SettingsError, match="expected members of different names, found llama twice: name one by a"):
+        graft.ensemble(family.parent / "typed", members=typed)
+    typed[1] = "again"
+    assert models.load(graft.ensemble(family.parent / "typed", members=typed)).config.members[1]["name"] == "again"

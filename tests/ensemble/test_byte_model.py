@@ -14,6 +14,7 @@ from graft.ensemble.byte_level.byte_model import EXACT, ByteModel, Cover
 from graft.ensemble.byte_level.cover import Born, Told, chosen, fresh
 from graft.ensemble.byte_level.forest import Forest, style_of
 from graft.ensemble.byte_level.leaf import Leaf
+from graft.ensemble.byte_level.packed import IMPLEMENTATION, attention, packing
 from graft.ensemble.byte_level.reader import Reader
 from graft.ensemble.byte_level.scorer import score
 from graft.ensemble.byte_level.spelling import spelling_of
@@ -81,7 +82,7 @@ def test_every_architecture_gives_the_enumerated_probabilities(make):
     """ALiBi and sliding windows do not honour a mask over a tree: those are read whole, and are as right."""
     model = make()
     reader = ByteModel(model, LEFT, EXACT)
-    assert style_of(reader.reader) == ("additive" if model.config.model_type == "gpt2" else "plain")
+    assert style_of(reader.reader) == ("packed" if model.config.model_type == "gpt2" else "plain")
     assert torch.allclose(torch.tensor(stepwise(reader, b"bcab").next), by_hand(model, LEFT, b"bcab"), atol=1e-5)
     assert torch.allclose(told(model, LEFT, b"bcab")[0][-1], by_hand(model, LEFT, b"bcab"), atol=1e-5)
 
@@ -111,7 +112,60 @@ def test_several_texts_in_step_are_each_alone_and_what_is_dead_is_cut_out_of_the
         for state, wanted in zip(states, alone, strict=True):
             assert np.allclose(state.next, wanted, atol=1e-4)
         assert columns <= 2 * sum(len(text) for text in texts)
-    assert style_of(reader.reader) == "additive"
+    assert style_of(reader.reader) == "packed"
+
+
+@pytest.mark.parametrize(("way", "style"), [("sdpa", "packed"), ("eager", "additive")])
+def test_texts_side_by_side_in_one_row_and_padded_ones_are_what_each_is_alone(way, style):
+    """Heads that share keys; the texts are of different length and branch at different places."""
+    model = member(6, LEFT, num_key_value_heads=1)
+    texts = [b"abcabca", b"ccb", b"bacac"]
+    alone = [told(model, LEFT, text)[0] for text in texts]
+    ids = torch.tensor([[1, 3, 4, 5]])
+    before = model(input_ids=ids).logits
+    model.set_attn_implementation(way)
+    reader = ByteModel(model, LEFT, EXACT)
+    forest = Forest(reader.reader, 3)
+    states = reader.begin(forest, range(3))
+    nexts = [[state.next] for state in states]
+    notes = [lambda place, state, own=own: own.append(state.next) for own in nexts]
+    reader.follow(forest, states, texts, notes)
+    assert style_of(reader.reader) == style
+    for own, wanted in zip(nexts, alone, strict=True):
+        assert np.allclose(np.stack(own), wanted, atol=1e-5)
+    assert model.config._attn_implementation == way
+    assert torch.allclose(model(input_ids=ids).logits, before, atol=1e-5)
+
+
+def test_rows_that_stand_side_by_side_have_no_padding():
+    """As many tokens are read as there are sequences, whatever each text needs."""
+    reader = ByteModel(member(6, LEFT), LEFT, EXACT)
+    style_of(reader.reader)
+    forest = Forest(reader.reader, 3)
+    reader.reader.tokens_read = 0
+    leaves = [Leaf(forest.root(row)[0], token) for row, many in enumerate((1, 5, 2)) for token in range(3, 3 + many)]
+    forest.tell(leaves)
+    assert reader.reader.tokens_read == len(leaves)
+
+
+def test_attention_that_is_more_than_scaled_products_is_not_packed():
+    model, seen = member(6, LEFT), torch.zeros(1, 2, 1, 8)
+    with pytest.raises(ValueError, match="softcap"):
+        attention(model, seen, seen, seen, None, softcap=30.0)
+    with pytest.raises(ZeroDivisionError), packing(model):
+        assert model.config._attn_implementation == IMPLEMENTATION
+        _ = 1 / 0
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_what_is_faint_is_left_out_only_where_something_is_complete():
+    reader = Reader(member(6, LEFT), spelling_of(LEFT))
+    _, behind = Forest(reader, 1).root()
+    faint = fresh(None, behind, 1e-7, 0.0)
+    born = [Born(None, 3, 0.0, 1.0)]
+    assert chosen([faint], [], 1.0, 0.1, 0.1, None)[0] == [faint]
+    assert chosen([faint], born, 1.0, 0.1, 0.1, None)[0] == []
+    assert chosen([faint], born, 1.0, 0.0, 0.0, None)[0] == [faint]
 
 
 def test_what_is_dropped_bounds_the_loss():

@@ -102,7 +102,7 @@ def test_a_special_token_that_a_text_speaks_of_is_written_by_its_letters():
         float(row[allowed].log_softmax(-1)[allowed.index(ids[c])]) for row, c in zip(logits, "a<eos>b", strict=True)
     ]
     assert score(reader, ["a<eos>b"])[0].log_probs == pytest.approx(wanted, abs=1e-5)
-    assert style_of(reader.reader) == "additive"
+    assert style_of(reader.reader) == "packed"
 
 
 def test_an_ensemble_as_a_member_counts_the_tokens_that_lead_to_one_and_not_all_that_branch():

@@ -100,6 +100,22 @@ def test_a_self_contained_folder_needs_no_other(family, tmp_path):
     assert torch.equal(logits(graft_models.load(tmp_path / "alone")), before)
 
 
+def test_an_ensemble_takes_along_what_its_tokenizer_and_processor_are_loaded_from(family):
+    for name in ("tokenizer.model", "preprocessor_config.json", "notes.md"):
+        (family / "llama" / name).write_text("{}")
+    (family / "llama" / "additional_chat_templates").mkdir()
+    (family / "llama" / "additional_chat_templates" / "short.jinja").write_text("{{ messages }}")
+    target, _ = run(family, {"members": ["llama", "bloom"]})
+    found = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+    assert {
+        "tokenizer.json",
+        "tokenizer.model",
+        "preprocessor_config.json",
+        "additional_chat_templates/short.jinja",
+    } <= found
+    assert "notes.md" not in found
+
+
 @pytest.mark.parametrize("self_contained", [False, True])
 def test_saving_and_loading_gives_the_same_logits(family, tmp_path, self_contained):
     target, _ = run(
@@ -195,6 +211,34 @@ def test_the_auto_classes_know_ensembles_after_import_graft(family, first, secon
     program = AUTO.format(first=first, second=second, light=light)
     done = subprocess.run([sys.executable, "-c", program, str(target)], capture_output=True, text=True)
     assert done.stdout.split() == ["EnsembleForCausalLM", "graft_ensemble"], done.stderr
+
+
+CONFIGURATIONS = """
+import sys
+{first}
+{second}
+from transformers import AutoConfig
+print(*(AutoConfig.from_pretrained(folder).model_type for folder in sys.argv[1:]))
+print(any("transformers.models.auto.modeling" in name for name in sys.modules))
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("import graft", ""),
+        ("from transformers import AutoConfig", "import graft"),
+        ("import graft.ensemble.byte_level.configuration", "import graft"),
+    ],
+)
+def test_configurations_are_known_before_any_model_class_is(family, first, second, tmp_path):
+    target, _ = run(family, {"members": ["llama", "qwen"]})
+    of_bytes, _ = run(family, {"members": ["llama", "qwen"], "vocabulary": "bytes"}, name="bytes")
+    (tmp_path / "config.json").write_text('{"model_type": "graft_adapted"}')
+    program = CONFIGURATIONS.format(first=first, second=second)
+    words = [sys.executable, "-c", program, target, of_bytes, tmp_path]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+    assert done.stdout.split() == ["graft_ensemble", "graft_byte_ensemble", "graft_adapted", "False"], done.stderr
 
 
 def test_dtype_reaches_the_members_and_the_mixture_stays_float32(family):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from graft.data.objectives import is_prefix_lm
 from graft.ensemble.byte_level.work import problems as byte_problems
 from graft.ensemble.settings import HAVE_PARTS, MOVE, NOT_A_MIXTURE, EnsembleSettings, FittedWeights, GateSettings
+from graft.ensemble.sources import short_names
 from graft.errors import RequestError
 from graft.methods import method
 from graft.settings import parse
@@ -48,6 +49,7 @@ def problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[st
     elif settings.boundaries is not None:
         found.append(f"`boundaries` is for a union of vocabularies, found `vocabulary: {settings.vocabulary}`")
     found += byte_problems(settings)
+    found += _name_problems(settings)
     found += _several_problems(settings)
     found += _device_problems(settings)
     shown = ("linear",) if settings.vocabulary == "bytes" else HAVE_PARTS
@@ -113,6 +115,16 @@ def _prefix_problems(settings: EnsembleSettings, models: Mapping[str, Facts]) ->
     return [
         f"{name} is a prefix LM, which reads a prompt both ways, and {way} has all members read from left to right: "
         "leave it out, or tune the member with `objective: causal` first"
+    ]
+
+
+def _name_problems(settings: EnsembleSettings) -> list[str]:
+    """Members that would be called the same: one folder, loaded in two ways."""
+    short = short_names(settings.names)
+    names = [short[entry.model] for entry in settings.entries if entry.checkpoint is None and not entry.several]
+    return [
+        f"expected members of different names, found {name} twice: name one by a link to its folder"
+        for name in sorted({name for name in names if names.count(name) > 1})
     ]
 
 

@@ -2,7 +2,8 @@
 
 All texts of a batch end in the same column and begin where they must, as in a batch that is padded on the left. Rows
 of which more drafts are kept than of others grow faster, so after each judgement every row is moved until it ends where
-the others do: in the text, in what the members have said, and in a member's cache when it reads again.
+the others do: in the text, in what the members have said, and in the cache of a member when it reads again, unless that
+has a place for each row (`placed.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from graft.ensemble.gate import Told, joined
+from graft.ensemble.placed import PlacedLayer, Places, can_be_placed, kind_of
 
 if TYPE_CHECKING:
     from graft.ensemble.causal import EnsembleForCausalLM
@@ -32,11 +34,13 @@ class Verdict:
 @dataclass
 class _Reader:
     """What is known of an active member: the rows of its layers of the cache with the columns they began in when these
-    were last put in order, how many tokens of each row's text it has read that still stand, and what it said last."""
+    were last put in order, how many tokens of each row's text it has read that still stand, the places in its layers
+    where these need no order, and what it said last."""
 
     rows: list[int]
     starts: list[int]
     own: dict[int, int]
+    places: Places | None
     told: Told | None = None
 
 
@@ -52,12 +56,20 @@ class Pending:
         self.rows = list(range(len(ids)))
         self.by: list[list[int]] = [[] for _ in self.rows]
         self.drawn: torch.Tensor | None = None
-        self.readers = [
-            _Reader(list(self.rows), list(starts), {row: -start for row, start in enumerate(starts)})
-            for _ in model.active
-        ]
         self.cache = DynamicCache(config=model.config)
-        self._placed: tuple[Any, tuple[torch.Tensor, torch.Tensor]] | None = None
+        self.places: dict[Any, Places] = {}
+        self.readers = [self._reader(place) for place in model.active]
+        self._placed: tuple[Any, torch.Tensor] | None = None
+
+    def _reader(self, place: int) -> _Reader:
+        """Of a member, whose layers of the cache are placed where it can read so."""
+        member, (first, stop) = self.model.members[place], self.model.spans[place]
+        places = None
+        if can_be_placed(member):
+            places = self.places.setdefault(kind_of(member), Places(member))
+            self.cache.layers[first:stop] = [PlacedLayer(places) for _ in range(first, stop)]
+        own = {row: -start for row, start in enumerate(self.starts)}
+        return _Reader(list(self.rows), list(self.starts), own, places)
 
     @property
     def length(self) -> int:
@@ -85,8 +97,9 @@ class Pending:
         if seen >= until:
             return 0
         self._order(number, seen)
+        places = self.readers[number].places
         keep = max(1, min(until - seen, until - self.first + 1))
-        mask, positions = self._places(seen, until)
+        mask, positions = self._padded(seen, until) if places is None else self._unpadded(places, seen, until)
         given = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
         states = gate is not None and gate.states and number in gate.looks_at
         new = self.model._asked(self.model.active[number], self.text[:, seen:until], given, self.cache, states)
@@ -96,27 +109,45 @@ class Pending:
 
     def _order(self, number: int, seen: int) -> None:
         """Puts a member's layers of the cache in the order that the text has by now."""
-        reader, first = self.readers[number], self.model.spans[self.model.active[number]][0]
-        if reader.rows == self.rows and reader.starts == self.starts and self.cache.get_seq_length(first) == seen:
+        reader, span = self.readers[number], self.model.spans[self.model.active[number]]
+        ordered = reader.starts == self.starts and self.cache.get_seq_length(span[0]) == seen
+        if reader.rows == self.rows and (ordered or reader.places is not None):
             return
         stay = [reader.rows.index(row) for row in self.rows]
+        if reader.places is not None:
+            layers: list[Any] = self.cache.layers[slice(*span)]
+            for layer in layers:
+                layer.keep(stay)
+            reader.rows = list(self.rows)
+            return
         shifts = [start - reader.starts[place] for start, place in zip(self.starts, stay, strict=True)]
         reads = [reader.starts[place] + reader.own[row] for row, place in zip(self.rows, stay, strict=True)]
         move = _Move(stay, shifts, len(reader.rows))
-        for place in range(*self.model.spans[self.model.active[number]]):
+        for place in range(*span):
             if there := int(self.cache.get_seq_length(place)):
                 move.layer(self.cache.layers[place], there, reads)
         reader.rows, reader.starts = list(self.rows), list(self.starts)
 
-    def _places(self, seen: int, until: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _unpadded(self, places: Places, seen: int, until: int) -> tuple[Any, torch.Tensor]:
+        """Mask and positions `[rows, until - seen]` for a member that has a place for each row."""
+        positions = self._positions(seen, until)
+        mask = places.go_to(positions, until - min(self.starts), seen)
+        return mask if seen else self._padded(seen, until)[0], positions.clamp(min=0)
+
+    def _positions(self, seen: int, until: int) -> torch.Tensor:
+        """Of the columns from `seen` to before `until`, `[rows, columns]`, below 0 where the text has not begun."""
+        if self._placed is None or self._placed[0] != (seen, until, self.starts):
+            starts = torch.tensor(self.starts, device=self.text.device)[:, None]
+            self._placed = (seen, until, list(self.starts)), torch.arange(seen, until, device=self.text.device) - starts
+        return self._placed[1]
+
+    def _padded(self, seen: int, until: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Mask `[rows, until]` and positions `[rows, until - seen]` of a padded batch; others need none."""
         if not any(self.starts):
             return None, None
-        if self._placed is None or self._placed[0] != (seen, until, self.starts):
-            starts = torch.tensor(self.starts, device=self.text.device)[:, None]
-            places = torch.arange(until, device=self.text.device) - starts
-            self._placed = (seen, until, list(self.starts)), ((places >= 0).long(), places[:, seen:].clamp(min=0))
-        return self._placed[1]
+        starts = torch.tensor(self.starts, device=self.text.device)[:, None]
+        mask = (torch.arange(until, device=self.text.device) >= starts).long()
+        return mask, self._positions(seen, until).clamp(min=0)
 
     def write(self, tokens: torch.Tensor) -> None:
         """Adds a token to every row `[rows]`, all of whose drafts have been judged."""

@@ -20,6 +20,7 @@ from graft.ensemble.sources import Source
 from graft.errors import CannotCombine
 from graft.evaluate.limits import longest_context
 from graft.evaluate.scorer import Scorer
+from graft.products import quick_layers
 
 BYTES = 2**28
 """Distributions of one member that are kept at most; of longer texts, tokens at even distances are."""
@@ -77,6 +78,7 @@ class Read:
     states: torch.Tensor | None = None
 
 
+@quick_layers()
 @torch.inference_mode()
 def distributions(
     source: Source,
@@ -118,6 +120,7 @@ class Said:
     best: np.ndarray
 
 
+@quick_layers()
 @torch.inference_mode()
 def said(source: Source, items: Sequence[Item], *, context: int, width: int, device: str | None = None) -> Said:
     """What a model gives at every token of the items, each cut to `context` tokens; two numbers a token are kept."""
@@ -147,6 +150,7 @@ def inputs_of(scorer: Scorer, item: Item, target: list[int], context: int) -> di
     }
 
 
+@quick_layers()
 @torch.inference_mode()
 def classes(source: Source, texts: Sequence[str], labels: Sequence[str], device: str | None = None) -> Read:
     """A classifier's log-probabilities of each text's classes `[texts, classes]`, the label's number as `gold`.

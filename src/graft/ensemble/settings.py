@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -227,13 +228,22 @@ class EnsembleSettings(Settings):
             raise ValueError("expected weights beside the members or in `weights`, found both")
         if any(weighted) and not all(weighted):
             raise ValueError("expected a weight for every member or for none, found some")
-        each = [entry.model_copy(update={"weight": None}) for entry in self.entries]
-        if any(entry in each[:place] for place, entry in enumerate(each)):
-            raise ValueError(f"expected each member once, found {self.members}")
+        self._check_once()
         self._check_named("as draft", [self.draft] if self.draft is not None else [])
         gate = self.weights.gate if isinstance(self.weights, FittedWeights) else None
         self._check_named("that the gate looks at", gate.looks_at or [] if gate else [])
         return self
+
+    def _check_once(self) -> None:
+        """A path written in two ways is one member; a link to a folder is another, with a name of its own."""
+        each = [
+            entry.model_copy(update={"weight": None, "model": os.path.abspath(entry.model)}) for entry in self.entries
+        ]
+        for place, entry in enumerate(each):
+            if entry in each[:place]:
+                first, second = self.entries[each.index(entry)].model, self.entries[place].model
+                what = f"{first!r} twice" if first == second else f"{first!r} and {second!r}, which are one folder"
+                raise ValueError(f"expected each member once, found {what}: name it once, with the sum of its weights")
 
     def _check_named(self, what: str, names: list[str]) -> None:
         for name in names:

@@ -49,7 +49,11 @@ def sources_of(settings: EnsembleSettings, folders: Mapping[str, Path], seed: in
     ]
     names = [source.name for source in found]
     if len(set(names)) < len(names):
-        raise RequestError(f"expected members of different names, found {', '.join(names)}")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RequestError(
+            f"expected members of different names, found {twice} twice among {', '.join(names)}: name one by a link to "
+            "its folder"
+        )
     return found
 
 

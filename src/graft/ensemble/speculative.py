@@ -21,6 +21,7 @@ from graft.ensemble.gate import Told
 from graft.ensemble.greedy import behind, pad_of, plain_greedy
 from graft.ensemble.members import nan_words
 from graft.ensemble.pending import Pending, Verdict
+from graft.ensemble.recalled import BEFORE, Recalled
 from graft.ensemble.turns import ACCELERATOR, THREAD, Plan, Turns
 from graft.errors import RequestError, RunError
 from graft.prefix_lm import prefix_lms
@@ -76,9 +77,8 @@ def speculate(
     turns = Turns(sizes, drafts, free, len(ids), block, None if do_sample else clock)
     ends = frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or ())
     answers = _Answers([ids.shape[1] - start + max_new_tokens for start in starts], ends, {})
-    round_ = _Round(
-        model, Pending(model, ids, starts), _Drawing(temperature if do_sample else None, generator), answers
-    )
+    drawing = _Drawing(temperature if do_sample else None, generator)
+    round_ = _Round(model, Pending(model, ids, starts), drawing, answers, Recalled(model))
     while round_.pending.rows and max_new_tokens > 0:
         round_.go(turns, ids.shape[1] + max_new_tokens)
     new = [answers.rows[row][ids.shape[1] - start :] if max_new_tokens > 0 else [] for row, start in enumerate(starts)]
@@ -144,6 +144,7 @@ class _Round:
     pending: Pending
     drawing: _Drawing
     answers: _Answers
+    recalled: Recalled
 
     def go(self, turns: Turns, longest: int) -> None:
         """A round as it is planned; no text becomes longer than the `longest`."""
@@ -177,8 +178,12 @@ class _Round:
             told = pending.said(number, pending.length, pending.length + 1).log_probs[:, 0]
             if bool(told[:, 0].isnan().any()):
                 raise RunError(nan_words(model.config.members[model.active[number]]))
-            pending.draft(number, *self.drawing.draw(told))
+            pending.draft(number, *self.drawing.draw(self._proposed(number, told)))
         return count
+
+    def _proposed(self, number: int, told: torch.Tensor) -> torch.Tensor:
+        """What a member drafts from behind every row, where it says `told [rows, vocabulary]`."""
+        return self.recalled.drafts(number, self.pending.rows, self.pending.text[:, -BEFORE:], told)
 
     def judge(self) -> list[tuple[int, int, bool]]:
         """What all members have spoken of is kept or replaced; in which rows whose drafts were judged, and whether they
@@ -187,8 +192,10 @@ class _Round:
         first, stop = pending.first, min(pending.stop, pending.length)
         if first >= stop:
             return []
-        mixed = _mixed(self.model, [pending.said(n, first, stop) for n in self.numbers], self._mask(first, stop))
+        told = [pending.said(number, first, stop) for number in self.numbers]
+        mixed = _mixed(self.model, told, self._mask(first, stop))
         counts = [max(0, len(by) - (pending.length - stop)) for by in pending.by]
+        self.recalled.hear(pending.rows, pending.text[:, max(0, first - BEFORE) : stop - 1], counts, told)
         drawn = None if pending.drawn is None else pending.drawn[:, first - pending.length :][:, : stop - first]
         verdicts = self.drawing.judge(pending.text[:, first:stop], mixed, drawn, counts)
         seen = [
@@ -219,7 +226,9 @@ class _Round:
         told = [pending.said(number, pending.length, pending.length + 1) for number in self.numbers]
         tokens, drawn = self.drawing.draw(_mixed(self.model, told, None)[:, 0])
         if turns.looks:
-            turns.would(pending.rows, self.drawing.agreed(tokens, drawn, [each.log_probs[:, 0] for each in told]))
+            proposed = [self._proposed(number, told[number].log_probs[:, 0]) for number in self.numbers]
+            turns.would(pending.rows, self.drawing.agreed(tokens, drawn, proposed))
+        self.recalled.hear(pending.rows, pending.text[:, -BEFORE:], [1] * len(pending.rows), told)
         new = tokens.tolist()
         over = 1 in left.values() or not self.answers.ends.isdisjoint(new)
         done = self.answers.take(pending, [Verdict(0, 0, token) for token in new]) if over else []

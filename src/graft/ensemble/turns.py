@@ -20,10 +20,10 @@ BLOCKS = (1, 2, 4, 8, 16)
 THREAD, ACCELERATOR = 12, 256
 """Tokens that are read in about twice the time of one, since weights are fetched once for all: by each thread of
 a CPU (from members of 5M to 25M parameters), by an accelerator (a guess)."""
-ALONE, TOGETHER = 1.05, 1.05
-"""How much more the same reading is taken to cost where it is for drafts, until both were timed: of one text, and of a
-batch, whose rows are put in order again."""
-UNEVEN, MOST = 0.035, 3
+DEARER = 1.05
+"""How much more the same reading is taken to cost where it is for drafts, until both were timed; a batch that is timed
+tries it as if it cost the same."""
+UNEVEN, MOST = 0.015, 3
 """How much longer the slowest row takes than its shares say, for each draft of a round (up to so many), and each time
 that the rows are doubled: the more drafts may be kept or not, the more chance there is in it."""
 FIRST = 3
@@ -36,8 +36,8 @@ WAIT = 32
 """Plain tokens after drafts that did not pay until they are tried again; each time twice as many."""
 HORIZON = 24
 """Tokens that are looked ahead."""
-SLOPE = 4
-"""How much longer than a token prompts must be that say what reading costs, and how far the guess may be off."""
+SLOPE, OFF = 4, 2
+"""How many times longer than a token prompts must be that say what reading costs, and how far the guess may be off."""
 TIMED = 4
 """Rounds of each kind whose times are remembered."""
 
@@ -198,7 +198,7 @@ class Turns:
 
     def dearer(self) -> float:
         """How much more the same reading costs where it is for drafts: as timed, and before that as it is taken to."""
-        guess = ALONE if self.rows == 1 else TOGETHER
+        guess = DEARER if self.rows == 1 or self.clock is None else 1.0
         plain, drafting = ([timed.seconds / self._cost(timed) for timed in self._timed[kind]] for kind in (False, True))
         count = min(len(plain), len(drafting))
         return (guess + count * median(drafting) / median(plain)) / (1 + count) if count else guess
@@ -215,7 +215,7 @@ class Turns:
         slower = self._prompts.seconds / median(timed.seconds for timed in plain)
         first, then = (timed.rows * max(reads for _, reads in timed.runs) for timed in (self._prompts, plain[0]))
         if slower > 1 and first > SLOPE * then:
-            self.free = min(max((first - slower * then) / (slower - 1), self.free / SLOPE), self.free)
+            self.free = min(max((first - slower * then) / (slower - 1), self.free / OFF), self.free)
         self._prompts = None
 
     def _best(self, left: Mapping[int, int]) -> Plan:
@@ -233,14 +233,14 @@ class Turns:
         return PLAIN if plain <= lasts.min() else plans[int(lasts.argmin())]
 
     def _slow(self, left: Mapping[int, int]) -> bool:
-        """Whether drafting, since it began, has taken longer than plain decoding for what it wrote: counted half as the
-        mean of the rows, half as the slowest, which may be so by chance."""
+        """Whether drafting, since it began, has taken longer than plain decoding for what it wrote, counted half as the
+        mean of the rows, half as the slowest, which may be so by chance; and half a token for the drafts under way."""
         plain = self._timed[False]
         if not self._plan.block or self.clock is None or not plain:
             return False
         begun, before = self._begun
         done = [before[row] - count for row, count in left.items()]
-        written = (min(done) + sum(done) / len(done)) / 2
+        written = (1 + min(done) + sum(done) / len(done)) / 2
         return self.clock() - begun > written * median(timed.seconds for timed in plain)
 
     def _lasts(self, left: Mapping[int, int], plans: tuple[Plan, ...]) -> np.ndarray:

@@ -17,17 +17,10 @@ from graft.ensemble.checks import constants
 from graft.ensemble.settings import HAVE_PARTS, EnsembleSettings, FittedWeights
 from graft.ensemble.sources import Source, sources_of
 from graft.finite import check_folder
+from graft.folders import COMPANIONS, STALE
 from graft.methods import method
 from graft.settings import parse
 from graft.verb import Job
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -147,9 +140,11 @@ def _write(
         atomic_write(job.out / "config.json", json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
         return
     first = home_of(sources[0].folder)
-    for file in TOKENIZER_FILES:
-        if (first / file).exists():
-            shutil.copyfile(first / file, job.out / file)
+    stale = STALE if settings.vocabulary == "union" else ()
+    for path in (path for pattern in COMPANIONS for path in sorted(first.glob(pattern)) if path.is_file()):
+        if not any(path.match(pattern) for pattern in stale):
+            (there := job.out / path.relative_to(first)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, there)
     over = _write_union(job, sources, settings.boundaries) if settings.vocabulary == "union" else {}
     draft = next((source.name for source in sources if source.model == settings.draft), None)
     config = EnsembleConfig(entries, settings.rule, weights, settings.options, gate, draft=draft, **over)

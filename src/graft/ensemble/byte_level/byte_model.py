@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from graft.data.encode import encode
 from graft.ensemble.byte_level.asking import Found, Lacking, Reading, together
@@ -59,15 +59,9 @@ class Cover:
 EXACT = Cover(drop=0.0, join=0.0, most=None)
 
 
-class Plan(NamedTuple):
-    """What is followed of a state one byte on: what goes on (`moved`) and what is complete (`born`), whether that stays
-    unread (`rough`), the `mass` of all, and the log-probability of the byte (`step`)."""
-
-    moved: list[Hypothesis]
-    born: list[Born]
-    rough: bool
-    mass: float
-    step: float
+Plan = tuple[list[Hypothesis], Sequence[Born], bool, float, float]
+"""What is followed of a state one byte on: what goes on and what is complete, whether that stays unread (is rough), the
+mass of all, and the log-probability of the byte."""
 
 
 class ByteModel:
@@ -180,13 +174,15 @@ class ByteModel:
 
     def _plan(self, state: State, byte: int) -> Plan:
         """What is followed of a state one byte on, before the model is asked."""
+        cover = self.cover
         moved, born, mass = grown(state, byte)
         step = step_of(state, mass)
-        if self.cover.tokenisations == "canonical" and born:
+        if born and cover.tokenisations == "canonical":
             kept = [each for each in born if self._canonical(each)]
             if kept or moved:
                 born, mass = kept, sum([each.mass for each in moved]) + sum([each.mass for each in kept])
-        return Plan(*chosen(moved, born, mass, self.cover.drop, self._join, self.cover.most), mass, step)
+        moved, born, rough = chosen(moved, born, mass, cover.drop, self._join, cover.most)
+        return moved, born, rough, mass, step
 
     def _known(
         self, forest: Forest, state: State, byte: int, lacking: Lacking, exact: bool = True
@@ -197,9 +193,9 @@ class ByteModel:
         of what was not read is to be read.
         """
         moved, born, rough, mass, step = self._plan(state, byte)
-        sure = True
+        sure, likely = True, PROMOTED * mass
         for place, each in enumerate(moved):
-            if each.rough and each.mass > PROMOTED * mass:
+            if each[6] and each[4] > likely:  # `rough`, `mass`
                 if forest.recall(each.leaf):
                     leaf, told = _twin(each.leaf)
                     moved[place] = again(each, leaf, told, leaf.true)
@@ -207,11 +203,10 @@ class ByteModel:
                     lacking.leaves[id(each.leaf)] = each.leaf
                     sure = False
         for new in born:
-            found = None if rough else self._found(forest, new)
-            if found is not None:
+            if not rough and (found := self._found(forest, new)) is not None:
                 moved.append(found)
                 continue
-            guess = self.reader.guess(new.token)
+            guess = self.reader.guess(new[1])
             if guess is None and self.cover.drop > 0:
                 lacking.alone.append(new.token)
             made = _rough(new, guess or state.open[0].told)
@@ -258,9 +253,10 @@ class ByteModel:
 
 def _rough(born: Born, told: Told) -> Hypothesis:
     """The hypothesis of a sequence that is not read: it goes on as `told`, what comes behind its last token alone."""
-    leaf = Leaf(born.leaf, born.token)
-    leaf.true = born.true
-    return fresh(leaf, told, born.mass, born.true, rough=True)
+    above, token, true, mass = born
+    leaf = Leaf(above, token)
+    leaf.true = true
+    return fresh(leaf, told, mass, true, rough=True)
 
 
 def _twin(leaf: Leaf) -> Found:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from graft.ensemble.byte_level.packed import Piece
+
 ROOM = 64
 """Columns by which a row that is full grows at least."""
 
@@ -19,21 +21,29 @@ ROOM = 64
 class Places:
     """Where the tokens of a forward pass go: its `rows` among those of the trees (None: they are all, in order); token
     `slots [n]` of row `batch [n]` goes into column `columns [n]` of tree `trees [n]`. `count` trees; the pass sees
-    `width` columns."""
+    `width` columns. `pieces`: where all stand in one row, what each tree has of it."""
 
     def __init__(self) -> None:
         self.rows: torch.Tensor | None = None
         self.count, self.width = 0, 0
         self.batch = self.slots = self.trees = self.columns = torch.zeros(0, dtype=torch.long)
+        self.pieces: Sequence[Piece] = ()
 
     def set(
         self, rows: Sequence[int], count: int, width: int, tokens: Sequence[tuple[int, int, int]], device: torch.device
     ) -> None:
         """`rows`: the trees that stand in the pass, of `count`; `tokens`: of each (row of the pass, slot, column)."""
-        self.count, self.width = count, width
+        self.count, self.width, self.pieces = count, width, ()
         self.rows = None if len(rows) == count else torch.tensor(rows, device=device)
         table = torch.tensor([(batch, slot, rows[batch], column) for batch, slot, column in tokens], device=device)
         self.batch, self.slots, self.trees, self.columns = table.unbind(1)
+
+    def pack(self, pieces: Sequence[Piece], count: int, width: int, columns: torch.Tensor) -> None:
+        """All tokens in one row: `pieces` of it, the column of each token."""
+        self.count, self.width, self.pieces, self.rows = count, width, pieces, None
+        sizes = torch.tensor([piece.end - piece.begin for piece in pieces], device=columns.device)
+        self.trees = torch.tensor([piece.tree for piece in pieces], device=columns.device).repeat_interleave(sizes)
+        self.columns = columns
 
 
 class Columns(DynamicLayer):
@@ -45,20 +55,22 @@ class Columns(DynamicLayer):
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write a pass's tokens; returns what it sees, `[rows, heads, width, channels]`."""
+    ) -> tuple[Any, Any]:
+        """Write a pass's tokens; returns what it sees, `[rows, heads, width, channels]`, or where they stand in one row
+        the layer itself, for attention that knows it."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys = self._written(self.keys, key_states)
         self.values = self._written(self.values, value_states)
-        return self._seen(self.keys), self._seen(self.values)
+        return (self, self) if self.places.pieces else (self._seen(self.keys), self._seen(self.values))
 
     def _written(self, kept: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
         places = self.places
         assert kept is not None
         kept = _roomy(kept, places.count, places.width, new)
         to = places.trees * kept.shape[1] + places.columns
-        kept.view(-1, *kept.shape[2:])[to] = new.transpose(1, 2)[places.batch, places.slots]
+        own = new.transpose(1, 2)
+        kept.view(-1, *kept.shape[2:])[to] = own[0] if places.pieces else own[places.batch, places.slots]
         return kept
 
     def _seen(self, kept: torch.Tensor) -> torch.Tensor:

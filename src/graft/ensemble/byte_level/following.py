@@ -20,9 +20,9 @@ from graft.ensemble.byte_level.leaf import Leaf
 if TYPE_CHECKING:
     from graft.ensemble.byte_level.byte_model import ByteModel
 
-TOKENS = 192
+TOKENS = 96
 """Tokens of the leading sequences of all texts that a pass reads on, about."""
-LEAST, MOST = 12, 64
+LEAST, MOST = 12, 32
 """Of one text at least and at most."""
 AHEAD = 1
 """So many passes' tokens may have been read beyond what is sure of a text."""

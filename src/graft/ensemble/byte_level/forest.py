@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from graft.ensemble.byte_level.asking import Ask, Found, Reading, Wanted
 from graft.ensemble.byte_level.columns import Places, cache_of
 from graft.ensemble.byte_level.cover import Told
 from graft.ensemble.byte_level.leaf import UNREAD, Leaf
+from graft.ensemble.byte_level.packed import Piece, packing
 from graft.ensemble.byte_level.reader import Reader
 from graft.errors import RunError
 from graft.evaluate.limits import can_branch, least_window
@@ -189,10 +191,18 @@ class Forest:
         return [told[id(leaf)] for leaf in leaves]
 
     def _groups(self, leaves: Sequence[Leaf]) -> Iterator[list[list[Leaf]]]:
-        """Leaves that are read in one pass, a list for each tree; trees that need about as many stand together."""
+        """Leaves that are read in one pass, a list for each tree; where they are padded, trees that need about as many
+        stand together."""
         trees: dict[int, list[Leaf]] = {}
         for leaf in leaves:
             trees.setdefault(leaf.row, []).append(leaf)
+        if self.reader.style == "packed":
+            most = max(1, LOGITS // self.reader.size)
+            ordered = [leaf for own in trees.values() for leaf in own]
+            for begin in range(0, len(ordered), most):
+                part = ordered[begin : begin + most]
+                yield [list(own) for _, own in groupby(part, key=lambda leaf: leaf.row)]
+            return
         for group in _alike(sorted(trees.values(), key=len, reverse=True)):
             most = max(1, LOGITS // (self.reader.size * len(group)))
             for begin in range(0, len(group[0]), most):
@@ -223,6 +233,8 @@ class Forest:
             self._cache = cache_of(self.reader.model.config, self._places)
         rows = [own[0].row for own in group]
         self._compact(rows)
+        if self.reader.style == "packed":
+            return self._packed(group)
         # a row that is read for nothing costs less than a copy of the others' keys and values
         rows = list(range(len(self))) if 2 * len(rows) > len(self) else rows
         place_of = {row: place for place, row in enumerate(rows)}
@@ -235,6 +247,34 @@ class Forest:
         if self._cache.get_seq_length() != width:
             raise RunError(f"{self.reader.name} keeps no cache of its tokens")
         return logits[[place for place, _, _ in tokens], [slot for _, slot, _ in tokens]]
+
+    def _packed(self, group: Sequence[Sequence[Leaf]]) -> torch.Tensor:
+        """The same, all trees' leaves side by side in one row."""
+        self._settle(group)
+        leaves = [leaf for own in group for leaf in own]
+        device, end = self.reader.device, 0
+        pieces = []
+        for own in group:
+            begin, end = end, end + len(own)
+            pieces.append(Piece(begin, end, own[0].row, self._hidden(own).to(device)))
+        width = max(self._columns[piece.tree] for piece in pieces)
+        columns = torch.tensor([int(leaf.slots[-1]) for leaf in leaves], device=device)
+        self._places.pack(pieces, len(self), width, columns)
+        given = {
+            "attention_mask": torch.zeros(1, 1, 1, 1, dtype=self.reader.dtype),  # any of four dimensions is left alone
+            "position_ids": torch.tensor([[leaf.depth for leaf in leaves]]),
+            "past_key_values": self._cache,
+        }
+        with packing(self.reader.model):
+            return self.reader.forward(torch.tensor([[leaf.token for leaf in leaves]]), use_cache=True, **given)[0]
+
+    def _hidden(self, own: Sequence[Leaf]) -> torch.Tensor:
+        """What is added to attention's logits `[leaves, columns]` of leaves of one tree: each sees what leads to it."""
+        seen = np.zeros((len(own), self._columns[own[0].row]), bool)
+        for place, leaf in enumerate(own):
+            seen[place, leaf.slots] = True
+        mask = torch.zeros(seen.shape, dtype=self.reader.dtype)
+        return mask.masked_fill_(torch.from_numpy(~seen), torch.finfo(self.reader.dtype).min)
 
     def _settle(self, group: Sequence[Sequence[Leaf]]) -> None:
         """Give new leaves their columns."""
@@ -298,7 +338,8 @@ def _alike(trees: Sequence[list[Leaf]]) -> list[list[list[Leaf]]]:
 
 
 def style_of(reader: Reader) -> str:
-    """How a reader's model takes masks: `bool`, `additive`, or `plain` where it does not honour them."""
+    """How a reader's model takes branching sequences: `packed` side by side in one row, as padded rows with `additive`
+    or `bool` masks, or `plain` where it honours none of these."""
     if reader.style is None:
         reader.style = _tried(reader)
     return reader.style
@@ -313,7 +354,7 @@ def _tried(reader: Reader) -> str:
     if reader.limit is not None:
         paths = [path[: reader.limit - 1] for path in paths]
     wanted = [reader.whole([reader.start, *path])[-1] for path in paths]
-    for style in ("additive", "bool"):
+    for style in ("packed", "additive", "bool"):
         reader.style = style
         try:
             found = _as_trees(reader, paths)

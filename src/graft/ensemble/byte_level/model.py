@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from graft import models
+from graft.allocator import unsearched
 from graft.ensemble.base import Ensemble
 from graft.ensemble.byte_level.asking import Reading, together
 from graft.ensemble.byte_level.byte_model import ByteModel, Cover
@@ -31,6 +32,7 @@ from graft.ensemble.configuration import WORDS, EnsembleConfig, context_of, kind
 from graft.ensemble.gate import Told
 from graft.ensemble.members import home_of
 from graft.errors import RequestError
+from graft.products import quick_layers
 
 
 class EnsembleOverBytes(Ensemble, GenerationMixin):
@@ -121,6 +123,8 @@ class EnsembleOverBytes(Ensemble, GenerationMixin):
         return cache
 
     @torch.no_grad()
+    @unsearched()
+    @quick_layers()
     def _read(
         self, number: int, cache: ByteCache, ids: Sequence[Sequence[int]], places: np.ndarray
     ) -> tuple[torch.Tensor, list[State]]:

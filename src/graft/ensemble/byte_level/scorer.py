@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graft.allocator import memory_kept
+from graft.allocator import memory_kept, unsearched
 from graft.ensemble.byte_level.byte_model import ByteModel
 from graft.ensemble.byte_level.cover import END, State
 from graft.ensemble.byte_level.following import MOST, Note
 from graft.ensemble.byte_level.forest import Forest
+from graft.products import quick_layers
 from graft.progress import Progress
 
 
@@ -46,6 +47,8 @@ def bytes_of(text: str) -> bytes:
 
 
 @memory_kept()
+@quick_layers()
+@unsearched()
 def score(model: ByteModel, texts: Sequence[str | bytes]) -> list[ByteDocument]:
     """The log-probability of every byte of every text; -inf for a byte that the model's tokens cannot write."""
     data = [text if isinstance(text, bytes) else bytes_of(text) for text in texts]
@@ -86,6 +89,8 @@ def _noting(gold: np.ndarray) -> Note:
 
 
 @memory_kept()
+@quick_layers()
+@unsearched()
 def distributions(model: ByteModel, texts: Sequence[bytes]) -> list[np.ndarray]:
     """`[bytes, 257] float64` of each text: what the model gives each byte (and the end) before it comes."""
     made: dict[int, np.ndarray] = {}

@@ -10,9 +10,9 @@ import numpy as np
 class Node:
     """The tokens `low … high` begin with the same `depth` bytes; those before `mid` are just these, the others go on
     with `bytes [k]`, those with the j-th beginning at `mid + starts[j]`. `next`: the node one byte on, None where no
-    token goes on like that; nodes are made when they are first asked for."""
+    token goes on like that; nodes are made when they are first asked for. `ends`: (place, id) of those before `mid`."""
 
-    __slots__ = ("bytes", "depth", "high", "low", "mid", "next", "starts", "trie")
+    __slots__ = ("bytes", "depth", "ends", "high", "low", "mid", "next", "starts", "trie")
 
     def __init__(self, trie: Trie, low: int, high: int, depth: int):
         self.trie, self.low, self.high, self.depth = trie, low, high, depth
@@ -20,6 +20,7 @@ class Node:
         column = trie.letters[self.mid : high, depth] if self.mid < high else trie.letters[:0, 0]
         self.starts = np.flatnonzero(np.concatenate(([True], column[1:] != column[:-1]))) if len(column) else _NONE
         self.bytes = column[self.starts]
+        self.ends = tuple((place, trie.ids.item(place)) for place in range(low, self.mid))
         self.next: dict[int, Node | None] = _Next(self)
 
     def sums(self, logs: np.ndarray) -> np.ndarray:
