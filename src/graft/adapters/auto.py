@@ -5,17 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    PretrainedConfig,
 )
 
-from graft.folders import ADAPTED
+from graft.adapters.configuration import AdaptedConfig
 
 AUTO: tuple[Any, ...] = (
     AutoModelForCausalLM,
@@ -26,16 +24,6 @@ AUTO: tuple[Any, ...] = (
     AutoModelForQuestionAnswering,
 )
 """The Auto classes that learn of adapters, those of heads beside adapters included."""
-
-
-class AdaptedConfig(PretrainedConfig):
-    """The configuration in a folder of adapters: that of the frozen model, and what the adapters are."""
-
-    model_type = ADAPTED
-
-    def __init__(self, graft_adapted: dict[str, Any] | None = None, **kwargs: Any):
-        self.graft_adapted = dict(graft_adapted or {})
-        super().__init__(**kwargs)
 
 
 class AdaptedModel:
@@ -54,7 +42,6 @@ class AdaptedModel:
 
 def register() -> None:
     """Make the Auto classes of `transformers` know adapters."""
-    AutoConfig.register(ADAPTED, AdaptedConfig, exist_ok=True)
     for auto in AUTO:
         auto.register(AdaptedConfig, AdaptedModel, exist_ok=True)
 

@@ -177,4 +177,6 @@ def gathered(sites: Mapping[str, list[Site]], h: torch.Tensor, names: Sequence[s
             down[row, :, : len(mine.down)] = mine.down.t()
             up[row, : len(mine.down)] = mine.scale * mine.up.t()
     times = len(h) // len(names)
-    return Gathered(names, down.repeat_interleave(times, 0), up.repeat_interleave(times, 0), first.after)
+    if times > 1:
+        down, up = down.repeat_interleave(times, 0), up.repeat_interleave(times, 0)
+    return Gathered(names, down, up, first.after)

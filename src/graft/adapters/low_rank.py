@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from graft.products import product
+
 
 class _Added(torch.autograd.Function):
     """h + scale · x downᵀ upᵀ and its gradients: rows n, channels i and o, rank r.
@@ -23,7 +25,7 @@ class _Added(torch.autograd.Function):
     def forward(
         ctx: Any, h_no: torch.Tensor, x_ni: torch.Tensor, down_ri: torch.Tensor, up_or: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        low_rn = down_ri @ x_ni.t()
+        low_rn = product(down_ri, x_ni.t())
         ctx.save_for_backward(x_ni, down_ri, up_or, low_rn)
         ctx.scale = scale
         return torch.addmm(h_no, low_rn.t(), up_or.t(), alpha=scale)
@@ -33,12 +35,12 @@ class _Added(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g_no,), (x_ni, down_ri, up_or, low_rn) = upstream, ctx.saved_tensors
         _, of_x, of_down, of_up, _ = ctx.needs_input_grad
-        g_rn = (up_or.t() @ g_no.t()).mul_(ctx.scale) if of_x or of_down else None
+        g_rn = product(up_or.t(), g_no.t()).mul_(ctx.scale) if of_x or of_down else None
         return (
             g_no,
-            g_rn.t() @ down_ri if of_x and g_rn is not None else None,
-            g_rn @ x_ni if of_down and g_rn is not None else None,
-            (low_rn @ g_no).mul_(ctx.scale).t() if of_up else None,
+            product(g_rn.t(), down_ri) if of_x and g_rn is not None else None,
+            product(g_rn, x_ni) if of_down and g_rn is not None else None,
+            product(low_rn, g_no).mul_(ctx.scale).t() if of_up else None,
             None,
         )
 
@@ -77,7 +79,7 @@ class _Beside(torch.autograd.Function):
         up_or: torch.Tensor, scale: float,
     ) -> torch.Tensor:  # fmt: skip
         h, x_ni = held.pop().data, x.reshape(-1, x.shape[-1])
-        low_rn = down_ri @ x_ni.t()
+        low_rn = product(down_ri, x_ni.t())
         h.view(-1, h.shape[-1]).addmm_(low_rn.t(), up_or.t(), alpha=scale)
         ctx.save_for_backward(x, weight_oi, down_ri, up_or, low_rn)
         ctx.scale = scale
@@ -90,18 +92,18 @@ class _Beside(torch.autograd.Function):
         _, of_x, _, of_down, of_up, _ = ctx.needs_input_grad
         g_no = g.reshape(-1, g.shape[-1])
         whole = _worth_adding(len(g_no), weight_oi)
-        g_rn = (up_or.t() @ g_no.t()).mul_(ctx.scale) if of_down or (of_x and not whole) else None
+        g_rn = product(up_or.t(), g_no.t()).mul_(ctx.scale) if of_down or (of_x and not whole) else None
         g_x = None
         if of_x and (whole or g_rn is None):
-            g_x = g_no @ torch.addmm(weight_oi, up_or, down_ri, alpha=ctx.scale)
+            g_x = product(g_no, torch.addmm(weight_oi, up_or, down_ri, alpha=ctx.scale))
         elif of_x:
-            g_x = (g_no @ weight_oi).addmm_(g_rn.t(), down_ri)  # type: ignore[union-attr]
+            g_x = product(g_no, weight_oi).addmm_(g_rn.t(), down_ri)  # type: ignore[union-attr]
         return (
             None,
             g_x if g_x is None else g_x.view(x.shape),
             None,
-            g_rn @ x.reshape(-1, x.shape[-1]) if of_down and g_rn is not None else None,
-            (low_rn @ g_no).mul_(ctx.scale).t() if of_up else None,
+            product(g_rn, x.reshape(-1, x.shape[-1])) if of_down and g_rn is not None else None,
+            product(low_rn, g_no).mul_(ctx.scale).t() if of_up else None,
             None,
         )
 

@@ -96,7 +96,8 @@ def _weights(folder: Path) -> Weights:
     path = folder / WEIGHTS
     if not path.is_file():
         pickle = folder / "adapter_model.bin"
-        hint = f"; {pickle.name} is a pickle, which is not read: save it as safetensors" if pickle.exists() else ""
+        read = f"; {pickle.name} is a pickle, which merges alone read (`allow_pickle`, --allow-pickle)"
+        hint = read if pickle.exists() else ""
         raise CheckpointError(f"{folder}: expected {WEIGHTS}, found no such file{hint}")
     read_file_headers(path)
     found = load_file(path)

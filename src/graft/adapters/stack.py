@@ -22,6 +22,7 @@ from graft.adapters.junction import Junction
 from graft.adapters.places import Layout, Place
 from graft.adapters.point import Point
 from graft.errors import RequestError, UnknownName
+from graft.products import quick_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -214,13 +215,14 @@ class Adapters(nn.Module):
 
     @contextmanager
     def each_row(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Inside, row i of a batch is read with the adapter `names[i]` (None: without any)."""
+        """Inside, row i of a batch is read with the adapter `names[i]` (None: without any), products as in training."""
         for name in names:
             if name is not None:
                 self._check(name)
         before, self.rows = self.rows, list(names)
         try:
-            yield
+            with quick_layers():
+                yield
         finally:
             self.rows = before
             for junction in self.junctions.values():

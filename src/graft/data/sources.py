@@ -77,10 +77,8 @@ def misread(settings: kinds.DataSettings, root: Path) -> str:
     for _, path in _placed(settings, root) if isinstance(settings, kinds.TextFiles) else ():
         if (source := files.source_of(path)) not in (None, "text"):
             return f"{path.name} is read as plain text: `source: {source}` reads the records in it"
-    folders = [
-        path for paths in settings.groups().values() for path in paths if (root / Path(path).expanduser()).is_dir()
-    ]
-    return next(filter(None, (files.left_out(path, settings.source, root) for path in folders)), "")
+    named = (path for paths in settings.groups().values() for path in paths)
+    return next(filter(None, (files.left_out(path, settings.source, root) for path in named)), "")
 
 
 def commit(settings: kinds.Source, root: Path) -> str | None:
