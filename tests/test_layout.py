@@ -17,7 +17,7 @@ LAYERS = [
     {"allocator", "errors", "machine", "misfits", "settings", "progress", "_callable", "_register", "yaml_lines"},
     {"methods", "verb", "hub", "disk", "checkpoint", "lora", "pickles", "remembered", "hashing"},
     {"folders", "vocabulary", "lineage", "facts", "finite", "fitting", "data"},
-    {"models", "adapters", "multitask", "kinship", "masks", "prefix_lm"},
+    {"models", "adapters", "multitask", "kinship", "masks", "prefix_lm", "products"},
     {"train", "evaluate"},
     VERBS,
     {"verbs"},

@@ -161,3 +161,15 @@ def test_an_unknown_name_lists_the_valid_ones():
     assert str(UnknownName("verb", "mrege", ["merge", "tune"])) == (
         "unknown verb 'mrege' (did you mean 'merge'?); there are: merge, tune"
     )
+
+
+def test_lists_that_are_too_long_or_too_short_are_told_by_their_bounds():
+    from graft.merge import VERB
+
+    for models, bound in (
+        ("[a]", "at least 2 items, found ['a']"),
+        ("[a, b, c]", "at most 2 items, found ['a', 'b', 'c']"),
+    ):
+        with pytest.raises(SettingsError) as error:
+            VERB.parse({"method": "slerp", "models": models[1:-1].split(", ")})
+        assert f"models: expected {bound}" in str(error.value)

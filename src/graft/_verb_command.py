@@ -255,7 +255,12 @@ def assigned(settings: dict[str, Any], word: str) -> None:
     for step in outer:
         if isinstance(settings.get(step), str):  # `--method lora --set method.lora.rank=4`
             settings[step] = {settings[step]: {}}
-        settings = settings.setdefault(step, {})
+        within = settings.setdefault(step, {})
+        if not isinstance(within, dict):
+            raise RequestError(
+                f"expected settings inside of {step}, for {key}, found {step}={within}: write them all so"
+            )
+        settings = within
     settings[last] = text if document.problems else document.value
 
 
@@ -281,6 +286,8 @@ def _add_models(verb: str, words: Sequence[str], settings: dict[str, Any]) -> No
         settings[field] = list(words)
     elif len(weights) < len(pairs):
         raise RequestError(f"expected a weight for every model or for none, found {' '.join(words)}")
+    elif twice := [name for place, (name, _, _) in enumerate(pairs) if name in [each for each, _, _ in pairs[:place]]]:
+        raise RequestError(f"expected a weight for each model once, found {twice[0]!r} twice in {' '.join(words)}")
     else:
         settings[field] = {name: _number(text) for name, _, text in pairs}
 
