@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,16 +50,39 @@ class Measured:
 
 def measure(sides: Sequence[Side], repeats: int = 5, warmup: int = 1) -> list[Measured]:
     """Each side `repeats` times, alternating, after `warmup` rounds that are not counted; ours comes first."""
-    values: dict[str, list[float]] = {side.name: [] for side in sides}
+    found = in_turn({side.name: lambda run=side.run: float(run()) for side in sides}, repeats, warmup)  # type: ignore[misc]
+    return [Measured(name, tuple(values)) for name, values in found.items()]
+
+
+def in_turn(runs: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[Any]]:
+    """What each run gave, `repeats` times, the order turned round every other time."""
+    found: dict[str, list[Any]] = {name: [] for name in runs}
     for round_ in range(-warmup, repeats):
-        for side in sides if round_ % 2 == 0 else reversed(sides):
-            value = float(side.run())
-            print(
-                f"  {'warm-up' if round_ < 0 else f'{round_ + 1}/{repeats}'}  {side.name}: {value:.6g}", file=sys.stderr
-            )
+        for name in runs if round_ % 2 == 0 else reversed(runs):
+            value = runs[name]()
+            shown = f"{value:.6g}" if isinstance(value, float) else value
+            print(f"  {'warm-up' if round_ < 0 else f'{round_ + 1}/{repeats}'}  {name}: {shown}", file=sys.stderr)
             if round_ >= 0:
-                values[side.name].append(value)
-    return [Measured(side.name, tuple(values[side.name])) for side in sides]
+                found[name].append(value)
+    return found
+
+
+CLOCKS = {"s": time.perf_counter, "CPU s": time.process_time}
+"""A unit of time → its clock. Time of the CPU, summed over threads, tells also where others work beside."""
+
+
+def report_times(what: str, works: Mapping[str, Callable[[], Any]], repeats: int, packages: Sequence[str]) -> None:
+    """Print a row for each clock: how long each work takes, done in turn."""
+
+    def taken(work: Callable[[], Any]) -> dict[str, float]:
+        start = {unit: clock() for unit, clock in CLOCKS.items()}
+        work()
+        return {unit: clock() - start[unit] for unit, clock in CLOCKS.items()}
+
+    found = in_turn({name: lambda work=work: taken(work) for name, work in works.items()}, repeats)  # type: ignore[misc]
+    for unit in CLOCKS:
+        measured = [Measured(name, tuple(each[unit] for each in all_)) for name, all_ in found.items()]
+        report(what, measured, unit, packages)
 
 
 def ratio(ours: Measured, theirs: Measured) -> float:

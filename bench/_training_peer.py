@@ -1,4 +1,4 @@
-"""One training of a Llama of about 10M parameters by a peer; prints tokens/s as JSON. Also holds model and data.
+"""One training of a Llama of about 10M parameters by a peer; prints its figures as JSON. Also holds model and data.
 
 python _training_peer.py bare|trainer|sft|lora-bare|lora-trainer|lora-sft STEPS BATCH
 
@@ -57,17 +57,29 @@ def tokens(rows):
 
 
 class Clock:
-    """Times the steps behind the first, which warms up."""
+    """Times the steps behind the first, which warms up; notes the loss of the first, which all have alike."""
 
     def __init__(self):
-        self.stamps = []
+        self.stamps, self.first_loss = [], None
 
     def tick(self):
-        self.stamps.append(time.perf_counter())
+        self.stamps.append((time.perf_counter(), time.process_time()))
 
-    def rate(self, batch):
-        """Tokens a second."""
-        return (len(self.stamps) - 1) * batch * LENGTH / (self.stamps[-1] - self.stamps[0])
+    def figures(self, batch, net):
+        """What this process took, and what it worked at: a comparison holds for equal work alone."""
+        steps = len(self.stamps) - 1
+        wall, cpu = (last - first for first, last in zip(self.stamps[0], self.stamps[-1], strict=True))
+        return {
+            "tokens_per_s": steps * batch * LENGTH / wall,
+            "cpu_s_per_1000_tokens": 1000 * cpu / (steps * batch * LENGTH),
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "work": {
+                "trained": sum(p.numel() for p in net.parameters() if p.requires_grad),
+                "type": str({p.dtype for p in net.parameters()}),
+                "first_loss": self.first_loss and round(self.first_loss, 3),
+                "threads": torch.get_num_threads(),
+            },
+        }
 
 
 def bare(steps, batch, make=model):
@@ -80,13 +92,15 @@ def bare(steps, batch, make=model):
     for step in range(steps):
         rows = ids[step * batch : (step + 1) * batch]
         logits = net(input_ids=rows, use_cache=False).logits[:, :-1]
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         clock.tick()
-    return clock.rate(batch)
+        clock.first_loss = clock.first_loss or loss.item()
+    return clock.figures(batch, net)
 
 
 def ticking(clock):
@@ -96,6 +110,9 @@ def ticking(clock):
     class Ticking(TrainerCallback):
         def on_step_end(self, *_, **__):
             clock.tick()
+
+        def on_log(self, *_, logs, **__):
+            clock.first_loss = clock.first_loss or float(logs["loss"])
 
     return Ticking()
 
@@ -111,12 +128,14 @@ def trainer(steps, batch, make=model):
     """transformers.Trainer, everything else at its defaults."""
     from transformers import Trainer, TrainingArguments
 
-    clock = Clock()
+    net, clock = make(), Clock()
     rows = data_set(steps, batch).map(lambda row: {"labels": row["input_ids"]})
     with tempfile.TemporaryDirectory() as out:
-        arguments = TrainingArguments(out, per_device_train_batch_size=batch, max_steps=steps, report_to="none")
-        Trainer(make(), arguments, train_dataset=rows, callbacks=[ticking(clock)]).train()
-    return clock.rate(batch)
+        arguments = TrainingArguments(
+            out, per_device_train_batch_size=batch, max_steps=steps, report_to="none", logging_first_step=True
+        )
+        Trainer(net, arguments, train_dataset=rows, callbacks=[ticking(clock)]).train()
+    return clock.figures(batch, net)
 
 
 def sft(steps, batch, make=model, **options):
@@ -125,7 +144,7 @@ def sft(steps, batch, make=model, **options):
     from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
 
-    clock = Clock()
+    net, clock = make(), Clock()
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<eos>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
     with tempfile.TemporaryDirectory() as out:
@@ -134,15 +153,16 @@ def sft(steps, batch, make=model, **options):
             per_device_train_batch_size=batch,
             max_steps=steps,
             report_to="none",
+            logging_first_step=True,
             max_length=LENGTH,
             bf16=torch.cuda.is_available(),
             **options,
         )
         SFTTrainer(
-            make(), args=arguments, train_dataset=data_set(steps, batch), processing_class=tokenizer,
+            net, args=arguments, train_dataset=data_set(steps, batch), processing_class=tokenizer,
             callbacks=[ticking(clock)],
         ).train()  # fmt: skip
-    return clock.rate(batch)
+    return clock.figures(batch, net)
 
 
 if __name__ == "__main__":
@@ -150,6 +170,5 @@ if __name__ == "__main__":
     make = with_lora if kind.startswith("lora-") else model
     # by itself it computes activations twice, which takes longer and less memory: not the same work
     options = {"gradient_checkpointing": False} if kind == "lora-sft" else {}
-    rate = {"bare": bare, "trainer": trainer, "sft": sft}[kind.removeprefix("lora-")](steps, batch, make, **options)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"tokens_per_s": rate, "peak_bytes": peak}))
+    done = {"bare": bare, "trainer": trainer, "sft": sft}[kind.removeprefix("lora-")](steps, batch, make, **options)
+    print(json.dumps(done))

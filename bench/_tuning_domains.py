@@ -11,27 +11,22 @@ sentences of a domain's train and dev split, without their tags.
 
 from __future__ import annotations
 
-import sys
-import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from _help import write_lines
-from _tuning_runs import WORK, Sample, Task, Tuned, points_of, sample, started, tuned
-from _tuning_table import Seeds
+from _tuning_runs import Sample, Task, Tuned, named, points_of, sample, started, tuned
+from _tuning_ways import Ways
 from graft.adapters.stack import adopt
-from graft.evaluate import metrics
-from graft.evaluate.results import Results, key_of
 
 DOMAINS = ("politics", "science", "music", "literature", "ai")
 SOURCES = ("politics", "science")
 """Domains that task adapters are trained in for the others."""
+OWN = [(domain, domain) for domain in DOMAINS]
 MOVES = [(source, target) for source in SOURCES for target in DOMAINS if source != target]
 KINDS = {
     **dict.fromkeys(("person", "politician", "scientist", "musicalartist", "writer", "researcher"), "person"),
@@ -58,13 +53,13 @@ def entities(domain: str) -> Task:
     return Task(domain, "tagging", METRIC, {"source": "jsonl", **files}, lambda _: True, BATCH, STEPS, coarse)
 
 
-class Domains:
+class Domains(Ways):
     """Every training of one setup, noted at once."""
 
     def __init__(self, base: Path, given: Namespace):
         self.base, self.given = base, given
         self.steps = given.steps or STEPS
-        self.results = Results(WORK / "runs" / f"domains-{base.name}-{self.steps}-{given.limit}")
+        super().__init__(f"domains-{named(base)}-{self.steps}-{given.limit}", METRIC, given.seeds)
 
     @cached_property
     def samples(self) -> dict[str, Sample]:
@@ -90,28 +85,13 @@ class Domains:
     def fill(self) -> None:
         """Everything, a seed after the other."""
         for seed in range(self.given.seeds):
-            wanted = [(domain, name) for domain in DOMAINS for name in (ALONE, FUSED, FULL, JOINT)]
-            if not all(self._noted(name, domain, domain, seed) for domain, name in wanted):
+            if self.lacks((ALONE, FUSED, FULL, JOINT), OWN, seed):
                 self._fuse(seed)
-            if not all(self._noted(name, *pair, seed) for pair in MOVES for name in (PLAIN, UNSWAPPED, SWAPPED)):
+            if self.lacks((PLAIN, UNSWAPPED, SWAPPED), MOVES, seed):
                 self._transfer(seed)
 
-    def _noted(self, name: str, source: str, target: str, seed: int) -> Any:
-        return self.results.get(key_of(name=name, source=source, target=target, seed=seed))
-
     def _note(self, done: Tuned, name: str, source: str, target: str, seed: int) -> None:
-        """The score on the target's test split, whatever domain the head was trained in."""
-        metric, statistics = replace(done, sample=replace(done.sample, records=self.samples[target].records)).judge(
-            "test"
-        )[METRIC]
-        key = key_of(name=name, source=source, target=target, seed=seed)
-        value = float(metric.value(statistics.sum(0)[None])[0])
-        print(f"{time.strftime('%H:%M:%S')} {name}, {source} to {target}, {seed}: {value:.3f}", file=sys.stderr)
-        if self.results.get(key) is None:
-            self.results.append(
-                {"key": key, "name": name, "source": source, "target": target, "seed": seed, "trained": done.trained,
-                 "test": statistics.tolist()}
-            )  # fmt: skip
+        self.note(done, name, (source, target), seed, self.samples[target])
 
     def _learn(self, model: Any, tokenizer: Any, given: Sample, seed: int, times: int = 1, rate: float = RATE) -> Tuned:
         return tuned(model, tokenizer, given, rate=rate, seed=seed, steps=times * self.steps)
@@ -161,32 +141,9 @@ class Domains:
                     self._note(over, name, source, target, seed)
             stack.drop("task")
 
-    def scores(self, name: str, pairs: Sequence[tuple[str, str]]) -> Seeds | None:
-        """Of one way over several (source, target): their items together; None where some are missing."""
-        rows = {(r["source"], r["target"], r["seed"]): r["test"] for r in self.results.rows if r["name"] == name}
-        seeds = [seed for seed in range(self.given.seeds) if all((*pair, seed) in rows for pair in pairs)]
-        if not seeds:
-            return None
-        found = np.array([[item for pair in pairs for item in rows[(*pair, seed)]] for seed in seeds])
-        return Seeds(metrics.ENTITY_F1, found)
-
     def show(self) -> list[str]:
         """Both tables."""
         own = {domain: [(domain, domain)] for domain in DOMAINS}
-        own["all"] = [pair for pairs in own.values() for pair in pairs]
         moved = {f"{source} to the others": [pair for pair in MOVES if pair[0] == source] for source in SOURCES}
-        moved["both"] = [pair for pairs in moved.values() for pair in pairs]
-        lines = self._table((ALONE, FUSED, FULL, JOINT), own, ALONE)
-        return [*lines, "", *self._table((PLAIN, UNSWAPPED, SWAPPED), moved, UNSWAPPED)]
-
-    def _table(self, names: Sequence[str], columns: Mapping[str, Sequence[tuple[str, str]]], other: str) -> list[str]:
-        """Markdown: a way a line; the last column is less `other`, over all."""
-        lines = [f"| | {' | '.join(columns)} | all, less {other} |", "|---" * (len(columns) + 2) + "|"]
-        for name in names:
-            found = [self.scores(name, pairs) for pairs in columns.values()]
-            cells = ["" if one is None else f"{one.value:.3f} ± {one.half():.3f}" for one in found]
-            last, against = found[-1], self.scores(other, list(columns.values())[-1])
-            alike = last is not None and against is not None and last.statistics.shape == against.statistics.shape
-            cells.append(str(last.less(against)) if alike and name != other else "")  # type: ignore[union-attr, arg-type]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        return lines
+        lines = self.table((ALONE, FUSED, FULL, JOINT), {**own, "all": OWN}, ALONE)
+        return [*lines, "", *self.table((PLAIN, UNSWAPPED, SWAPPED), {**moved, "both": MOVES}, UNSWAPPED)]

@@ -24,6 +24,8 @@ from graft.data.turns import TaskRows, Turns
 from graft.evaluate import metrics
 from graft.evaluate.scorer import Scorer, longest_context
 from graft.folders import architecture_of
+from graft.hashing import shortened
+from graft.lineage import hash_model
 from graft.methods import method
 from graft.multitask.build import add_head
 from graft.train.attention import keeps_apart
@@ -35,7 +37,7 @@ from graft.train.settings import TrainSettings
 WORK = Path(__file__).resolve().parent / "work" / "tuning_help"
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 HEAD_RATE = 5e-3
-"""Learning rate of a fresh head, beside whatever the body's is."""
+"""Learning rate of a fresh head, beside whatever the body's is, where none is searched for it."""
 
 Record = dict[str, Any]
 Scored = tuple[metrics.Metric, np.ndarray]
@@ -101,6 +103,11 @@ def started(base: Path, points: Sequence[Point] | None, seed: int) -> tuple[Any,
     if points:
         adopt(model, points, base=base)
     return model, models.load_tokenizer(base)
+
+
+def named(base: Path) -> str:
+    """A model's name and the beginning of its hash: what was trained from another one of that name is not taken."""
+    return f"{base.name}-{shortened(hash_model(base))}"
 
 
 @dataclass(frozen=True)

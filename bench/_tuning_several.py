@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 import graft
-from _tuning_runs import WORK, Sample
+from _tuning_runs import WORK, Sample, named
 from _tuning_table import Seeds
 from graft.evaluate import metrics
 from graft.evaluate.results import Results
@@ -35,7 +35,7 @@ WORDS = {
 def several(base: Path, end: Sample, other: Sample, given: Namespace) -> list[str]:
     """Run the recipe and return its tables."""
     steps = given.steps or STEPS
-    folder = WORK / f"several-{base.name}-{steps}-{given.limit}-{given.seeds}"
+    folder = WORK / f"several-{named(base)}-{steps}-{given.limit}-{given.seeds}"
     folder.mkdir(parents=True, exist_ok=True)
     tasks = {"end": end, "other": other}
     parts = {

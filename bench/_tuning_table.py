@@ -60,10 +60,10 @@ def _times(count: int, seed: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Cell:
-    """A method at one size: parameters, the learning rate that was found, and its score."""
+    """A method at one size: parameters, the learning rates that were found (of a head beside it last), its score."""
 
     parameters: int
-    rate: float
+    rates: Sequence[float | None]
     scores: Seeds
 
 
@@ -94,25 +94,28 @@ def _cell(cell: Cell, best: Cell | None, whole: int, seeds: int) -> str:
     value = f"**{value}**" if cell is best else value
     own = len(cell.scores.statistics)
     fewer = "" if own == seeds else f", {own} of {seeds} seeds"
-    return f"{value} ± {cell.scores.half():.3f} ({100 * cell.parameters / whole:.2g} %, {cell.rate:g}{fewer})"
+    rates = "; ".join(f"{rate:g}" for rate in cell.rates if rate is not None)
+    return f"{value} ± {cell.scores.half():.3f} ({100 * cell.parameters / whole:.2g} %, {rates}{fewer})"
 
 
 def differences(
     methods: Mapping[str, Method], others: Mapping[str, Mapping[float, Seeds]], shares: Sequence[float]
 ) -> list[str]:
     """Markdown: the methods that have another one to be compared with, less it at each size."""
-    lines = [f"| method | {' | '.join(f'about {100 * share:g} %' for share in shares)} |"]
+    lines = [f"| method | {' | '.join(f'about {100 * share:g} %' if share else 'all' for share in shares)} |"]
     lines.append("|---" * (len(shares) + 1) + "|")
     for name in (name for name in methods if others.get(name)):
         pairs = [(methods[name].get(share), others[name].get(share)) for share in shares]
-        cells = [_less(cell.scores, other) if cell is not None and other is not None else "" for cell, other in pairs]
+        cells = [less(cell and cell.scores, other) for cell, other in pairs]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
-def _less(one: Seeds, other: Seeds) -> str:
-    """Empty where they are of different seeds or items, since the run is not finished."""
-    return str(one.less(other)) if one.statistics.shape == other.statistics.shape else ""
+def less(one: Seeds | None, other: Seeds | None) -> str:
+    """A paired difference; empty where one is missing, or they are of different seeds or items: a run in progress."""
+    if one is None or other is None or one.statistics.shape != other.statistics.shape:
+        return ""
+    return str(one.less(other))
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@
 
 Both sides have LoRA of one rank on the same layers of the same weights. Whole trainings (`loops`) are processes of
 their own: graft's loop with its log and states, transformers' Trainer and TRL's SFTTrainer with peft, the latter
-without the gradient checkpointing that it has by default and the others have not. A `step` is forward, backward and
-AdamW on the adapter alone. peft stands in the test extras: all but TRL run in this environment.
+without the gradient checkpointing that it has by default and the others have not; nothing is told where they do not
+train as many weights of one type from the same loss. A `step` is forward, backward and AdamW on the adapter alone.
+graft's takes products as its loop does, and once more all from MKL, as peft does, which tells what the choice of the
+library is worth. peft stands in the test extras: all but TRL run in this environment.
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +30,18 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import _training_peer as peers
-from _side_by_side import Side, json_of, measure, report, timed
+from _side_by_side import report_times
+from _trainings import compare, ours
 from graft import models
 from graft.adapters import adapters_of, adopt, fold
+from graft.products import quick_layers
 from graft.tune import lora, parallel_adapter
 
 PACKAGES = ["graft", "peft", "torch", "transformers"]
 RANK, ROWS, LINEARS = peers.RANK, 8, peers.LINEARS
 HERE = Path(__file__).resolve().parent
 PEER = HERE / ".venv-trl" / "bin" / "python"
-STEPS, BATCH = 12, 8
+STEPS, BATCH = 8, 8
 
 
 def base(width: int, layers: int) -> LlamaForCausalLM:
@@ -72,18 +76,26 @@ def with_parallel(model: Any) -> Any:
     return mine
 
 
-def stepping(model: Any) -> Callable[[], None]:
-    """A training step of 8 × 256 tokens."""
+def stepping(model: Any, inside: Callable[[], AbstractContextManager[None]]) -> Callable[[], None]:
+    """A training step of 8 × 256 tokens, inside what a training is."""
     ids = torch.randint(5, 3900, (ROWS, 256), generator=torch.Generator().manual_seed(1))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     model.train()
 
     def step() -> None:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        with inside():
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Inside, products of float32 are all MKL's."""
+    with torch.backends.mkldnn.flags(enabled=False):
+        yield
 
 
 def decoding(model: Any, rows: int = 1, tokens: int = 48) -> Callable[[], Any]:
@@ -93,64 +105,27 @@ def decoding(model: Any, rows: int = 1, tokens: int = 48) -> Callable[[], Any]:
     return lambda: model.generate(ids, max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
 
 
-def ours() -> dict[str, float]:
-    """Tokens a second of LoRA in graft's loop, with its log and its states, and the peak memory of the process."""
-    from graft.data.rows import ListRows
-    from graft.settings import parse
-    from graft.train.loop import train as loop
-    from graft.train.losses import TokenLoss
-    from graft.train.settings import TrainSettings
-
-    clock = peers.Clock()
-
-    class Ticking(TokenLoss):
-        """The start of a step's forward pass is a tick."""
-
-        def __call__(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-            clock.tick()
-            return super().__call__(model, batch)
-
-    net = peers.wider()
-    adopt(net, lora.points(lora.Settings(rank=RANK, alpha=2 * RANK)))
-    rows = ListRows([{"input_ids": row, "labels": row} for row in peers.tokens(STEPS * BATCH)], shuffle=False)
-    given = {"budget": f"{STEPS} steps", "batch_size": BATCH, "learning_rate": peers.LEARNING_RATE, "warmup": 0}
-    with tempfile.TemporaryDirectory() as folder:
-        out, scratch = Path(folder) / "out", Path(folder) / "scratch"
-        loop(net, rows, Ticking(), parse(TrainSettings, given), out, scratch=scratch, seed=0)
-    clock.stamps.pop(0)  # the first step warms up
-    return {"tokens_per_s": clock.rate(BATCH), "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-
-
 def loops(_: Any, repeats: int) -> None:
-    """Whole trainings of LoRA: tokens a second, and the peak memory of the process."""
+    """Whole trainings of LoRA: tokens a second, CPU time, and the peak memory of the process."""
     peer, size = str(HERE / "_training_peer.py"), [str(STEPS), str(BATCH)]
     commands = {
         "graft": [sys.executable, str(HERE / "adapters.py"), "--ours"],
         "peft + transformers.Trainer": [sys.executable, peer, "lora-trainer", *size],
         "peft + trl.SFTTrainer, activations kept": [str(PEER), peer, "lora-sft", *size],
     }
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
-
-    def side(name: str) -> Side:
-        def run() -> float:
-            found[name].append(json_of(commands[name]))
-            return float(found[name][-1]["tokens_per_s"])
-
-        return Side(name, run)
-
-    what = f"LoRA on a Llama of {sum(p.numel() for p in peers.wider().parameters()) / 1e6:.1f}M, {BATCH} × 512 tokens"
-    measured = measure([side(name) for name in commands], repeats)
-    report(f"training of {what}", measured, "tokens/s", PACKAGES)
-    peaks = {name: iter([one["peak_bytes"] / 2**30 for one in all_[-repeats:]]) for name, all_ in found.items()}
-    sides = [Side(name, lambda name=name: next(peaks[name])) for name in commands]  # type: ignore[misc]
-    report(f"peak memory, {what}", measure(sides, repeats, warmup=0), "GiB", PACKAGES)
+    parameters = sum(p.numel() for p in peers.wider().parameters()) / 1e6
+    compare(f"training LoRA of a Llama of {parameters:.1f}M, {BATCH} × 512 tokens", commands, repeats, PACKAGES)
 
 
 def step(model: Any, repeats: int) -> None:
     """A step of each."""
-    sides = [("graft, LoRA", with_lora), ("peft, LoRA", with_peft), ("graft, parallel adapter", with_parallel)]
-    measured = measure([Side(name, timed(stepping(make(model)))) for name, make in sides], repeats)
-    report("a training step of LoRA, 8 × 256 tokens", measured, unit="s", packages=PACKAGES)
+    steps = {
+        "graft, LoRA": stepping(with_lora(model), quick_layers),
+        "peft, LoRA": stepping(with_peft(model), nullcontext),
+        "graft, LoRA, products by MKL": stepping(with_lora(model), without_onednn),
+        "graft, parallel adapter": stepping(with_parallel(model), quick_layers),
+    }
+    report_times("a training step of LoRA, 8 × 256 tokens", steps, repeats, PACKAGES)
 
 
 def folded(model: Any) -> Any:
@@ -160,12 +135,15 @@ def folded(model: Any) -> Any:
 
 def decode(model: Any, repeats: int) -> None:
     """Decoding with adapters that are not folded, and with folded ones, beside the model alone."""
-    sides = [("graft, LoRA", with_lora), ("peft, LoRA", with_peft), ("the model alone", lambda one: one)]
-    measured = measure([Side(name, timed(decoding(make(model)))) for name, make in sides], repeats)
-    report("48 tokens decoded, LoRA not folded", measured, unit="s", packages=PACKAGES)
-    sides = [("graft, LoRA folded", folded), ("the model alone", lambda one: one)]
-    measured = measure([Side(name, timed(decoding(make(model)))) for name, make in sides], repeats)
-    report("48 tokens decoded, LoRA folded", measured, unit="s", packages=PACKAGES)
+    alone = decoding(model)
+    apart = {
+        "graft, LoRA": decoding(with_lora(model)),
+        "peft, LoRA": decoding(with_peft(model)),
+        "the model alone": alone,
+    }
+    report_times("48 tokens decoded, LoRA not folded", apart, repeats, PACKAGES)
+    inside = {"graft, LoRA folded": decoding(folded(model)), "the model alone": alone}
+    report_times("48 tokens decoded, LoRA folded", inside, repeats, PACKAGES)
 
 
 def rows(model: Any, repeats: int) -> None:
@@ -187,8 +165,8 @@ def rows(model: Any, repeats: int) -> None:
             with stack.using(name):
                 one()
 
-    sides = [Side("each row its own", timed(together)), Side("switching", timed(in_turn))]
-    report("8 adapters over one base, 48 tokens each", measure(sides, repeats), unit="s", packages=PACKAGES)
+    works = {"each row its own": together, "switching": in_turn}
+    report_times("8 adapters over one base, 48 tokens each", works, repeats, PACKAGES)
 
 
 def disk(model: Any, repeats: int) -> None:
@@ -198,12 +176,12 @@ def disk(model: Any, repeats: int) -> None:
     loaded = models.load(place / "base")
     adopt(loaded, lora.points(lora.Settings(rank=RANK)), base=place / "base")
     loaded.save_pretrained(place / "adapter")
-    sides = [
-        Side("saving", timed(lambda: loaded.save_pretrained(place / "adapter"))),
-        Side("loading with the base", timed(lambda: models.load(place / "adapter"))),
-        Side("loading the base", timed(lambda: models.load(place / "base"))),
-    ]
-    report("an adapter on disk", measure(sides, repeats), unit="s", packages=PACKAGES)
+    works = {
+        "saving": lambda: loaded.save_pretrained(place / "adapter"),
+        "loading with the base": lambda: models.load(place / "adapter"),
+        "loading the base": lambda: models.load(place / "base"),
+    }
+    report_times("an adapter on disk", works, repeats, PACKAGES)
     shutil.rmtree(place)
 
 
@@ -220,7 +198,9 @@ def main() -> None:
     words.add_argument("--ours", action="store_true", help="one training of ours, for the script itself")
     said = words.parse_args()
     if said.ours:
-        print(json.dumps(ours()))
+        net = peers.wider()
+        adopt(net, lora.points(lora.Settings(rank=RANK, alpha=2 * RANK)))
+        print(json.dumps(ours(net, STEPS, BATCH)))
         return
     model = base(said.width, said.layers)
     for name in said.only or PARTS:

@@ -24,6 +24,7 @@ from graft.ensemble.byte_level.tokenizer import byte_tokenizer
 from graft.ensemble.configuration import context_of
 from graft.ensemble.model import ensemble_of
 from graft.evaluate.scorer import Scorer
+from graft.products import quick_layers
 
 PIECE = 1500
 PACKAGES = ["graft", "torch", "transformers"]
@@ -87,13 +88,15 @@ def decoding(args: argparse.Namespace, cover: Cover, batch: int) -> None:
     options = {"do_sample": False, "eos_token_id": None}
     made = model.generate(ids, attention_mask=mask, max_new_tokens=args.tokens, **options)
     count = round(sum(len(words.decode(row[ids.shape[1] :]).encode()) for row in made) / batch)
+
+    @quick_layers()  # as what decodes byte by byte has them
+    def by_tokens() -> None:
+        model.generate(ids, attention_mask=mask, max_new_tokens=args.tokens, **options)
+
     own = byte_tokenizer()(prompts, return_tensors="pt", padding=True, padding_side="left")
     sides = [
         Side("byte by byte", timed(lambda: over.generate(**own, max_new_tokens=count, **options))),
-        Side(
-            "token by token",
-            timed(lambda: model.generate(ids, attention_mask=mask, max_new_tokens=args.tokens, **options)),
-        ),
+        Side("token by token", timed(by_tokens)),
     ]
     heading = f"decoding {args.tokens} tokens or {count} bytes, batch {batch}"
     report(heading, measure(sides, args.repeats), unit="s", packages=PACKAGES)
