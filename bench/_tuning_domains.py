@@ -12,14 +12,14 @@ sentences of a domain's train and dev split, without their tags.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from _help import write_lines
-from _tuning_runs import Sample, Task, Tuned, named, points_of, sample, started, tuned
+from _tuning_runs import Sample, Tuned, named, points_of, sample, started, tuned
+from _tuning_tasks import METRIC, STEPS, entities
 from _tuning_ways import Ways
 from graft.adapters.stack import adopt
 
@@ -28,29 +28,10 @@ SOURCES = ("politics", "science")
 """Domains that task adapters are trained in for the others."""
 OWN = [(domain, domain) for domain in DOMAINS]
 MOVES = [(source, target) for source in SOURCES for target in DOMAINS if source != target]
-KINDS = {
-    **dict.fromkeys(("person", "politician", "scientist", "musicalartist", "writer", "researcher"), "person"),
-    **dict.fromkeys(("location", "country"), "location"),
-    **dict.fromkeys(("organisation", "politicalparty", "university", "band"), "organisation"),
-}
-"""Types that several domains share; all others are misc."""
-METRIC = "entity_f1"
 ALONE, FUSED, FULL, JOINT = "adapter of the domain", "AdapterFusion", "full tuning", "one adapter, all domains"
 PLAIN, UNSWAPPED, SWAPPED = "task adapter alone", "over the source's text adapter", "MAD-X: text adapter swapped"
-WIDTH, BATCH, STEPS = 32, 8, 40
+WIDTH = 32
 RATE, FULL_RATE = 3e-3, 1e-3
-
-
-def coarse(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with the types that all domains share."""
-    pairs = [tag.partition("-") for tag in record["tags"]]
-    return {**record, "tags": [mark + dash + (KINDS.get(kind, "misc") if dash else "") for mark, dash, kind in pairs]}
-
-
-def entities(domain: str) -> Task:
-    """Named entities of one domain."""
-    files = {split: f"ner_multidomain/crossner_{domain}.{split}.jsonl.gz" for split in ("train", "dev", "test")}
-    return Task(domain, "tagging", METRIC, {"source": "jsonl", **files}, lambda _: True, BATCH, STEPS, coarse)
 
 
 class Domains(Ways):

@@ -13,6 +13,14 @@ from _tuning_runs import SHARED, Record, Task
 INTENTS = 30
 SUMMARISED, SUMMARY = 350, 160
 """Characters of an abstract, in whole sentences, and of its summary, at most."""
+METRIC, BATCH, STEPS = "entity_f1", 8, 40
+"""Of named entities."""
+KINDS = {
+    **dict.fromkeys(("person", "politician", "scientist", "musicalartist", "writer", "researcher"), "person"),
+    **dict.fromkeys(("location", "country"), "location"),
+    **dict.fromkeys(("organisation", "politicalparty", "university", "band"), "organisation"),
+}
+"""Types that several domains share; all others are misc."""
 
 
 @cache
@@ -42,6 +50,18 @@ def translated(record: Mapping[str, Any]) -> Record:
     return {"source": record["en"], "target": french if isinstance(french, str) else french[0]}
 
 
+def coarse(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with the types that all domains share."""
+    pairs = [tag.partition("-") for tag in record["tags"]]
+    return {**record, "tags": [mark + dash + (KINDS.get(kind, "misc") if dash else "") for mark, dash, kind in pairs]}
+
+
+def entities(domain: str, name: str | None = None) -> Task:
+    """Named entities of one domain of CrossNER, of the types that all domains share."""
+    files = {split: f"ner_multidomain/crossner_{domain}.{split}.jsonl.gz" for split in ("train", "dev", "test")}
+    return Task(name or domain, "tagging", METRIC, {"source": "jsonl", **files}, lambda _: True, BATCH, STEPS, coarse)
+
+
 TASKS = {
     task.name: task
     for task in (
@@ -69,5 +89,6 @@ TASKS = {
              {"source": "jsonl", "format": "raw", "train": "mt_tatoeba/en-fr.train.jsonl.xz",
               "dev": "mt_tatoeba/en-fr.val.jsonl.gz", "test": "mt_tatoeba/en-fr.test.jsonl.gz"},
              lambda record: len(record["en"]) <= 50, batch=4, steps=30, made=translated),
+        entities("politics", "entities"),
     )
 }  # fmt: skip

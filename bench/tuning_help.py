@@ -8,11 +8,11 @@
     OMP_NUM_THREADS=1 python bench/tuning_help.py tasks
 
 `grid`: tagging (UD English EWT), classification (CLINC intents), generation (tldr commands), and where they are named
-polarity, summaries (SciTLDR) and translation (Tatoeba), from small pretrained models: the decoder of the domains
-family, or with `--on encoder` one that `encoder` pretrains by masked LM. The learning rate is searched for each method
-at its middle size on the dev split with the first seed (`--search-seeds`: several), and from there on at its other
-sizes; that of a fresh head at the best rate of its method, from where the head alone is best. `--head-rate 5e-3`: all
-heads learn at one rate, and `heads` shows what that costs. `domains`: AdapterFusion and MAD-X on named entities of
+entities (CrossNER), polarity, summaries (SciTLDR) and translation (Tatoeba), from small pretrained models: the decoder
+of the domains family, or with `--on encoder` one that `encoder` pretrains by masked LM. The learning rate is searched
+for each method at its middle size on the dev split with the first seed (`--search-seeds`: several), and from there on
+at its other sizes; that of a fresh head at the best rate of its method, from where the head alone is best. `--head-rate
+5e-3`: all heads learn at one rate, and `heads` shows what that costs. `domains`: AdapterFusion and MAD-X on named entities of
 five domains. `directions`: the same between directions of translation. `tasks`: a task alone, with another one, and
 after it. Every part goes on where it was cut short, and takes nothing that was trained from another model; `show`
 prints the tables of the grid as far as it is there and draws the picture. A larger run is other flags: `--steps`,
@@ -30,12 +30,12 @@ import yaml
 import graft
 from _help import source_line
 from _tuning_directions import Directions
-from _tuning_domains import Domains, entities
+from _tuning_domains import Domains
 from _tuning_grid import METHODS, Grid, heads
 from _tuning_runs import HEAD_RATE, WORK, Task, sample
 from _tuning_several import several
 from _tuning_table import drawing
-from _tuning_tasks import TASKS
+from _tuning_tasks import TASKS, entities
 from ensembling_help import family
 
 HERE = Path(__file__).resolve().parent
