@@ -12,11 +12,11 @@ entities (CrossNER), polarity, summaries (SciTLDR) and translation (Tatoeba), fr
 of the domains family, or with `--on encoder` one that `encoder` pretrains by masked LM. The learning rate is searched
 for each method at its middle size on the dev split with the first seed (`--search-seeds`: several), and from there on
 at its other sizes; that of a fresh head at the best rate of its method, from where the head alone is best. `--head-rate
-5e-3`: all heads learn at one rate, and `heads` shows what that costs. `domains`: AdapterFusion and MAD-X on named entities of
-five domains. `directions`: the same between directions of translation. `tasks`: a task alone, with another one, and
-after it. Every part goes on where it was cut short, and takes nothing that was trained from another model; `show`
-prints the tables of the grid as far as it is there and draws the picture. A larger run is other flags: `--steps`,
-`--train`, `--seeds`, `--limit`.
+5e-3`: all heads learn at one rate, and `heads` shows what that costs. `domains`: AdapterFusion and MAD-X on named
+entities of five domains. `directions`: the same between directions of translation. `tasks`: a task alone, with another
+one, and after it. Every part goes on where it was cut short, and takes nothing that was trained from another model;
+`show` prints the tables of the grid as far as it is there and draws the picture. A larger run is other flags:
+`--steps`, `--train`, `--seeds`, `--limit`.
 """
 
 from __future__ import annotations
