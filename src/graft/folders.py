@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,29 @@ STALE = (
 """Patterns of files of a tokenizer that say again what `tokenizer.json` says, and say it of the reference alone."""
 CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 """Names in configurations for how many tokens a model reads at once."""
+
+
+def companions(*folders: Path) -> dict[str, Path]:
+    """Files beside the weights that fit `COMPANIONS`: what each is called inside its folder → where it lies, each once.
+
+    Of a file that several folders have, the first folder's counts.
+    """
+    found: dict[str, Path] = {}
+    for pattern in COMPANIONS:
+        for folder in folders:
+            for path in sorted(folder.glob(pattern)):
+                found.setdefault(path.relative_to(folder).as_posix(), path)
+    return {name: path for name, path in found.items() if path.is_file()}
+
+
+def copy_companions(found: Mapping[str, Path], out: Path, *, stale: bool = True) -> list[str]:
+    """Copy what `companions` found into `out`, what fits `STALE` only with `stale`; returns what the files are called
+    there."""
+    taken = [name for name in found if stale or not any(fnmatch(name, pattern) for pattern in STALE)]
+    for name in taken:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(found[name], out / name)
+    return taken
 
 
 def read_config(folder: Path) -> dict[str, Any]:

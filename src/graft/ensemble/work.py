@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -17,7 +16,7 @@ from graft.ensemble.checks import constants
 from graft.ensemble.settings import HAVE_PARTS, EnsembleSettings, FittedWeights
 from graft.ensemble.sources import Source, sources_of
 from graft.finite import check_folder
-from graft.folders import COMPANIONS, STALE
+from graft.folders import companions, copy_companions
 from graft.methods import method
 from graft.settings import parse
 from graft.verb import Job
@@ -139,12 +138,7 @@ def _write(
         config: Any = byte_configuration(settings, sources, entries, weights, job.out, gate)
         atomic_write(job.out / "config.json", json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
         return
-    first = home_of(sources[0].folder)
-    stale = STALE if settings.vocabulary == "union" else ()
-    for path in (path for pattern in COMPANIONS for path in sorted(first.glob(pattern)) if path.is_file()):
-        if not any(path.match(pattern) for pattern in stale):
-            (there := job.out / path.relative_to(first)).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, there)
+    copy_companions(companions(home_of(sources[0].folder)), job.out, stale=settings.vocabulary != "union")
     over = _write_union(job, sources, settings.boundaries) if settings.vocabulary == "union" else {}
     draft = next((source.name for source in sources if source.model == settings.draft), None)
     config = EnsembleConfig(entries, settings.rule, weights, settings.options, gate, draft=draft, **over)

@@ -27,7 +27,6 @@ from graft.errors import GraftError, RunError
 from graft.evaluate.judge import Judge
 from graft.evaluate.results import Results, key_of
 from graft.evaluate.unseen import check_unseen
-from graft.folders import COMPANIONS
 from graft.hashing import hash_file
 from graft.machine import share_of_cores
 from graft.merge.engine import files_beside, prepare, stamps, stream
@@ -117,7 +116,7 @@ class Seat:
         parts = inputs(settings, folders)
         readers = {name: self._reader(part) for name, part in parts.items()}
         first = parts[settings.parents[0]]
-        beside = [hash_file(path) for path in first.beside(COMPANIONS).values()]
+        beside = [hash_file(path) for path in first.companions.values()]
         made = (dict(plan.tensors), plan.config, beside)
         if self._made != made or self._targets is None:
             self._load(settings, job, plan, readers, first, prepared.survey)

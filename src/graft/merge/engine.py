@@ -9,12 +9,10 @@ core, whatever the size of the models.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
-from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -22,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from graft.checkpoint import FLOATS, TensorReader, TensorWriter
 from graft.disk import atomic_write
 from graft.errors import RequestError
-from graft.folders import COMPANIONS, STALE
+from graft.folders import copy_companions
 from graft.hashing import Digests
 from graft.merge.architecture import Check, verify
 from graft.merge.inputs import Input, inputs, once, unpickled
@@ -203,16 +201,10 @@ def short_names(parents: Sequence[str]) -> dict[str, str]:
 def files_beside(plan: Layout, parent: Input, out: Path) -> None:
     """Configuration, generation configuration, tokenizer and chat template, all of the first parent."""
     atomic_write(out / "config.json", json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
-    taken = parent.beside(COMPANIONS)
     new = plan.vocabulary.tokenizer if plan.vocabulary is not None else None
-    if new is not None:
-        taken = {n: path for n, path in taken.items() if not any(fnmatch(n, pattern) for pattern in STALE)}
-    for name, path in taken.items():
-        (out / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, out / name)
+    plan.notes["files_taken"] = copy_companions(parent.companions, out, stale=new is None)
     if new is not None:
         atomic_write(out / "tokenizer.json", json.dumps(new, indent=2, ensure_ascii=False))
-    plan.notes["files_taken"] = list(taken)
 
 
 def stamps(folders: Mapping[str, Path]) -> dict[str, list[Any]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from graft.adapters.facts import adapted_base, base_there, frozen_config, is_adapted, obstacles
 from graft.checkpoint import Headers, TensorReader, read_headers
 from graft.errors import CannotCombine, RequestError
-from graft.folders import ADAPTED, is_quantised, read_config
+from graft.folders import ADAPTED, companions, is_quantised, read_config
 from graft.lora import Lora, base_folder, is_lora, new_rows, read_lora, stands_for
 from graft.merge.naming import Names, Placed, alike, is_dead, renamed
 from graft.pickles import converted, is_pickled, refusal
@@ -67,14 +67,10 @@ class Input:
         """The folder of the tokenizer: an adapter's own, where it has one."""
         return self.folder if (self.folder / "tokenizer.json").is_file() else self.home
 
-    def beside(self, patterns: Sequence[str]) -> dict[str, Path]:
-        """Files beside the weights whose names fit: an adapter's own tokenizer, else what its base has."""
-        found: dict[str, Path] = {}
-        for pattern in patterns:
-            for folder in (self.tokenizer, self.home):
-                for path in sorted(folder.glob(pattern)):
-                    found.setdefault(str(path.relative_to(folder)), path)
-        return {name: path for name, path in found.items() if path.is_file()}
+    @property
+    def companions(self) -> dict[str, Path]:
+        """Files beside the weights, by name: an adapter's own tokenizer, else what its base has."""
+        return companions(self.tokenizer, self.home)
 
     @cached_property
     def config(self) -> dict[str, Any]:

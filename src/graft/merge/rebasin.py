@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from graft.evaluate.settings import DRAWN
-from graft.folders import COMPANIONS
+from graft.folders import copy_companions
 from graft.merge import linear
 from graft.merge.judged import Judged
 
@@ -83,9 +83,7 @@ def _aligned(known: Symmetries, job: Job, settings: Settings, name: str) -> Path
         # two tensors that an adapter made of one that its base ties
         apart = {"tie_word_embeddings": False} if second.apart else {}
         (out / "config.json").write_text(json.dumps({**second.config, **apart}))
-        for companion, path in second.beside(COMPANIONS).items():
-            (out / companion).parent.mkdir(exist_ok=True)
-            (out / companion).write_bytes(path.read_bytes())
+        copy_companions(second.companions, out)
         cosines = {"cosine_before": round(reached[0], 6), "cosine_after": round(reached[-1], 6)}
         (out / AGREEMENT).write_text(json.dumps({**cosines, "rounds": len(reached) - 1}))
 
