@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from graft.ensemble.gate import Told, joined
-from graft.ensemble.placed import PlacedLayer, Places, can_be_placed, kind_of
+from graft.ensemble.placed import Masks, PlacedLayer, Places, can_be_placed, masks_of
 
 if TYPE_CHECKING:
     from graft.ensemble.causal import EnsembleForCausalLM
@@ -57,7 +57,7 @@ class Pending:
         self.by: list[list[int]] = [[] for _ in self.rows]
         self.drawn: torch.Tensor | None = None
         self.cache = DynamicCache(config=model.config)
-        self.places: dict[Any, Places] = {}
+        self.places: dict[Masks, Places] = {}
         self.readers = [self._reader(place) for place in model.active]
         self._placed: tuple[Any, torch.Tensor] | None = None
 
@@ -66,7 +66,8 @@ class Pending:
         member, (first, stop) = self.model.members[place], self.model.spans[place]
         places = None
         if can_be_placed(member):
-            places = self.places.setdefault(kind_of(member), Places(member))
+            masks = masks_of(member)
+            places = self.places.setdefault(masks, Places(masks))
             self.cache.layers[first:stop] = [PlacedLayer(places) for _ in range(first, stop)]
         own = {row: -start for row, start in enumerate(self.starts)}
         return _Reader(list(self.rows), list(self.starts), own, places)

@@ -6,15 +6,17 @@ kept, so that nothing is ever moved. Which columns a token sees is said by a mas
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
-TYPES = {"gpt2", "gpt_neox", "llama", "mistral", "olmo2", "phi", "qwen2", "qwen3"}
-"""Models that take a mask of four dimensions as it is and know positions from `position_ids` alone."""
-MIXED = {"qwen2", "qwen3"}
-"""Of these, models that take a mask for each type of their layers."""
+TYPES = {
+    "cohere", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo", "olmo2",
+    "olmo3", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2",
+}  # fmt: skip
+"""Models that take a mask of four dimensions as it is, or one for each type of their layers where their configuration
+has types, and know positions from `position_ids` alone. A trial on a short text could not tell: windows are longer."""
 
 
 def can_be_placed(member: Any) -> bool:
@@ -24,22 +26,32 @@ def can_be_placed(member: Any) -> bool:
     return plain and config.model_type in TYPES
 
 
-def kind_of(member: Any) -> tuple[bool, frozenset[str] | None, int | None, torch.device]:
-    """What its masks depend on: eager attention, types of layers, window, device."""
+class Masks(NamedTuple):
+    """What a member's masks depend on: eager attention, types of its layers where it takes a mask for each, the window
+    of those that slide, the device."""
+
+    eager: bool
+    types: frozenset[str] | None
+    window: int | None
+    device: torch.device
+
+
+def masks_of(member: Any) -> Masks:
+    """Those of a member that can be placed."""
     config = member.config
-    types = frozenset(config.layer_types) if config.model_type in MIXED else None
+    # asked of the class: a file may name types to a model that knows of none
+    types = frozenset(config.layer_types) if hasattr(type(config), "layer_types") else None
     window = getattr(config, "sliding_window", None)
-    return config._attn_implementation == "eager", types, window, next(member.parameters()).device
+    return Masks(config._attn_implementation == "eager", types, window, next(member.parameters()).device)
 
 
 class Places:
     """Where in the cache the tokens stand that a member reads next, and what they see. Its layers look here, and those
-    of other members of the same `kind`."""
+    of other members with the same `masks`."""
 
-    def __init__(self, member: Any):
-        eager, self.types, self.window, self.device = self.kind = kind_of(member)
-        self.eager = eager
-        self.begun, self.seen = False, 0
+    def __init__(self, masks: Masks):
+        self.masks, self.device = masks, masks.device
+        self.seen = 0
         self.given: torch.Tensor | None = None
         self._flat: dict[int, torch.Tensor] = {}
 
@@ -50,8 +62,8 @@ class Places:
         if positions is not self.given:
             self.given, self.positions, self._flat = positions, positions.to(self.device), {}
             self.stop, self.columns = stop, 1 << stop.bit_length()  # more than stop: the last takes what is no token
-            self.begun, self.seen = seen > 0, seen
-            self.mask = self._mask(self.positions.clamp(min=0)[:, None, :, None]) if self.begun else None
+            self.seen = seen
+            self.mask = self._mask(self.positions.clamp(min=0)[:, None, :, None]) if seen else None
         return self.mask
 
     def flat(self, heads: int) -> torch.Tensor:
@@ -64,15 +76,15 @@ class Places:
         return self._flat[heads]
 
     def _mask(self, positions: torch.Tensor) -> Any:
-        columns = torch.arange(self.stop, device=self.device)
+        columns, window = torch.arange(self.stop, device=self.device), self.masks.window
         full = columns <= positions
-        slid = full if self.window is None else full & (columns > positions - self.window)
-        if self.types is None:
+        slid = full if window is None else full & (columns > positions - window)
+        if self.masks.types is None:
             return self._made(slid)
-        return {each: self._made(slid if each == "sliding_attention" else full) for each in self.types}
+        return {each: self._made(slid if each == "sliding_attention" else full) for each in self.masks.types}
 
     def _made(self, mask: torch.Tensor) -> torch.Tensor:
-        if not self.eager:
+        if not self.masks.eager:
             return mask
         return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
 
@@ -90,7 +102,7 @@ class PlacedLayer(DynamicLayer):
         """Writes the new keys and values `[rows, heads, tokens, channels]`; returns those of all columns so far."""
         self.keys, self.values = self._written(self.keys, key_states), self._written(self.values, value_states)
         self.is_initialized = True
-        if not self.places.begun:
+        if not self.places.seen:
             return key_states, value_states
         return self.keys[:, :, : self.places.stop], self.values[:, :, : self.places.stop]
 
