@@ -195,6 +195,7 @@ assert "{light}" == "" or "torch" not in sys.modules
 from transformers import AutoConfig, AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print(type(model).__name__, AutoConfig.from_pretrained(sys.argv[1]).model_type)
+print(*sorted(known.__name__ for known in AutoModelForCausalLM._model_mapping._extra_content))
 """
 
 
@@ -204,13 +205,15 @@ print(type(model).__name__, AutoConfig.from_pretrained(sys.argv[1]).model_type)
         ("import graft", "", "light"),
         ("import graft", "import transformers", ""),
         ("import transformers", "import graft", ""),
+        ("import graft.ensemble.base", "", ""),
     ],
 )
 def test_the_auto_classes_know_ensembles_after_import_graft(family, first, second, light):
     target, _ = run(family, {"members": ["llama", "qwen"]})
     program = AUTO.format(first=first, second=second, light=light)
     done = subprocess.run([sys.executable, "-c", program, str(target)], capture_output=True, text=True)
-    assert done.stdout.split() == ["EnsembleForCausalLM", "graft_ensemble"], done.stderr
+    found = ["EnsembleForCausalLM", "graft_ensemble", "AdaptedConfig", "ByteEnsembleConfig", "EnsembleConfig"]
+    assert done.stdout.split() == found, done.stderr
 
 
 CONFIGURATIONS = """
@@ -229,6 +232,7 @@ print(any("transformers.models.auto.modeling" in name for name in sys.modules))
         ("import graft", ""),
         ("from transformers import AutoConfig", "import graft"),
         ("import graft.ensemble.byte_level.configuration", "import graft"),
+        ("import graft.ensemble.configuration", ""),
     ],
 )
 def test_configurations_are_known_before_any_model_class_is(family, first, second, tmp_path):
