@@ -294,6 +294,8 @@ def test_models_stand_behind_the_folder_with_weights_or_without():
             ["out", "--seeds", "3", "--seeds.on", "a.jsonl"],
             "expected settings inside of seeds, for seeds.on, found seeds=3",
         ),
+        (["out", "--models", "{a: .5, a: .6}"], "models: expected every key once, found a twice in {a: .5, a: .6}"),
+        (["out", "--over", "{x: {y: 1, y: 2}}"], r"over: expected every key once, found x\.y twice"),
     ],
 )
 def test_words_that_say_nothing_are_refused(words, expected):

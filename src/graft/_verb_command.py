@@ -244,13 +244,19 @@ def _options(words: Sequence[str], settings: dict[str, Any], flags: Collection[s
 
 
 def assigned(settings: dict[str, Any], word: str) -> None:
-    """Put `key=value` or `outer.inner=value` into `settings`; the value is read as YAML."""
+    """Put `key=value` or `outer.inner=value` into `settings`; the value is read as YAML, a text where it is none.
+
+    Raises RequestError where it has a key twice, of which one would be lost.
+    """
     from graft.yaml_lines import read_yaml
 
     key, equals, text = word.partition("=")
     if not equals or not key:
         raise RequestError(f"expected KEY=VALUE, found {word!r}")
     document = read_yaml(text)
+    if document.repeated:
+        twice = ".".join(map(str, document.repeated[0].path))
+        raise RequestError(f"{key}: expected every key once, found {twice} twice in {text}")
     *outer, last = key.split(".")
     for step in outer:
         if isinstance(settings.get(step), str):  # `--method lora --set method.lora.rank=4`

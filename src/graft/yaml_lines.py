@@ -17,11 +17,13 @@ Path = tuple[str | int, ...]
 
 @dataclass
 class Document:
-    """Plain values, the line (from 1) at which the value of every path stands, and what is wrong with the file."""
+    """Plain values, the line (from 1) at which the value of every path stands, and what is wrong with the file; of
+    that, keys that are `repeated`."""
 
     value: Any = None
     lines: dict[Path, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    repeated: list[Problem] = field(default_factory=list)
 
     def line(self, path: Path) -> int | None:
         """The line of the value nearest to `path`; steps that are not in the file are passed over."""
@@ -108,7 +110,9 @@ def _value(loader: _Loader, node: yaml.Node, path: Path, document: Document, abo
     if isinstance(node, yaml.CollectionNode) and node.tag not in _PLAIN:
         document.problems.append(Problem(path, f"expected plain values, found the tag {node.tag}"))
     if isinstance(node, yaml.MappingNode):
-        document.problems += _repeated(node, path)
+        repeated = list(_repeated(node, path))
+        document.repeated += repeated
+        document.problems += repeated
         loader.flatten_mapping(node)
         return dict(_items(loader, node, path, document, above))
     if isinstance(node, yaml.SequenceNode):
