@@ -53,6 +53,16 @@ def test_help_loads_nothing_but_the_command_line():
     assert sum(name.split(".")[0] == "graft" for name in loaded) < 25
 
 
+def test_help_of_no_command_loads_what_computes():
+    """The settings of `tune` and `pretrain` stand beside what works with arrays; numpy is theirs alone."""
+    names = sorted(COMMANDS, key=lambda name: name in ("tune", "pretrain"))
+    code = "import sys\nfrom typer.testing import CliRunner\nfrom graft.cli import app\nfor name in sys.argv[1:]:\n"
+    code += "    assert 'Usage' in CliRunner().invoke(app, [name, '--help']).stdout\n"
+    code += "    print(name, *({'numpy', 'torch', 'transformers'} & sys.modules.keys()))"
+    shown = subprocess.check_output([sys.executable, "-c", code, *names], text=True)
+    assert shown.splitlines() == [*names[:-2], "pretrain numpy", "tune numpy"]
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_with_an_example_and_json(name):
     result = invoke(name, "--help")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import operator
 import os
 import shutil
 import struct
@@ -11,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from graft.disk import atomic_write, disk_errors, free_space
 from graft.errors import CheckpointError
@@ -58,7 +58,7 @@ class TensorHeader:
     @property
     def count(self) -> int:
         """Number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64)) if self.shape else 1
+        return math.prod(self.shape)
 
 
 Headers = dict[str, TensorHeader]
@@ -156,7 +156,7 @@ def read_file_headers(path: Path) -> Headers:
 
 def _header(path: Path, name: str, entry: Any, base: int, size: int) -> TensorHeader:
     try:
-        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        dtype, shape, (start, end) = entry["dtype"], tuple(map(operator.index, entry["shape"])), entry["data_offsets"]
         header = TensorHeader(name, dtype, shape, path, base + start, base + end)
         expected = header.count * WIDTH[dtype]
     except (KeyError, TypeError, ValueError) as error:
@@ -307,7 +307,7 @@ class TensorWriter:
 
 
 def _size(dtype: str, shape: tuple[int, ...]) -> int:
-    return WIDTH[dtype] * int(np.prod(shape, dtype=np.int64)) if shape else WIDTH[dtype]
+    return WIDTH[dtype] * math.prod(shape)
 
 
 def _shards(layout: Mapping[str, tuple[str, tuple[int, ...]]], shard_bytes: int) -> list[list[str]]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from graft.data import heads, sources
-from graft.data.distinct import Distinct
 from graft.data.settings import FIELDS, SPLITS, DataSettings, Files, HuggingFace, Mixture, Source
 from graft.errors import DataError, UnknownName, closest, nearest
 
@@ -132,6 +131,8 @@ class Corpus:
 
         Splits that are given come first, and no other record goes into those of them that are dev or test.
         """
+        from graft.data.distinct import Distinct
+
         seen, place, taken = Distinct(), "train", set[str]()
         for split, record in rows:
             identity = identity_of(record)
