@@ -16,6 +16,7 @@ from graft.yaml_lines import read_yaml
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
 PATHS = ("path", "train", "dev", "test")
+FEW = {"limit": 3, "evaluations": 3, "rows": 3, "epochs": 1, "steps": 2, "tokens": 256}
 
 
 def shrunk(recipe: Path, folder: Path) -> dict[str, Any]:
@@ -31,10 +32,12 @@ def shrunk(recipe: Path, folder: Path) -> dict[str, Any]:
             settings |= {"size": "60k", "length": 64}
             if "of" not in settings.get("tokenizer", {}):
                 settings["tokenizer"] = {"size": 300}
-        for part in (settings, settings.get("search", {})):
-            part |= {key: 3 for key in ("limit", "evaluations", "rows") if key in part}
+        for part in (settings, settings.get("search", {}), settings.get("weights", {})):
+            part |= {key: value for key, value in FEW.items() if key in part}
+        if "fit" in settings.get("weights", {}):
+            settings["weights"]["documents"] = 3
     for measure in raw["evaluate"]:
-        measure["limit"] = 8
+        measure["limit"] = 3
     return raw
 
 
@@ -44,10 +47,10 @@ def _fewer_documents(source: dict[str, Any], root: Path, folder: Path) -> None:
             source[key] = str(excerpt(root / source[key], folder.with_name(f"{folder.name}-{key}.jsonl")))
             source["splits"] = {"dev": 0.2}
     if source.get("source") == "python-library":
-        source |= {"packages": ["json", "email", "http"], "splits": {"dev": 0.2, "test": 0.2}}
+        source |= {"packages": ["json", "wsgiref", "zoneinfo"], "splits": {"dev": 0.2, "test": 0.2}}
 
 
-def excerpt(file: Path, target: Path, records: int = 40, characters: int = 600) -> Path:
+def excerpt(file: Path, target: Path, records: int = 40, characters: int = 300) -> Path:
     """The first records of a file of JSON lines, their texts cut short."""
     with target.open("w") as out:
         for _, line in itertools.islice(files.lines(file), records):

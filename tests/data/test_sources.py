@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import lzma
+import re
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,15 @@ def test_the_librarys_code_is_its_files():
     assert {record["text"] for record in found} == {text for text in files if text.strip()}
 
 
+@pytest.mark.parametrize("package", ["json", "xml.etree", "json.decoder", "textwrap"])
+def test_a_package_is_the_files_of_its_name_in_the_whole_library(package):
+    inside = package.replace(".", "/")
+    whole = library_files([])
+    wanted = [(name, path) for name, path in whole if name == f"{inside}.py" or name.startswith(f"{inside}/")]
+    assert library_files([package]) == wanted != []
+    assert library_files([package, package, "html"]) == sorted([*wanted, *library_files(["html"])])
+
+
 def test_the_librarys_docstrings_are_its_prose():
     found = {
         record["text"]
@@ -54,9 +64,10 @@ def test_docstrings_are_taken_from_modules_classes_and_functions():
     assert [text[0] for text in docstrings(code)] == ["A", "B"]
 
 
-def test_a_package_that_is_not_there_is_named():
-    opened = corpus({"source": "python-library", "packages": ["jason"]})
-    with pytest.raises(DataError, match="'jason'"):
+@pytest.mark.parametrize("package", ["jason", "", "..", "/etc", "json.", "test.support", "site-packages", "idlelib"])
+def test_a_package_that_is_not_there_is_named(package):
+    opened = corpus({"source": "python-library", "packages": [package]})
+    with pytest.raises(DataError, match=re.escape(repr(package))):
         list(opened.records("train"))
 
 

@@ -25,6 +25,8 @@ Tagged = tuple[str | None, Record]
 
 SAME = "same"
 """In the place of a split: that of the record before, whose text goes on here."""
+LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
+"""Folders of the interpreter's library that hold no text of its own, or none worth learning."""
 BLANK = {"jsonl": "nothing but white space", "csv": "no row below a header", "parquet": "none"}
 """What is said of a file that holds something, and no records, by its source."""
 MOST = 1 << 22
@@ -91,24 +93,28 @@ def library_files(packages: list[str]) -> list[tuple[str, Path]]:
 
     Raises DataError for a package that is not part of it.
     """
-    top = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
-    names = []
-    for folder, folders, file_names in os.walk(top):
-        folders[:] = [name for name in folders if name not in left_out]
-        found = (Path(folder, name) for name in file_names if name.endswith(".py"))
-        names += [(path.relative_to(top).as_posix(), path) for path in found]
-    names.sort()
+    top = sysconfig.get_paths()["stdlib"]
     if not packages:
-        return names
-    chosen = [
-        (n, p) for n, p in names if any(n == f"{q}.py" or n.startswith(q.replace(".", "/") + "/") for q in packages)
-    ]
+        return sorted(_modules(top, "").items())
+    names: dict[str, Path] = {}
     for package in packages:
-        inside = package.replace(".", "/")
-        if not any(n == f"{inside}.py" or n.startswith(f"{inside}/") for n, _ in names):
+        found = _modules(top, package.replace(".", "/")) if package else {}
+        if not found:
             raise DataError(f"expected a package of this interpreter's library, found {package!r}")
-    return chosen
+        names |= found
+    return sorted(names.items())
+
+
+def _modules(top: str, inside: str) -> dict[str, Path]:
+    """name → path of the modules in a folder of the library, and of the module of that name; none where left out."""
+    if inside and not all(part.isidentifier() and part not in LEFT_OUT for part in inside.split("/")):
+        return {}
+    names = [f"{inside}.py"] if os.path.isfile(f"{top}/{inside}.py") else []
+    for folder, folders, file_names in os.walk(os.path.join(top, inside)):
+        folders[:] = [name for name in folders if name not in LEFT_OUT]
+        place = Path(folder).relative_to(top).as_posix()
+        names += [name if place == "." else f"{place}/{name}" for name in file_names if name.endswith(".py")]
+    return {name: Path(top, name) for name in names}
 
 
 def _python_library(settings: kinds.PythonLibrary, root: Path) -> Iterator[Tagged]:
