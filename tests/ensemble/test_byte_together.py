@@ -7,12 +7,14 @@ from tiny_bytes import LEFT, by_hand, member, stepwise, tokenizer
 from tiny_members import gpt2
 
 from graft.ensemble.byte_level import forest as forests
+from graft.ensemble.byte_level import packed as packs
 from graft.ensemble.byte_level.asking import Ask, together
 from graft.ensemble.byte_level.byte_model import EXACT, ByteModel, Cover
 from graft.ensemble.byte_level.cover import Born
 from graft.ensemble.byte_level.following import cut
 from graft.ensemble.byte_level.forest import Forest, style_of
 from graft.ensemble.byte_level.leaf import Leaf
+from graft.ensemble.byte_level.packed import Piece, blocks_of
 from graft.ensemble.byte_level.scorer import distributions, score
 from graft.ensemble.model import ensemble_of
 
@@ -63,6 +65,32 @@ def test_padding_and_rows_that_wait_change_nothing(monkeypatch):
         monkeypatch.setattr(forests, "LOGITS", logits)
         for own, found in zip(wanted, score(reader, TEXTS), strict=True):
             assert found.log_probs == pytest.approx(own.log_probs, abs=1e-4)
+
+
+def test_trees_that_are_attended_to_together_say_what_each_does_alone(monkeypatch):
+    reader = ByteModel(member(6, LEFT), LEFT, SOME)
+    found = []
+    for most in (0, 2, 10**6):
+        monkeypatch.setattr(packs, "PADDED", most)
+        found.append(np.concatenate([each.log_probs for each in score(reader, TEXTS)]))
+    assert np.allclose(found[0], found[1], atol=1e-5)
+    assert np.allclose(found[0], found[2], atol=1e-5)
+
+
+def test_trees_are_attended_to_together_unless_most_would_be_padding():
+    def trees(*sizes):
+        ends = np.cumsum(sizes)
+        pieces = [
+            Piece(end - size, end, tree, np.ones((size, 3 + tree), bool))
+            for tree, (size, end) in enumerate(zip(sizes, ends, strict=True))
+        ]
+        blocks, rows = blocks_of(pieces, len(sizes), torch.float32, torch.device("cpu"))
+        tokens = torch.cat([block.tokens.flatten() for block in blocks])
+        assert tokens[rows].tolist() == list(range(ends[-1]))
+        return [(block.trees.start, block.trees.stop, tuple(block.mask.shape)) for block in blocks]
+
+    assert trees(2, 1, 2) == [(0, 3, (3, 1, 2, 5))]
+    assert trees(9, 1, 1) == [(0, 1, (1, 1, 9, 3)), (1, 2, (1, 1, 1, 4)), (2, 3, (1, 1, 1, 5))]
 
 
 def test_what_two_ask_for_is_read_once():

@@ -20,7 +20,7 @@ from graft.ensemble.byte_level.asking import Ask, Found, Reading, Wanted
 from graft.ensemble.byte_level.columns import Places, cache_of
 from graft.ensemble.byte_level.cover import Told
 from graft.ensemble.byte_level.leaf import UNREAD, Leaf
-from graft.ensemble.byte_level.packed import Piece, packing
+from graft.ensemble.byte_level.packed import Piece, blocks_of, packing
 from graft.ensemble.byte_level.reader import Reader
 from graft.errors import RunError
 from graft.evaluate.limits import can_branch, least_window
@@ -256,25 +256,26 @@ class Forest:
         pieces = []
         for own in group:
             begin, end = end, end + len(own)
-            pieces.append(Piece(begin, end, own[0].row, self._hidden(own).to(device)))
+            pieces.append(Piece(begin, end, own[0].row, self._seen(own)))
         width = max(self._columns[piece.tree] for piece in pieces)
-        columns = torch.tensor([int(leaf.slots[-1]) for leaf in leaves], device=device)
-        self._places.pack(pieces, len(self), width, columns)
+        table = torch.tensor([(leaf.token, leaf.depth, leaf.row, leaf.slots[-1]) for leaf in leaves])
+        ids, depths, trees, columns = table.t().contiguous()
+        packed = blocks_of(pieces, len(self), self.reader.dtype, device)
+        self._places.pack(packed, len(self), width, trees.to(device), columns.to(device))
         given = {
             "attention_mask": torch.zeros(1, 1, 1, 1, dtype=self.reader.dtype),  # any of four dimensions is left alone
-            "position_ids": torch.tensor([[leaf.depth for leaf in leaves]]),
+            "position_ids": depths[None],
             "past_key_values": self._cache,
         }
         with packing(self.reader.model):
-            return self.reader.forward(torch.tensor([[leaf.token for leaf in leaves]]), use_cache=True, **given)[0]
+            return self.reader.forward(ids[None], use_cache=True, **given)[0]
 
-    def _hidden(self, own: Sequence[Leaf]) -> torch.Tensor:
-        """What is added to attention's logits `[leaves, columns]` of leaves of one tree: each sees what leads to it."""
+    def _seen(self, own: Sequence[Leaf]) -> np.ndarray:
+        """`[leaves, columns] bool` of leaves of one tree: each sees what leads to it."""
         seen = np.zeros((len(own), self._columns[own[0].row]), bool)
         for place, leaf in enumerate(own):
             seen[place, leaf.slots] = True
-        mask = torch.zeros(seen.shape, dtype=self.reader.dtype)
-        return mask.masked_fill_(torch.from_numpy(~seen), torch.finfo(self.reader.dtype).min)
+        return seen
 
     def _settle(self, group: Sequence[Sequence[Leaf]]) -> None:
         """Give new leaves their columns."""

@@ -6,10 +6,11 @@ one for as long as the row is read: the tokens of a tree see columns of that tre
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -22,14 +23,57 @@ OTHERS = ("softcap", "s_aux", "position_bias")
 """What a model may give its attention that this one does not know."""
 
 
+PADDED = 2
+"""Trees are attended to together, padded to the longest, where that makes of a token this many at most."""
+
+
 class Piece(NamedTuple):
-    """The tokens `begin … end` of a row are of one tree: its first columns are seen as `mask [end - begin, width]`
-    says, which is added to the attention's logits."""
+    """The tokens `begin … end` of a row are of one tree: `seen [end - begin, width] bool` are its first columns."""
 
     begin: int
     end: int
     tree: int
+    seen: np.ndarray
+
+
+class Block(NamedTuple):
+    """Trees that are attended to together: their `trees`, the `tokens [trees, longest]` of the pass that are theirs
+    (any, where one has fewer), and what is added to the attention's logits, `mask [trees, 1, longest, width]`."""
+
+    trees: slice
+    tokens: torch.Tensor
     mask: torch.Tensor
+
+
+class Blocks(NamedTuple):
+    """All tokens of a pass: `rows [tokens]` is where each is in all blocks' tokens, one behind the other."""
+
+    blocks: list[Block]
+    rows: torch.Tensor
+
+
+def blocks_of(pieces: Sequence[Piece], count: int, dtype: torch.dtype, device: torch.device) -> Blocks:
+    """The pieces of `count` trees: all together unless most of what is then read were padding, else one by one."""
+    longest = max(piece.end - piece.begin for piece in pieces)
+    if len(pieces) > 1 and count * longest <= PADDED * pieces[-1].end:
+        groups = [(slice(0, count), pieces)]
+    else:
+        groups = [(slice(piece.tree, piece.tree + 1), [piece]) for piece in pieces]
+    blocks, rows, before = [], np.empty(pieces[-1].end, np.int64), 0
+    for trees, own in groups:
+        longest = max(piece.end - piece.begin for piece in own)
+        tokens = np.zeros((trees.stop - trees.start, longest), np.int64)
+        seen = np.zeros((*tokens.shape, max(piece.seen.shape[1] for piece in own)), bool)
+        seen[:, :, 0] = True  # padding sees the start
+        for begin, end, tree, columns in own:
+            row, size = tree - trees.start, end - begin
+            tokens[row, :size] = np.arange(begin, end)
+            seen[row, :size, : columns.shape[1]] = columns
+            rows[begin:end] = np.arange(size) + (before + row * longest)
+        before += tokens.size
+        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(torch.from_numpy(~seen), torch.finfo(dtype).min)
+        blocks.append(Block(trees, torch.from_numpy(tokens).to(device), mask[:, None].to(device)))
+    return Blocks(blocks, torch.from_numpy(rows).to(device))
 
 
 def attention(
@@ -48,20 +92,21 @@ def attention(
     """
     if found := [name for name in OTHERS if how.get(name) is not None]:
         raise ValueError(f"expected attention of scaled dot products alone, found {', '.join(found)}")
-    keys, values = key.keys, value.values
+    keys, values, places = key.keys, value.values, key.places
     assert keys is not None
     assert values is not None
-    shared = query.shape[1] // keys.shape[2]
-    made = query.new_empty(1, query.shape[2], query.shape[1], values.shape[3])
-    for begin, end, tree, mask in key.places.pieces:
-        k, v = (kept[tree, : mask.shape[1]].transpose(0, 1) for kept in (keys, values))
+    assert places.packed is not None
+    shared = query.shape[1] // keys.shape[1]
+    queries = query[0].transpose(0, 1)
+    parts = []
+    for trees, tokens, mask in places.packed.blocks:
+        k, v = (kept[trees, :, : mask.shape[-1]] for kept in (keys, values))
         if shared > 1:
-            k, v = k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0)
-        seen = scaled_dot_product_attention(
-            query[:, :, begin:end], k[None], v[None], attn_mask=mask[None, None], dropout_p=dropout, scale=scaling
-        )
-        made[:, begin:end] = seen.transpose(1, 2)
-    return made, None
+            k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+        own = queries[tokens].transpose(1, 2)
+        seen = scaled_dot_product_attention(own, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
+        parts.append(seen.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts)[places.packed.rows][None], None
 
 
 AttentionInterface.register(IMPLEMENTATION, attention)

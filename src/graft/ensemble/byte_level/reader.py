@@ -14,7 +14,7 @@ from graft.errors import CannotCombine, RunError
 
 KEPT = 2**24
 """Log-probabilities of what comes behind single tokens that are kept, and as many running totals."""
-AT_ONCE = 2**18
+AT_ONCE = 2**16
 """Log-probabilities that are summed at once: as many as stay in a core's cache."""
 
 
