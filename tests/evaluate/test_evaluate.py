@@ -14,6 +14,7 @@ from graft.errors import DataError, RequestError, RunError, ScoresFailed, Settin
 from graft.evaluate import evaluate, parse
 from graft.evaluate.items import subjects
 from graft.evaluate.scorer import Scorer
+from graft.evaluate.statistics import wilson
 from graft.evaluate.tasks import load_task
 
 from .conftest import make
@@ -156,6 +157,24 @@ def test_classification_chooses_the_likeliest_label(family, sets, tmp_path):
     assert [row["metric"] for row in rows] == ["accuracy", "mcc"]
     assert rows[0]["value"] == pytest.approx(right / len(records))
     assert rows[0]["interval"] == "wilson"
+
+
+def test_scores_that_no_item_leaves_have_an_interval_and_so_has_their_difference(family, sets, tmp_path):
+    """No output has a snowman: every item is 0, in every resample."""
+    write(tmp_path / "pairs.jsonl", [{"source": f"say {n}", "target": "\u2603 " * (n + 1)} for n in range(8)])
+    asked = {"measure": "generation", "on": ["pairs.test"], "metrics": ["token_f1", "bleu"], "max_tokens": 2}
+    folders = {**family, "again": family["llama"]}
+    rows = run(folders, [asked], sets, tmp_path)
+    most = {"token_f1": wilson(0, 8)[1], "bleu": 100 * wilson(0, 8)[1]}
+    for row in rows:
+        if row["kind"] == "score":
+            assert (row["value"], row["low"]) == (0, 0)
+            assert row["high"] == pytest.approx(most[row["metric"]])
+            assert row["interval"] == "wilson, no item differs"
+        elif row["models"] == ["llama", "again"]:
+            assert (row["low"], row["high"], row["p"]) == (0, 0, 1)
+        else:
+            assert (row["low"], row["high"]) == pytest.approx((-most[row["metric"]], most[row["metric"]]))
 
 
 def test_generation_is_compared_with_its_targets(family, sets, tmp_path):

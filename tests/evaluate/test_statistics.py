@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, norm
 
-from graft.evaluate.statistics import bootstrap, mcnemar, paired, redrawn, wilson
+from graft.evaluate.statistics import bootstrap, mcnemar, paired, redrawn, unvaried, wilson
 
 
 def mean_of(values):
@@ -93,3 +93,23 @@ def test_few_items_prove_little_however_far_apart_two_models_are(items):
     """One model ahead on every item: no test of signs can give less than 2^(1 - items)."""
     first, second = mean_of(np.ones(items)), mean_of(np.arange(items) + 5.0)
     assert compared(first, second, items)[2] == 2.0 ** (1 - items)
+
+
+@pytest.mark.parametrize("items", [2, 30, 1000])
+def test_items_that_are_all_right_or_all_wrong_have_wilsons_interval(items):
+    assert unvaried(1.0, items, (0, 1)) == pytest.approx(wilson(items, items))
+    assert unvaried(0.0, items, (0, 1)) == pytest.approx(wilson(0, items))
+    assert unvaried(0.0, items, (-2, 2)) == pytest.approx((-2 * wilson(0, items)[1], 2 * wilson(0, items)[1]))
+
+
+def test_the_truth_lies_in_the_interval_of_items_that_all_agree():
+    """One item in 30 scores anything: of 30 that were drawn all are perfect in more than a third of the trials."""
+    random, covered = np.random.default_rng(3), []
+    for _ in range(300):
+        values = np.where(random.random(30) < 1 / 30, random.random(30), 1.0)
+        low, high = bootstrap(mean_of(values), 30, seed=0, draws=50)
+        if low == high:
+            low, high = unvaried(1.0, 30, (0, 1))
+            covered.append(low <= 1 - 0.5 / 30 <= high)
+    assert len(covered) > 90
+    assert all(covered)

@@ -20,15 +20,20 @@ from graft.errors import UnknownName
 
 Outputs = Sequence[Any]
 
+SHARE = (0.0, 1.0)
+"""The bounds of what is a share, or a mean of shares."""
+
 
 @dataclass(frozen=True)
 class Metric:
-    """A named metric. `proportion`: a mean of rights and wrongs: Wilson's interval and McNemar's test hold."""
+    """A named metric. `proportion`: a mean of rights and wrongs: Wilson's interval and McNemar's test hold. `bounds`:
+    the least and the most that it can be, None where it has no such ends."""
 
     name: str
     unit: str
     higher_is_better: bool
     value: Callable[[np.ndarray], np.ndarray]
+    bounds: tuple[float, float] | None = None
     proportion: bool = False
     signature: str = ""
 
@@ -44,12 +49,12 @@ PERPLEXITY = Metric("perplexity", "", False, lambda sums: np.exp(ratio(sums)))
 
 def _mean(name: str, _: int) -> Metric:
     """The mean of a per-item score, statistics (score, 1)."""
-    return Metric(name, "", True, ratio)
+    return Metric(name, "", True, ratio, SHARE)
 
 
 def _right_or_wrong(name: str, _: int) -> Metric:
     """The share of items that are right, statistics (0 or 1, 1)."""
-    return Metric(name, "", True, ratio, proportion=True)
+    return Metric(name, "", True, ratio, SHARE, proportion=True)
 
 
 def mean_items(scores: Sequence[float]) -> np.ndarray:
@@ -128,7 +133,7 @@ def share(sums: np.ndarray) -> np.ndarray:
     return np.divide(sums[:, 0], sums[:, 1], out=np.zeros(len(sums)), where=sums[:, 1] > 0)
 
 
-ENTITY_F1 = Metric("entity_f1", "", True, share)
+ENTITY_F1 = Metric("entity_f1", "", True, share, SHARE)
 
 
 SCORES: dict[str, Callable[[str, Sequence[str]], float]] = {
@@ -180,7 +185,7 @@ def _of_corpus(name: str, _: int) -> Metric:
     def value(sums: np.ndarray) -> np.ndarray:
         return np.array([scorer._compute_score_from_stats(row.tolist()).score for row in sums])
 
-    return Metric(name, "", True, value)
+    return Metric(name, "", True, value, (0.0, 100.0))
 
 
 def class_metric(name: str, found: Sequence[int], wanted: Sequence[int], classes: int) -> tuple[Metric, np.ndarray]:
@@ -225,7 +230,8 @@ _OF_CLASSES = {"f1_macro": _f1_macro, "f1_micro": _f1_micro, "mcc": _mcc}
 
 def _of_classes(name: str, columns: int) -> Metric:
     compute = _OF_CLASSES[name]
-    return Metric(name, "", True, lambda sums: compute(*sums.reshape(-1, 3, columns // 3).swapaxes(0, 1)))
+    bounds = (-1.0, 1.0) if name == "mcc" else SHARE
+    return Metric(name, "", True, lambda sums: compute(*sums.reshape(-1, 3, columns // 3).swapaxes(0, 1)), bounds)
 
 
 _METRICS: dict[str, Callable[[int], Metric]] = {

@@ -70,6 +70,20 @@ def wilson(successes: float, trials: int, confidence: float = CONFIDENCE) -> tup
     return max(0.0, float(middle - half)), min(1.0, float(middle + half))
 
 
+def unvaried(
+    value: float, items: int, bounds: tuple[float, float], confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """(low, high) where all items agree, so that every resample scores `value` and a bootstrap has no width.
+
+    Of as many items as were seen without an exception, a share that Wilson's interval for 0 of `items` still holds may
+    be exceptions (about 3.8 / items; Hanley & Lippman-Hand 1983 take 3 / items, for one side), and these may score
+    anything within `bounds`.
+    """
+    share = wilson(0, items, confidence)[1]
+    low, high = ((1 - share) * value + share * bound for bound in bounds)
+    return low, high
+
+
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
     """Two-sided p of McNemar's exact test (1947): `first`, `second` [items] bool, right or wrong on the same items."""
     from scipy.stats import binomtest

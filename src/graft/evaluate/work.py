@@ -28,9 +28,9 @@ from graft.hashing import hash_file
 from graft.progress import say
 from graft.vocabulary import tokenizer_of
 
-VERSION = 3
+VERSION = 4
 """Counted up when the same model and items give other numbers."""
-COMPARED = 2
+COMPARED = 3
 """Counted up when the same scores are compared otherwise."""
 
 
@@ -192,10 +192,7 @@ def _row(
     if np.isnan(value):
         raise RunError(f"{metric.name} is not a number; check the model's weights")
     note = "" if np.isfinite(value) else "infinite: the model gives probability zero to what comes"
-    if metric.proportion:
-        low, high = statistics.wilson(float(sums[:, 0].sum()), len(sums))
-    else:
-        low, high = statistics.bootstrap(_resampled(metric, sums), len(sums), seed)
+    low, high, interval = _interval(metric, sums, value, seed)
     return {
         "kind": "score",
         "model": name,
@@ -210,7 +207,7 @@ def _row(
         "low": _finite(low),
         "high": _finite(high),
         "confidence": statistics.CONFIDENCE,
-        "interval": "wilson" if metric.proportion else f"bootstrap, {statistics.DRAWS} draws",
+        "interval": interval,
         "n": len(sums),
         "unit": metric.unit,
         "signature": metric.signature,
@@ -223,6 +220,21 @@ def _row(
         "versions": lineage.versions(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _interval(metric: metrics.Metric, sums: np.ndarray, value: float, seed: int) -> tuple[float, float, str]:
+    """(low, high, what it is called) of a score."""
+    if metric.proportion:
+        return *statistics.wilson(float(sums[:, 0].sum()), len(sums)), "wilson"
+    low, high = statistics.bootstrap(_resampled(metric, sums), len(sums), seed)
+    if metric.bounds is not None and _meet(low, high):
+        return *statistics.unvaried(value, len(sums), metric.bounds), "wilson, no item differs"
+    return low, high, f"bootstrap, {statistics.DRAWS} draws"
+
+
+def _meet(low: float, high: float) -> bool:
+    """Whether an interval has no width, but for what rounding leaves."""
+    return high - low < 1e-9
 
 
 def _finite(value: float) -> float | None:
@@ -280,6 +292,9 @@ def _compare(results: Results, a: Row, b: Row, first: _Redrawn, second: _Redrawn
     low = high = p = float("nan")
     if first.scores is not None and second.scores is not None:
         low, high, p = statistics.paired(first.scores, second.scores, len(first.sums))
+    if first.metric.bounds is not None and _meet(low, high) and a["model_hash"] != b["model_hash"]:
+        most = first.metric.bounds[1] - first.metric.bounds[0]
+        low, high = statistics.unvaried(a["value"] - b["value"], len(first.sums), (-most, most))
     test = "paired bootstrap"
     if first.metric.proportion:
         test, p = "McNemar, exact", statistics.mcnemar(first.sums[:, 0] > 0.5, second.sums[:, 0] > 0.5)
