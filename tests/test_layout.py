@@ -14,8 +14,19 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "graft"
 VERBS = {"pretrain", "tune", "adapt", "head", "merge", "ensemble", "quantize", "_load"}
 LAYERS = [
-    {"allocator", "errors", "machine", "misfits", "settings", "progress", "_callable", "_register", "yaml_lines"},
-    {"methods", "verb", "hub", "disk", "checkpoint", "lora", "pickles", "remembered", "hashing"},
+    {
+        "allocator",
+        "errors",
+        "machine",
+        "misfits",
+        "settings",
+        "pointers",
+        "progress",
+        "_callable",
+        "_register",
+        "yaml_lines",
+    },
+    {"methods", "verb", "hub", "disk", "checkpoint", "lora", "pickles", "remembered", "hashing", "machine_code"},
     {"folders", "vocabulary", "lineage", "facts", "finite", "fitting", "data"},
     {"models", "adapters", "multitask", "kinship", "masks", "prefix_lm", "products"},
     {"train", "evaluate"},

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from graft.merge._blocks import DRAWN
-from graft.merge._instructions import U32, U64, behind, inlined, put
+from graft.pointers import U32, U64, behind, inlined, put
 
 
 @inlined

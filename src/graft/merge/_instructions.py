@@ -1,4 +1,4 @@
-"""Single instructions for kernels that numba has no words for: memory by pointers, bits, and a few on several lanes.
+"""Single instructions for kernels that numba has no words for: bits, and a few on several lanes.
 
 An intrinsic is given types and builds instructions of LLVM.
 """
@@ -11,17 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from graft.merge._blocks import LANES
-
-U16, U32, U64 = types.uint16, types.uint32, types.uint64
-I32, I64, F32, F64 = types.int32, types.int64, types.float32, types.float64
-P16, P32, P64, PF, PD, PI = (types.CPointer(kind) for kind in (U16, U32, U64, F32, F64, I64))
-inlined = njit(forceinline=True)
-"""A function that becomes a part of those that call it."""
+from graft.pointers import F32, I64, PD, PF, U16, U32
 
 
 def _emits(result: Callable[..., Any], emit: Callable[..., Any]) -> Any:
@@ -43,33 +38,6 @@ float_to_half = _emits(
     lambda value: U16(F32),
     lambda builder, value: builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16)),
 )
-
-
-@intrinsic
-def get(context: Any, pointer: Any, place: Any) -> Any:
-    """The element of a pointer at a place."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(builder.gep(args[0], [args[1]]))
-
-    return pointer.dtype(pointer, I64), emit
-
-
-@intrinsic
-def put(context: Any, pointer: Any, place: Any, value: Any) -> Any:
-    """Write the element of a pointer at a place."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[2], builder.gep(args[0], [args[1]]))
-        return context.get_dummy_value()
-
-    return types.none(pointer, I64, pointer.dtype), emit
-
-
-@intrinsic
-def behind(context: Any, pointer: Any, count: Any) -> Any:
-    """The pointer to what lies `count` elements further."""
-    return pointer(pointer, I64), lambda context, builder, signature, args: builder.gep(args[0], [args[1]])
 
 
 @intrinsic

@@ -18,28 +18,10 @@ from typing import Any
 
 from graft.merge._blocks import BLOCK, CUT, DRAWN, DROPPED, LANES, RANKED
 from graft.merge._drawing import draw
-from graft.merge._instructions import (
-    F32,
-    I64,
-    P32,
-    P64,
-    PD,
-    PF,
-    PI,
-    U32,
-    U64,
-    add_products,
-    as_bits,
-    as_float,
-    behind,
-    fma,
-    gather_lanes,
-    get,
-    inlined,
-    put,
-)
+from graft.merge._instructions import add_products, as_bits, as_float, fma, gather_lanes
 from graft.merge._ranking import order_of
 from graft.merge._stored import INFINITE, STORED, reading, reading_deltas, writing
+from graft.pointers import F32, I64, P32, P64, PD, PF, PI, U32, U64, behind, get, inlined, put
 
 Kernel = tuple[Callable[..., Any], tuple[Any, ...]]
 """A function and the types of its arguments; it gives an int64."""

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from graft.merge._blocks import BUCKETS
-from graft.merge._instructions import F32, I32, I64, U32, U64, as_bits, as_float, get, inlined, put
+from graft.merge._instructions import as_bits, as_float
+from graft.pointers import F32, I32, I64, U32, U64, get, inlined, put
 
 PATIENCE = 8
 """Steps an element, in sorting a row within its buckets, before it is sorted otherwise."""

@@ -7,19 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from graft.merge._instructions import (
-    P16,
-    P32,
-    U16,
-    U32,
-    as_bits,
-    as_float,
-    float_to_half,
-    get,
-    half_to_float,
-    inlined,
-    put,
-)
+from graft.merge._instructions import as_bits, as_float, float_to_half, half_to_float
+from graft.pointers import P16, P32, U16, U32, get, inlined, put
 
 STORED = {"BF16": P16, "F16": P16, "F32": P32}
 """Stored types that kernels know, and pointers to whole numbers of their width."""
