@@ -237,3 +237,21 @@ def test_formats_are_inferred_from_the_fields(tmp_path):
     for format, record in records.items():
         (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
         assert corpus({"source": "jsonl", "path": "a.jsonl"}, tmp_path).format == format
+
+
+def test_records_without_any_text_are_no_documents(tmp_path):
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"text": ""}\n{"text": "words"}\n{"text": " "}\n{"text": ""}\n')
+    assert [record["text"] for record in everything({"source": "jsonl", "path": str(path)})] == ["words", " "]
+    labelled = tmp_path / "labelled.jsonl"
+    labelled.write_text('{"text": "", "label": "none"}\n')
+    assert everything({"source": "jsonl", "path": str(labelled)}) == [{"text": "", "label": "none"}]
+
+
+def test_a_file_of_records_that_are_all_empty_is_refused_before_anything_is_read_whole(tmp_path):
+    path = tmp_path / "empty.jsonl"
+    path.write_text('{"text": ""}\n' * 3)
+    settings = data.parse({"source": "jsonl", "path": str(path)})
+    assert data.problems(settings, tmp_path) == [
+        f"{path}: expected text, found records whose text is empty, all of them"
+    ]

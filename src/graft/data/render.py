@@ -22,7 +22,7 @@ from graft.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VERSION = 4
+VERSION = 5
 """Counted up when the same record gives other tokens, or a stream is kept in another form."""
 
 

@@ -25,6 +25,8 @@ Tagged = tuple[str | None, Record]
 
 SAME = "same"
 """In the place of a split: that of the record before, whose text goes on here."""
+NOTHING = {"text": ""}
+"""A record of which nothing can be read; passed over, as blank documents of text files are."""
 LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 """Folders of the interpreter's library that hold no text of its own, or none worth learning."""
 BLANK = {"jsonl": "nothing but white space", "csv": "no row below a header", "parquet": "none"}
@@ -185,11 +187,15 @@ def _records(settings: kinds.Records, root: Path) -> Iterator[Tagged]:
     rows = {kinds.Jsonl: _jsonl_rows, kinds.Csv: _csv_rows, kinds.Parquet: _parquet_rows}[type(settings)]
     shape = Shape(settings.format, settings.fields)
     for split, path in _placed(settings, root):
-        place = f"{path}"
+        place, read = f"{path}", False
         for place, row in rows(path):
-            yield split, shape.record(row, place)
+            if (record := shape.record(row, place)) != NOTHING:
+                read = True
+                yield split, record
         if place == f"{path}":
             raise DataError(f"{path}: expected records, found {_blank(path, BLANK[settings.source])}")
+        if not read:
+            raise DataError(f"{path}: expected text, found records whose text is empty, all of them")
 
 
 def _blank(path: Path, words: str) -> str:
@@ -266,7 +272,8 @@ def _hugging_face(settings: kinds.HuggingFace, root: Path) -> Iterator[Tagged]:
     shape = Shape(settings.format, settings.fields)
     for name, split, rows in hugging_face.splits(settings, root):
         for number, row in enumerate(itertools.islice(rows, settings.limit), 1):
-            yield split, shape.record(row, f"{settings.name}, {name} {number}")
+            if (record := shape.record(row, f"{settings.name}, {name} {number}")) != NOTHING:
+                yield split, record
 
 
 class Shape:
