@@ -68,6 +68,8 @@ class Clock:
     def figures(self, batch, net):
         """What this process took, and what it worked at: a comparison holds for equal work alone."""
         steps = len(self.stamps) - 1
+        if steps < 1:
+            raise SystemExit("expected a step behind those that are not counted, found none: train for more steps")
         wall, cpu = (last - first for first, last in zip(self.stamps[0], self.stamps[-1], strict=True))
         return {
             "tokens_per_s": steps * batch * LENGTH / wall,
@@ -76,7 +78,7 @@ class Clock:
             "work": {
                 "trained": sum(p.numel() for p in net.parameters() if p.requires_grad),
                 "type": str({p.dtype for p in net.parameters()}),
-                "first_loss": self.first_loss and round(self.first_loss, 3),
+                "first_loss": self.first_loss and round(self.first_loss, 6),
                 "threads": torch.get_num_threads(),
             },
         }
@@ -117,6 +119,10 @@ def ticking(clock):
     return Ticking()
 
 
+IN_ORDER = "sequential"
+"""Sampling of Trainers that reads rows as they stand, as all other sides do: by itself they shuffle."""
+
+
 def data_set(steps, batch):
     """The same rows as a data set of the datasets library."""
     from datasets import Dataset
@@ -132,8 +138,9 @@ def trainer(steps, batch, make=model):
     rows = data_set(steps, batch).map(lambda row: {"labels": row["input_ids"]})
     with tempfile.TemporaryDirectory() as out:
         arguments = TrainingArguments(
-            out, per_device_train_batch_size=batch, max_steps=steps, report_to="none", logging_first_step=True
-        )
+            out, per_device_train_batch_size=batch, max_steps=steps, report_to="none", logging_first_step=True,
+            train_sampling_strategy=IN_ORDER,
+        )  # fmt: skip
         Trainer(net, arguments, train_dataset=rows, callbacks=[ticking(clock)]).train()
     return clock.figures(batch, net)
 
@@ -154,6 +161,7 @@ def sft(steps, batch, make=model, **options):
             max_steps=steps,
             report_to="none",
             logging_first_step=True,
+            train_sampling_strategy=IN_ORDER,
             max_length=LENGTH,
             bf16=torch.cuda.is_available(),
             **options,

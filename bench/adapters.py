@@ -7,9 +7,9 @@
 Both sides have LoRA of one rank on the same layers of the same weights. Whole trainings (`loops`) are processes of
 their own: graft's loop with its log and states, transformers' Trainer and TRL's SFTTrainer with peft, the latter
 without the gradient checkpointing that it has by default and the others have not; nothing is told where they do not
-train as many weights of one type from the same loss. A `step` is forward, backward and AdamW on the adapter alone.
-graft's takes products as its loop does, and once more all from MKL, as peft does, which tells what the choice of the
-library is worth. peft stands in the test extras: all but TRL run in this environment.
+train as many weights of one type from the same loss of the same rows. A `step` is forward, backward and AdamW on the
+adapter alone. graft's takes products as its loop does, and once more all from MKL, as peft does, which tells what the
+choice of the library is worth. peft stands in the test extras: all but TRL run in this environment.
 """
 
 from __future__ import annotations

@@ -3,4 +3,4 @@
 set -eu
 cd "$(dirname "$0")"
 "${PYTHON:-python3}" -m venv .venv-trl
-.venv-trl/bin/pip install -q torch==2.13.0 transformers trl accelerate datasets peft
+.venv-trl/bin/pip install -q -c ../constraints.txt torch transformers trl==1.16.0 accelerate datasets peft
