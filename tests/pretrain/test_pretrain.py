@@ -152,3 +152,18 @@ def test_bagging_trains_on_a_resample_that_the_result_names(tmp_path):
     assert weights_of(part["weights"]).sum() == part["documents"] > part["distinct"]
     losses = {found["loss"] for found in (plain, one, two)}
     assert (len(losses), one["loss"]) == (3, again["loss"])
+
+
+@pytest.mark.parametrize(
+    ("raw", "least"),
+    [
+        ({"architecture": "decoder", "tokenizer": {"size": 515, "algorithm": "wordpiece"}}, 516),
+        ({"architecture": "encoder-decoder", "tokenizer": {"size": 359}}, 360),
+    ],
+)
+def test_a_tokenizer_without_room_for_every_byte_is_refused_before_work(raw, least):
+    asked = {"data": "json", "hidden": 32, "layers": 1, "length": 64, "budget": "6 steps", **raw}
+    (said,) = VERB.check(VERB.parse(asked), {})
+    assert f"expected at least {least} tokens" in said
+    asked["tokenizer"] = {**asked["tokenizer"], "size": least}
+    assert VERB.check(VERB.parse(asked), {}) == []

@@ -49,10 +49,9 @@ def train_tokenizer(
     from tokenizers import decoders, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    if said := too_small(algorithm, size, sentinels=sentinels):
+        raise SettingsError([Problem(("tokenizer", "size"), said)])
     special = [PAD, BOS, EOS, MASK, *(SENTINELS if sentinels else ())]
-    least = len(special) + (512 if algorithm == "wordpiece" else 256)
-    if size < least:
-        raise SettingsError([Problem(("tokenizer", "size"), f"expected at least {least} tokens, found {size}")])
     tokenizer = _trained(corpus, algorithm, size, special)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = (
@@ -70,6 +69,17 @@ def train_tokenizer(
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def too_small(algorithm: Algorithm, size: int, *, sentinels: bool) -> str:
+    """What is wrong with a size that cannot hold every byte and the special tokens; empty where nothing is."""
+    special = 4 + (len(SENTINELS) if sentinels else 0)
+    least = special + (512 if algorithm == "wordpiece" else 256)
+    if size >= least:
+        return ""
+    twice = ", each at the start of a word and inside of one" if algorithm == "wordpiece" else ""
+    named = f"all bytes{twice}, and {special} special tokens"
+    return f"expected at least {least} tokens for {named}, found {size}: raise `tokenizer.size`"
 
 
 def put_ends(tokenizer: PreTrainedTokenizerFast, architecture: str) -> None:

@@ -69,7 +69,24 @@ class Pretrain(Verb[PretrainSettings]):
             found.append(NO_SIZE)
         elif settings.hidden and settings.heads and settings.hidden % settings.heads:
             found.append(f"expected `heads` to divide `hidden`, found {settings.heads} and {settings.hidden}")
-        return found or self._check_size(settings, models) or self._check_parallel(settings, models)
+        return (
+            found
+            or self._check_tokenizer(settings)
+            or self._check_size(settings, models)
+            or self._check_parallel(settings, models)
+        )
+
+    @staticmethod
+    def _check_tokenizer(settings: PretrainSettings) -> list[str]:
+        from graft.data.objectives import Span, objective_for
+        from graft.data.tokenizers import too_small
+
+        new = settings.tokenizer
+        if not isinstance(new, NewTokenizer):
+            return []
+        spans = isinstance(objective_for(settings.architecture, settings.objective), Span)
+        said = too_small(new.algorithm, new.size, sentinels=spans)
+        return [said] if said else []
 
     def _check_parallel(self, settings: PretrainSettings, models: Mapping[str, Facts]) -> list[str]:
         from graft.train.parallel import problems
