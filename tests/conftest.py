@@ -1,6 +1,7 @@
 """Fixtures for every room: one thread, no network, and the real data sets where they are at hand."""
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,6 +12,10 @@ os.environ.setdefault("GRAFT_QUIET", "1")
 os.environ["GRAFT_CACHE"] = ""
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+from processes import ALL, SLOW, Server
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -30,3 +35,19 @@ def growing(monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(str(place))
     monkeypatch.setenv("PYTHONPATH", str(place))
     return place
+
+
+@pytest.fixture(scope="session")
+def fresh():
+    """Runs programs in processes that know neither graft nor transformers: `fresh.run(program, *arguments)`."""
+    server = Server(SLOW)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def beside():
+    """Starts programs, at once, in processes of their own: everything heavy is imported there already."""
+    server = Server(ALL)
+    yield server
+    server.close()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -85,14 +83,12 @@ Path("found.json").write_text(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def place(cache) -> Path:
+def place(cache, fresh) -> Path:
     """Where a process has worked on this cache that may not use the network."""
     place = cache.parent / "work"
     place.mkdir()
     env = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HOME": str(cache.parent / "home"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=env, cwd=place, capture_output=True, text=True, check=False
-    )
+    done = fresh.run(PROGRAM, env=env, cwd=place)
     assert done.returncode == 0, done.stderr
     return place
 

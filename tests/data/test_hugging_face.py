@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import datasets
@@ -241,7 +239,7 @@ print(json.dumps({
 """
 
 
-def test_without_the_network_the_cache_is_read_at_the_commit_that_it_knows(tmp_path):
+def test_without_the_network_the_cache_is_read_at_the_commit_that_it_knows(tmp_path, fresh):
     """As `hf download --repo-type dataset org/one` leaves it; of `org/about` only the description was fetched."""
     for name in ("one", "about"):
         repo = tmp_path / "hub" / f"datasets--org--{name}"
@@ -251,8 +249,7 @@ def test_without_the_network_the_cache_is_read_at_the_commit_that_it_knows(tmp_p
     for path in repo.rglob("*.jsonl"):
         path.unlink()
     places = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_DATASETS_CACHE": str(tmp_path / "sets"), "HF_HUB_OFFLINE": "1"}
-    command, environ = [sys.executable, "-c", PROGRAM, SHA], {**os.environ, **places}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environ)
+    done = fresh.run(PROGRAM, SHA, cwd=tmp_path, env={**os.environ, **places})
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["rows"] == [f"document {n}" for n in range(3)]

@@ -113,13 +113,13 @@ main()
 """
 
 
-def test_a_disk_that_fills_up_while_text_is_tokenised_is_named(tmp_path):
+def test_a_disk_that_fills_up_while_text_is_tokenised_is_named(tmp_path, beside):
     (tmp_path / "d.txt").write_text("".join(f"{n} is a number of its own\n" for n in range(12_000)))
     (tmp_path / "recipe.yaml").write_text(
         "family: f\ndata:\n  d: {source: text, document: line, path: d.txt, splits: {dev: 0}}\nmodels:\n"
         "  a: {pretrain: {data: d, hidden: 8, layers: 1, heads: 1, length: 16, tokenizer: {size: 280}}}\n"
     )
-    made = subprocess.run([sys.executable, "-c", FULL], cwd=tmp_path, capture_output=True, text=True, check=False)
+    made = beside.run(FULL, cwd=tmp_path)
     assert made.returncode == 1
     assert "larger than this process may write" in made.stderr
     assert f"{tmp_path}/run/cache/streams/" in made.stderr
@@ -129,35 +129,38 @@ def test_a_disk_that_fills_up_while_text_is_tokenised_is_named(tmp_path):
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from graft import data, models
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from graft import data
 from graft.data import sources, stream
-from graft.data.stream import tokenize
 stream.BATCH_CHARACTERS, sources.MOST = 100_000, 300_000
-tokenizer, place = models.load_tokenizer(sys.argv[1]), Path(sys.argv[2])
+known = {"?": 0, "<s>": 1, "of": 2, "some": 3, "text": 4}
+words = Tokenizer(models.WordLevel(known, unk_token="?"))
+words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+tokenizer, place = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", bos_token="<s>"), Path(sys.argv[1])
 for size in ("small", "large"):
     for document in ("paragraph", "file"):
         raw = {"source": "text", "document": document, "train": f"{size}.txt", "splits": {"dev": 0, "test": 0}}
-        tokenize(data.open_corpus({"s": data.parse(raw)}, "s", place), "train", tokenizer, place / "cache")
+        stream.tokenize(data.open_corpus({"s": data.parse(raw)}, "s", place), "train", tokenizer, place / "cache")
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
 @pytest.mark.slow
-def test_memory_stays_flat_when_the_corpus_grows(letters, tmp_path):
-    letters.save_pretrained(tmp_path / "tokenizer")
-    for size, megabytes in (("small", 1), ("large", 12)):
+def test_memory_stays_flat_when_the_corpus_grows(tmp_path):
+    for size, megabytes in (("small", 2), ("large", 10)):
         paragraphs = (f"paragraph {n} " + "of some text " * 75 + "\n\n" for n in range(megabytes * 1000))
         (tmp_path / f"{size}.txt").write_text("".join(paragraphs))
     made = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path / "tokenizer"), str(tmp_path)],
+        [sys.executable, "-c", MEASURE, str(tmp_path)],
         capture_output=True,
         text=True,
         check=True,
         env={**os.environ, "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     )
     small, large = (int(line) / 1024 for line in made.stdout.split())
-    # 11 MB more text and 22 MB of tokens would be 33 MB if they were held; the allocator's slack varies
-    assert large - small < 25
+    # where all text is read, or all tokens are held, it is 60 MB and more; the allocator's slack is up to 4
+    assert large - small < 8
 
 
 MAKE = """
@@ -172,13 +175,11 @@ print(made.documents, int(made.ids.astype("int64").sum()))
 """
 
 
-def test_two_processes_that_make_a_stream_at_once_both_get_it(letters, tmp_path):
+def test_two_processes_that_make_a_stream_at_once_both_get_it(letters, tmp_path, beside):
     letters.save_pretrained(tmp_path / "tokenizer")
-    command = [sys.executable, "-c", MAKE, str(tmp_path / "tokenizer"), str(tmp_path / "cache")]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    first, second = (process.communicate()[0] for process in both)
-    assert first == second != ""
-    assert [process.returncode for process in both] == [0, 0]
+    both = [beside.start(MAKE, tmp_path / "tokenizer", tmp_path / "cache") for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert both[0].stdout == both[1].stdout != ""
     assert len(list((tmp_path / "cache" / "streams").iterdir())) == 1
 
 

@@ -208,10 +208,13 @@ print(*sorted(known.__name__ for known in AutoModelForCausalLM._model_mapping._e
         ("import graft.ensemble.base", "", ""),
     ],
 )
-def test_the_auto_classes_know_ensembles_after_import_graft(family, first, second, light):
+def test_the_auto_classes_know_ensembles_after_import_graft(family, first, second, light, fresh):
     target, _ = run(family, {"members": ["llama", "qwen"]})
     program = AUTO.format(first=first, second=second, light=light)
-    done = subprocess.run([sys.executable, "-c", program, str(target)], capture_output=True, text=True)
+    if light:
+        done = subprocess.run([sys.executable, "-c", program, str(target)], capture_output=True, text=True)
+    else:
+        done = fresh.run(program, target)
     found = ["EnsembleForCausalLM", "graft_ensemble", "AdaptedConfig", "ByteEnsembleConfig", "EnsembleConfig"]
     assert done.stdout.split() == found, done.stderr
 
@@ -235,13 +238,12 @@ print(any("transformers.models.auto.modeling" in name for name in sys.modules))
         ("import graft.ensemble.configuration", ""),
     ],
 )
-def test_configurations_are_known_before_any_model_class_is(family, first, second, tmp_path):
+def test_configurations_are_known_before_any_model_class_is(family, first, second, tmp_path, fresh):
     target, _ = run(family, {"members": ["llama", "qwen"]})
     of_bytes, _ = run(family, {"members": ["llama", "qwen"], "vocabulary": "bytes"}, name="bytes")
     (tmp_path / "config.json").write_text('{"model_type": "graft_adapted"}')
     program = CONFIGURATIONS.format(first=first, second=second)
-    words = [sys.executable, "-c", program, target, of_bytes, tmp_path]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+    done = fresh.run(program, target, of_bytes, tmp_path)
     assert done.stdout.split() == ["graft_ensemble", "graft_byte_ensemble", "graft_adapted", "False"], done.stderr
 
 

@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -168,16 +166,17 @@ print(type(AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1])).__name__)
 """
 
 
-def test_the_auto_class_knows_it_after_import_graft(ensemble, tmp_path):
+def test_the_auto_class_knows_it_after_import_graft(ensemble, tmp_path, fresh):
     ensemble.save_pretrained(tmp_path / "both", self_contained=True)
-    done = subprocess.run([sys.executable, "-c", AUTO, str(tmp_path / "both")], capture_output=True, text=True)
+    done = fresh.run(AUTO, tmp_path / "both")
     assert done.stdout.split() == ["EnsembleForSeq2SeqLM"], done.stderr
 
 
 @pytest.mark.parametrize("room", ["model", "seq2seq", "show"])
-def test_its_rooms_may_be_imported_in_any_order(room):
+def test_its_rooms_may_be_imported_in_any_order(room, fresh):
     program = f"import graft.ensemble.{room}; import transformers; import graft.ensemble.model"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
+    done = fresh.run(program)
+    assert done.returncode == 0, done.stderr
 
 
 def test_decoders_beside_encoder_decoders_are_refused(members):

@@ -1,9 +1,6 @@
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -203,14 +200,14 @@ merge({settings!r}, folders, Path({out!r}), seed=4)
 """
 
 
-def test_a_killed_merge_goes_on_and_ends_with_the_same_bytes(folders, tmp_path, monkeypatch):
+def test_a_killed_merge_goes_on_and_ends_with_the_same_bytes(folders, tmp_path, monkeypatch, beside):
     settings = {"method": "dare_ties", "base": "base", "models": ["a", "b"], "density": 0.4, "shard": "8KB"}
     merge(settings, folders, tmp_path / "whole", seed=4)
     here, torn = str(Path(__file__).parent), str(tmp_path / "torn")
     plain = {name: str(folder) for name, folder in folders.items()}
     code = KILLED.format(here=here, settings=settings, folders=plain, out=torn)
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == -signal.SIGKILL
+    done = beside.run(code)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     noted = (tmp_path / "torn.scratch" / "finished").read_text().splitlines()[2:]
     finished = {name for name in map(json.loads, noted) if name is not None}
     assert 7 <= len(finished) < len(tensors(tmp_path / "whole"))

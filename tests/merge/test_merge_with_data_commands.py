@@ -1,11 +1,6 @@
 """Methods that read data from the command line, through a kill; on adapters; and refusals before anything is read."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import readers
@@ -114,20 +109,15 @@ def test_one_command_reads_a_file(tuned, reading_root, texts, tmp_path):
 
 
 @pytest.mark.slow
-def test_learning_that_is_killed_goes_on_and_ends_the_same(tuned, reading_root, texts, tmp_path):
+def test_learning_that_is_killed_goes_on_and_ends_the_same(tuned, reading_root, texts, tmp_path, beside):
     """kill -9 in the middle of learning λ."""
     verb, *rest = words(tuned, reading_root, "adamerging", "--base", str(tuned["base"]), "--steps", "60")
     whole = invoke(verb, tmp_path / "whole", *rest)
     assert whole.exit_code == 0, whole.output
     out = tmp_path / "there" / "killed"
-    command = [sys.executable, "-c", "from graft.cli import main; main()", verb, str(out), *rest]
-    process = subprocess.Popen(command, env=os.environ | {"GRAFT_QUIET": "1"})
+    process = beside.start("from graft.cli import main; main()", verb, out, *rest)
     state = out.parent / ".graft" / "work" / "killed" / "scratch" / "lambdas.json"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (state.is_file() and json.loads(state.read_text())["step"] > 5):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill_when(lambda: state.is_file() and json.loads(state.read_text())["step"] > 5)
     assert 5 < json.loads(state.read_text())["step"] < 60
     again = invoke(verb, out, *rest)
     assert again.exit_code == 0, again.output

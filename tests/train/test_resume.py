@@ -1,9 +1,10 @@
 """Killed at any moment, a training ends with the bytes of one that never was."""
 
-import multiprocessing
+import json
 import random
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -16,7 +17,7 @@ from graft.train import state as state_module
 from graft.train.state import WRITTEN_A_SECOND, pause, read_state, write_state
 
 GIVEN = {
-    "budget": "60 steps",
+    "budget": "40 steps",
     "accumulate": 2,
     "ema": 0.9,
     "evaluate_every": 7,
@@ -33,48 +34,37 @@ def files(folder):
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
 
 
-@pytest.fixture(scope="module")
-def start():
-    """Starts a training in a process of its own, quickly: the server has torch imported already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["graft.train.loop", "transformers.models.llama.modeling_llama", "safetensors.torch"]
-    )
-
-    def begin(folder):
-        process = context.Process(target=tiny.train_into, args=(folder, GIVEN, 0.1))
-        process.start()
-        return process
-
-    warm = context.Process(target=time.sleep, args=(0,))
-    warm.start()
-    warm.join()
-    return begin
+TRAIN = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import tiny
+tiny.train_into(sys.argv[2], json.loads(sys.argv[3]), 0.1)
+"""
 
 
-def test_sigkill_at_random_moments_changes_no_byte(tmp_path, start):
+def test_sigkill_at_random_moments_changes_no_byte(tmp_path, beside):
     """With dropout, and with a state written behind every step, so that many kills fall into the writing."""
+
+    def start(name):
+        return beside.start(TRAIN, Path(tiny.__file__).parent, tmp_path / name, json.dumps(GIVEN))
+
+    beside.run("")  # the server is there before the clock runs
     clock = random.Random(0)
     began = time.monotonic()
-    whole = start(tmp_path / "whole")
-    whole.join()
-    assert whole.exitcode == 0
+    whole = start("whole")
+    assert whole.wait() == 0, whole.stderr
     length = time.monotonic() - began
     kills = 0
     while not (tmp_path / "killed" / "weights").exists():
-        process = start(tmp_path / "killed")
-        process.join(clock.uniform(0.2, 0.6) * length if kills < 8 else None)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
+        process = start("killed")
+        if kills < 6 and process.kill_after(clock.uniform(0.2, 0.6) * length):
             kills += 1
         else:
-            assert process.exitcode == 0
+            assert process.wait() == 0, process.stderr
             if kills == 0:
                 # a busy machine was slower before: sooner, then
                 shutil.rmtree(tmp_path / "killed")
                 length /= 2
-    assert kills >= 1
     assert (tmp_path / "killed" / "weights").read_bytes() == (tmp_path / "whole" / "weights").read_bytes()
     assert files(tmp_path / "killed" / "out") == files(tmp_path / "whole" / "out")
     assert without_clock(tmp_path / "killed") == without_clock(tmp_path / "whole")

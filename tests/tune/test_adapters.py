@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -303,13 +301,13 @@ def test_methods_prints_the_table_of_the_design_space(base):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_an_adapter_loads_in_a_fresh_process(tmp_path, base):  # noqa: F811
+def test_an_adapter_loads_in_a_fresh_process(tmp_path, base, fresh):  # noqa: F811
     run(tmp_path, base, method=LORA)
     load = f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r})"
     show = "print(type(model).__name__, 'graft_adapters' in dict(model.named_children()))"
     code = f"import graft; from transformers import AutoModelForCausalLM; {load}; {show}"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.split() == ["LlamaForCausalLM", "True"]
+    done = fresh.run(code)
+    assert done.stdout.split() == ["LlamaForCausalLM", "True"], done.stderr
 
 
 def test_peft_folders_come_in_and_go_out_by_the_verb(tmp_path, base, monkeypatch):  # noqa: F811
