@@ -70,8 +70,9 @@ def test_padding_and_rows_that_wait_change_nothing(monkeypatch):
 def test_trees_that_are_attended_to_together_say_what_each_does_alone(monkeypatch):
     reader = ByteModel(member(6, LEFT), LEFT, SOME)
     found = []
-    for most in (0, 2, 10**6):
-        monkeypatch.setattr(packs, "PADDED", most)
+    for most in (0, 20, 10**6):
+        monkeypatch.setattr(packs, "FEW", most)
+        monkeypatch.setattr(packs, "PADDED", min(most, 2))
         found.append(np.concatenate([each.log_probs for each in score(reader, TEXTS)]))
     assert np.allclose(found[0], found[1], atol=1e-5)
     assert np.allclose(found[0], found[2], atol=1e-5)
@@ -90,7 +91,8 @@ def test_trees_are_attended_to_together_unless_most_would_be_padding():
         return [(block.trees.start, block.trees.stop, tuple(block.mask.shape)) for block in blocks]
 
     assert trees(2, 1, 2) == [(0, 3, (3, 1, 2, 5))]
-    assert trees(9, 1, 1) == [(0, 1, (1, 1, 9, 3)), (1, 2, (1, 1, 1, 4)), (2, 3, (1, 1, 1, 5))]
+    assert trees(9, 1, 1) == [(0, 3, (3, 1, 9, 5))]
+    assert trees(90, 1, 1) == [(0, 1, (1, 1, 90, 3)), (1, 2, (1, 1, 1, 4)), (2, 3, (1, 1, 1, 5))]
 
 
 def test_what_two_ask_for_is_read_once():

@@ -64,6 +64,10 @@ Plan = tuple[list[Hypothesis], Sequence[Born], bool, float, float]
 mass of all, and the log-probability of the byte."""
 
 
+Step = tuple[State, bool, Lacking]
+"""A state one byte on, whether all of it is known, and what is lacking."""
+
+
 class ByteModel:
     """A causal language model and its tokenizer as a distribution over byte strings.
 
@@ -100,7 +104,10 @@ class ByteModel:
 
     def advance(self, forest: Forest, states: Sequence[State], data: Sequence[int]) -> list[State]:
         """Each state one byte on, what is new read in one go. A byte that the model cannot write changes nothing."""
-        readings = [self.advancing(forest, *pair) for pair in zip(states, data, strict=True)]
+        steps = [self._step(forest, *pair) for pair in zip(states, data, strict=True)]
+        if all(sure for _, sure, _ in steps):
+            return [after for after, _, _ in steps]
+        readings = [self.advancing(forest, *each) for each in zip(states, data, steps, strict=True)]
         return together(forest, readings)
 
     def follow(
@@ -125,22 +132,24 @@ class ByteModel:
             open_.append(fresh(*found, math.exp(log), log))
         return state_of(open_)
 
-    def advancing(self, forest: Forest, state: State, byte: int) -> Reading[State]:
-        """The state one byte on. Where another text must be read on, so is what this one will likely need next."""
+    def advancing(self, forest: Forest, state: State, byte: int, step: Step) -> Reading[State]:
+        """The state one byte on, of which the first `step` is made. Where another text must be read on, so is what this
+        one will likely need next."""
         held: list[Lacking] = []  # what was read lives until the byte is known
         while True:
-            after, sure, lacking = self._step(forest, state, byte)
+            after, sure, lacking = step
             held.append(lacking)
             leaves = list(lacking.leaves.values())
             yield from forest.need(leaves, lacking.alone, partial(self._likely, forest, after), ROOM)
             if sure:
                 return after
+            step = self._step(forest, state, byte)
 
     def following(self, forest: Forest, state: State, data: bytes, note: Note) -> Reading[State]:
         """The state at the end of a known text."""
         return Following(self, forest, state, data, note).reading()
 
-    def _step(self, forest: Forest, state: State, byte: int, exact: bool = True) -> tuple[State, bool, Lacking]:
+    def _step(self, forest: Forest, state: State, byte: int, exact: bool = True) -> Step:
         """The state one byte on, whether all of it is known, and what is lacking; what is sure is kept in the state."""
         if byte in state.later:
             return state.later[byte], True, Lacking()

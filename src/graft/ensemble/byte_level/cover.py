@@ -118,13 +118,14 @@ class State:
     def _spread(self) -> np.ndarray:
         after = np.zeros(END + 1)
         for _, told, node, scale, mass, _, _ in self.open:
-            if not node.depth:
-                after += told.root * scale
-            elif len(node.bytes) == 1:
-                after[node.bytes] += mass
-            else:
+            if node.only is not None:
+                after[node.only] += mass
+            elif node.depth:
                 after[node.bytes] += node.sums(told.logs) * scale
-        return after / after.sum()
+            else:
+                after += told.root * scale
+        after /= np.add.reduce(after)
+        return after
 
     @property
     def lost(self) -> float:

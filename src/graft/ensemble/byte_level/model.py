@@ -210,6 +210,8 @@ def _check_decoders(config: EnsembleConfig) -> None:
 
 def _advanced(reader: ByteModel, forest: Forest, states: Sequence[State], ids: Sequence[int]) -> list[State]:
     """Each row one id on, all together."""
+    if max(ids) < EOS:
+        return reader.advance(forest, states, ids)
     found = list(states)
     moving = [row for row, token in enumerate(ids) if token < EOS]
     begun = [row for row, token in enumerate(ids) if token in (BOS, EOS)]

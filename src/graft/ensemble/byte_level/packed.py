@@ -23,8 +23,9 @@ OTHERS = ("softcap", "s_aux", "position_bias")
 """What a model may give its attention that this one does not know."""
 
 
-PADDED = 2
-"""Trees are attended to together, padded to the longest, where that makes of a token this many at most."""
+PADDED, FEW = 2, 64
+"""Trees are attended to together, padded to the longest, where that makes of a token this many at most, or of all of
+them this few."""
 
 
 class Piece(NamedTuple):
@@ -55,7 +56,7 @@ class Blocks(NamedTuple):
 def blocks_of(pieces: Sequence[Piece], count: int, dtype: torch.dtype, device: torch.device) -> Blocks:
     """The pieces of `count` trees: all together unless most of what is then read were padding, else one by one."""
     longest = max(piece.end - piece.begin for piece in pieces)
-    if len(pieces) > 1 and count * longest <= PADDED * pieces[-1].end:
+    if len(pieces) > 1 and count * longest <= max(FEW, PADDED * pieces[-1].end):
         groups = [(slice(0, count), pieces)]
     else:
         groups = [(slice(piece.tree, piece.tree + 1), [piece]) for piece in pieces]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from graft.ensemble.byte_level.cover import Told
@@ -82,15 +83,17 @@ class Reader:
         return [told for part in logits.split(size) for told in self._told(part, trie)]
 
     def _told(self, logits: torch.Tensor, trie: Trie) -> list[Told]:
-        order = torch.as_tensor(trie.ids, device=logits.device)
+        count, ends = len(trie.ids), self.ends
+        order = torch.as_tensor(np.append(trie.ids, ends[:1]), device=logits.device)
         kept = logits.index_select(-1, order).float()
-        if self.ends:
-            kept = torch.cat([kept, logits[:, self.ends].float().logsumexp(-1, keepdim=True)], -1)
+        if len(ends) > 1:
+            kept[:, count] = logits[:, ends].float().logsumexp(-1)
         logs = kept.log_softmax(-1).cpu()
-        count = len(trie.ids)
-        totals = torch.zeros(len(logs), count + 1, dtype=torch.float64)
-        torch.cumsum(logs[:, :count].exp(), -1, dtype=torch.float64, out=totals[:, 1:])
-        ends = logs[:, -1].double().exp().tolist() if self.ends else [0.0] * len(logs)
+        probs = logs.exp()
+        totals = torch.empty(len(logs), count + 1, dtype=torch.float64)
+        totals[:, 0] = 0
+        torch.cumsum(probs[:, :count], -1, dtype=torch.float64, out=totals[:, 1:])
+        last = logs[:, count].double().exp().tolist() if ends else [0.0] * len(logs)
         # copies: one that is kept must not keep all that were read with it
-        parts = zip(logs[:, :count].numpy(), totals.numpy(), ends, strict=True)
+        parts = zip(logs[:, :count].numpy(), totals.numpy(), last, strict=True)
         return [Told(trie, own.copy(), sums.copy(), end) for own, sums, end in parts]

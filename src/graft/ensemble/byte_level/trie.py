@@ -9,10 +9,11 @@ import numpy as np
 
 class Node:
     """The tokens `low … high` begin with the same `depth` bytes; those before `mid` are just these, the others go on
-    with `bytes [k]`, those with the j-th beginning at `mid + starts[j]`. `next`: the node one byte on, None where no
-    token goes on like that; nodes are made when they are first asked for. `ends`: (place, id) of those before `mid`."""
+    with `bytes [k]`, those with the j-th beginning at `mid + starts[j]`; `only`: behind the root the byte, if it is but
+    one. `next`: the node one byte on, None where no token goes on like that; nodes are made when they are first asked
+    for. `ends`: (place, id) of those before `mid`."""
 
-    __slots__ = ("bytes", "depth", "ends", "high", "low", "mid", "next", "starts", "trie")
+    __slots__ = ("bytes", "depth", "ends", "high", "low", "mid", "next", "only", "starts", "trie")
 
     def __init__(self, trie: Trie, low: int, high: int, depth: int):
         self.trie, self.low, self.high, self.depth = trie, low, high, depth
@@ -20,6 +21,7 @@ class Node:
         column = trie.letters[self.mid : high, depth] if self.mid < high else trie.letters[:0, 0]
         self.starts = np.flatnonzero(np.concatenate(([True], column[1:] != column[:-1]))) if len(column) else _NONE
         self.bytes = column[self.starts]
+        self.only = int(self.bytes[0]) if depth and len(self.bytes) == 1 else None
         self.ends = tuple((place, trie.ids.item(place)) for place in range(low, self.mid))
         self.next: dict[int, Node | None] = _Next(self)
 
