@@ -10,6 +10,8 @@ from graft.verbs import verb_names
 
 pytestmark = pytest.mark.usefixtures("growing")
 
+MISSPELT = "modles: unknown key (did you mean 'models'?); there are: family, seed, data, models, evaluate, report"
+
 
 def test_a_recipe_gives_nodes_in_an_order_in_which_they_can_be_made(recipe):
     found = read_recipe(
@@ -81,7 +83,7 @@ def test_an_unknown_section_does_not_hide_what_else_is_wrong(recipe):
           a: {grow: {parents: [x]}}
         """)
     ) == [
-        "line 3: modles: unknown key (did you mean 'models'?); there are: family, seed, data, models, evaluate, report",
+        f"line 3: {MISSPELT}",
         "line 5: models.a.grow.parents.0: unknown model 'x'; there are: a",
     ]
 
@@ -98,7 +100,7 @@ def test_a_misspelt_section_is_read_as_the_one_it_is_nearest_to(recipe):
         "line 2: models: this key is required and missing",
         "line 2: models.a.grow.parents.0: unknown model 'x'; there are: a",
         "line 3: seed: expected a valid integer, found 'many'",
-        "line 4: modles: unknown key (did you mean 'models'?); there are: family, seed, data, models, evaluate, report",
+        f"line 4: {MISSPELT}",
     ]
 
 
