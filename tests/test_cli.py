@@ -388,6 +388,7 @@ def test_an_option_that_says_nothing_to_a_verb_is_refused(tmp_path, monkeypatch)
         (["run"], "missing argument 'RECIPE'; `graft run --help` shows what there is"),
         (["run", "x.yaml", "--jobs", "many"], "invalid value for '--jobs'"),
         (["run", "x.yaml", "--jbos", "2"], "no such option: --jbos"),
+        (["eval", "a", "--top-k", "2"], "settings are given as `--set top_k=…`; `graft eval --help` shows what there"),
     ],
 )
 def test_what_is_wrong_with_the_words_is_told_as_every_other_error(words, expected):

@@ -99,6 +99,26 @@ def test_a_folder_without_a_configuration_or_with_a_damaged_one_is_named(tmp_pat
     (tmp_path / "config.json").write_text('{"model_type":')
     with pytest.raises(CheckpointError, match=r"config\.json: the configuration is damaged"):
         models.load(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match=r"damaged \(expected names with values, found '\[1\]'\)"):
+        models.load(tmp_path)
+
+
+def test_a_type_that_transformers_does_not_know_is_refused_by_all_that_load_it(tmp_path):
+    models.save(made("llama"), None, tmp_path / "strange")
+    says(tmp_path / "strange", model_type="frobnicate", architectures=["FrobnicateForCausalLM"])
+    words = r"strange is of the model_type 'frobnicate', which transformers [\d.]+ does not know: install"
+    with pytest.raises(RequestError, match=words):
+        models.load(tmp_path / "strange")
+    with pytest.raises(RecipeError, match=words):
+        graft.quantize(tmp_path / "out", from_=str(tmp_path / "strange"), bits=8)
+    (tmp_path / "r.yaml").write_text(
+        "family: f\nmodels:\n  strange: {load: strange}\n  small: {quantize: {from: strange, bits: 8}}\n"
+    )
+    with pytest.raises(RecipeError, match=f"line 4: models.small.quantize: {words}"):
+        graft.plan(tmp_path / "r.yaml")
+    graft.merge(tmp_path / "copy", models=[str(tmp_path / "strange")], method="linear")
+    assert (tmp_path / "copy" / "model.safetensors").is_file()
 
 
 def test_weights_that_are_missing_are_named(tmp_path):
@@ -258,9 +278,8 @@ def test_a_damaged_tokenizer_is_named_whoever_meets_it(tmp_path, tokenizer, cont
     for use in (models.load_tokenizer, Talk):
         with pytest.raises(CheckpointError, match=words):
             use(tmp_path)
-    if content in ('{"broken', "[]"):
-        with pytest.raises(RecipeError, match=words):
-            graft.tune(tmp_path / "out", from_=str(tmp_path), data=str(tmp_path / "d.txt"))
+    with pytest.raises(RecipeError, match=words):
+        graft.tune(tmp_path / "out", from_=str(tmp_path), data=str(tmp_path / "d.txt"))
 
 
 def test_a_folder_without_a_tokenizer_is_named_in_a_line(tmp_path):

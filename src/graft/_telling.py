@@ -48,6 +48,9 @@ def _refused(error: Any) -> RequestError:
     if error.ctx is None:
         return RequestError(error.message)
     said = error.format_message().strip().rstrip(".")
+    option = getattr(error, "option_name", "")
+    if option.startswith("--") and any("--set" in known.opts for known in error.ctx.command.params):
+        said += f"; settings are given as `--set {option[2:].replace('-', '_')}=…`"
     return RequestError(f"{said[0].lower()}{said[1:]}; `{error.ctx.command_path} --help` shows what there is")
 
 

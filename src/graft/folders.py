@@ -74,9 +74,12 @@ def _names_its_model(said: Any) -> bool:
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """The mapping in a JSON file; `what` it is, for the CheckpointError that a damaged one raises."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path}: the {what} is damaged ({error})") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: the {what} is damaged (expected names with values, found {str(found)[:40]!r})")
+    return found
 
 
 def parts_of(folder: Path) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -56,9 +56,11 @@ def load_config(path: str | Path, *, hub: bool = False) -> PretrainedConfig:
     from transformers import AutoConfig
 
     path = _place(path, hub)
-    read_config(Path(_home(path)))
+    said = read_config(Path(_home(path)))
     if _is_ours(path):
         _register()
+    if why := unknown_type(said):
+        raise RequestError(f"{path} {why}")
     config = AutoConfig.from_pretrained(_home(path), local_files_only=True, trust_remote_code=False)
     return _frozen_config(config) if config.model_type == ADAPTED else config
 
@@ -256,6 +258,22 @@ def check_fit(folder: Path, headers: Headers) -> None:
             f"{folder}: the weights do not fit config.json, which says {made.name}: {'; '.join(wrong)}; put there the "
             "configuration that was saved with these weights"
         )
+
+
+def unknown_type(config: Mapping[str, Any]) -> str:
+    """What keeps `transformers` from making a model of a configuration: a type that it does not know; else empty."""
+    kind, version = str(config.get("model_type", "")), metadata.version("transformers")
+    if kind.startswith("graft_") or remembered.recall("type", f"{version} {kind}") is not None:
+        return ""
+    from transformers import CONFIG_MAPPING
+
+    if kind in CONFIG_MAPPING:
+        remembered.keep("type", f"{version} {kind}", "yes")
+        return ""
+    return (
+        f"is of the model_type {kind!r}, which transformers {version} does not know: install a version that does, or "
+        "correct config.json; code that lies beside weights is not run"
+    )
 
 
 def _frozen_config(config: Any) -> PretrainedConfig:

@@ -94,7 +94,9 @@ def _token_ids(tokenizer: _Tokenizer) -> Mapping[str, int]:
     path = tokenizer.path
     try:
         raw = json.loads(path.read_text())
-        tokens = raw.get("model", {}).get("vocab", {})
+        tokens = raw["model"]["vocab"]
+        if not isinstance(tokens, dict | list):
+            raise TypeError(f"a vocabulary that is {tokens!r}"[:60])
         pairs = tokens if isinstance(tokens, dict) else {entry[0]: place for place, entry in enumerate(tokens)}
         return {**pairs, **{entry["content"]: entry["id"] for entry in raw.get("added_tokens", [])}}
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:

@@ -182,7 +182,7 @@ class _Reader:
                 continue
             path = ("models", name, node.verb.name)
             models = {model: found[model] for model in node.models}
-            wrong = node.verb.unreadable(models) or [
+            wrong = [*node.verb.unreadable(models), *(_unloadable(models) if node.verb.loads else ())] or [
                 *(faults := node.verb.check(node.settings, models)),
                 *([] if faults else node.verb.check_data(node.settings, models, formats)),
             ]
@@ -218,3 +218,11 @@ def _seed_beside(problem: Problem, path: Where) -> Problem:
         return problem
     places = f"beside `{path[2]}` (`{path[1]}: {{{path[2]}: …, seed: …}}`) or at the top of the recipe"
     return Problem(problem.path, f"expected `seed` {places}, found it among the verb's settings")
+
+
+def _unloadable(models: Mapping[str, Facts]) -> list[str]:
+    """A sentence for each model without a manifest whose type `transformers` cannot make."""
+    from graft.models import unknown_type
+
+    strange = {name: f.config for name, f in models.items() if f.config and f.initialisation.startswith("unknown:")}
+    return [f"{name} {said}" for name, config in strange.items() if (said := unknown_type(config))]
