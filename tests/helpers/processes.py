@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,14 @@ SLOW = [*OTHERS.split(), "sklearn.metrics"]
 """What `transformers` imports and is slow: a process that has no more than this knows neither it nor graft."""
 ROOMS = "run cli train.loop tune.several evaluate.work report merge.engine ensemble.model"
 ALL = [*SLOW, *(f"graft.{room}" for room in ROOMS.split()), "transformers.models.llama.modeling_llama"]
+
+
+AS_SCRIPT = """
+import os, runpy, sys
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 class Process:
@@ -93,6 +102,20 @@ class Server:
         process = self.start(program, *arguments, **given)
         process.wait()
         return process
+
+    def together(self, script: Path, *arguments: Any, count: int = 2) -> None:
+        """Run a script in processes that find each other as under torchrun; where one fails, the others are ended."""
+        with socket.socket() as opened:
+            opened.bind(("127.0.0.1", 0))
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(opened.getsockname()[1])}
+        places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+        size = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        group = [self.start(AS_SCRIPT, script, *arguments, env={**os.environ, **meeting, **size, **p}) for p in places]
+        while None in (statuses := [process.poll() for process in group]) and not any(statuses):
+            time.sleep(0.01)
+        for process in group:
+            process.kill()
+        assert not any(statuses), "\n".join(process.stderr[-4000:] for process in group)
 
     def ask(self, request: dict[str, Any]) -> Any:
         if self._process is None:

@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
@@ -54,10 +53,11 @@ def launch(script, folder, cases, **environment):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(tmp_path_factory, beside):
     """All cases, trained by two processes."""
     folder = tmp_path_factory.mktemp("two")
-    launch(Path(together.__file__), folder, CASES)
+    listed = [{"name": name, **case} for name, case in CASES.items()]
+    beside.together(together.__file__, folder, json.dumps(listed))
     return folder
 
 

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -79,11 +80,23 @@ def launch(folder, cases, **environment):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory, cases):
+def two(tmp_path_factory, cases, beside):
     """All cases, trained by two processes."""
     folder = tmp_path_factory.mktemp("two")
-    launch(folder, cases)
+    beside.together(in_processes.__file__, folder, json.dumps(cases))
     return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, cases):
+    """one(name) → the folder of the same case, trained by this process alone."""
+
+    @cache
+    def trained(name):
+        by_one(folder := tmp_path_factory.mktemp("one"), cases[name])
+        return folder
+
+    return trained
 
 
 def by_one(folder, case):
@@ -94,10 +107,10 @@ def by_one(folder, case):
 
 
 @pytest.mark.parametrize("name", list(ADAPTERS))
-def test_few_weights_on_a_model_in_parts_are_those_that_one_process_learns(two, tmp_path, cases, base, name):  # noqa: F811
-    by_one(tmp_path, cases[name])
+def test_few_weights_on_a_model_in_parts_are_those_that_one_process_learns(two, one, base, name):  # noqa: F811
+    alone = one(name) / "out"
     ids = torch.arange(3, 30)[None]
-    wanted = models.load(tmp_path / "out")
+    wanted = models.load(alone)
     # each process has all of an adapter; transformers writes a whole model in the first alone
     for rank in ("0",) if name == "folded" else ("0", "1"):
         out = two / name / rank / "out"
@@ -105,7 +118,7 @@ def test_few_weights_on_a_model_in_parts_are_those_that_one_process_learns(two, 
         assert type(found).__name__ == type(wanted).__name__
         torch.testing.assert_close(found(ids).logits, wanted(ids).logits, rtol=1e-3, atol=1e-4)
         if name != "folded":
-            held, expected = (load_file(folder / "adapter.safetensors") for folder in (out, tmp_path / "out"))
+            held, expected = (load_file(folder / "adapter.safetensors") for folder in (out, alone))
             assert_close(held, expected, rtol=1e-3, atol=2e-5)
             assert (out / "adapter.safetensors").stat().st_size < 0.7 * (base / "model.safetensors").stat().st_size
             assert adapters_of(found).points.keys() == adapters_of(wanted).points.keys()
@@ -115,18 +128,16 @@ def test_few_weights_on_a_model_in_parts_are_those_that_one_process_learns(two, 
 
 
 @pytest.mark.parametrize("name", list(MULTI))
-def test_tasks_in_two_processes_are_tasks_in_one(two, tmp_path, cases, name):
+def test_tasks_in_two_processes_are_tasks_in_one(two, one, name):
     """With heads that some batches do not reach, weights that are learned on the way, and episodes."""
-    by_one(tmp_path, cases[name])
-    assert_close(weights(tmp_path / "out"), weights(two / name / "0" / "out"), rtol=1e-3, atol=2e-5)
+    assert_close(weights(one(name) / "out"), weights(two / name / "0" / "out"), rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_an_adapter_on_packed_weights_learns_in_two_processes_what_it_learns_in_one(two, tmp_path, cases, bits):
+def test_an_adapter_on_packed_weights_learns_in_two_processes_what_it_learns_in_one(two, one, bits):
     """The packed weights are whole in both, the rest is in parts."""
     pytest.importorskip("bitsandbytes")
-    by_one(tmp_path, cases[f"on {bits} bits"])
-    wanted = load_file(tmp_path / "out" / "adapter.safetensors")
+    wanted = load_file(one(f"on {bits} bits") / "out" / "adapter.safetensors")
     # 8 bits round the activations too
     tolerance = {"rtol": 1e-3, "atol": 2e-5} if bits == 4 else {"rtol": 1e-2, "atol": 1e-3}
     for place in (Path("out"), Path("out/checkpoints/step-4")):
@@ -136,10 +147,9 @@ def test_an_adapter_on_packed_weights_learns_in_two_processes_what_it_learns_in_
 
 
 @pytest.mark.parametrize("name", list(SPREAD))
-def test_what_tasks_in_parts_report_is_what_one_process_reports(two, tmp_path, cases, name):
-    by_one(tmp_path, cases[name])
+def test_what_tasks_in_parts_report_is_what_one_process_reports(two, one, name):
     logs = [[json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
-            for folder in (tmp_path, two / name / "0")]  # fmt: skip
+            for folder in (one(name), two / name / "0")]  # fmt: skip
     assert len(logs[0]) == len(logs[1]) > 0
     for one, other in zip(*logs, strict=True):
         for key in ("step", "loss", "dev_loss", "grad_norm"):
