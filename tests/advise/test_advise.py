@@ -178,6 +178,7 @@ def test_small_models_are_tuned_whole_since_that_was_measured_on_such(tmp_path, 
     found = advised(tmp_path, base, kind)
     assert found.method == "full"
     assert any("measured with graft: bench/RESULTS.md" in reason for reason in found.why)
+    assert any(reason.startswith("full tuning fits, and no method with few weights is known") for reason in found.why)
     assert "none of them measured with graft" not in found.strength
     assert all(stood.here for stood in found.standings.values())
 
@@ -212,6 +213,7 @@ def test_the_recipe_compares_the_method_with_neighbours_and_full_tuning_and_a_pl
     assert not re.search(r"[&*]id\d", text)
     assert {found.method, "full"} <= set(made["models"])
     assert len(made["models"]) >= 1 + 2 * 3
+    assert set(re.findall("learning_rate: (.*)", text)) == {"0.0001", "0.0003", "0.001", "0.003"}
     plan = graft.plan(tmp_path / "check.yaml", tmp_path / "run")
     assert set(plan.steps) == set(made["models"])
     assert made["evaluate"]

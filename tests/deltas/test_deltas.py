@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import shlex
 import shutil
 from itertools import combinations
 
@@ -31,6 +32,13 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(folders):
     return deltas(folders["base"], {name: folders[name] for name in "abc"})
+
+
+def with_rows(folder, count):
+    """The model in a folder with so many rows of embeddings."""
+    made = graft.load(folder)
+    made.resize_token_embeddings(count)
+    return made
 
 
 def by_hand(folders, keep):
@@ -221,6 +229,38 @@ def test_explaining_a_merge_merges_nothing(folders, tmp_path):
     assert told[5:7] == words[4:6]
     assert CliRunner().invoke(app, told[1:]).exit_code == 0
     assert out.is_dir()
+
+
+@pytest.mark.parametrize(("models", "based"), [("ag", True), ("ga", False), ("g", True)])
+def test_relatives_with_more_tokens_are_merged_by_token_as_told(folders, tmp_path, models, based):
+    grown = with_rows(folders["b"], 52)
+    there = {**folders, "g": small_family.save(grown, tmp_path / "g", words=52)}
+    words = ["merge", str(tmp_path / "out"), *(str(there[name]) for name in models)]
+    words += ["--base", str(there["base"])] if based else []
+    shown = CliRunner().invoke(app, [*words, "--explain"])
+    assert shown.exit_code == 0, shown.output
+    assert "`vocabulary: union` (or base) matches them by token" in shown.output
+    told = shlex.split(shown.output.splitlines()[-1])
+    assert told[:4] == ["graft", *words[:3]]
+    assert told[-2:] == ["--vocabulary", "union"]
+    done = CliRunner().invoke(app, told[1:])
+    assert done.exit_code == 0, done.output
+    assert graft.load(tmp_path / "out").config.vocab_size == 52
+
+
+def test_a_stranger_among_relatives_with_more_tokens_is_told_first(folders, tmp_path):
+    more = small_family.save(with_rows(folders["b"], 52), tmp_path / "more", words=52)
+    stranger = small_family.save(small_family.model(77), tmp_path / "stranger")
+    assert graft.explain([folders["a"], more, stranger]).method == "rebasin"
+    assert graft.explain([folders["a"], more, folders["b"]]).method == "linear"
+
+
+def test_a_method_without_a_base_is_told_without_the_one_given(folders, tmp_path):
+    near = small_family.save(small_family.model(5, near=graft.load(folders["a"]), step=1e-4), tmp_path / "near")
+    words = ["merge", str(tmp_path / "out"), str(folders["a"]), str(near), "--base", str(folders["base"])]
+    told = shlex.split(CliRunner().invoke(app, [*words, "--explain"]).output.splitlines()[-1])
+    assert told == ["graft", *words[:4], "--method", "linear"]
+    assert CliRunner().invoke(app, told[1:]).exit_code == 0
 
 
 @pytest.mark.parametrize("more", [["--method", "ties"], ["--density", "0.3"], ["--models", "{a: 0.3, b: 0.7}"]])

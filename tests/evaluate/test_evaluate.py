@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -220,6 +221,21 @@ def test_a_yaml_task_with_choices_and_shots(family, sets, tmp_path):
     assert {row["metric"]: row["value"] for row in found} == {name: k / count for name, k in right.items()}
     assert found[0]["task"] == "sizes"
     assert found[0]["task_version"] == 3
+
+
+def test_the_space_in_front_of_a_choice_is_read_and_not_counted(monkeypatch, family, sets, tmp_path):
+    told = {" yes": -6.0, " no": -4.1, " naïf": -9.9}
+    monkeypatch.setattr(
+        Scorer, "loglikelihoods", lambda _, asked, **__: [SimpleNamespace(log_prob=told[c], tokens=1) for _, c in asked]
+    )
+    write(tmp_path / "some.jsonl", [{"q": "so?"}] * 2)
+    (tmp_path / "some.yaml").write_text(
+        "name: some\ndata: {source: jsonl, format: raw, test: some.jsonl}\nprompt: '{{ q }}'\n"
+        "choices: [' yes', ' no', ' naïf']\ntarget: naïf\nmetrics: [accuracy, accuracy_per_byte]\n"
+    )
+    found = run({"llama": family["llama"]}, [{"task": "some.yaml"}], sets, tmp_path)
+    # a byte, as in lm-eval's acc_bytes: -2, -2.05, -1.98; with the space -1.5, -1.37, -1.65; a character -2.48 at last
+    assert {row["metric"]: row["value"] for row in found} == {"accuracy": 0.0, "accuracy_per_byte": 1.0}
 
 
 @pytest.mark.parametrize(("written", "split"), [("x.dev", "dev"), ("x.train", "train"), ("x", "test")])

@@ -52,7 +52,10 @@ class AdaptSettings(Settings):
     @model_validator(mode="after")
     def _check(self) -> AdaptSettings:
         if (self.peft is None) != (self.from_ is None):
-            raise ValueError("expected `peft` and `from` together: a peft folder, and the model it was made for")
+            raise ValueError(
+                "expected `peft` and `from` together: a peft folder, and the model it was made for (in its "
+                "adapter_config.json: base_model_name_or_path)"
+            )
         if not self.adapters and self.peft is None:
             raise ValueError("expected `adapters`, or `peft` with `from`, found neither")
         if self.adapters and self.peft is not None:

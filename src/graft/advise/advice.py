@@ -142,7 +142,10 @@ def _ranked(
     if not few and not possible:
         raise RequestError(f"nothing fits: {'; '.join(f'{e.method}: {e.why_not}' for e in found if e.why_not)}")
     if possible and (not few or _full_is_better(claims, few[0], stood)):
-        return [full, *few], [*told, *_figures(few[:1], stood)]
+        short = (
+            f"full tuning fits, and no method with few weights is known to keep {100 * ENOUGH:.0f} % of what it reaches"
+        )
+        return [full, *few], [*(told or [short] * bool(few)), *_figures(few[:1], stood)]
     best = few[0]
     why = [*told, *_figures([best], stood)]
     why += [f"full tuning: {full.why_not}"] if full.why_not else []

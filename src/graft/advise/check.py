@@ -36,7 +36,7 @@ def recipe(
     for candidate in shown:
         rate = RATES["full" if candidate.method == "full" else "few"]
         models[candidate.method] = {"tune": node(candidate, training, rate)}
-        models[f"{candidate.method}_fast"] = {"tune": node(candidate, training, STEP * rate)}
+        models[f"{candidate.method}_fast"] = {"tune": node(candidate, training, round(STEP * rate, 12))}
     tuned = [each for each in models if each not in ("base", "packed")]
     return {
         "family": re.sub(r"[^A-Za-z0-9_-]", "-", f"check-{model.resolve().name}"),

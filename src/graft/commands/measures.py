@@ -22,7 +22,8 @@ def evaluate(
         str | None, typer.Option(help="What is measured; bits_per_byte if not given.", show_default=False)
     ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the measure or task.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the measure or task, such as limit=100."),
     ] = None,
     task: Annotated[list[str] | None, typer.Option("--task", help="A task's file; may be repeated.")] = None,
     recipe: Annotated[

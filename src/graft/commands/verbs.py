@@ -59,7 +59,8 @@ def command_of(name: str) -> Callable[..., None]:
         force: Annotated[bool, typer.Option("--force", help="Make it anew though it is there.")] = False,
         hub: Annotated[bool, typer.Option("--hub", help="Allow the network: models may be ids on the hub.")] = False,
         methods: Annotated[
-            bool, typer.Option("--methods", help="Print the methods as a table and stop; with --from on that model.")
+            bool,
+            typer.Option("--methods", help="Print the methods as a table and stop; of tune with --from on that model."),
         ] = False,
         wait: Wait = True,
         launch: Launch = None,
@@ -105,7 +106,8 @@ def _explain(words: list[str], settings: list[str], as_json: bool) -> None:
     told += [f"  because {reason}" for reason in advice.why]
     told += [f"  then: {', '.join(advice.also)}"] if advice.also else []
     if advice.method != "none":
-        base = {"base": advice.base} if advice.base is not None else {}
+        named = written.pop("base", advice.base)
+        base = {"base": named} if advice.base is not None else {}
         options = {**written, **base, "method": advice.method, **advice.settings}
         each = {f"--{name.replace('_', '-')}": str(value) for name, value in options.items()}
         words = [word for name, value in each.items() for word in (name, "true" if value == "True" else value)]

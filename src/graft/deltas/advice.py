@@ -29,6 +29,7 @@ TRIMMABLE = 0.9
 0.65."""
 SEARCHED = "search: {over: {scale: [0, 1.5]}, on: …}"
 WITH_TEXT = "fisher or regmean (on: …), where there is text of what each model was tuned on"
+ENSEMBLE = "an ensemble with `vocabulary: union` (or bytes): graft ensemble OUT MODEL… --vocabulary union"
 FAR = 0.5
 """‖δ‖ / ‖θ₀‖ above which a model has left the neighbourhood of its base."""
 
@@ -75,17 +76,31 @@ def _explained(models: Mapping[str, Path], base: Path | None, adapters_of: Path 
     from graft.deltas.measure import deltas
 
     first, *rest = models
+    matched: list[str] = []
     for name in rest if base is None else models:
         found = relate(base or models[first], models[name], adapters_of=adapters_of or _lost(models[name], base))
         if found.weights != "yes":
             why = [f"{name}: {found.kind} ({found.evidence})", found.weights_why]
+            if found.kind == "same initialisation" and found.weights == "after alignment":
+                matched = matched or why
+                continue
             aligned = found.kind in ("permuted", "other initialisation") and found.weights == "after alignment"
             return Advice("rebasin" if aligned else "none", {}, why, _instead(found))
+    if matched:
+        return _by_token(models, base, matched)
     if base is None:
         why = ["the base is not known (name it: `base`, --base): without it there are no task vectors to look at"]
         return Advice("linear", {}, why, ["slerp", "greedy_soup"])
     advice = advise(deltas(base, models, adapters_of=adapters_of))
     return advice if advice.method == "linear" else replace(advice, base=str(base))
+
+
+def _by_token(models: Mapping[str, Path], base: Path | None, why: Sequence[str]) -> Advice:
+    """Relatives whose embeddings have other rows: what they learned cannot be compared, but merged it can be."""
+    by_token = {"vocabulary": "union"}
+    if len(models) == 1:
+        return Advice("task_arithmetic", by_token, why, [SEARCHED, ENSEMBLE], str(base))
+    return Advice("linear", by_token, why, ["task_arithmetic or ties, with a base and the same vocabulary", ENSEMBLE])
 
 
 def _lost(model: Path, base: Path | None) -> Path | None:
@@ -104,7 +119,7 @@ def _instead(found: Relation) -> list[str]:
         return []
     if found.predictions == "yes":
         return ["an ensemble: graft ensemble OUT MODEL…"]
-    return ["an ensemble with `vocabulary: union` (or bytes): graft ensemble OUT MODEL… --vocabulary union"]
+    return [ENSEMBLE]
 
 
 def common_base(models: Sequence[Path]) -> Path | None:

@@ -181,7 +181,11 @@ def _documents(subject: Subject, scorer: Scorer) -> Scored:
 
 
 def _choose(subject: Subject, task: Task, before: str, scorer: Scorer) -> list[Scored]:
-    """Each choice is scored after the prompt; raw, per byte of the choice (lm-eval's acc_norm) and per token."""
+    """Each choice is scored after the prompt; raw, per byte of the choice and per token.
+
+    The space in front of a choice is scored and not counted, as in lm-eval's acc_bytes, where it stands between prompt
+    and choice (acc_norm there counts characters).
+    """
     assert task.choices is not None
     options = [task.choices(record) for record in subject.records]
     requests = [(before + task.prompt(r), o) for r, own in zip(subject.records, options, strict=True) for o in own]
@@ -194,7 +198,7 @@ def _choose(subject: Subject, task: Task, before: str, scorer: Scorer) -> list[S
         raw = np.array([a.log_prob for a in found])
         by = {
             "raw": raw,
-            "byte": raw / [max(len(o.encode()), 1) for o in own],
+            "byte": raw / [max(len(o.lstrip().encode()), 1) for o in own],
             "token": raw / [a.tokens for a in found],
         }
         for name, values in by.items():

@@ -28,7 +28,7 @@ from graft.hashing import hash_file
 from graft.progress import say
 from graft.vocabulary import tokenizer_of
 
-VERSION = 4
+VERSION = 5
 """Counted up when the same model and items give other numbers."""
 COMPARED = 3
 """Counted up when the same scores are compared otherwise."""

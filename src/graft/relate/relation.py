@@ -173,7 +173,10 @@ def _weights(
         case "same initialisation" if correlation is not None and correlation < TRACE:
             return "no", f"only a trace of their common start is left (correlation {correlation:.3f})"
         case "same initialisation" if rows_differ:
-            return "after alignment", "the rows of their embeddings stand for different tokens or differ in number"
+            return "after alignment", (
+                "the rows of their embeddings stand for different tokens or differ in number: a merge with "
+                "`vocabulary: union` (or base) matches them by token"
+            )
         case "same initialisation":
             return "yes", "any method of merge"
         case "permuted" | "other initialisation" if rows_differ or not aligns:
