@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -16,7 +18,7 @@ from graft._callable import COMMANDS as CALLED
 from graft._verb_command import fields_of, model_field, models_field, requested
 from graft.cli import app
 from graft.data.tokenizers import train_tokenizer
-from graft.errors import RequestError
+from graft.errors import Failure, RequestError, attempt
 from graft.verbs import verb
 
 COMMANDS = sorted(typer.main.get_command(app).commands)
@@ -216,6 +218,20 @@ def test_a_file_that_may_not_be_used_is_no_defect(family, monkeypatch):
     result = invoke("plan", recipe)
     assert result.exit_code == 1
     assert result.stderr == "graft: some/file: permission denied; change its permissions or name another\n"
+
+
+def test_memory_that_is_not_there_is_no_defect(family, monkeypatch):
+    recipe, _ = family
+    monkeypatch.setattr("graft.recipe.reader.read_yaml", lambda text: torch.empty(2**60, dtype=torch.uint8))
+    result = invoke("plan", recipe)
+    assert result.exit_code == 1
+    assert re.fullmatch(
+        r"graft: expected more memory than there is \(.*\): smaller batches, .* need less; `graft plan` says .*\n",
+        result.stderr,
+    )
+    failure = attempt(lambda: bytearray(2**62))
+    assert isinstance(failure, Failure)
+    assert failure.message.startswith("expected more memory than there is (no more to be had): ")
 
 
 def test_debug_may_stand_anywhere(family):

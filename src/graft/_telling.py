@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import typer
 
 from graft._verb_command import Commands
-from graft.errors import GraftError, Problem, RequestError, UnknownName, forbidden
+from graft.errors import GraftError, Problem, RequestError, UnknownName, forbidden, without_memory
 
 F = TypeVar("F", bound=Callable[..., Any])
 UsageError: Any = typer.BadParameter.__base__
@@ -85,6 +85,8 @@ def _told(error: Exception) -> GraftError:
     """What no room of graft's has put into words: a file that may not be used, or a defect."""
     if isinstance(error, PermissionError) and error.filename is not None:
         return forbidden(error)
+    if words := without_memory(error):
+        return GraftError(words)
     return GraftError(f"{type(error).__name__}: {error}; this is a defect of graft: --debug shows where")
 
 

@@ -101,7 +101,19 @@ def attempt(make: Callable[[], T]) -> T | Failure:
         return Failure(str(error), error.exit_code, traceback.format_exc())
     except Exception as error:  # noqa: BLE001  (whatever goes wrong in one, the others go on and all is reported)
         words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return Failure(words, RunError.exit_code, traceback.format_exc())
+        return Failure(without_memory(error) or words, RunError.exit_code, traceback.format_exc())
+
+
+def without_memory(error: Exception) -> str:
+    """What is said where memory was not to be had, on a processor or an accelerator; empty for any other error."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if not kinds & {"MemoryError", "OutOfMemoryError"} and "can't allocate memory" not in str(error):
+        return ""
+    found = str(error).partition("\n")[0] or "no more to be had"
+    return (
+        f"expected more memory than there is ({found}): smaller batches, a shorter length or gradient checkpointing "
+        "need less; `graft plan` says how much a recipe needs"
+    )
 
 
 class Unfinished(RunError):

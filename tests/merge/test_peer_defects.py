@@ -97,7 +97,7 @@ def test_a_missing_tensor_and_another_meaning_are_told(folders, tmp_path):
     held = load_file(short / "model.safetensors")
     held.pop("model.norm.weight")
     save_file(held, short / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CannotCombine, match=r"b lacks 1 tensors that other parents have: model.norm.weight"):
+    with pytest.raises(CannotCombine, match=r"b lacks a tensor that other parents have: model.norm.weight"):
         merge({"method": "linear", "models": ["a", "b"]}, folders | {"b": short}, tmp_path / "1")
     turned = Path(shutil.copytree(folders["b"], tmp_path / "turned"))
     config = json.loads((turned / "config.json").read_text())

@@ -301,9 +301,8 @@ def _places(parents: Sequence[str], headers: Mapping[str, Headers], tied: Tied) 
     for name in parents:
         missing = [t for t in stored if t not in headers[name] and t not in tied[name]]
         if missing:
-            raise CannotCombine(
-                f"{name} lacks {len(missing)} tensors that other parents have: {', '.join(missing[:5])}; {INSTEAD}"
-            )
+            count = "a tensor" if len(missing) == 1 else f"{len(missing)} tensors"
+            raise CannotCombine(f"{name} lacks {count} that other parents have: {', '.join(missing[:5])}; {INSTEAD}")
     return {t: {name: _stands(t, headers[name], tied[name]) for name in parents} for t in stored}
 
 
