@@ -2,6 +2,8 @@
 
 import shlex
 import socket
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,12 +18,12 @@ from graft.run import NodesFailed
 
 RECIPE = """
 family: f
-data: {code: {source: python-library, packages: [json, email], keep: code, pieces: 500, splits: {dev: 0.1}}}
+data: {code: {source: python-library, packages: [json, wsgiref], keep: code, pieces: 500, splits: {dev: 0.2}}}
 models:
   base:
-    pretrain: {data: code, size: 80k, length: 64, tokenizer: {size: 384}, budget: 6k tokens, batch_size: 8,
+    pretrain: {data: code, size: 80k, length: 64, tokenizer: {size: 384}, budget: 3k tokens, batch_size: 8,
                keep: {last: 1}}
-  adapted: {tune: {from: base, data: code, method: {lora: {rank: 2}}, length: 64, budget: 2k tokens, batch_size: 8}}
+  adapted: {tune: {from: base, data: code, method: {lora: {rank: 2}}, length: 64, budget: 1k tokens, batch_size: 8}}
   duo: {ensemble: {members: [base, adapted]}}
 """
 
@@ -33,6 +35,10 @@ def launcher(count=2):
     return f"torchrun --nproc-per-node {count} --master-addr 127.0.0.1 --master-port {port}"
 
 
+QUICK = f"{shlex.quote(sys.executable)} {Path(__file__).parent / 'helpers' / 'forking_launcher.py'} --nproc-per-node 2"
+"""For what any launcher does; that torchrun itself is one is asked where processes fail."""
+
+
 @pytest.fixture
 def recipe(tmp_path):
     path = tmp_path / "family.yaml"
@@ -42,7 +48,7 @@ def recipe(tmp_path):
 
 def test_two_processes_make_what_one_makes(recipe, tmp_path):
     one = graft.run(recipe, tmp_path / "one", device="cpu")
-    two = graft.run(recipe, tmp_path / "two", launch=launcher())
+    two = graft.run(recipe, tmp_path / "two", launch=QUICK)
     assert one.made == two.made == ["base", "adapted", "duo"]
     ids = torch.arange(3, 40)[None]
     for name in one.made:
@@ -55,7 +61,7 @@ def test_two_processes_make_what_one_makes(recipe, tmp_path):
         p.name for p in (one.folder / "models/base/checkpoints").iterdir()
     ]
     assert not list((two.folder / "work").glob("*/"))
-    again = graft.run(recipe, tmp_path / "two", launch=launcher())
+    again = graft.run(recipe, tmp_path / "two", launch=QUICK)
     assert again.made == []
 
 

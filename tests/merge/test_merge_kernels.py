@@ -61,9 +61,10 @@ def family(kind, shape, stored):
 
 @pytest.fixture(scope="module", autouse=True)
 def home(tmp_path_factory):
-    """Machine code is kept for these tests alone."""
+    """Machine code is kept for these tests alone; workers of pytest-xdist that share them out have one place for it."""
+    shared = tmp_path_factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRAFT_CACHE", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("GRAFT_CACHE", str(shared / "kernels" if shared else tmp_path_factory.mktemp("home")))
         _compiled._kernel.cache_clear()
         yield
     _compiled._kernel.cache_clear()

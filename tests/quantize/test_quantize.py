@@ -16,8 +16,8 @@ from graft.facts import facts_of
 from graft.lineage import read_manifest
 from graft.run import NodesFailed
 
-CODE = {"source": "python-library", "packages": ["json", "email"], "keep": "code", "splits": {"dev": 0.1, "test": 0.2}}
-TUNE = {"from": "four", "data": "code", "length": 64, "budget": "40 steps", "batch_size": 4, "learning_rate": 1e-2}
+CODE = {"source": "python-library", "packages": ["json", "email"], "keep": "code", "pieces": 500}
+TUNE = {"from": "four", "data": "code", "length": 64, "budget": "25 steps", "batch_size": 4, "learning_rate": 1e-2}
 
 
 def llama(folder):
@@ -58,7 +58,7 @@ def family(tmp_path_factory):
         "models": {
             "base": {
                 "pretrain": {"data": "code", "size": "300k", "length": 64, "tokenizer": {"size": 384},
-                             "budget": "200 steps", "batch_size": 8, "learning_rate": 3e-3}
+                             "budget": "100 steps", "batch_size": 8, "learning_rate": 3e-3}
             },
             "eight": {"quantize": {"from": "base", "bits": 8}},
             "four": {"quantize": {"from": "base"}},
@@ -66,7 +66,7 @@ def family(tmp_path_factory):
             "plain": {"quantize": {"from": "four", "bits": 16}},
             "duo": {"ensemble": {"members": ["base", "four"]}},
         },
-        "evaluate": [{"measure": "bits_per_byte", "on": ["code.test"], "limit": 6}],
+        "evaluate": [{"measure": "bits_per_byte", "on": ["code.test"], "limit": 10}],
     }  # fmt: skip
     path = place / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))

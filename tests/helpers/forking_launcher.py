@@ -1,0 +1,38 @@
+"""A launcher such as torchrun that imports for all, then forks: `--nproc-per-node N -m MODULE …`."""
+
+import importlib
+import os
+import runpy
+import signal
+import socket
+import sys
+
+from processes import ALL
+
+
+def main():
+    count, module = int(sys.argv[2]), sys.argv[4]
+    for name in ALL:
+        importlib.import_module(name)
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(opened.getsockname()[1])}
+    size = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    group = []
+    for rank in range(count):
+        if (pid := os.fork()) == 0:
+            os.environ.update({**meeting, **size, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            sys.argv = sys.argv[4:]
+            runpy.run_module(module, run_name="__main__")
+            os._exit(0)
+        group.append(pid)
+    while group:
+        pid, status = os.wait()
+        group.remove(pid)
+        if status:
+            for other in group:
+                os.kill(other, signal.SIGTERM)
+            sys.exit(1)
+
+
+main()
