@@ -39,6 +39,7 @@ ROOMS = (
     "pending",
     "placed",
     "possible",
+    "pulls",
     "reading",
     "recalled",
     "seq2seq",

@@ -52,10 +52,11 @@ def problems(settings: EnsembleSettings, models: Mapping[str, Facts]) -> list[st
     found += _name_problems(settings)
     found += _several_problems(settings)
     found += _device_problems(settings)
-    shown = ("linear",) if settings.vocabulary == "bytes" else HAVE_PARTS
-    if settings.show is not None and (settings.rule not in shown or models[first].architecture != "decoder"):
-        what = "mixtures (linear)" if settings.vocabulary == "bytes" else f"mixtures and products ({', '.join(shown)})"
-        found.append(f"`show` is for {what} of decoders: only there members have parts in every token")
+    if settings.show is not None and (settings.rule not in HAVE_PARTS or models[first].architecture != "decoder"):
+        found.append(
+            f"`show` is for mixtures and products ({', '.join(HAVE_PARTS)}) of decoders: only there members have parts "
+            "in every token"
+        )
     if not isinstance(settings.weights, FittedWeights):
         wrong = method("graft.ensemble", settings.rule).problem(constants(settings))
         found += [wrong] if wrong else []

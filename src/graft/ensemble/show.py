@@ -15,7 +15,7 @@ from graft.ensemble.byte_level import show as byte_show
 from graft.ensemble.byte_level.model import EnsembleOverBytes
 from graft.ensemble.causal import EnsembleForCausalLM
 from graft.ensemble.gate import Gate, Told
-from graft.ensemble.log_linear import FLOOR
+from graft.ensemble.pulls import pulls
 from graft.ensemble.reading import common_context, distributions, text_items
 from graft.ensemble.settings import HAVE_PARTS
 from graft.ensemble.sources import Source
@@ -31,18 +31,19 @@ if TYPE_CHECKING:
 
 @torch.inference_mode()
 def speaks(folder: Path | str, text: str, *, device: str | None = None) -> Spoken:
-    """Who speaks in `text`; in a mixture over bytes, at which character. Raises RequestError for what is no mixture or
-    product of decoders, and for an empty text."""
+    """Who speaks in `text`; over bytes, at which character. Raises RequestError for what is no mixture or product of
+    decoders, and for an empty text."""
     if not text:
         raise RequestError("expected a text to show, found none")
     model = models.load(folder, device=device)
-    if isinstance(model, EnsembleOverBytes) and model.config.combine == "linear":
-        return byte_show.speaks(model, text)
-    if not isinstance(model, EnsembleForCausalLM) or model.config.combine not in HAVE_PARTS:
+    kinds = (EnsembleForCausalLM, EnsembleOverBytes)
+    if not isinstance(model, kinds) or model.config.combine not in HAVE_PARTS:
         raise RequestError(
-            f"{folder}: expected a mixture or a product of decoders ({', '.join(HAVE_PARTS)}) or a mixture over bytes: "
-            "only there members have parts in a token"
+            f"{folder}: expected a mixture or a product of decoders ({', '.join(HAVE_PARTS)}): only there members have "
+            "parts in a token"
         )
+    if isinstance(model, EnsembleOverBytes):
+        return byte_show.speaks(model, text)
     tokenizer = models.load_tokenizer(folder)
     ((found_ids, places),) = encode_with_places([text], tokenizer)
     ids = list(found_ids)
@@ -70,22 +71,6 @@ def speaks(folder: Path | str, text: str, *, device: str | None = None) -> Spoke
         () if model.union is None else tuple(unmatched_mass(model.union, whole)),
         product,
     )
-
-
-def pulls(told: Sequence[torch.Tensor], mixed: torch.Tensor, weights: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
-    """How far each member of a product pulls towards the tokens that come, in nats, `[tokens, members]`:
-
-        λᵢ (log pᵢ(y) - Σᵥ p(v) log pᵢ(v))
-
-    from `told` and `mixed`, log pᵢ and log p `[tokens, vocabulary]`, `weights [members]` λ and `gold [tokens, 1]` y.
-    Where the product allows y, they sum to log p(y) + H(p): how much likelier the token is than those that the product
-    would draw. Above zero the member is for the token, as one of negative weight is for what it finds unlikely.
-    Probabilities count as at least the smallest normal float32.
-    """
-    likely = mixed.exp()
-    floored = [each.clamp(min=FLOOR) for each in told]
-    own = [each.gather(-1, gold)[:, 0] - (likely * each).sum(-1) for each in floored]
-    return torch.stack([weight * each for weight, each in zip(weights.tolist(), own, strict=True)], -1)
 
 
 def coloured(spoken: Spoken) -> Text:

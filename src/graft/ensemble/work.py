@@ -87,25 +87,25 @@ def _show(
     text = next((text[:SHOWN] for text in texts if text.strip()), None)
     if text is None:
         return ()
+    rule = method("graft.ensemble", settings.rule)
+    options = parse(rule.Settings, settings.options)
+    product = None if settings.rule == "linear" else partial(rule.combine, options=options)
     if settings.vocabulary == "bytes":
-        spoken = byte_show.spoken_by(sources, weights, gate, cover_of(settings), text, job.device)
+        spoken = byte_show.spoken_by(sources, weights, gate, cover_of(settings), text, job.device, product)
     elif settings.vocabulary == "union":
         spoken = spoken_in_union(sources, weights, text, job.device)
     else:
-        rule = method("graft.ensemble", settings.rule)
-        options = parse(rule.Settings, settings.options)
-        product = None if settings.rule == "linear" else partial(rule.combine, options=options)
         spoken = spoken_by(sources, weights, gate, text, job.device, product)
     atomic_write(job.out / FILE, json.dumps({"on": reference, **spoken.plain()}, ensure_ascii=False) + "\n")
     return spoken.unmatched
 
 
 def _can_be_shown(settings: EnsembleSettings, sources: list[Source]) -> bool:
-    """Whether members have parts in every token: in mixtures and products of decoders, over bytes in mixtures."""
+    """Whether members have parts in every token: in mixtures and products of decoders."""
     from graft.ensemble.configuration import kind_of
     from graft.ensemble.members import config_of
 
-    if settings.rule not in (HAVE_PARTS if settings.vocabulary != "bytes" else ("linear",)):
+    if settings.rule not in HAVE_PARTS:
         return False
     return kind_of([config_of(source.folder) for source in sources], settings.rule) == "CausalLM"
 

@@ -12,9 +12,10 @@ from graft import models
 from graft.ensemble.byte_level.byte_model import ByteModel, Cover
 from graft.ensemble.byte_level.scorer import ROWS, bytes_of, distributions, score
 from graft.ensemble.configuration import context_of
-from graft.ensemble.contributions import contributions
+from graft.ensemble.contributions import Contribution, contributions, contributions_to_product
 from graft.ensemble.diversity import error_correlation
 from graft.ensemble.gate import features
+from graft.ensemble.kept import Columns
 from graft.ensemble.members import home_of
 from graft.ensemble.settings import CoverSettings, EnsembleSettings, FittedWeights
 from graft.ensemble.sources import Source
@@ -22,6 +23,9 @@ from graft.ensemble.weights import Fit, fit_gated, fit_linear, fit_log_linear
 
 BYTES = 2**28
 """Distributions of one member that are kept at most; of longer texts, bytes at even distances are."""
+LOOKED_AT = 2**23
+"""Log-probabilities of one member that are looked at most to say what a product's members contribute, for which every
+subset of them is fitted; of longer texts, those of bytes at even distances."""
 NOTHING = float(np.log(257))
 """Nats a byte where all bytes and the end are equally likely."""
 
@@ -96,8 +100,27 @@ def _product(
     stride = max(1, -(-len(places) * 257 * 4 // BYTES))
     chosen = np.arange(0, len(places), stride)
     log_probs = [_spread(reader_of(source, cover, device), data, stride) for source in sources]
-    gold = np.frombuffer(b"".join(data), np.uint8)[chosen].astype(np.int64)
-    return fit_log_linear(log_probs, torch.from_numpy(gold), importance(places[chosen]))
+    gold = torch.from_numpy(np.frombuffer(b"".join(data), np.uint8)[chosen].astype(np.int64))
+    found = fit_log_linear(log_probs, gold, importance(places[chosen]))
+    told = np.stack([each.gather(-1, gold[:, None])[:, 0].numpy() for each in log_probs])
+    missed = _contributed(log_probs, gold, places[chosen], importance)
+    return replace(found, correlation=error_correlation(told), contributions=missed)
+
+
+def _contributed(
+    log_probs: Sequence[torch.Tensor],
+    gold: torch.Tensor,
+    places: np.ndarray,
+    importance: Callable[[np.ndarray], np.ndarray],
+) -> list[Contribution]:
+    """What members contribute to the product, from `[bytes, 257]` of each; `gold`, `places` `[bytes]` as they are kept.
+
+    All bytes stand for themselves, so nothing is left out of a distribution.
+    """
+    step = max(1, -(-log_probs[0].numel() // LOOKED_AT))
+    seen = [each[::step] for each in log_probs]
+    columns = Columns(seen, gold[::step], seen[0].new_zeros(()).expand_as(seen[0]))
+    return contributions_to_product(columns, NOTHING, importance(places[::step]), places[::step])
 
 
 def _spread(reader: ByteModel, data: Sequence[bytes], stride: int) -> torch.Tensor:
