@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from transformers import MambaConfig, MambaForCausalLM
 
 from graft import data, models
@@ -176,3 +177,26 @@ def test_a_tuned_model_keeps_its_initialisation():
     facts = Facts("decoder", "i", "v", 10, 40)
     found = VERB.facts(VERB.parse({"from": "a", "data": "b"}), {"a": facts}, "key")
     assert (found.initialisation, found.vocabulary) == ("i", "v")
+
+
+SMALL = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+KINDS = {
+    "GPT2": {"vocab_size": 99, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32},
+    "OPT": {**SMALL, "word_embed_proj_dim": 16, "ffn_dim": 16, "max_position_embeddings": 32},
+    "Llama": {**SMALL, "max_position_embeddings": 32},
+    "Bloom": {"vocab_size": 99, "hidden_size": 16, "n_layer": 1, "n_head": 2},
+}
+
+
+@pytest.mark.parametrize(("kind", "most"), [("GPT2", 32), ("OPT", 32), ("Llama", None), ("Bloom", None)])
+def test_a_length_without_positions_for_it_is_refused_and_computed_positions_reach_any(kind, most):
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = getattr(transformers, f"{kind}Config")(**KINDS[kind], **tokens, architectures=[f"{kind}ForCausalLM"])
+    start = {"base": Facts("decoder", "i", "v", 10, 40, config.to_dict())}
+
+    def said(length):
+        return VERB.check(VERB.parse({"from": "base", "data": "d", "length": length}), start)
+
+    assert said(32) == []
+    wrong = f"expected a `length` of at most {most}, for which base has positions, found 33"
+    assert said(33) == ([] if most is None else [wrong])

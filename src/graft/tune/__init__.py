@@ -91,7 +91,7 @@ class Tune(Verb[TuneSettings]):
             objective_for(start.architecture, settings.objective, start.config)
         except CannotCombine as error:
             return [str(error)]
-        return self._spread(settings, start) or self._fits(settings, start)
+        return _too_long(settings, start) or self._spread(settings, start) or self._fits(settings, start)
 
     @staticmethod
     def _spread(settings: TuneSettings, start: Facts) -> list[str]:
@@ -183,6 +183,18 @@ class Tune(Verb[TuneSettings]):
         from graft.tune.work import run
 
         return run(job)
+
+
+def _too_long(settings: TuneSettings, start: Facts) -> list[str]:
+    """What is wrong with a length for which the model has no positions; those that are computed reach any length."""
+    if settings.length is None or settings.length <= longest(start.config) or not start.config.get("architectures"):
+        return []
+    from graft.adapters.trial import learned_positions
+
+    most = learned_positions(start.config)
+    if most is None or settings.length <= most:
+        return []
+    return [f"expected a `length` of at most {most}, for which {settings.from_} has positions, found {settings.length}"]
 
 
 def _needing_whole_weights(settings: TuneSettings, parallel: Parallel) -> list[str]:
