@@ -298,6 +298,44 @@ def test_options_of_a_verb_become_settings():
     )
 
 
+@pytest.mark.parametrize(
+    ("verb", "words", "wanted"),
+    [
+        (
+            "tune",
+            ["--method", "lora", "--rank", "8", "--up-rate", "4"],
+            "--method.lora.rank, --method.lora.up-rate, found",
+        ),
+        (
+            "tune",
+            ["--method", "{houlsby: {}}", "--width=8"],
+            "--method.houlsby.width, found --width: options of houlsby",
+        ),
+        ("ensemble", ["--combine", "experts", "--alpha", "2"], "--combine.experts.alpha, found --alpha"),
+    ],
+)
+def test_an_option_of_a_method_beside_it_is_told_where_it_belongs(verb, words, wanted):
+    with pytest.raises(RequestError, match=f"^expected {wanted}"):
+        requested(verb, ["out", *words], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "option"),
+    [
+        ("tune", "lora", "--method.lora.rank"),
+        ("ensemble", "experts", "--combine.experts.alpha"),
+        ("merge", "ties", "--scale"),
+    ],
+)
+def test_options_of_a_method_are_taken_as_its_help_spells_them(name, method, option):
+    shown = CliRunner().invoke(app, [name, method, "--help"], env={"COLUMNS": "200"}).output
+    assert option in shown.partition(f"Settings of {method}")[2].split()
+    settings = requested(name, ["out", option, "2"], [])[1]
+    for step in option[2:].split("."):
+        settings = settings[step]
+    assert settings == 2
+
+
 def test_models_stand_behind_the_folder_with_weights_or_without():
     assert models_field(fields_of("ensemble")) == "members"
     assert models_field(fields_of("merge")) == "models"

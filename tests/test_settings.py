@@ -6,7 +6,10 @@ import pytest
 from pydantic import Field, model_validator
 
 from graft.errors import SettingsError, UnknownName
+from graft.evaluate.tasks import TaskSettings
+from graft.misfits import CALLED, keys_of
 from graft.settings import Bytes, DataRef, ModelRef, Parameters, Settings, Tokens, parse, references
+from graft.verbs import verb
 
 
 class Inner(Settings):
@@ -38,6 +41,20 @@ def test_a_misspelt_key_is_an_error_that_shows_the_nearest_right_one():
 def test_a_misspelt_key_in_nested_settings_lists_the_keys_of_those_settings():
     (problem,) = problems({"from": "base", "inner": {"rnak": 4}})
     assert problem == "models.soup.inner.rnak: unknown key (did you mean 'rank'?); there are: rank"
+
+
+def test_names_that_other_packages_have_for_a_setting_lead_to_it():
+    told = problems({"from": "base", "base_model": "x", "inner": {"r": 4}, "lambda": 0.5})
+    assert told[0].startswith("models.soup.inner.r: unknown key (here it is called 'rank'); there are: rank")
+    assert [problem.partition(";")[0] for problem in told[1:]] == [
+        "models.soup.base_model: unknown key (did you mean 'models'?)", "models.soup.lambda: unknown key",
+    ]  # fmt: skip
+
+
+def test_what_other_names_lead_to_is_there():
+    verbs = [verb(name).types() for name in ("tune", "merge")]
+    known = {key for types in verbs for settings in types.values() for key in keys_of(settings)}
+    assert set(CALLED.values()) <= known | set(keys_of(TaskSettings))
 
 
 class Careful(Example):

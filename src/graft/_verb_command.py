@@ -119,7 +119,8 @@ def _tables(verb: str, words: Sequence[str], own: Collection[str]) -> Iterator[T
     elif not named:
         yield _settings("Settings of every method, each also as --set KEY=VALUE", _shared(list(methods.values())), own)
     for name, settings in named.items():
-        yield _settings(f"Settings of {name}", settings.model_fields, own)
+        within = f"{find(verb).options_in}.{name}." if find(verb).options_in else ""
+        yield _settings(f"Settings of {name}", settings.model_fields, own, within)
     if methods and not named:
         table = _table(f"\nMethods; `graft {verb} NAME --help` shows the settings of one")
         for name, settings in methods.items():
@@ -141,13 +142,16 @@ def _usual(fields: Sequence[FieldInfo]) -> FieldInfo:
     return fields[descriptions.index(max(descriptions, key=descriptions.count))]
 
 
-def _settings(title: str, fields: Mapping[str, FieldInfo], own: Collection[str]) -> Table:
-    """A row a setting. One whose name is an option of the command itself can only be said with --set."""
+def _settings(title: str, fields: Mapping[str, FieldInfo], own: Collection[str], within: str = "") -> Table:
+    """A row a setting. One whose name is an option of the command itself can only be said with --set.
+
+    `within` is what stands before each name, `method.lora.`, where they stand inside another setting.
+    """
     from rich.markup import escape
 
     table = _table(title)
     for name, field in fields.items():
-        option = f"--{(field.alias or name).replace('_', '-')}"
+        option = f"--{within}{(field.alias or name).replace('_', '-')}"
         default = "required" if field.is_required() else _words(field.get_default(call_default_factory=True))
         shown = f"--set {option[2:]}=…" if option in own else option
         table.add_row(shown, escape(field.description or ""), f"[dim]{escape(default)}[/dim]")
@@ -211,7 +215,28 @@ def requested(verb: str, words: Sequence[str], assignments: Sequence[str]) -> tu
         assigned(settings, word)
     if plain[1:]:
         _add_models(verb, plain[1:], settings)
+    _check_places(verb, settings)
     return plain[0], settings
+
+
+def _check_places(verb: str, settings: Mapping[str, Any]) -> None:
+    """Raises RequestError for options of the named method that stand beside it where they belong inside."""
+    from graft.misfits import keys_of
+    from graft.verbs import verb as find
+
+    inside = find(verb).options_in
+    if inside is None:
+        return
+    said, types = settings.get(inside), find(verb).types()
+    name = next(iter(said), None) if isinstance(said, dict) else said
+    if not isinstance(name, str) or name not in types or name == verb:
+        return
+    beside = set(settings) - set(keys_of(types[verb]))
+    if lost := [key for key in keys_of(types[name]) if key in beside]:
+        options = [key.replace("_", "-") for key in lost]
+        wanted = ", ".join(f"--{inside}.{name}.{option}" for option in options)
+        found = ", ".join(f"--{option}" for option in options)
+        raise RequestError(f"expected {wanted}, found {found}: options of {name} stand inside of `{inside}`")
 
 
 def _named_method(words: Sequence[str], assignments: Sequence[str]) -> dict[str, str]:

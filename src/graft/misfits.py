@@ -35,6 +35,20 @@ class _Fault:
     """(place, pydantic's name, type) of every alternative on the way, the outermost first."""
 
 
+CALLED = {
+    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "on", "use_dora": "dora",
+    "use_rslora": "rslora", "layers_to_transform": "layers", "lr": "learning_rate", "epochs": "budget",
+    "num_train_epochs": "budget", "max_steps": "budget", "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulate", "lr_scheduler_type": "schedule", "warmup_steps": "warmup",
+    "warmup_ratio": "warmup", "max_grad_norm": "clip", "max_length": "length", "max_seq_length": "length",
+    "base_model": "base", "lambda": "scale", "select_topk": "select", "filter_wise": "by",
+    "nuslerp_row_wise": "by", "tokenizer_source": "vocabulary", "num_fewshot": "shots", "doc_to_text": "prompt",
+    "doc_to_choice": "choices", "doc_to_target": "target", "fewshot_delimiter": "separator",
+    "max_gen_toks": "max_tokens", "until": "stop", "test_split": "split",
+}  # fmt: skip
+"""What peft, transformers, mergekit and lm-eval call a setting → what it is called here."""
+
+
 def keys_of(cls: type[BaseModel]) -> list[str]:
     """The names a person may write in these settings (aliases where there are some)."""
     return [field.alias or name for name, field in cls.model_fields.items()]
@@ -186,12 +200,18 @@ def _mapping(settings: type[BaseModel]) -> str:
     return f"a mapping with {', '.join(keys_of(settings))}"
 
 
+def _called(key: str, valid: Sequence[str]) -> str:
+    """`" (here it is called 'scale')"` for a key that is another package's name of a valid one, else the nearest."""
+    here = CALLED.get(key)
+    return f" (here it is called {here!r})" if here in valid else nearest(key, valid)
+
+
 def _sentence(fault: _Fault) -> str:
     error, place = fault.error, fault.place
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         valid = keys_of(fault.settings)
-        return f"unknown key{nearest(str(place[-1]), valid)}; there are: {', '.join(valid)}"
+        return f"unknown key{_called(str(place[-1]), valid)}; there are: {', '.join(valid)}"
     if error["type"] == "union_tag_invalid":
         tag, valid = error["ctx"]["tag"], re.findall(r"'([^']*)'", error["ctx"]["expected_tags"])
         kind = error["ctx"]["discriminator"].strip("'")

@@ -104,6 +104,8 @@ class Verb(Generic[S]):
     """Whether `run` may be called in several processes at once, started together by a launcher, to share the work."""
     comes_first: ClassVar[bool] = False
     """Whether it is done before what takes long, since it may show that its input is no good."""
+    options_in: ClassVar[str | None] = None
+    """The setting in which the options of its methods stand, `{method: {lora: {rank: 4}}}`; None: beside the others."""
     stands_for: ClassVar[str] = "model"
     on_disk: ClassVar[bool] = True
     """Whether what is made is waited for until the disk has it; else its hash is taken again when the machine has

@@ -140,7 +140,7 @@ def _ranked(
     told = [f"{claim.says} ({claim.on}; {claim.source})" for claim in claims]
     possible = whole and not full.why_not
     if not few and not possible:
-        raise RequestError(f"nothing fits: {'; '.join(f'{e.method}: {e.why_not}' for e in found if e.why_not)}")
+        raise RequestError(f"nothing fits: {_obstacles(found)}")
     if possible and (not few or _full_is_better(claims, few[0], stood)):
         short = (
             f"full tuning fits, and no method with few weights is known to keep {100 * ENOUGH:.0f} % of what it reaches"
@@ -152,6 +152,12 @@ def _ranked(
     if best.packed:
         why += [f"{c.says} ({c.on}; {c.source})" for c in evidence().claims if "packed" in c.tasks]
     return few + ([full] if possible else []), why
+
+
+def _obstacles(found: Sequence[Candidate]) -> str:
+    """What is in the way of which methods, each reason once."""
+    reasons = dict.fromkeys(each.why_not for each in found if each.why_not)
+    return "; ".join(f"{', '.join(e.method for e in found if e.why_not == why)}: {why}" for why in reasons)
 
 
 def _full_is_better(claims: Sequence[Claim], best: Candidate, stood: Mapping[str, Standing]) -> bool:

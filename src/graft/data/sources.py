@@ -308,7 +308,8 @@ class Shape:
                 return format
         known = "; ".join(f"{format}: {', '.join(names)}" for format, names in kinds.FIELDS.items())
         found = f"found the fields {', '.join(map(str, row))}{_separated(row)}"
-        raise DataError(f"{place}: {found}, expected those of a format ({known})")
+        mapped = "`fields: {prompt: …, completion: …}` beside the source says what they are called here"
+        raise DataError(f"{place}: {found}, expected those of a format ({known}); {mapped}")
 
 
 def _checked(name: str, value: Any, place: str) -> Any:

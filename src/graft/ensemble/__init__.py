@@ -71,6 +71,7 @@ class Ensemble(Verb[EnsembleSettings]):
     name = "ensemble"
     summary = "Combine the predictions of several models at every token."
     reads = Verb.reads | {"quantised"}
+    options_in = "combine"
 
     def types(self) -> Mapping[str, type[Settings]]:
         rules = method_names("graft.ensemble")

@@ -49,7 +49,7 @@ def train_on_text(
         )  # fmt: skip
 
     write = save or (lambda trained, folder: models.save(trained, tokenizer, folder))
-    tell(job, f"{model.num_parameters():,} parameters; reading {corpus.name}.{split}")
+    tell(job, f"{counted(model)}; reading {corpus.name}.{split}")
     with main_first():
         learned, dev = rows(split, bootstrap), rows("dev") if data.has_dev(corpus) else None
     tell(job, f"training on {len(learned):,} rows of up to {length:,} tokens")
@@ -62,6 +62,13 @@ def train_on_text(
     if bootstrap is not None:
         notes = {"notes": {"bootstrap": described(corpus, split, tokenizer, job.cache, bootstrap)}}
     return {**result.metrics, "parameters": model.num_parameters(), **notes}
+
+
+def counted(model: PreTrainedModel) -> str:
+    """`1,000 parameters`, and how many of them are trained where that is not all."""
+    whole, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    said = f"{whole:,} parameters"
+    return said if trained == whole else f"{said}, {trained:,} of them trained ({100 * trained / whole:.2g} %)"
 
 
 def reads_together(model: PreTrainedModel, objective: Settings, length: int) -> bool:

@@ -31,6 +31,7 @@ class Tune(Verb[TuneSettings]):
     summary = "Train a model further on a data set."
     reads = Verb.reads | {"quantised"}
     together = True
+    options_in = "method"
 
     def types(self) -> Mapping[str, type[Settings]]:
         return {

@@ -28,7 +28,7 @@ from graft.train.learned import LearnedWeights
 from graft.train.loop import DEV_ROWS, Save, row_tokens, train
 from graft.train.meta import EpisodeRows, MetaLoss
 from graft.train.multitask import MultiTask
-from graft.train.on_text import reads_together
+from graft.train.on_text import counted, reads_together
 from graft.train.place import main_first, processes, tell
 from graft.train.settings import Budget, no_dev
 from graft.train.trackers import Title
@@ -56,7 +56,7 @@ def train_on_tasks(
     settings = job.settings
     assert isinstance(settings, TuneSettings)
     maker = Maker(job, settings, model, tokenizer, objective, length)
-    tell(job, f"{model.num_parameters():,} parameters; reading {', '.join(settings.tasks)}")
+    tell(job, f"{counted(model)}; reading {', '.join(settings.tasks)}")
     with main_first():
         sources = {name: maker.source(name, task) for name, task in settings.tasks.items()}
         _check_ends(settings, sources)
