@@ -17,6 +17,8 @@ I32, I64, F32, F64 = types.int32, types.int64, types.float32, types.float64
 P8, P16, P32, P64, PF, PD, PI = (types.CPointer(kind) for kind in (U8, U16, U32, U64, F32, F64, I64))
 inlined = njit(forceinline=True)
 """A function that becomes a part of those that call it."""
+called = njit(error_model="numpy", no_cpython_wrapper=True)
+"""A function that others call, which need not be compiled again with each of them."""
 
 
 @intrinsic

@@ -59,6 +59,11 @@ class Reader:
         """What comes behind a token where nothing but the start stands before it, if that is known."""
         return self._alone.get(token)
 
+    @property
+    def guesses(self) -> Mapping[int, Told]:
+        """What comes behind tokens where nothing but the start stands before them, of all of which it is known."""
+        return self._alone
+
     def learn(self, found: Mapping[int, Told]) -> None:
         """Keep what comes behind tokens where nothing but the start stands before them."""
         if (len(self._alone) + len(found)) * len(self.later.ids) > KEPT:

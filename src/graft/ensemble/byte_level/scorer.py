@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graft.allocator import memory_kept, unsearched
+from graft.ensemble.byte_level import known
 from graft.ensemble.byte_level.byte_model import ByteModel
 from graft.ensemble.byte_level.cover import END, State
 from graft.ensemble.byte_level.following import MOST, Note
@@ -69,6 +70,16 @@ def _batches(model: ByteModel, data: Sequence[bytes]) -> list[list[int]]:
 
 
 def _documents(model: ByteModel, texts: Sequence[bytes]) -> list[ByteDocument]:
+    if not known.serves(model):
+        return followed(model, texts)
+    walks = known.walked(model, texts)
+    failed = [number for number, walk in enumerate(walks) if walk.failed]
+    again = iter(followed(model, [texts[number] for number in failed]) if failed else ())
+    return [next(again) if walk.failed else ByteDocument(walk.gold, walk.lost) for walk in walks]
+
+
+def followed(model: ByteModel, texts: Sequence[bytes]) -> list[ByteDocument]:
+    """The same with a state behind each byte, which serves every model and text."""
     golds = [np.empty(len(text)) for text in texts]
     forest = Forest(model.reader, len(texts))
     states = model.begin(forest, range(len(texts)))
