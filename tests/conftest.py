@@ -37,6 +37,14 @@ def growing(monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """What a process has written is there for others, killed or not: only a power cut tells whether it was synced."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def fresh():
     """Runs programs in processes that know neither graft nor transformers: `fresh.run(program, *arguments)`."""

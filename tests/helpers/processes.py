@@ -105,17 +105,25 @@ class Server:
 
     def together(self, script: Path, *arguments: Any, count: int = 2) -> None:
         """Run a script in processes that find each other as under torchrun; where one fails, the others are ended."""
+        for _ in range(3):
+            group = self._met(script, *arguments, count=count)
+            while None in (statuses := [process.poll() for process in group]) and not any(statuses):
+                time.sleep(0.01)
+            for process in group:
+                process.kill()
+            said = "\n".join(process.stderr[-4000:] for process in group)
+            # another program may take the port in between
+            if "address already in use" not in said:
+                break
+        assert not any(statuses), said
+
+    def _met(self, script: Path, *arguments: Any, count: int) -> list[Process]:
         with socket.socket() as opened:
             opened.bind(("127.0.0.1", 0))
             meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(opened.getsockname()[1])}
         places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
         size = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-        group = [self.start(AS_SCRIPT, script, *arguments, env={**os.environ, **meeting, **size, **p}) for p in places]
-        while None in (statuses := [process.poll() for process in group]) and not any(statuses):
-            time.sleep(0.01)
-        for process in group:
-            process.kill()
-        assert not any(statuses), "\n".join(process.stderr[-4000:] for process in group)
+        return [self.start(AS_SCRIPT, script, *arguments, env={**os.environ, **meeting, **size, **p}) for p in places]
 
     def ask(self, request: dict[str, Any]) -> Any:
         if self._process is None:

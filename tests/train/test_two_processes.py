@@ -1,36 +1,18 @@
-"""Two processes under torchrun (gloo, on loopback) train what one does."""
+"""Two processes that find each other as under torchrun (gloo, on loopback) train what one does."""
 
 import json
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import tiny
 import torch
 from safetensors.torch import load_file
 
 
-def free_port():
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return opened.getsockname()[1]
-
-
-def torchrun(folder, given):
-    folder.mkdir()
-    place = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    script = [Path(tiny.__file__), folder, json.dumps(given)]
-    command = [sys.executable, "-m", "torch.distributed.run", *place, *script]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(folder / "weights")
-
-
-def test_two_processes_are_one(tmp_path):
+def test_two_processes_are_one(tmp_path, beside):
     """Rows are masked unevenly, so the processes' shares of the loss differ; accumulation on top of it."""
     given = {"accumulate": 2, "evaluate_every": 3, "keep": {"last": 1}, "ema": 0.9}
-    two = torchrun(tmp_path / "two", given)
+    (tmp_path / "two").mkdir()
+    beside.together(tiny.__file__, tmp_path / "two", json.dumps(given))
+    two = load_file(tmp_path / "two" / "weights")
     tiny.train_into(tmp_path / "one", given)
     one = load_file(tmp_path / "one" / "weights")
     for name, tensor in one.items():
