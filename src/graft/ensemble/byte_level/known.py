@@ -28,6 +28,11 @@ from graft.ensemble.byte_level.walking import TREES, Tries, Walk
 if TYPE_CHECKING:
     from graft.ensemble.byte_level.byte_model import ByteModel
 
+COLUMNS = 384
+"""Columns for which there is room in a tree from the beginning, where texts are long enough."""
+AHEAD, BEHIND = 0.3, 0.05
+"""How likely a sequence is to lead on, as far as is known, up to where it is read: of texts that are ahead of others,
+and that are behind them."""
 TOKENS, LEAST, MOST = 384, 24, 64
 """Tokens of the leading sequences of all texts that a pass reads on, about, and of one text at least and at most."""
 
@@ -47,8 +52,8 @@ def walked(model: ByteModel, texts: Sequence[bytes]) -> list[Walk]:
 class Rows:
     """Trees in a cache, read side by side."""
 
-    def __init__(self, reader: Reader, count: int):
-        self.reader, self.count = reader, count
+    def __init__(self, reader: Reader, count: int, least: int = 1):
+        self.reader, self.count, self.least = reader, count, least
         self.places = Places()
         self.cache = cache_of(reader.model.config, self.places)
         self.few = "logits_to_keep" in inspect.signature(reader.model.forward).parameters
@@ -58,7 +63,7 @@ class Rows:
     ) -> torch.Tensor:
         """Logits `[kept, vocabulary]` of tokens that stand side by side, of those at the places `kept`."""
         device = self.reader.device
-        width = max(piece.seen.shape[1] for piece in pieces)
+        width = max(self.least, *(piece.seen.shape[1] for piece in pieces))
         packed = blocks_of(pieces, self.count, self.reader.dtype, device)
         trees = np.repeat([piece.tree for piece in pieces], [piece.end - piece.begin for piece in pieces])
         self.places.pack(packed, self.count, width, *(torch.from_numpy(each).to(device) for each in (trees, columns)))
@@ -90,7 +95,7 @@ class Known:
         made = kernels()
         assert made is not None
         self.kernels = made
-        self.rows = Rows(self.reader, TREES * len(texts) + 1)
+        self.rows = Rows(self.reader, TREES * len(texts) + 1, min(COLUMNS, max(map(len, texts)) // 2))
         self.tries = Tries(self.reader)
         told = self._starts()
         self.walks = [Walk(model, self.tries, text, told) for text in texts]
@@ -114,6 +119,10 @@ class Known:
             going = [number for number, walk in enumerate(self.walks) if not walk.done]
             if not going:
                 return
+            rest = {number: self.walks[number].rest for number in going}
+            for number in going:  # those that are behind dare more, so that they are not left to passes of their own
+                behind = rest[number] * len(going) >= sum(rest.values())
+                self.walks[number].reals[at.SURE] = BEHIND if behind else AHEAD
             ahead = min(MOST, max(LEAST, TOKENS // len(going)))
             self._pass(going, 2 * ahead)
             for number in going:

@@ -20,15 +20,13 @@ if TYPE_CHECKING:
 
 SIDES = 1024
 """Sequences beside the leading one that are looked for at once."""
-SURE = 0.1
-"""How likely a sequence is to lead on, as far as is known, up to where it is read ahead."""
 PREDICTED = 6
 """Bytes a token by which it is seen ahead which sequence will lead."""
 SLICE = 1 << 16
 """Bytes that are cut into tokens at once."""
 STRETCH = 1 << 14
 """Bytes of a text whose ranges of tokens are known at a time."""
-DEAD = 768
+DEAD = 300
 """Columns that are added to a text's trees until it is looked through for those that nothing follows any more."""
 ROOTS = 3
 """Nodes that are nothing but the start: of the text, and of each tree for what is read again."""
@@ -90,7 +88,7 @@ class Walk(Arrays):
         self._hold(at.SEEN, np.zeros(len(tries.logs), np.int64))
         self._hold(at.ALONE, np.zeros(len(tries.logs), np.int64))
         cover = model.cover
-        self.reals[[at.DROP, at.JOIN, at.SURE]] = cover.drop, cover.join, SURE
+        self.reals[[at.DROP, at.JOIN]] = cover.drop, cover.join
         limit, size_ = model.reader.limit, len(model.reader.later.ids) * len(tries.logs)
         for place, value in (
             (at.SIZE, size),
@@ -155,6 +153,11 @@ class Walk(Arrays):
     def done(self) -> bool:
         """Whether nothing more is to be known."""
         return self.failed or (int(self.frame[at.DONE]) >= len(self.data) and not self.empty)
+
+    @property
+    def rest(self) -> int:
+        """Bytes that are not sure yet."""
+        return len(self.data) - int(self.frame[at.DONE])
 
     def wanted(self, ahead: int) -> np.ndarray:
         """The nodes that are to be read, in order, all with their columns; of the likeliest sequence so many tokens
