@@ -42,8 +42,8 @@ def same(found, wanted, lost=True):
 def test_known_texts_are_what_following_them_gives(cover, limit, seed):
     reader = ByteModel(member(seed, LEFT, 2), LEFT, cover, limit=limit)
     assert known.serves(reader)
-    # a leaf of the twin that is read again in a window so small stands for several sequences
-    same(score(reader, TEXTS), followed(reader, TEXTS), lost=limit is None)
+    # in so small a window a leaf of the twin stands for several sequences, of which much dropping promotes one
+    same(score(reader, TEXTS), followed(reader, TEXTS), lost=limit is None or cover.drop < 0.1)
 
 
 @pytest.mark.parametrize("make", [lambda: (gpt2(3), LEFT), lambda: (member(3, RIGHT, num_key_value_heads=1), RIGHT)])
@@ -101,7 +101,7 @@ def test_what_nothing_follows_any_more_is_left_out_and_changes_nothing(monkeypat
     for walk, other in zip(walks, wanted, strict=True):
         assert not walk.failed
         assert walk.gold == pytest.approx(other.log_probs, abs=3e-5)
-        assert math.isfinite(walk.lost)
+        assert walk.lost == pytest.approx(other.lost, abs=1e-3)
     assert int(walks[0].frame[known.at.BASE]) > 128
     assert walks[0].columns.sum() < 150
 

@@ -234,8 +234,10 @@ class ByteModel:
             leaf, told = _twin(born.leaf)
             born = born._replace(true=leaf.true + told.log(born.token))
         leaf, told = found
-        leaf.true = max(leaf.true, born.true)
-        return fresh(leaf, told, born.mass, leaf.true)
+        # where the model can read no further, a leaf stands for all sequences that end alike
+        true = leaf.true if born.true == -math.inf else born.true
+        leaf.true = max(leaf.true, true)
+        return fresh(leaf, told, born.mass, true)
 
     def _canonical(self, born: Born) -> bool:
         """Whether the tokenizer cuts the newest tokens as this sequence does; undecided inside a letter: yes.
