@@ -1,6 +1,8 @@
 """Known texts through compiled functions, against the same texts with a state behind each byte."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 from tiny_bytes import LEFT, RIGHT, brute, member
@@ -139,3 +141,13 @@ def test_a_text_takes_fewer_passes_than_following_it_and_no_more_tokens():
     (passes, tokens), (others, more) = cost(score), cost(followed)
     assert passes <= others
     assert tokens <= 1.2 * more
+
+
+def test_all_that_the_functions_are_written_in_decides_whether_kept_code_is_theirs():
+    folder = Path(arrays.__file__).parent
+    found, ahead = {"_layout.py"}, ["_walk.py"]
+    while ahead:
+        found.add(name := ahead.pop())
+        imported = re.findall(r"^from graft\.ensemble\.byte_level\.(\w+) import", (folder / name).read_text(), re.M)
+        ahead += {f"{one}.py" for one in imported} - found
+    assert found == set(arrays.SOURCES)

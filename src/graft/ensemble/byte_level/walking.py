@@ -22,6 +22,8 @@ SIDES = 1024
 """Sequences beside the leading one that are looked for at once."""
 PREDICTED = 6
 """Bytes a token by which it is seen ahead which sequence will lead."""
+ROWS = 1024
+"""Tokens of which it must be possible to keep what comes behind them, where that is asked of all that are not read."""
 SLICE = 1 << 16
 """Bytes that are cut into tokens at once."""
 STRETCH = 1 << 14
@@ -89,14 +91,14 @@ class Walk(Arrays):
         self._hold(at.ALONE, np.zeros(len(tries.logs), np.int64))
         cover = model.cover
         self.reals[[at.DROP, at.JOIN]] = cover.drop, cover.join
-        limit, size_ = model.reader.limit, len(model.reader.later.ids) * len(tries.logs)
+        limit, tokens = model.reader.limit, len(model.reader.later.ids)
         for place, value in (
             (at.SIZE, size),
             (at.SPAN, min(size + 1, STRETCH)),
             (at.SIDES, SIDES),
             (at.MOST, -1 if cover.most is None else cover.most),
             (at.LIMIT, -1 if limit is None else limit),
-            (at.EVERY, 2 * size_ <= KEPT),
+            (at.EVERY, ROWS * tokens <= KEPT),
         ):
             self.frame[place] = value
         self.columns_kept = TREES
