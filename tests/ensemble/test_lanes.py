@@ -77,7 +77,7 @@ def test_translators_and_classifiers_in_lanes():
 
 def test_lanes_run_beside_each_other():
     """Each call waits for the other: one after the other they would never end."""
-    meet = threading.Barrier(2, timeout=10)
+    meet = threading.Barrier(2, timeout=120)
     found = Lanes().run(
         ["cpu:0", "cpu:1", "cpu:0"], [lambda: (meet.wait(), 1)[1], lambda: (meet.wait(), 2)[1], lambda: 3]
     )

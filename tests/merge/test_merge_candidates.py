@@ -133,7 +133,7 @@ def test_where_one_is_stopped_the_rest_is_not_judged():
         begun.append(settings)
         if len(begun) == 3:
             raise KeyboardInterrupt
-        time.sleep(0.02)
+        time.sleep(0.1)
         return 1.0
 
     found = []
