@@ -85,14 +85,15 @@ def test_trees_are_attended_to_together_unless_most_would_be_padding():
             Piece(end - size, end, tree, np.ones((size, 3 + tree), bool))
             for tree, (size, end) in enumerate(zip(sizes, ends, strict=True))
         ]
-        blocks, rows = blocks_of(pieces, len(sizes), torch.float32, torch.device("cpu"))
+        blocks, rows = blocks_of(pieces, torch.float32, torch.device("cpu"))
         tokens = torch.cat([block.tokens.flatten() for block in blocks])
         assert tokens[rows].tolist() == list(range(ends[-1]))
         return [(block.trees.start, block.trees.stop, tuple(block.mask.shape)) for block in blocks]
 
     assert trees(2, 1, 2) == [(0, 3, (3, 1, 2, 5))]
     assert trees(9, 1, 1) == [(0, 3, (3, 1, 9, 5))]
-    assert trees(90, 1, 1) == [(0, 1, (1, 1, 90, 3)), (1, 2, (1, 1, 1, 4)), (2, 3, (1, 1, 1, 5))]
+    assert trees(90, 1, 1) == [(0, 2, (2, 1, 90, 4)), (2, 3, (1, 1, 1, 5))]
+    assert trees(1, 1, 90) == [(0, 2, (2, 1, 1, 4)), (2, 3, (1, 1, 90, 5))]
 
 
 def test_what_two_ask_for_is_read_once():

@@ -260,7 +260,7 @@ class Forest:
         width = max(self._columns[piece.tree] for piece in pieces)
         table = torch.tensor([(leaf.token, leaf.depth, leaf.row, leaf.slots[-1]) for leaf in leaves])
         ids, depths, trees, columns = table.t().contiguous()
-        packed = blocks_of(pieces, len(self), self.reader.dtype, device)
+        packed = blocks_of(pieces, self.reader.dtype, device)
         self._places.pack(packed, len(self), width, trees.to(device), columns.to(device))
         given = {
             "attention_mask": torch.zeros(1, 1, 1, 1, dtype=self.reader.dtype),  # any of four dimensions is left alone

@@ -64,7 +64,7 @@ class Rows:
         """Logits `[kept, vocabulary]` of tokens that stand side by side, of those at the places `kept`."""
         device = self.reader.device
         width = max(self.least, *(piece.seen.shape[1] for piece in pieces))
-        packed = blocks_of(pieces, self.count, self.reader.dtype, device)
+        packed = blocks_of(pieces, self.reader.dtype, device)
         trees = np.repeat([piece.tree for piece in pieces], [piece.end - piece.begin for piece in pieces])
         self.places.pack(packed, self.count, width, *(torch.from_numpy(each).to(device) for each in (trees, columns)))
         given: dict[str, Any] = {
@@ -99,8 +99,9 @@ class Known:
         self.tries = Tries(self.reader)
         told = self._starts()
         self.walks = [Walk(model, self.tries, text, told) for text in texts]
-        ids = np.concatenate([self.reader.later.ids, np.array(self.reader.ends, np.int64)])
-        self.kept_ids = ids
+        written = np.zeros(self.reader.size, bool)
+        written[[*self.reader.later.ids, *self.reader.ends]] = True
+        self.unwritten = torch.from_numpy(np.flatnonzero(~written)).to(self.reader.device)
 
     @torch.inference_mode()
     def _starts(self) -> Told:
@@ -131,7 +132,11 @@ class Known:
 
     def _forget(self, number: int) -> None:
         for tree, columns in enumerate(self.walks[number].forget() or ()):
-            self.rows.keep(TREES * number + tree, columns)
+            self.rows.keep(self._tree(number, tree), columns)
+
+    def _tree(self, number: int, tree: int) -> int:
+        """The row of one of a text's trees: the first ones of all texts stand side by side."""
+        return tree * len(self.walks) + number
 
     def _pass(self, going: Sequence[int], ahead: int) -> None:
         """Read what texts want, and what comes behind tokens alone."""
@@ -171,7 +176,7 @@ class Known:
             width = 1 + int(walk.nodes[at.COLUMN, nodes].max())
             seen = np.zeros((len(nodes), width), bool)
             self.kernels["seen"](walk.pointer, address(nodes), len(nodes), width, address(seen))
-            pieces.append(Piece(begin, begin + len(nodes), TREES * number + tree, seen))
+            pieces.append(Piece(begin, begin + len(nodes), self._tree(number, tree), seen))
             gathered.append(walk.nodes[:, nodes][[at.TOKEN, at.DEPTH, at.COLUMN]])
             silent.append(walk.nodes[at.ASKED, nodes] == at.SILENT)
             begin += len(nodes)
@@ -181,20 +186,25 @@ class Known:
         if not len(kept):
             kept = np.zeros(1, np.int64)
         logits = self.rows.read(pieces, tokens, depths, columns, kept)
+        logits, shares, norms = self._shares(logits)
         begin = 0
         for (number, _, nodes), own in zip(parts, silent, strict=True):
             loud = nodes[~own]
-            self._tell(self.walks[number], loud, logits[begin : begin + len(loud)])
+            part = slice(begin, begin + len(loud))
+            self.walks[number].told(loud, logits[part], shares[part], norms[part])
             begin += len(loud)
 
-    def _tell(self, walk: Walk, nodes: np.ndarray, logits: torch.Tensor) -> None:
-        step = max(1, AT_ONCE // logits.shape[1])
-        ids = torch.as_tensor(self.kept_ids, device=logits.device)
-        for begin in range(0, len(nodes), step):
-            part = logits[begin : begin + step].float()
-            norms = part.index_select(-1, ids).logsumexp(-1)
-            probs = (part - norms[:, None]).exp_()
-            walk.told(nodes[begin : begin + step], part.cpu().contiguous(), probs.cpu(), norms.cpu())
+    def _shares(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits `[n, vocabulary] float32`, the probabilities of the tokens that write text or the end, and the logs
+        of what these were divided by `[n]`; so many at once as stay in the caches of the cores."""
+        step = max(1, AT_ONCE * torch.get_num_threads() // logits.shape[1])
+        logits = logits.float().contiguous()
+        shares, norms = torch.empty_like(logits), logits.new_empty(len(logits))
+        for part, share, norm in zip(*(each.split(step) for each in (logits, shares, norms)), strict=True):
+            part.index_fill_(-1, self.unwritten, -torch.inf)
+            torch.logsumexp(part, -1, out=norm)
+            torch.sub(part, norm[:, None], out=share).exp_()
+        return logits.cpu(), shares.cpu(), norms.cpu()
 
     @torch.inference_mode()
     def _alone(self, tokens: Sequence[int]) -> None:

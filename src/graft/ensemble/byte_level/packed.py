@@ -53,14 +53,10 @@ class Blocks(NamedTuple):
     rows: torch.Tensor
 
 
-def blocks_of(pieces: Sequence[Piece], count: int, dtype: torch.dtype, device: torch.device) -> Blocks:
-    """The pieces of `count` trees: all together unless most of what is then read were padding, else one by one."""
-    longest = max(piece.end - piece.begin for piece in pieces)
-    if len(pieces) > 1 and count * longest <= max(FEW, PADDED * pieces[-1].end):
-        groups = [(slice(0, count), pieces)]
-    else:
-        groups = [(slice(piece.tree, piece.tree + 1), [piece]) for piece in pieces]
-    blocks, rows, before = [], np.empty(pieces[-1].end, np.int64), 0
+def blocks_of(pieces: Sequence[Piece], dtype: torch.dtype, device: torch.device) -> Blocks:
+    """The pieces of a pass, neighbouring trees together unless most of what is then read were padding."""
+    groups = [(slice(own[0].tree, own[-1].tree + 1), own) for own in _together(pieces)]
+    blocks, rows, before = [], np.empty(sum(piece.end - piece.begin for piece in pieces), np.int64), 0
     for trees, own in groups:
         longest = max(piece.end - piece.begin for piece in own)
         tokens = np.zeros((trees.stop - trees.start, longest), np.int64)
@@ -75,6 +71,21 @@ def blocks_of(pieces: Sequence[Piece], count: int, dtype: torch.dtype, device: t
         mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(torch.from_numpy(~seen), torch.finfo(dtype).min)
         blocks.append(Block(trees, torch.from_numpy(tokens).to(device), mask[:, None].to(device)))
     return Blocks(blocks, torch.from_numpy(rows).to(device))
+
+
+def _together(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Runs of pieces in the order of their trees, each as long as padding lets it be."""
+    runs: list[list[Piece]] = []
+    longest = tokens = 0
+    for piece in sorted(pieces, key=lambda piece: piece.tree):
+        size = piece.end - piece.begin
+        longest, tokens = max(longest, size), tokens + size
+        trees = piece.tree + 1 - runs[-1][0].tree if runs else 0
+        if not runs or trees * longest > max(FEW, PADDED * tokens):
+            runs.append([])
+            longest = tokens = size
+        runs[-1].append(piece)
+    return runs
 
 
 def attention(
