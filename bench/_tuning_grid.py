@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from _tuning_runs import WORK, Sample, Task, Tuned, named, points_of, sample, started, tuned
+from _tuning_runs import Sample, Task, Tuned, named, points_of, runs, sample, started, tuned
 from _tuning_table import Cell, Method, Panel, Seeds, differences, table
 from graft.adapters.point import Point
 from graft.adapters.trial import trained
 from graft.evaluate import metrics
-from graft.evaluate.results import Results, key_of
+from graft.evaluate.results import key_of
 from graft.folders import read_config
 
 SHARES = (0.001, 0.01, 0.05)
@@ -124,7 +124,7 @@ class Grid:
         self.sample: Sample = sample(task, counts)
         name = f"{task.name}-{named(base)}-{self.steps}x{task.batch}-{given.train}-{given.limit}-{given.generate}"
         fixed = "" if given.head_rate is None or task.kind == "text" else f"-head{given.head_rate:g}"
-        self.results = Results(WORK / "runs" / f"{name}{fixed}")
+        self.results = runs(f"{name}{fixed}")
         self.own = (NONE, FULL) if task.kind == "text" else (HEAD, FULL)
         self.sign = 1 if metrics.metric_of(task.metric).higher_is_better else -1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,9 @@ from graft.data.examples import Encoder, LabelledCollate, labels_in
 from graft.data.objectives import Tokens, objective_for, objective_rows
 from graft.data.rows import ListRows, Rows
 from graft.data.turns import TaskRows, Turns
+from graft.disk import atomic_write
 from graft.evaluate import metrics
+from graft.evaluate.results import Results
 from graft.evaluate.scorer import Scorer, longest_context
 from graft.folders import architecture_of
 from graft.hashing import shortened
@@ -36,6 +39,8 @@ from graft.train.settings import TrainSettings
 
 WORK = Path(__file__).resolve().parent / "work" / "tuning_help"
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+KEPT = Path(__file__).resolve().parent / "tuning_runs"
+"""Every training of the tables that stand in RESULTS.md, by the hash of the model they start from."""
 HEAD_RATE = 5e-3
 """Learning rate of a fresh head, beside whatever the body's is, where none is searched for it."""
 
@@ -74,6 +79,23 @@ class Sample:
         """The same as a data set, from files."""
         source = {"source": "jsonl", **{split: f"{split}.jsonl" for split in self.records}}
         return data.open_corpus({self.task.name: data.parse(source)}, self.task.name, self.folder)
+
+
+def runs(name: str) -> Results:
+    """What was trained under a name, here or, where nothing was, for the tables."""
+    folder, kept = WORK / "runs" / name, KEPT / f"{name}.jsonl.xz"
+    if kept.exists() and not (folder / "results.jsonl").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / "results.jsonl", lzma.decompress(kept.read_bytes()))
+    return Results(folder)
+
+
+def keep(results: Results) -> Path:
+    """Put what was trained where it stays, compressed; returns the file."""
+    path = KEPT / f"{results.folder.name}.jsonl.xz"
+    path.parent.mkdir(exist_ok=True)
+    atomic_write(path, lzma.compress(results.path.read_bytes(), preset=9))
+    return path
 
 
 def sample(task: Task, counts: Mapping[str, int]) -> Sample:

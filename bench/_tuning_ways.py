@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from _tuning_runs import WORK, Sample, Tuned
+from _tuning_runs import Sample, Tuned, runs
 from _tuning_table import Seeds, less
 from graft.evaluate import metrics
-from graft.evaluate.results import Results, key_of
+from graft.evaluate.results import key_of
 
 Move = tuple[str, str]
 """Where something was trained, and where it is tested."""
@@ -23,7 +23,7 @@ class Ways:
     """Scores by a metric of several ways, moves and seeds, in a folder of the runs."""
 
     def __init__(self, folder: str, metric: str, seeds: int):
-        self.results = Results(WORK / "runs" / folder)
+        self.results = runs(folder)
         self.metric, self.seeds = metric, seeds
 
     def noted(self, name: str, move: Move, seed: int) -> Any:

@@ -15,7 +15,8 @@ at its other sizes; that of a fresh head at the best rate of its method, from wh
 5e-3`: all heads learn at one rate, and `heads` shows what that costs. `domains`: AdapterFusion and MAD-X on named
 entities of five domains. `directions`: the same between directions of translation. `tasks`: a task alone, with another
 one, and after it. Every part goes on where it was cut short, and takes nothing that was trained from another model;
-`show` prints the tables of the grid as far as it is there and draws the picture. A larger run is other flags:
+`show` prints the tables of the grid as far as it is there and draws the picture, `keep` puts its trainings into
+`tuning_runs`, from where they are taken by who has the same model and trained nothing. A larger run is other flags:
 `--steps`, `--train`, `--seeds`, `--limit`.
 """
 
@@ -32,7 +33,7 @@ from _help import source_line
 from _tuning_directions import Directions
 from _tuning_domains import Domains
 from _tuning_grid import METHODS, Grid, heads
-from _tuning_runs import HEAD_RATE, WORK, Task, sample
+from _tuning_runs import HEAD_RATE, WORK, Task, keep, sample
 from _tuning_several import several
 from _tuning_table import drawing
 from _tuning_tasks import TASKS, entities
@@ -89,6 +90,11 @@ def fill(given: argparse.Namespace) -> list[str]:
     return show(given)
 
 
+def keep_runs(given: argparse.Namespace) -> list[str]:
+    """What the tables were made of, into the checkout."""
+    return [f"{keep(grid.results)}: {len(grid.results.rows)} trainings" for grid in grids(given)]
+
+
 def compare_heads(given: argparse.Namespace) -> list[str]:
     """Heads at searched rates less heads at one rate, as far as both are there."""
     fixed = argparse.Namespace(**{**vars(given), "head_rate": given.head_rate or HEAD_RATE})
@@ -119,7 +125,7 @@ def tasks(given: argparse.Namespace) -> list[str]:
 
 PARTS: dict[str, Callable[[argparse.Namespace], list[str]]] = {
     "encoder": pretrain_encoder, "grid": fill, "heads": compare_heads, "domains": domains, "directions": directions,
-    "tasks": tasks, "show": show,
+    "tasks": tasks, "show": show, "keep": keep_runs,
 }  # fmt: skip
 
 

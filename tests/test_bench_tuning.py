@@ -71,7 +71,7 @@ def grid_of(grids, folder, kind="classification", head_rate=None, base="base-1")
             self.task, self.base = task, Path(base)
             self.given = Namespace(methods=["lora"], seeds=3, head_rate=head_rate)
             self.searching, self.whole = range(2), 1000
-            self.results = grids.Results(folder)
+            self.results = import_module("_tuning_runs").Results(folder)
             self.own = ("untuned", "full") if kind == "text" else ("head alone", "full")
             self.sign = -1 if kind == "text" else 1
 
@@ -192,7 +192,7 @@ def test_directions_are_joined_by_the_english_that_both_have():
 
 def test_ways_are_scored_over_the_moves_that_are_there(tmp_path, monkeypatch):
     module = import_module("_tuning_ways")
-    monkeypatch.setattr(module, "WORK", tmp_path)
+    monkeypatch.setattr(import_module("_tuning_runs"), "WORK", tmp_path)
     ways = module.Ways("made", "bits_per_byte", 2)
     moves = [("a", "b"), ("b", "a")]
     for seed in range(2):
@@ -220,3 +220,17 @@ def test_only_scores_of_the_same_seeds_and_items_are_subtracted():
     assert module.less(one, other).startswith("−0.3")
     assert module.less(one, module.Seeds(metric, own[:2])) == ""
     assert module.less(None, other) == ""
+
+
+def test_what_was_trained_for_the_tables_is_taken_where_nothing_was_trained(tmp_path, monkeypatch):
+    tuning = import_module("_tuning_runs")
+    monkeypatch.setattr(tuning, "WORK", tmp_path / "work")
+    monkeypatch.setattr(tuning, "KEPT", tmp_path / "kept")
+    done = tuning.runs("task-base")
+    assert done.rows == []
+    done.append({"key": "a", "dev": 0.5})
+    tuning.keep(done)
+    monkeypatch.setattr(tuning, "WORK", tmp_path / "elsewhere")
+    assert tuning.runs("task-base").get("a") == {"key": "a", "dev": 0.5}
+    tuning.runs("task-base").append({"key": "b", "dev": 1.0})
+    assert [row["key"] for row in tuning.runs("task-base").rows] == ["a", "b"]
