@@ -16,7 +16,7 @@ from graft.errors import RequestError, SettingsError
 from graft.evaluate.settings import Measure, TaskMeasure
 from graft.evaluate.tasks import load_task
 from graft.facts import facts_of
-from graft.models import check_device, load
+from graft.models import check_asked, check_device, load
 from graft.one import data_at, data_named, make_one
 from graft.plan import Places, Plan, make_plan
 from graft.recipe import read_recipe
@@ -95,6 +95,7 @@ def advise(
     room = importlib.import_module("graft.advise")
     if not (Path(model) / "config.json").is_file():
         raise RequestError(f"{model}: expected a model's folder (with config.json), found none")
+    check_asked([Path(model)])
     if share is not None and not 0 < share <= 100:
         raise RequestError(f"expected a `share` (--share) above 0 and up to 100 percent, found {share:g}")
     known = dict(data_sets or {})
@@ -213,6 +214,7 @@ def evaluate(
     if not measures:
         raise RequestError("expected at least one measure, such as {'measure': 'bits_per_byte', 'on': ['d.jsonl']}")
     parsed = room.parse(list(measures), ("evaluate",))
+    check_asked(folders.values())
     asked = {ref for m in parsed for kind, ref, _ in references(m) if kind == "data"}
     sets = _sets(asked, data_sets)
     places = Places(Path(out))
@@ -278,6 +280,7 @@ def gains(
     sets = _sets([on], data_sets)
     room, folders = importlib.import_module("graft.ensemble.candidates"), _named(models)
     check_device(device)
+    check_asked(folders.values())
     return room.predicted(folders, sets, on, root=Path(root), documents=documents, seed=seed, device=device)
 
 
@@ -308,6 +311,7 @@ def deltas(
     if merge is not None and on is None:
         raise RequestError("expected held-out data to measure the merge on (`on`, --on), found none")
     room, named = importlib.import_module("graft.deltas"), _named(models)
+    check_asked([Path(base), *named.values()], loads=on is not None)
     written = {"method": merge} if isinstance(merge, str) else merge
     seen = None
     with readable([Path(base), *named.values()], allow_pickle) as (below, *places):
@@ -340,12 +344,14 @@ def explain(
     `adapters_of` and `allow_pickle` as in a merge.
     """
     given = [Path(place) if place else None for place in (base, adapters_of)]
+    check_asked([*map(Path, models), *(place for place in given if place is not None)], loads=False)
     return importlib.import_module("graft.deltas").explain([Path(m) for m in models], *given, allow_pickle)
 
 
 def show(ensemble: Path | str, text: str, *, page: Path | str | None = None, device: str | None = None) -> Spoken:
     """Which member of a mixture or product speaks at which token of `text`; with `page` also as an HTML page there."""
     check_device(device)
+    check_asked([Path(ensemble)])
     room = importlib.import_module("graft.ensemble.show")
     spoken = room.speaks(ensemble, text, device=device)
     if page is not None:

@@ -20,6 +20,8 @@ class Talk:
     def __init__(self, model: Path | str, *, system: str | None = None, device: str | None = None, hub: bool = False):
         from graft.ensemble.configuration import context_of
 
+        if Path(model).is_dir():
+            models.check_asked([Path(model)])
         self.tokenizer = models.load_tokenizer(model, hub=hub)
         models.check_device(device)
         self.model = models.load(model, device=device, hub=hub)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from graft import remembered
 from graft.adapters.facts import adapter_of_head
-from graft.checkpoint import ADAPTER, Headers, read_headers
+from graft.checkpoint import ADAPTER, Headers, read_file_headers, read_headers
 from graft.disk import disk_errors
 from graft.errors import CheckpointError, RequestError, closest
 from graft.finite import check_folder, check_loaded
@@ -22,8 +22,9 @@ from graft.hashing import hash_file
 from graft.hub import fetch
 from graft.lineage import check_as_made, read_manifest
 from graft.lora import add_to, base_folder, is_lora
+from graft.pickles import is_pickled, pickled_files
 from graft.prefix_lm import write_as_trained
-from graft.vocabulary import GENERAL_TOKENIZERS, TOKENIZER_FILES, token_ids  # fmt: skip
+from graft.vocabulary import GENERAL_TOKENIZERS, TOKENIZER_FILES, token_ids, tokenizer_of
 
 if TYPE_CHECKING:
     import torch
@@ -220,6 +221,40 @@ def check_stored(folder: Path) -> None:
         if remembered.recall("fits", about) is None:
             check_fit(place, headers)
             remembered.keep("fits", about, "yes")
+
+
+def check_asked(folders: Iterable[Path], *, loads: bool = True) -> None:
+    """That the models which a request names can be read, before any work: configurations, manifests, tokenizers and
+    headers of all folders behind them; with `loads` also that weights fit their configurations and manifests.
+
+    Raises RequestError with all that is damaged, or that is no model.
+    """
+    wrong: list[str] = []
+    for folder in folders:
+        try:
+            for place in folders_behind(folder):
+                _check_files(place)
+                if loads:
+                    check_as_made(place)
+            if loads:
+                check_stored(folder)
+        except (RequestError, CheckpointError) as error:
+            wrong.append(str(error))
+    if wrong:
+        raise RequestError("\n".join(dict.fromkeys(wrong)))
+
+
+def _check_files(folder: Path) -> None:
+    """What can be known of a folder's files without reading a tensor. Raises CheckpointError for a damaged one."""
+    read_manifest(folder)
+    tokenizer_of(folder)
+    if is_pickled(folder):
+        pickled_files(folder)
+    elif is_lora(folder) or not str(read_config(folder).get("model_type")).startswith("graft_"):
+        read_headers(folder)
+    else:
+        for file in folder.glob("*.safetensors"):
+            read_file_headers(file)
 
 
 def _as_saved(folder: Path) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from graft.folders import ADAPTED, architecture_of
 from graft.kinship.evidence import TRACE
 from graft.lineage import Manifest, read_manifest
+from graft.models import check_asked
 from graft.relate.vocabulary import Overlap, overlap
 from graft.vocabulary import token_ids
 
@@ -73,12 +74,13 @@ def relate(
     adapter in the form of peft is read as the model that it makes of its base: the one it names, or `adapters_of`.
     Pickles are converted whole, where `allow_pickle` says so.
 
-    Raises RequestError for a folder that holds no model and for a pickle that is not allowed, CannotCombine for an
-    adapter without a base or on another one, and CheckpointError for damaged files.
+    Raises RequestError for a folder that holds no model or a damaged one and for a pickle that is not allowed, and
+    CannotCombine for an adapter without a base or on another one.
     """
     from graft.merge.inputs import Input, home_of, readable
 
     named = [Path(a), Path(b), *([Path(adapters_of)] if adapters_of is not None else [])]
+    check_asked(named, loads=False)
     with readable(named, allow_pickle) as (one, two, *under):
         first, second = (Input(f, home_of(str(n), f, *under)) for n, f in ((a, one), (b, two)))
         return _related(str(a), str(b), first, second, seed)
