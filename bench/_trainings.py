@@ -19,7 +19,7 @@ SHOWN = {"tokens/s": ("tokens_per_s", 1.0), "CPU s for 1,000 tokens": ("cpu_s_pe
 
 def ours(net: Any, steps: int, batch: int) -> dict[str, Any]:
     """Figures of graft's loop with its log and its states, as a verb runs it."""
-    from graft.data.objectives import IGNORED
+    from graft.data.alone import IGNORED
     from graft.data.rows import ListRows
     from graft.settings import parse
     from graft.train.loop import train

@@ -19,7 +19,8 @@ from graft import data, models
 from graft.adapters.point import Point
 from graft.adapters.stack import adopt
 from graft.data.examples import Encoder, LabelledCollate, labels_in
-from graft.data.objectives import Tokens, objective_for, objective_rows
+from graft.data.objective_rows import Tokens, objective_rows
+from graft.data.objectives import objective_for
 from graft.data.rows import ListRows, Rows
 from graft.data.turns import TaskRows, Turns
 from graft.disk import atomic_write

@@ -17,6 +17,7 @@ from graft import data
 from graft._callable import COMMANDS as CALLED
 from graft._verb_command import fields_of, model_field, models_field, requested
 from graft.cli import app
+from graft.commands import verbs
 from graft.data.tokenizers import train_tokenizer
 from graft.errors import Failure, RequestError, attempt
 from graft.verbs import verb
@@ -56,13 +57,14 @@ def test_help_loads_nothing_but_the_command_line():
 
 
 def test_help_of_no_command_loads_what_computes():
-    """The settings of `tune` and `pretrain` stand beside what works with arrays; numpy is theirs alone."""
-    names = sorted(COMMANDS, key=lambda name: name in ("tune", "pretrain"))
-    code = "import sys\nfrom typer.testing import CliRunner\nfrom graft.cli import app\nfor name in sys.argv[1:]:\n"
-    code += "    assert 'Usage' in CliRunner().invoke(app, [name, '--help']).stdout\n"
-    code += "    print(name, *({'numpy', 'torch', 'transformers'} & sys.modules.keys()))"
-    shown = subprocess.check_output([sys.executable, "-c", code, *names], text=True)
-    assert shown.splitlines() == [*names[:-2], "pretrain numpy", "tune numpy"]
+    """The help of every command, and of a method where it has some, is read from settings alone."""
+    words = [[name] for name in COMMANDS] + [[name, list(verb(name).types())[-1]] for name in verbs.WORDS]
+    code = "import json, sys\nfrom typer.testing import CliRunner\nfrom graft.cli import app\n"
+    code += "for words in json.loads(sys.argv[1]):\n"
+    code += "    assert 'Usage' in CliRunner().invoke(app, [*words, '--help']).stdout\n"
+    code += "    print(*words, *({'numpy', 'scipy', 'torch', 'transformers', 'tokenizers'} & sys.modules.keys()))"
+    shown = subprocess.check_output([sys.executable, "-c", code, json.dumps(words)], text=True)
+    assert shown.splitlines() == [" ".join(each) for each in words]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

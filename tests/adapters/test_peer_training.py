@@ -6,7 +6,7 @@ import torch
 from graft import models, products
 from graft.adapters import adapters_of, adopt
 from graft.adapters.peft_format import save_peft
-from graft.data.objectives import IGNORED
+from graft.data.alone import IGNORED
 from graft.data.rows import ListRows
 from graft.settings import parse
 from graft.train.loop import train

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from graft import data
-from graft.data.objectives import Causal, Masked, Span, objective_rows
+from graft.data.objective_rows import objective_rows
+from graft.data.objectives import Causal, Masked, Span
 from graft.errors import DataError
 
 

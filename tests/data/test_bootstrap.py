@@ -8,7 +8,8 @@ import pytest
 
 from graft import data
 from graft.data.bootstrap import bootstrap_stream, described, times_drawn, weights_of
-from graft.data.objectives import Causal, Span, objective_rows
+from graft.data.objective_rows import objective_rows
+from graft.data.objectives import Causal, Span
 from graft.data.stream import tokenize
 
 

@@ -7,20 +7,8 @@ import pytest
 import torch
 
 from graft import data
-from graft.data.objectives import (
-    Causal,
-    Masked,
-    Prefix,
-    Span,
-    Tokens,
-    causal_row,
-    masked_row,
-    objective_for,
-    objective_rows,
-    prefix_row,
-    span_mask,
-    span_row,
-)
+from graft.data.objective_rows import Tokens, causal_row, masked_row, objective_rows, prefix_row, span_mask, span_row
+from graft.data.objectives import Causal, Masked, Prefix, Span, objective_for
 from graft.errors import CannotCombine, DataError
 from graft.pretrain.architectures import TABLE, Shape, build, config_for
 from graft.train.attention import attention_mask, model_inputs

@@ -5,7 +5,7 @@ import torch
 from small_family import tensors
 from trained_family import job, model, save, texts, train
 
-from graft.data.objectives import IGNORED
+from graft.data.alone import IGNORED
 from graft.errors import CannotCombine
 from graft.merge import VERB, _learning
 from graft.merge._learning import Mix, _batches, _mixture, group_patterns

@@ -11,7 +11,7 @@ import torch
 
 from graft import models
 from graft.data.examples import Encoder, LabelledCollate, Window
-from graft.data.objectives import Tokens
+from graft.data.objective_rows import Tokens
 from graft.data.rows import Row
 from graft.errors import RequestError, RunError
 from graft.evaluate import metrics

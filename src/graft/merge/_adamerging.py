@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.data.objectives import IGNORED
+from graft.data.alone import IGNORED
 from graft.data.rows import Rows
 from graft.disk import atomic_write
 from graft.merge._composed import Composed

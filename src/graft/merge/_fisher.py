@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graft.checkpoint import FLOATS, TensorWriter
-from graft.data.objectives import IGNORED
+from graft.data.alone import IGNORED
 from graft.errors import CannotCombine
 from graft.merge._kept import Measured, kept, made_of
 from graft.merge._layers import Layers

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from graft import data, models
 from graft.checkpoint import FLOATS, TensorReader
-from graft.data.objectives import objective_for, objective_rows
+from graft.data.objective_rows import objective_rows
+from graft.data.objectives import objective_for
 from graft.disk import atomic_write
 from graft.errors import CannotCombine
 from graft.evaluate.limits import longest_context

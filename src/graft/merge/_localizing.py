@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from graft.checkpoint import FLOATS, Headers, TensorWriter
-from graft.data.objectives import IGNORED
+from graft.data.alone import IGNORED
 from graft.data.rows import Rows
 from graft.merge._composed import Composed
 from graft.merge._kept import Measured, kept, made_of

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from graft import data, models
-from graft.data.objectives import Causal, Prefix, is_prefix_lm, objective_rows
+from graft.data.objective_rows import objective_rows
+from graft.data.objectives import Causal, Prefix, is_prefix_lm
 from graft.data.rows import Row, Rows
 from graft.evaluate.limits import longest_context
 from graft.merge._layers import Layers

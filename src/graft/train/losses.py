@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from graft.data.objectives import IGNORED
+from graft.data.alone import IGNORED
 from graft.train.attention import Batch, model_inputs, predicts_in_place
 
 CHUNK_NUMBERS = 1 << 20

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from graft.data.objectives import IGNORED
+from graft.data.alone import IGNORED
 from graft.data.turns import by_task
 from graft.train.attention import Batch
 from graft.train.losses import TokenLoss

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from graft import data, models
 from graft.data.bootstrap import described
-from graft.data.objectives import Prefix, objective_rows
+from graft.data.objective_rows import objective_rows
+from graft.data.objectives import Prefix
 from graft.data.rows import Rows
 from graft.errors import CannotCombine
 from graft.prefix_lm import mark

@@ -14,7 +14,8 @@ from graft import data, models
 from graft.adapters.folder import base_of
 from graft.checkpoint import ADAPTER
 from graft.data.examples import Encoder, LabelledCollate, labels_in
-from graft.data.objectives import Prefix, Tokens, objective_rows
+from graft.data.objective_rows import Tokens, objective_rows
+from graft.data.objectives import Prefix
 from graft.data.rows import ListRows, Rows
 from graft.data.turns import Phase, TaskRows, Turns, shares_of
 from graft.errors import DataError, RequestError
