@@ -122,7 +122,7 @@ def test_span_corruption_is_t5s_example(monkeypatch):
     # "Thank you for inviting me to your party last week": for inviting / last are taken out
     ids = np.array([1, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 2])
     hidden = np.isin(ids[1:-1], [22, 23, 28])
-    monkeypatch.setattr("graft.data.objectives.span_mask", lambda *_: hidden)
+    monkeypatch.setattr("graft.data.objective_rows.span_mask", lambda *_: hidden)
     row = span_row(ids, Span(), np.random.default_rng(0), with_sentinels(20, [7, 8, 9]))
     assert row["input_ids"].tolist() == [20, 21, 7, 24, 25, 26, 27, 8, 29, 2]
     assert row["labels"].tolist() == [7, 22, 23, 8, 28, 2]
