@@ -13,7 +13,7 @@ from graft import data, models
 from graft.checkpoint import LORA
 from graft.errors import Locked
 from graft.evaluate import evaluate, parse, work
-from graft.evaluate.results import Results
+from graft.evaluate.results import VERSION, Results
 from graft.evaluate.scorer import Scorer
 from graft.evaluate.work import disk_bytes
 from graft.lora import CONFIG
@@ -112,6 +112,20 @@ def test_what_an_older_graft_computed_otherwise_is_made_anew(llama, tmp_path, mo
     after = measured(both, PERPLEXITY, tmp_path)
     anew = {row["kind"] for row, old in zip(after, before, strict=True) if row["key"] != old["key"]}
     assert anew == ({"score", "comparison"} if name == "VERSION" else {"comparison"})
+
+
+def test_a_row_that_does_not_say_who_measured_it_is_told_so_without_being_measured_again(llama, tmp_path, monkeypatch):
+    texts(tmp_path)
+    folders = {"a": llama, "b": llama}
+    found = measured(folders, PERPLEXITY, tmp_path)
+    assert {row["evaluation"] for row in found} == {VERSION}
+    kept = tmp_path / "out" / "results.jsonl"
+    write(kept, [{k: v for k, v in row.items() if k != "evaluation"} for row in rows_in(tmp_path / "out")])
+    monkeypatch.setattr(work, "_measure", None)
+    assert measured(folders, PERPLEXITY, tmp_path) == found
+    assert len(rows_in(tmp_path / "out")) == 2 * len(found)
+    assert measured(folders, PERPLEXITY, tmp_path) == found
+    assert len(rows_in(tmp_path / "out")) == 2 * len(found)
 
 
 def test_models_are_compared_on_the_same_items_only(llama, tmp_path):

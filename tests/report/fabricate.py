@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from graft.evaluate.results import VERSION
+
 FAMILY = {
     "base": ("pretrain", []),
     "coder": ("tune", ["base"]),
@@ -93,6 +95,7 @@ def score(model: str, on: str, value: float, **more: Any) -> dict[str, Any]:
             "disk_bytes": 24_800_000 if model == "duo" else 12_400_000,
         },
         "versions": {"graft": "0.1.0"},
+        "evaluation": VERSION,
         "time": "2026-01-01T12:30:00+00:00",
     }
     return row | more
@@ -114,6 +117,7 @@ def comparison(a: str, b: str, on: str, difference: float, p: float, **more: Any
         "p": p,
         "test": "paired_bootstrap",
         "n": 400,
+        "evaluation": VERSION,
     }
     return row | more
 

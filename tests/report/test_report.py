@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from graft import report
 from graft.errors import RequestError
+from graft.evaluate.results import VERSION
 from graft.report.judge import places_for
 from graft.report.read import Model
 
@@ -98,6 +100,40 @@ def test_a_later_row_replaces_an_earlier_one(tmp_path):
     fake.write_rows(tmp_path, [fake.score("a", "x", 2.0), fake.score("a", "x", 1.5)])
     (model,) = report.summary(tmp_path)["models"]
     assert [s["value"] for s in model["scores"]] == [1.5]
+
+
+def test_rows_of_an_older_evaluation_are_left_out_beside_newer_ones_and_said(tmp_path):
+    folder = fake.family(tmp_path / "run")
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    old = [row | {"evaluation": 1} if row.get("model") == "soup" and row["on"] == "code.test" else row for row in rows]
+    fake.write_rows(folder, old)
+    found = report.summary(folder)
+    assert "code.test" not in scores_of(folder, "soup")
+    assert "prose.test" in scores_of(folder, "soup")
+    (said,) = [problem for problem in found["problems"] if "older version of the evaluation" in problem]
+    assert re.search(r"left out: soup \(.*code\.test.*\); measure these models again", said)
+    assert said in text_of(report.table(folder), width=2000)
+
+
+def test_a_column_of_another_evaluation_is_shown_and_said(tmp_path):
+    rows = [fake.score("a", "x", 2.0), fake.score("b", "x", 1.0), fake.comparison("a", "b", "x", 1.0, 0.01)]
+    del rows[0]["evaluation"]
+    fake.write_rows(tmp_path, [rows[0], *({k: v for k, v in row.items() if k != "evaluation"} for row in rows)])
+    found = report.summary(tmp_path)
+    assert [score["value"] for model in found["models"] for score in model["scores"]] == [2.0, 1.0]
+    assert len(found["comparisons"]) == 1
+    (said,) = [problem for problem in found["problems"] if "version of the evaluation" in problem]
+    assert said.startswith("measured by another version of the evaluation, which may give other numbers now: ")
+    fake.write_rows(tmp_path, [*rows, fake.score("a", "x", 2.5)])
+    newer = report.summary(tmp_path)
+    assert [score["value"] for model in newer["models"] for score in model["scores"]] == [2.5, 1.0]
+    assert not [problem for problem in newer["problems"] if "version of the evaluation" in problem]
+
+
+def test_an_older_row_behind_a_newer_one_does_not_take_its_place(tmp_path):
+    fake.write_rows(tmp_path, [fake.score("a", "x", 2.0), fake.score("a", "x", 1.5, evaluation=VERSION - 1)])
+    (model,) = report.summary(tmp_path)["models"]
+    assert [s["value"] for s in model["scores"]] == [2.0]
 
 
 def test_an_unfinished_run_is_reported_with_what_there_is(tmp_path):

@@ -15,6 +15,8 @@ import numpy as np
 from graft.disk import atomic_write, disk_errors
 
 Row = dict[str, Any]
+VERSION = 5
+"""Counted up when the same model and items give other numbers; every row says by which it was measured."""
 
 
 class Results:
@@ -45,11 +47,13 @@ class Results:
         return rows
 
     def get(self, key: str) -> Row | None:
-        """The row that was computed for `key` before."""
-        return self._by_key.get(key)
+        """The row that was computed for `key` before; one that does not say by which version is written again."""
+        row = self._by_key.get(key)
+        return row if row is None or "evaluation" in row else self.append(row)
 
     def append(self, row: Row) -> Row:
-        """Add a row and bring it to the disk."""
+        """Add a row, with the version of what measured it, and bring it to the disk."""
+        row = {**row, "evaluation": VERSION}
         line = json.dumps(row, ensure_ascii=False, allow_nan=False)
         with disk_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(line + "\n")

@@ -20,7 +20,7 @@ from graft.errors import Failure, RequestError, RunError, ScoresFailed, attempt
 from graft.evaluate import metrics, statistics
 from graft.evaluate.headed import HeadScorer
 from graft.evaluate.items import Scored, Subject, readings, score
-from graft.evaluate.results import Results, Row, key_of
+from graft.evaluate.results import VERSION, Results, Row, key_of
 from graft.evaluate.scorer import Scorer
 from graft.evaluate.settings import Measure
 from graft.folders import folders_behind
@@ -28,8 +28,6 @@ from graft.hashing import hash_file
 from graft.progress import say
 from graft.vocabulary import tokenizer_of
 
-VERSION = 5
-"""Counted up when the same model and items give other numbers."""
 COMPARED = 3
 """Counted up when the same scores are compared otherwise."""
 

@@ -30,7 +30,7 @@ from graft.report.judge import (
     verdicts,
 )
 from graft.report.members import members
-from graft.report.read import Column, Model, Row, Run, is_number
+from graft.report.read import Column, Model, Row, Run, is_number, measured_by
 from graft.report.scores import difference_bar, difference_reach, flag_class, score_panel
 from graft.report.speakers import speakers
 from graft.report.tree import draw_tree
@@ -249,7 +249,7 @@ def _row(row: Row) -> dict[str, str]:
         "seed": str(row.get("seed", "–")),
         "settings": _written(row.get("settings") or {}),
         "model_hash": str(row.get("model_hash") or "–"),
-        "versions": _written(row.get("versions") or {}),
+        "versions": _written({**(row.get("versions") or {}), "evaluation": measured_by(row) or "unknown"}),
         "items": str(row.get("items") or "–"),
         "seconds": seconds_text(s) if is_number(s := cost.get("seconds")) else "–",
         "time": str(row.get("time") or "–"),

@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 
 from graft import verbs
 from graft.errors import CheckpointError, GraftError, RequestError
+from graft.evaluate.results import VERSION
 from graft.lineage import MANIFEST, read_manifest
 from graft.settings import references
 from graft.yaml_lines import read_yaml
@@ -192,7 +193,7 @@ def read_run(folder: Path) -> Run:
     columns = list(dict.fromkeys(column for _, column in scores))
     family = str(recipe.get("family") or folder.resolve().name)
     asked = recipe.get("report")
-    compared = _comparisons(rows, models, columns)
+    compared = _comparisons(rows, models, scores)
     return Run(folder, family, models, columns, scores, compared, problems, asked if isinstance(asked, dict) else {})
 
 
@@ -313,13 +314,43 @@ def _scores(rows: list[Row], models: Mapping[str, Model], problems: list[str]) -
         if name not in models or not _current(models[name], row.get("model_hash")):
             stale[name] = None
             continue
-        found[name, _column(row)] = row
+        place = name, _column(row)
+        if place not in found or measured_by(row) >= measured_by(found[place]):
+            found[place] = row
     if stale:
         problems.append(
             f"rows of models that have changed or gone since they were measured are left out: {', '.join(stale)}"
         )
+    found = _of_one_version(found, problems)
     problems.extend(_unlike(found))
     return found
+
+
+def measured_by(row: Row) -> int:
+    """The version of the evaluation that took a score or compared two; 0 where the row is older than its being told."""
+    told = row.get("evaluation")
+    return told if isinstance(told, int) else 0
+
+
+def _of_one_version(scores: Mapping[tuple[str, Column], Row], problems: list[str]) -> dict[tuple[str, Column], Row]:
+    """Of each column the rows that its newest version of the evaluation took; what another one took is said."""
+    newest: dict[Column, int] = {}
+    for (_, column), row in scores.items():
+        newest[column] = max(newest.get(column, 0), measured_by(row))
+    older = [
+        f"{model} ({column.title})" for (model, column), row in scores.items() if measured_by(row) < newest[column]
+    ]
+    if older:
+        problems.append(
+            "rows that an older version of the evaluation measured than others beside them are left out: "
+            f"{', '.join(older)}; measure these models again"
+        )
+    if past := [column.title for column, version in newest.items() if version != VERSION]:
+        problems.append(
+            f"measured by another version of the evaluation, which may give other numbers now: {', '.join(past)}; "
+            "measure again before you compare with other numbers"
+        )
+    return {place: row for place, row in scores.items() if measured_by(row) == newest[place[1]]}
 
 
 def _current(model: Model, measured: Any) -> bool:
@@ -345,9 +376,13 @@ def _column(row: Row) -> Column:
     return Column(**texts, higher_is_better=bool(row.get("higher_is_better", False)))
 
 
-def _comparisons(rows: list[Row], models: Mapping[str, Model], columns: list[Column]) -> list[tuple[Column, Row]]:
-    """The newest comparison of each pair in each column; the pair's weights must be those the models have now."""
-    by_key = {(c.measure, c.task, c.metric, c.on): c for c in columns}
+def _comparisons(
+    rows: list[Row], models: Mapping[str, Model], scores: Mapping[tuple[str, Column], Row]
+) -> list[tuple[Column, Row]]:
+    """The newest comparison of each pair in each column; the pair's weights must be those the models have now, and the
+    version of the evaluation that of the column's scores."""
+    by_key = {(c.measure, c.task, c.metric, c.on): c for _, c in scores}
+    versions = {column: measured_by(row) for (_, column), row in scores.items()}
     keys = ("measure", "task", "metric", "on")
     found: dict[tuple[Column, str, str], Row] = {}
     for row in rows:
@@ -358,7 +393,7 @@ def _comparisons(rows: list[Row], models: Mapping[str, Model], columns: list[Col
             continue
         hashes = row.get("model_hashes") or [None, None]
         current = all(n in models and _current(models[n], h) for n, h in zip(pair, hashes, strict=False))
-        if current and is_number(row.get("difference")):
+        if current and is_number(row.get("difference")) and measured_by(row) == versions[column]:
             first, second = sorted(pair)
             found[column, first, second] = row
     return [(column, row) for (column, _, _), row in found.items()]
