@@ -17,7 +17,7 @@ from graft.evaluate.settings import Measure, TaskMeasure
 from graft.evaluate.tasks import load_task
 from graft.facts import facts_of
 from graft.models import check_asked, check_device, load
-from graft.one import data_at, data_named, make_one
+from graft.one import data_at, data_named, in_place, make_one
 from graft.plan import Places, Plan, make_plan
 from graft.recipe import read_recipe
 from graft.recipe.measures import check_models
@@ -99,8 +99,11 @@ def advise(
     if share is not None and not 0 < share <= 100:
         raise RequestError(f"expected a `share` (--share) above 0 and up to 100 percent, found {share:g}")
     known = dict(data_sets or {})
-    name = str(data) if str(data) in known else re.sub(r"[^A-Za-z0-9_-]", "-", Path(data).stem)
-    sets = known if name in known and str(data) in known else {name: data_at(str(data), known)}
+    asked = in_place(data if isinstance(data, Mapping) else str(data), within=True)
+    own = {} if asked in known else data_at(asked, known)
+    called = Path(str(own["path"] if asked.startswith("{") and isinstance(own.get("path"), str) else data)).stem
+    name = asked if asked in known else re.sub(r"[^A-Za-z0-9_-]", "-", called).strip("-")
+    sets = known if asked in known else {name: own}
     limit = memory_limit(fit) if fit is not None else None
     found = room.advise(Path(model), sets, name, Path(root), limit=limit, share=share, many=many, budget=budget)
     if write is not None:
@@ -213,10 +216,10 @@ def evaluate(
     folders = _named(models)
     if not measures:
         raise RequestError("expected at least one measure, such as {'measure': 'bits_per_byte', 'on': ['d.jsonl']}")
-    parsed = room.parse(list(measures), ("evaluate",))
-    check_asked(folders.values())
+    parsed = room.parse([in_place(measure) for measure in measures], ("evaluate",))
     asked = {ref for m in parsed for kind, ref, _ in references(m) if kind == "data"}
     sets = _sets(asked, data_sets)
+    check_asked(folders.values())
     places = Places(Path(out))
     with locked(places, wait=wait, trains=False):
         _check_measures(parsed, folders, Path(root))
@@ -277,6 +280,7 @@ def gains(
     `on` names one of `data_sets` (settings as in a recipe) with its split, or is a file, of which all is read where no
     split is named.
     """
+    on = in_place(on, within=True)
     sets = _sets([on], data_sets)
     room, folders = importlib.import_module("graft.ensemble.candidates"), _named(models)
     check_device(device)
@@ -320,6 +324,7 @@ def deltas(
         found = replace(room.deltas(below, folders), base=str(base))
         if on is not None:
             judge = importlib.import_module("graft.evaluate.judge").Judge
+            on = in_place(on, within=True)
             measures = [{"measure": measure, "on": [on], "limit": limit}]
             (asked,) = importlib.import_module("graft.evaluate").parse(measures)
             judged = judge.of(asked, _sets([on], data_sets), Path(root))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from graft import verbs
 from graft._load import LoadSettings, fetched
-from graft.data import nearest_ref, split_ref
+from graft.data import SPLITS, nearest_ref, split_ref
 from graft.data.files import COMPRESSED, SUFFIXES, begins_as_text
 from graft.errors import DataError, RequestError
 from graft.lineage import read_manifest
@@ -43,8 +44,9 @@ def make_one(
     """Make one model in the folder `out` and return it; nothing is done where it is there already.
 
     Models in `settings` are folders, or with `hub`, which allows the network, ids on the hub; data sets are names of
-    `data` (settings as in a recipe), or files. A model that was made otherwise is replaced only with `force`. Raises
-    RequestError for what is wrong with the request and RunError for what goes wrong while it runs.
+    `data` (settings as in a recipe), files, or settings in place of a name. A model that was made otherwise is
+    replaced only with `force`. Raises RequestError for what is wrong with the request and RunError for what goes wrong
+    while it runs.
     """
     check_device(device)
     executor = executor_for(launch=launch)
@@ -96,6 +98,7 @@ def one_node(
     A node whose `name` is how one of those models is written has the verb in its name as well.
     `begin`: it will be made now, with this folder for its cache.
     """
+    settings = in_place(settings)
     parsed = verbs.verb(verb).parse(settings, ())
     named = list(dict.fromkeys((kind, ref) for kind, ref, _ in references(parsed)))
     folders = {ref: Path(ref).expanduser() for kind, ref in named if kind == "model"}
@@ -132,14 +135,72 @@ def data_named(asked: Collection[str], sets: Mapping[str, Any], *, whole: bool =
 
 def _is_ours_to_split(file: str, settings: Mapping[str, Any]) -> bool:
     """Whether nobody but this command has said how what is read of `file` is split."""
-    return "path" in settings and not file.endswith((".yaml", ".yml"))
+    return "path" in settings and "splits" not in settings and not file.endswith((".yaml", ".yml"))
+
+
+_NAMED_BY = ("data", "on", "fit")
+"""Settings that name data sets, wherever they stand."""
+
+
+def in_place(settings: Any, within: bool = False) -> Any:
+    """Settings, with data sets that are written where others are named (`data: {path: a.jsonl, limit: 10}`) named by
+    what is written: `{"path": "a.jsonl", "limit": 10}`, and the split that `split:` says behind it.
+
+    `within`: they stand inside of a setting that names data sets. Raises DataError for text that is no mapping.
+    """
+    if isinstance(settings, Mapping):
+        if within and {"path", "source", "mix", "split"} & settings.keys():
+            return _reference(settings)
+        return {key: in_place(value, within or key in _NAMED_BY) for key, value in settings.items()}
+    if isinstance(settings, list | tuple):
+        return [in_place(value, within) for value in settings]
+    return _reference(_mapping(settings)) if within and _is_in_place(settings) else settings
+
+
+def _is_in_place(reference: Any) -> bool:
+    return isinstance(reference, str) and reference.startswith("{") and split_ref(reference)[0] == reference
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    document = read_yaml(text)
+    if document.problems or not isinstance(document.value, dict):
+        why = document.problems[0] if document.problems else "no mapping"
+        raise DataError(f"expected a data set's settings, such as {{path: a.jsonl, limit: 10}}, found {text} ({why})")
+    return document.value
+
+
+def _reference(said: Mapping[str, Any]) -> str:
+    split = said.get("split")
+    if "split" in said and split not in SPLITS:
+        raise DataError(f"expected a `split` of {', '.join(SPLITS)}, found {split!r} in {json.dumps(dict(said))}")
+    whole = json.dumps({key: value for key, value in said.items() if key != "split"}, ensure_ascii=False)
+    return f"{whole}.{split}" if split else whole
+
+
+def _settings_of(text: str) -> dict[str, Any]:
+    """Settings of a data set that is written in place; its paths are seen from here, and tell their source."""
+    said = _mapping(text)
+    if isinstance(path := said.get("path"), str) and "source" not in said and Path(path).expanduser().exists():
+        return {**data_at(path), **{key: value for key, value in said.items() if key != "path"}}
+    given = {key: said[key] for key in ("path", *SPLITS) if isinstance(said.get(key), str | list)}
+    paths = {key: [files] if isinstance(files, str) else list(map(str, files)) for key, files in given.items()}
+    if "source" not in said and "mix" not in said and paths:
+        each = [path for files in paths.values() for path in files]
+        found = {SOURCES[suffix] for path in each for suffix in Path(path).suffixes if suffix in SOURCES}
+        if len(found) != 1:
+            raise DataError(f"{', '.join(each)}: expected files of one known kind, or `source` beside them, in {text}")
+        said["source"] = found.pop()
+    return {**said, **{key: [str(Path(p).expanduser().absolute()) for p in files] for key, files in paths.items()}}
 
 
 def data_at(place: str, names: Collection[str] = ()) -> dict[str, Any]:
-    """Settings of the data set in a file or folder: by its suffix, or what a YAML file says. Raises DataError.
+    """Settings of the data set in a file or folder: by its suffix, or what a YAML file says; or those that are written
+    in its place, `{path: a.jsonl, limit: 10}`. Raises DataError.
 
     `names`: data sets that might have been meant.
     """
+    if _is_in_place(place):
+        return _settings_of(place)
     path = Path(place).expanduser()
     if not place or not path.exists():
         meant = f"{nearest_ref(place, names)}; data sets are: {', '.join(names)}" if names else ""

@@ -9,13 +9,15 @@ from typing import Annotated
 import typer
 
 from graft._telling import tidy
-from graft.commands.options import Json, shown
+from graft.commands.options import DATA_IN_PLACE, Json, shown
 
 
 @tidy
 def advise(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The folder of the model to tune.")],
-    data: Annotated[str, typer.Option(help="What it is to learn: a file, or the name of a data set of --recipe.")],
+    data: Annotated[
+        str, typer.Option(help=f"What it is to learn: a file, a data set of --recipe, or {DATA_IN_PLACE}.")
+    ],
     fit: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory there is, such as 24GB.")] = None,
     share: Annotated[float | None, typer.Option(help="Percent of the parameters that may be trained.")] = None,
     many: Annotated[bool, typer.Option("--many", help="Adapters for many tasks shall share the base.")] = False,

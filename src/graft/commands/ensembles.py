@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from graft._telling import tidy
-from graft.commands.options import Device, Json, shown
+from graft.commands.options import DATA_IN_PLACE, Device, Json, shown
 
 
 @tidy
@@ -34,7 +34,9 @@ def show(
 @tidy
 def gains(
     models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Folders of models of one vocabulary.")],
-    on: Annotated[str, typer.Option("--on", help="Held-out text (a file, or NAME.SPLIT of --recipe).")],
+    on: Annotated[
+        str, typer.Option("--on", help=f"Held-out text (a file, NAME.SPLIT of --recipe, or {DATA_IN_PLACE}).")
+    ],
     documents: Annotated[int, typer.Option(min=2, help="Draw at most so many documents of each data set.")] = 200,
     recipe: Annotated[Path | None, typer.Option(help="Take the data sets of this.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the intervals.")] = 0,

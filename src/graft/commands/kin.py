@@ -10,7 +10,7 @@ import typer
 
 from graft._telling import tidy
 from graft._verb_command import assigned
-from graft.commands.options import AllowPickle, Device, Json, shown
+from graft.commands.options import DATA_IN_PLACE, AllowPickle, Device, Json, shown
 
 
 @tidy
@@ -38,7 +38,9 @@ def relate(
 def deltas(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="The model that the others were tuned from.")],
     models: Annotated[list[Path], typer.Argument(metavar="MODEL…", help="Folders of tuned models.")],
-    on: Annotated[str | None, typer.Option(help="Held-out data: a file, with its split if it has some.")] = None,
+    on: Annotated[
+        str | None, typer.Option(help=f"Held-out data: a file, with its split if it has some, or {DATA_IN_PLACE}.")
+    ] = None,
     measure: Annotated[str, typer.Option(help="What is measured there.")] = "bits_per_byte",
     limit: Annotated[int, typer.Option(help="At most so many documents or items.")] = 100,
     method: Annotated[str | None, typer.Option(help="A merge to measure there too, beside the mean.")] = None,

@@ -10,14 +10,16 @@ import typer
 
 from graft._telling import by_option, tidy
 from graft._verb_command import assigned
-from graft.commands.options import Device, Json, Wait, shown
+from graft.commands.options import DATA_IN_PLACE, Device, Json, Wait, shown
 from graft.errors import RequestError, SettingsError, Unfinished
 
 
 @tidy
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Folders of models.")],
-    on: Annotated[list[str] | None, typer.Option("--on", help="Data set (a file, or NAME.SPLIT of --recipe).")] = None,
+    on: Annotated[
+        list[str] | None, typer.Option("--on", help=f"Data set (a file, NAME.SPLIT of --recipe, or {DATA_IN_PLACE}).")
+    ] = None,
     measure: Annotated[
         str | None, typer.Option(help="What is measured; bits_per_byte if not given.", show_default=False)
     ] = None,

@@ -22,6 +22,8 @@ Force = Annotated[list[str] | None, typer.Option(help="Make this model anew; may
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for another run on the folder, or refuse.")]
 Verify = Annotated[bool, typer.Option(help="Hash the weights of everything that is there already.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read weights that lie in pickles.")]
+DATA_IN_PLACE = "settings as in a recipe, '{path: notes.jsonl, limit: 100}'"
+"""What may stand where a data set is named, for the help of options that name one."""
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file.")]
 
 

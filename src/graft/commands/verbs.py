@@ -17,9 +17,11 @@ from graft.errors import RequestError
 
 WORDS = {
     "pretrain": "Train a model from scratch.\n\n"
-    "Example: [bold]graft pretrain models/base --data books.jsonl --size 3M --budget '2M tokens'[/bold]",
+    "Example: [bold]graft pretrain models/base --data books.jsonl --size 3M --budget '2M tokens'[/bold]\n\n"
+    "With settings of the data, as in a recipe: [bold]--data '{path: books.jsonl, splits: {test: 0}}'[/bold]",
     "tune": "Train a model further.\n\n"
-    "Example: [bold]graft tune models/coder --from models/base --data code.jsonl --learning-rate 1e-4[/bold]",
+    "Example: [bold]graft tune models/coder --from models/base --data code.jsonl --learning-rate 1e-4[/bold]\n\n"
+    "With settings of the data, as in a recipe: [bold]--data '{train: code.jsonl, dev: held-out.jsonl}'[/bold]",
     "adapt": "Put finished adapters together on their model: stacked, averaged, from peft, folded.\n\n"
     "Example: [bold]graft adapt models/both models/language models/task[/bold]",
     "head": "Split one task's head, with the body, out of a model tuned on several.\n\n"
@@ -37,7 +39,8 @@ WORDS = {
     "ensemble": "Combine the predictions of models: the ensemble is a model too.\n\n"
     "Example: [bold]graft ensemble models/duo models/coder models/writer[/bold]\n\n"
     "With weights fitted to held-out text: [bold]graft ensemble fit models/duo models/coder models/writer "
-    "--on held-out.jsonl[/bold]; `--documents`, `--top-k` and `--gate` say how\n\n"
+    "--on held-out.jsonl[/bold]; `--documents`, `--top-k` and `--gate` say how; "
+    "--on '{path: held-out.jsonl, limit: 500}' takes settings of the data, as in a recipe\n\n"
     "Who speaks where: [bold]graft ensemble show models/duo --text 'def add(a, b):'[/bold]",
 }
 """Help of the command of each verb, in the order in which they are shown."""
