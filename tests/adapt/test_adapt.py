@@ -8,8 +8,9 @@ from graft import models
 from graft.adapt import VERB
 from graft.adapters import adapters_of, adopt
 from graft.adapters.folder import averaged
+from graft.adapters.point import Point
 from graft.data.tokenizers import train_tokenizer
-from graft.errors import CheckpointError, RequestError, SettingsError
+from graft.errors import CheckpointError, RequestError, SettingsError, UnknownName
 from graft.facts import facts_of
 from graft.methods import method
 from graft.train.memory import PROCESS
@@ -90,6 +91,47 @@ def test_one_task_over_another_language(tmp_path, base):
     assert not torch.allclose(logits(model), trained, atol=1e-4)
     _, apart = run(tmp_path / "b", [german, task], adapters=["de", "task"])
     assert torch.equal(logits(model), logits(apart))
+
+
+def over(language, folder, seed):
+    """A task's adapter in `folder`, trained over the language's, which the folder has as well."""
+    torch.manual_seed(seed)
+    model = models.load(language)
+    adopt(model, method("graft.tune", "pfeiffer").points(method("graft.tune", "pfeiffer").Settings()), folder.name)
+    with torch.no_grad():
+        for parameter in adapters_of(model).sites[folder.name].parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    models.save(model, models.load_tokenizer(language), folder)
+    return folder
+
+
+def test_a_task_trained_over_one_language_is_put_over_another(tmp_path, base):
+    """MAD-X: the task's folder has its language's adapter too, which is left out for the other's."""
+    english = adapter(base, tmp_path / "en", "mad_x", 0, width=3, coupling=2)
+    german = adapter(base, tmp_path / "de", "mad_x", 1, width=3, coupling=2)
+    task = over(english, tmp_path / "task", 2)
+    found, swapped = run(tmp_path / "a", [german, task], adapters=["de", "task"], without=["en"])
+    assert list(found["adapters"]) == list(adapters_of(swapped).points) == ["de", "task"]
+    _, both = run(tmp_path / "b", [english, german, task], adapters=["de", "task"])
+    adapters_of(both).use(["de", "task"])
+    assert torch.equal(logits(swapped), logits(both))
+    assert not torch.allclose(logits(swapped), logits(models.load(task)), atol=1e-4)
+    _, back = run(tmp_path / "c", [task], adapters=["task"], without=["task"])
+    assert torch.equal(logits(back), logits(models.load(english)))
+
+
+def test_what_cannot_be_left_out_is_told(tmp_path, base):
+    english, german = (adapter(base, tmp_path / n, "pfeiffer", i, width=3) for i, n in enumerate(["en", "de"]))
+    pair = {"adapters": ["en", "de"]}
+    with pytest.raises(UnknownName, match=r"unknown adapter 'eng' \(did you mean 'en'\?\); there are: de, en"):
+        run(tmp_path / "a", [english, german], **pair, without=["eng"])
+    with pytest.raises(RequestError, match="not left out, found none beside en, de"):
+        run(tmp_path / "b", [english, german], **pair, without=["en", "de"])
+    _, model = run(tmp_path / "c", [english, german], **pair)
+    adopt(model, [Point(form="fusion", on=["adapters"])], "fused", base=base)
+    models.save(model, models.load_tokenizer(base), tmp_path / "fused")
+    with pytest.raises(RequestError, match="fused is a fusion of en with others"):
+        run(tmp_path / "d", [tmp_path / "fused"], adapters=["fused"], without=["en"])
 
 
 def test_the_average_is_the_mean_of_the_weights(tmp_path, base):

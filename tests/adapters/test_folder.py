@@ -95,6 +95,20 @@ def test_an_adapter_of_another_base_is_refused(made, tmp_path):
         models.load(folder)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"adapters": {"mine": "low"}}, {"adapters": {"mine": 3}}, {"active": 5}, {"active": [["mine"]]}, {"base": {}},
+     {"active": [["yours", 1.0]]}, {"active": [["mine", "much"]]}, {"base": {"path": 3, "hash": ""}}],
+)  # fmt: skip
+def test_what_a_configuration_says_of_adapters_is_read_or_told_damaged(made, change):
+    _, _, folder = made()
+    config = json.loads((folder / "config.json").read_text())
+    config["graft_adapted"].update(change)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"expected what the adapters are \(graft_adapted\), found it damaged"):
+        models.load(folder)
+
+
 def test_damaged_adapters_are_named(made):
     _, _, folder = made()
     path = folder / "adapter.safetensors"

@@ -34,6 +34,25 @@ def test_any_type_of_peft_is_tuned_saved_loaded_and_folded(tmp_path, base):  # n
         assert torch.allclose(models.load(tmp_path / "b" / "out")(ids).logits, changed, atol=1e-5)
 
 
+def test_an_adapter_of_a_type_of_peft_is_folded_and_exported_by_itself_alone(tmp_path, base):  # noqa: F811
+    peft = pytest.importorskip("peft")
+    how = {"peft": {"peft_type": "LOHA", "r": 2, "target_modules": "all-linear"}}
+    run(tmp_path / "a", base, method=how, learning_rate=0.03, budget="4 steps")
+    low, ids = tmp_path / "a" / "out", torch.arange(3, 30)[None]
+    with torch.no_grad():
+        expected = models.load(low)(ids).logits
+        whole = graft.adapt(tmp_path / "whole", adapters=[str(low)], fold=True)
+        assert torch.allclose(models.load(whole)(ids).logits, expected, atol=1e-5)
+        written = graft.adapt(tmp_path / "written", adapters=[str(low)], export="peft")
+        assert torch.equal(models.load(written)(ids).logits, expected)
+        theirs = peft.PeftModel.from_pretrained(models.load(base), written / "peft").eval()
+        assert torch.equal(theirs(ids).logits, expected)
+    run(tmp_path / "b", base, budget="2 steps", method="lora")
+    for adapters in ([str(low), str(tmp_path / "b" / "out")], {str(low): 0.5}):
+        with pytest.raises(RequestError, match="one of peft's own types, which stands alone and whole: fold it"):
+            graft.adapt(tmp_path / "both", adapters=adapters)
+
+
 def test_what_peft_cannot_do_here_is_refused(tmp_path, base):  # noqa: F811
     pytest.importorskip("peft")
     for config, words in (

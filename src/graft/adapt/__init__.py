@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,27 @@ from graft.adapt.settings import AdaptSettings
 from graft.adapters.facts import adapted_facts, folded_facts, is_adapted, points_of
 from graft.adapters.point import Point
 from graft.errors import RequestError
+from graft.folders import ADAPTED
 from graft.settings import Settings, parse
 from graft.train.memory import PROCESS
 from graft.verb import Estimate, Facts, Job, Verb
 
 
-def _unfoldable(model: Facts) -> list[str]:
+def _alone(settings: AdaptSettings, models: Mapping[str, Facts]) -> list[str]:
+    """What is asked of adapters of peft's own types that only graft's can do."""
+    foreign = [name for name in settings.names if is_adapted(models[name]) and "peft" in models[name].config[ADAPTED]]
+    together = len(settings.names) > 1 or settings.how == "average" or settings.without
+    if not foreign or (not together and settings.weights[foreign[0]] == 1):
+        return []
+    return [
+        f"{foreign[0]} is an adapter of one of peft's own types, which stands alone and whole: fold it "
+        f"({{adapt: {{adapters: [{foreign[0]}], fold: true}}}}) and tune the others on that, or use an ensemble"
+    ]
+
+
+def _unfoldable(model: Facts, without: Sequence[str]) -> list[str]:
     """Why its adapters do not fold, tried on the model's skeleton where its configuration is known."""
-    points = [parse(Point, point) for point in points_of(model)]
+    points = [parse(Point, point) for point in points_of(model, without)]
     if not points or not model.config.get("architectures") or any(point.form == "fusion" for point in points):
         return []
     from graft.adapters.trial import problems
@@ -73,17 +86,19 @@ class Adapt(Verb[AdaptSettings]):
                 "(`fold: false`)"
             )
         elif settings.fold:
-            found += [f"{name}: {wrong}" for name in settings.names for wrong in _unfoldable(models[name])]
+            found += [
+                f"{name}: {wrong}" for name in settings.names for wrong in _unfoldable(models[name], settings.without)
+            ]
         found += [
             f"{name} and {settings.start} were made for different models: adapters go together on one"
             for name in settings.names[1:]
             if models[name].initialisation != first.initialisation
         ]
-        return found
+        return found + _alone(settings, models)
 
     def facts(self, settings: AdaptSettings, models: Mapping[str, Facts], key: str) -> Facts:
         first = models[settings.start]
-        others = [point for name in settings.names[1:] for point in points_of(models[name])]
+        others = [point for name in settings.names[1:] for point in points_of(models[name], settings.without)]
         made = folded_facts(first) if settings.fold else adapted_facts(first, others)
         return replace(made, trained_on=frozenset().union(*(facts.trained_on for facts in models.values())))
 

@@ -18,6 +18,13 @@ class AdaptSettings(Settings):
             description="Models that are adapters on one frozen model, in the order they run, with weights if wanted."
         ),
     ] = []
+    without: Annotated[
+        list[str],
+        Field(
+            description="Adapters that are left out though models named have them: a task tuned over one language's "
+            "adapter is put over another's by `{adapters: [german, task], without: [english]}`."
+        ),
+    ] = []
     how: Annotated[
         Literal["stack", "average"],
         Field(
@@ -62,6 +69,8 @@ class AdaptSettings(Settings):
             raise ValueError("expected `adapters` or `peft`, found both: bring the peft folder in as a node of its own")
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"expected every adapter once, found {', '.join(self.names)}")
+        if self.without and self.peft is not None:
+            raise ValueError("expected `without` beside `adapters`, found it beside `peft`")
         if self.export and self.fold:
             raise ValueError("expected `export` or `fold`, found both: a folded adapter is no adapter any more")
         if self.how == "average" and sum(self.weights.values()) == 0:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from graft import models
 from graft.adapt.settings import AdaptSettings
+from graft.errors import RequestError, UnknownName
 from graft.verb import Job
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ def run(job: Job) -> dict[str, Any]:
     assert isinstance(settings, AdaptSettings)
     model = assembled(job, settings)
     stack = adapters_of(model)
-    assert stack is not None
     if settings.fold:
         save_folded(model, job.out)
     else:
@@ -31,12 +31,18 @@ def run(job: Job) -> dict[str, Any]:
     if settings.export:
         save_peft(model, job.out / "peft")
     models.load_tokenizer(job.models[settings.start]).save_pretrained(job.out)
+    if stack is None:
+        return {"adapters": dict.fromkeys(settings.names, 1.0)}
     parameters = {name: stack.count(name) for name, _ in stack.active}
     return {"adapters": dict(stack.active), "adapter_parameters": parameters}
 
 
 def assembled(job: Job, settings: AdaptSettings) -> PreTrainedModel:
-    """The frozen model with the adapters that the settings name, active as they say."""
+    """The frozen model with the adapters that the settings name, active as they say.
+
+    Raises UnknownName for one in `without` that is not there, RequestError where a fusion listens to it or none is
+    left.
+    """
     from graft.adapters.folder import add_from, averaged, load
     from graft.adapters.peft_format import load_peft
     from graft.adapters.stack import adapters_of
@@ -46,10 +52,19 @@ def assembled(job: Job, settings: AdaptSettings) -> PreTrainedModel:
     first, *others = settings.names
     model = load(job.models[first])
     stack = adapters_of(model)
-    assert stack is not None
+    if stack is None:  # of one of peft's own types, which `check` lets by where it is alone
+        return model
     active = {first: list(stack.active)}
     for name in others:
         active[name] = add_from(model, job.models[name])
+    if unknown := next((name for name in settings.without if name not in stack.points), None):
+        raise UnknownName("adapter", unknown, list(stack.points))
+    for name in reversed(list(stack.points)):  # fusions first, and then those that they listen to
+        if name in settings.without:
+            stack.drop(name)
+    active = {name: [(a, w) for a, w in held if a in stack.points] for name, held in active.items()}
+    if not any(active.values()):
+        raise RequestError(f"expected an adapter that is not left out, found none beside {', '.join(settings.without)}")
     if settings.how == "average":
         averaged(model, {a: w * settings.weights[name] for name, held in active.items() for a, w in held}, job.name)
         return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,10 @@ def adapted_facts(start: Facts, points: Iterable[Mapping[str, Any]] = (), *, pef
     return replace(start, mergeable=False, config={**start.config, "model_type": ADAPTED, ADAPTED: inner})
 
 
-def points_of(facts: Facts) -> list[dict[str, Any]]:
-    """The points of a model's active adapters, as plain values, where they are known."""
+def points_of(facts: Facts, without: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The points of a model's active adapters, as plain values, where they are known, but for those named."""
     entry = facts.config.get(ADAPTED, {})
-    return [point for _, points in _active(entry) for point in points]
+    return [point for name, points in _active(entry) if name not in without for point in points]
 
 
 def _active(entry: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:

@@ -179,7 +179,7 @@ def averaged(model: PreTrainedModel, weights: Mapping[str, float], name: str) ->
     total = sum(weights.values())
     mean = {key: sum(w * states[o][key].float() for o, w in weights.items()) / total for key in states[first]}
     points = stack.points[first]
-    for other in list(stack.points):
+    for other in reversed(list(stack.points)):
         stack.drop(other)
     adopt(model, points, name)
     stack.sites[name].load_state_dict(mean)
@@ -190,12 +190,23 @@ def averaged(model: PreTrainedModel, weights: Mapping[str, float], name: str) ->
 def entry_of(folder: Path) -> dict[str, Any]:
     """What `config.json` says of the adapters. Raises CheckpointError where it says nothing that can be read."""
     entry: dict[str, Any] = read_config(folder).get(ADAPTED) or {}
-    needed = {"base", "adapters", "active", "model_type"}
-    if not needed <= set(entry) or any(name not in entry["adapters"] for name, _ in entry["active"]):
+    if not _is_entry(entry):
         raise CheckpointError(f"{folder}/config.json: expected what the adapters are ({ADAPTED}), found it damaged")
     if entry.get("format") != 1:
         raise CheckpointError(f"{folder}: expected adapters of format 1, found {entry.get('format')}: update graft")
     return entry
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether all that is needed is there, each of its type."""
+    try:
+        names = {name for name, points in entry["adapters"].items() if all(isinstance(p, dict) for p in points)}
+        active = [name for name, weight in entry["active"] if isinstance(weight, int | float)]
+        said = [entry["model_type"], entry["base"]["path"], entry["base"]["hash"]]
+        whole = len(names) == len(entry["adapters"]) and len(active) == len(entry["active"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+    return whole and set(active) <= names and all(isinstance(each, str) for each in said)
 
 
 def check_base(folder: Path, entry: Mapping[str, Any], place: Path) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graft.disk import disk_errors
 from graft.errors import CheckpointError, MissingExtra, RequestError, nearest
+from graft.models import no_bars
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +73,9 @@ def wrap(
             return put_prompts(model, config, base, name)
         from peft import get_peft_model
 
-        wrapper = get_peft_model(model, config)
+        with warnings.catch_warnings():  # what peft asks of transformers is peft's affair
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapper = get_peft_model(model, config)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise RequestError(f"peft: {error}") from None
     model.__dict__[HOLDER] = (wrapper, base, dict(settings))
@@ -132,6 +137,15 @@ def load_foreign(
     return model
 
 
+def save_foreign(model: PreTrainedModel, folder: Path) -> None:
+    """Write peft's adapter as peft does; it names the frozen model's folder."""
+    wrapper, base, _ = model.__dict__[HOLDER]
+    for config in wrapper.peft_config.values():
+        config.base_model_name_or_path = str(base.resolve()) if base else None
+    with disk_errors(folder):
+        wrapper.save_pretrained(folder)
+
+
 def save_foreign_folded(model: PreTrainedModel, folder: Path) -> None:
     """Write the model with peft's adapter merged in. Raises RequestError for types that cannot be."""
     from graft.adapters.stack import Adapted
@@ -142,4 +156,5 @@ def save_foreign_folded(model: PreTrainedModel, folder: Path) -> None:
     except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
         raise RequestError(f"peft's adapter does not fold: {error}; say `fold: false`") from None
     whole.__class__ = next(cls for cls in type(whole).__mro__ if not issubclass(cls, Adapted))
-    whole.save_pretrained(folder)
+    with no_bars():
+        whole.save_pretrained(folder)

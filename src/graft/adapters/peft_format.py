@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from graft import models
 from graft.adapters.folder import fill
+from graft.adapters.foreign import HOLDER, save_foreign
 from graft.adapters.forms import LowRank, Site
 from graft.adapters.keys import KeySite, TokenSite
 from graft.adapters.point import Point
@@ -209,6 +210,9 @@ def save_peft(model: PreTrainedModel, folder: Path | str, name: str | None = Non
     Raises RequestError for points that peft has no type for.
     """
     folder, stack = Path(folder), adapters_of(model)
+    if stack is None and HOLDER in model.__dict__:
+        save_foreign(model, folder)
+        return
     if stack is None:
         raise RequestError("expected a model with adapters to write, found none")
     names = [name] if name else [one for one, _ in stack.active]

@@ -273,8 +273,13 @@ class Adapters(nn.Module):
         return sum(self.positions(name) for name, _ in self.active)
 
     def drop(self, name: str) -> None:
-        """Take one adapter out."""
+        """Take one adapter out. Raises UnknownName where it is not there, RequestError where a fusion listens to it."""
         self._check(name)
+        listening = [other for other, points in self.points.items() if any(name in point.of for point in points)]
+        if listening:
+            raise RequestError(
+                f"{listening[0]} is a fusion of {name} with others and would miss it: leave out {listening[0]} first"
+            )
         del self.sites[name], self.points[name]
         for junction in self.junctions.values():
             junction.sites.pop(name, None)
