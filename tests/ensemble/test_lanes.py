@@ -19,6 +19,7 @@ from graft import models
 from graft.cli import app
 from graft.ensemble import VERB
 from graft.ensemble.lanes import Lanes
+from graft.ensemble.members import device_of
 from graft.ensemble.model import ensemble_of
 from graft.errors import RunError
 
@@ -186,3 +187,9 @@ def test_members_on_two_gpus():
     ensemble.to("cuda:0")
     found = ensemble.generate(ids.to("cuda:0"), attention_mask=mask.to("cuda:0"), **given)
     assert torch.equal(found.cpu(), expected)
+
+
+def test_a_module_is_where_its_first_weight_is():
+    within = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.ModuleList([torch.nn.Linear(2, 2, device="meta")]))
+    for module in (*five().values(), within, torch.nn.Sequential(torch.nn.Linear(1, 1), within)):
+        assert device_of(module) == next(module.parameters()).device

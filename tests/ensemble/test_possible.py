@@ -6,6 +6,7 @@ from test_seq2seq import t5
 from tiny_members import gpt2, llama, prompts
 
 from graft.ensemble.model import ensemble_of
+from graft.ensemble.possible import Possible
 from graft.errors import RunError
 
 END = 2
@@ -66,3 +67,15 @@ def test_processors_of_the_caller_stay_and_beams_are_left_alone():
     assert seen == [len(ids)]
     beams = trio(0.9).generate(ids, attention_mask=mask, max_new_tokens=3, num_beams=2, do_sample=False)
     assert (beams[:, ids.shape[1]] == END).all()
+
+
+def test_nobody_looks_where_no_processor_forbids_anything(monkeypatch):
+    looked = []
+    monkeypatch.setattr(Possible, "__call__", lambda _, ids, scores: looked.append(len(ids)) or scores)
+    ids, mask = prompts()
+    pair = ensemble_of({"a": gpt2(1), "b": llama(2)})
+    given = {"attention_mask": mask, "max_new_tokens": 2, "do_sample": False}
+    pair.generate(ids, eos_token_id=None, **given)
+    assert not looked
+    pair.generate(ids, min_new_tokens=2, **given)
+    assert looked == [len(ids)] * 2

@@ -19,7 +19,7 @@ from graft.ensemble import linear
 from graft.ensemble.configuration import EnsembleConfig, context_of, keeps_text, kind_of, layers_of, spans_of
 from graft.ensemble.gate import Gate, Told
 from graft.ensemble.lanes import Answer, Lanes
-from graft.ensemble.members import copied, fresh, load_members, nan_words
+from graft.ensemble.members import copied, device_of, fresh, load_members, nan_words
 from graft.ensemble.union import Union, union_of
 from graft.errors import RequestError, RunError
 from graft.methods import method
@@ -73,7 +73,7 @@ class Ensemble(PreTrainedModel):
     @property
     def device(self) -> torch.device:
         """Where the first member is."""
-        return next(self.members[0].parameters()).device
+        return device_of(self.members[0])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,7 +111,7 @@ class Ensemble(PreTrainedModel):
 
     def _lane(self, number: int) -> str:
         place = self.active[number]
-        return self.config.members[place].get("device") or str(next(self.members[place].parameters()).device)
+        return self.config.members[place].get("device") or str(device_of(self.members[place]))
 
     def mixed(self, told: Sequence[Told | None], weights: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """The ensemble's log-probabilities `[..., vocabulary]`; members that were not run have no part in it.

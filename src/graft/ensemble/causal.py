@@ -18,16 +18,16 @@ from graft.ensemble.base import Ensemble, log_probs_of, to_device
 from graft.ensemble.caches import CacheView, Text, grown_text
 from graft.ensemble.configuration import EnsembleConfig
 from graft.ensemble.gate import Told, last_state
-from graft.ensemble.members import nan_words
+from graft.ensemble.members import device_of, nan_words
 from graft.ensemble.outputs import chosen_outputs
-from graft.ensemble.possible import watched
+from graft.ensemble.possible import Watched
 from graft.ensemble.speculative import Speculated, instead_of_generate, speculate
 from graft.ensemble.union import Union
 from graft.errors import RunError
 from graft.evaluate.reading import log_probs_of_wanted
 
 
-class EnsembleForCausalLM(Ensemble, GenerationMixin):
+class EnsembleForCausalLM(Ensemble, Watched, GenerationMixin):
     """Members whose log-probabilities are combined at every token by a rule of this folder.
 
     `logits` are normalised log-probabilities in float32: [batch, length, vocabulary].
@@ -57,7 +57,6 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
             return found
         if not self.caches:
             kwargs["use_cache"] = False
-        kwargs = watched(self.config.combine, self.generation_config, kwargs)
         return super().generate(inputs, **kwargs)  # type: ignore[misc]
 
     def speculate(self, input_ids: torch.Tensor, draft: str | None = None, **options: Any) -> Speculated:
@@ -114,7 +113,7 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
     def _wanted(self, number: int, input_ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         """What an active member says of the wanted tokens `[batch, length]`."""
         place = self.active[number]
-        member, device = self.members[place], next(self.members[place].parameters()).device
+        member, device = self.members[place], device_of(self.members[place])
         ids, tokens, found = input_ids.to(device), wanted.to(device), None
         if isinstance(member, EnsembleForCausalLM):
             found = member.log_probs_of(ids, tokens)
@@ -164,7 +163,7 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
         if self.union is not None:
             return Told(self._member_of_union(self.union, place, input_ids, given))
         takes, member = self.takes[place], self.members[place]
-        device = next(member.parameters()).device
+        device = device_of(member)
         inputs = {
             name: to_device(value, device) for name, value in given.items() if name in takes and value is not None
         }
@@ -189,7 +188,7 @@ class EnsembleForCausalLM(Ensemble, GenerationMixin):
         union end."""
         member = self.members[place]
         ids, mask, ends = union.cut(place, input_ids, given["attention_mask"])
-        device = next(member.parameters()).device
+        device = device_of(member)
         logits = _in_windows(member, ids.to(device), mask.to(device), self.limits[place])
         keep = given["logits_to_keep"]
         ends = ends[:, keep] if isinstance(keep, torch.Tensor) else ends[:, -keep:]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -217,6 +218,19 @@ def fresh(config: dict[str, Any]) -> PreTrainedModel:
     }
     auto = autos[kind_of([plain])]
     return auto.from_config(AutoConfig.for_model(plain.pop("model_type"), **plain))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's first weight is. As `next(module.parameters()).device`, which looks at more of the module than a
+    step of decoding has time for."""
+    below = [module]
+    while below:
+        part = below.pop()
+        for weight in part._parameters.values():
+            if weight is not None:
+                return weight.device
+        below += [each for each in reversed(part._modules.values()) if each is not None]
+    return torch.device("cpu")
 
 
 def nan_words(entry: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, GenerationMixin
 
 from graft.errors import RunError
 from graft.methods import method
@@ -29,13 +29,17 @@ class Possible:
         return scores
 
 
-def watched(rule: str, own: GenerationConfig, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of `generate` with which it is said where nothing can be written, rather than drawn from nothing.
+class Watched(GenerationMixin):
+    """Generation in which it is said where nothing can be written, rather than that it is drawn from nothing.
 
-    Beams are left alone: one of which nothing can come is given up for another.
+    Where no processor forbids anything nobody need look: a rule leaves a token, or says that it does not. Beams are
+    left alone: one of which nothing can come is given up for another.
     """
-    beams = options.get("num_beams") or (options.get("generation_config") or own).num_beams or 1
-    if beams > 1:
-        return options
-    processors = LogitsProcessorList([*(options.get("logits_processor") or ()), Possible(rule)])
-    return {**options, "logits_processor": processors}
+
+    config: Any
+
+    def _get_logits_processor(self: Any, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+        found = super()._get_logits_processor(generation_config, *args, **kwargs)  # type: ignore[misc]
+        if len(found) and (generation_config.num_beams or 1) == 1:
+            found.append(Possible(self.config.combine))
+        return found

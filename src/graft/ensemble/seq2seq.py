@@ -20,8 +20,9 @@ from graft.ensemble.base import Ensemble, log_probs_of, to_device
 from graft.ensemble.caches import CacheView, grown_text
 from graft.ensemble.configuration import EnsembleConfig
 from graft.ensemble.gate import Told, last_state
+from graft.ensemble.members import device_of
 from graft.ensemble.outputs import chosen_outputs
-from graft.ensemble.possible import watched
+from graft.ensemble.possible import Watched
 from graft.errors import RequestError
 
 
@@ -44,7 +45,7 @@ class Encoders(nn.Module):
         return BaseModelOutput(last_hidden_state=torch.cat(states, -1))
 
 
-class EnsembleForSeq2SeqLM(Ensemble, GenerationMixin):
+class EnsembleForSeq2SeqLM(Ensemble, Watched, GenerationMixin):
     """Encoder-decoder members whose log-probabilities are combined at every token of the target.
 
     Beside one translator, decoders may read the target alone (`experts`: domain-differential adaptation).
@@ -69,7 +70,6 @@ class EnsembleForSeq2SeqLM(Ensemble, GenerationMixin):
             self._check_inputs(source, None, self.translators)
         if self.choose is not None:
             return chosen_outputs(self, inputs if inputs is not None else kwargs.pop("input_ids"), **kwargs)
-        kwargs = watched(self.config.combine, self.generation_config, kwargs)
         return super().generate(inputs, **kwargs)  # type: ignore[misc]
 
     def speculate(self, *_: Any, **__: Any) -> Any:
@@ -161,7 +161,7 @@ class EnsembleForSeq2SeqLM(Ensemble, GenerationMixin):
             view = EncoderDecoderCache(
                 CacheView(cache.self_attention_cache, *span), CacheView(cache.cross_attention_cache, *span)
             )
-        device = next(member.parameters()).device
+        device = device_of(member)
         state = encoding.contiguous().to(device, member.dtype)
         found = member(
             encoder_outputs=BaseModelOutput(last_hidden_state=state),
@@ -176,7 +176,7 @@ class EnsembleForSeq2SeqLM(Ensemble, GenerationMixin):
         """A decoder reads the target as text of its own, from its own start token."""
         member: Any = self.members[place]
         view = None if cache is None else CacheView(cache.self_attention_cache, *self.spans[place])
-        device = next(member.parameters()).device
+        device = device_of(member)
         ids = given["decoder_input_ids"].to(device)
         if view is None or view.get_seq_length() == 0:
             ids = torch.cat([torch.full_like(ids[:, :1], start_token(member.config)), ids[:, 1:]], 1)
