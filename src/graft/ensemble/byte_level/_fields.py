@@ -19,16 +19,19 @@ def of(frame, node, field):
 
 @inlined
 def set_of(frame, node, field, value):
+    """Write a whole number of a node."""
     put(ints_at(get(frame, lay.NODES)), field * get(frame, lay.NODE_ROOM) + node, value)
 
 
 @inlined
 def real(frame, place):
+    """A real number of the text, of those that `_layout` names."""
     return get(doubles_at(get(frame, lay.REALS)), place)
 
 
 @inlined
 def set_real(frame, place, value):
+    """Write a real number of the text."""
     put(doubles_at(get(frame, lay.REALS)), place, value)
 
 
@@ -41,11 +44,13 @@ def held(frame, buffer, field, place):
 
 @inlined
 def weight(frame, buffer, field, place):
+    """A real number of a hypothesis."""
     return get(doubles_at(get(frame, lay.WEIGHTS)), (buffer * 3 + field) * get(frame, lay.OPEN_ROOM) + place)
 
 
 @inlined
 def set_weight(frame, buffer, field, place, value):
+    """Write a real number of a hypothesis."""
     put(doubles_at(get(frame, lay.WEIGHTS)), (buffer * 3 + field) * get(frame, lay.OPEN_ROOM) + place, value)
 
 
@@ -64,6 +69,23 @@ def hold(frame, buffer, place, node, row, at, rough, scale, mass, true):
     put(reals, lay.H_TRUE * room, true)
 
 
+@called
+def transfer(frame, start, place, to, other):
+    """Write the hypothesis at a place of list `start` at another place of list `to`."""
+    hold(
+        frame,
+        to,
+        other,
+        held(frame, start, lay.H_NODE, place),
+        held(frame, start, lay.H_ROW, place),
+        held(frame, start, lay.H_AT, place),
+        held(frame, start, lay.H_ROUGH, place),
+        weight(frame, start, lay.H_SCALE, place),
+        weight(frame, start, lay.H_MASS, place),
+        weight(frame, start, lay.H_TRUE, place),
+    )
+
+
 @inlined
 def entry_of(frame, node):
     """The entry of the byte at which a node ends."""
@@ -78,6 +100,8 @@ def first_of(frame, entry):
 
 @inlined
 def range_of(frame, field, place):
+    """Of a range of tokens where it begins (0), where those that go on begin (1) or end (2), and the place of the first
+    of those that end there among all such tokens (3)."""
     return get(ints_at(get(frame, lay.RANGES)), field * get(frame, lay.RANGE_ROOM) + place)
 
 

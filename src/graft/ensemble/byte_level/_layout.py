@@ -29,8 +29,10 @@ HYPOTHESIS = 4
 BUFFERS = 3
 """Lists of hypotheses: those behind what is sure, and two by turns."""
 
-B_NODE, B_TOKEN = range(2)
-B_TRUE, B_MASS = range(2)
+BORN_NODE, BORN_TOKEN = range(2)
+"""Whole numbers of a sequence that a token has made: the node before it and the token."""
+BORN_TRUE, BORN_MASS, BORN_SHARE = range(3)
+"""Its log-probability, its mass, and its share of what is complete at the same byte."""
 
 (
     SIZE,  # of the text, in bytes
@@ -60,7 +62,7 @@ B_TRUE, B_MASS = range(2)
     OPEN_ROOM,
     COUNTS,  # [BUFFERS] hypotheses in each
     BORN,  # [2, BORN_ROOM]
-    BORN_WEIGHTS,  # [2, BORN_ROOM]
+    BORN_WEIGHTS,  # [3, BORN_ROOM]
     BORN_ROOM,
     ASKS,  # nodes to be read
     ASK_ROOM,
@@ -77,8 +79,7 @@ B_TRUE, B_MASS = range(2)
     ENDING,  # [SIZE + 1] a node that was read and ends at a byte, else -1; the others stand BESIDE it
     CHAIN,  # nodes from what is sure to the likeliest sequence's last
     EVERY,  # whether to ask what comes behind every token alone that is not read
-    FRONT,  # byte that the walk came to, sure or not
-    FRONT_BUFFER,
+    FRONT_BUFFER,  # the list of hypotheses with which the walk ended, sure or not
     LIMIT,  # tokens that the model reads, -1: any number
     COLUMNS,  # [2] in each of the text's trees
     LIST,  # nodes to be read, in order
@@ -86,7 +87,7 @@ B_TRUE, B_MASS = range(2)
     REALS,
     GOLD,
     FIELDS,
-) = range(53)
+) = range(52)
 
 DROP, JOIN, LOG, SURE, TOTAL = range(5)
 """Of the reals; from TOTAL on a number for each list of hypotheses."""

@@ -24,13 +24,12 @@ from graft.ensemble.byte_level._fields import (
     set_of,
     set_real,
     set_weight,
+    transfer,
     weight,
 )
 from graft.ensemble.byte_level._rows import alike, cut_row, guessed_row, prior_row, true_of
+from graft.ensemble.byte_level._shares import FAINT, LEAST, PROMOTED
 from graft.pointers import F64, I64, called, doubles_at, get, inlined, ints_at, put
-
-FAINT, LEAST, PROMOTED = 1e-4, 1e-60, 0.1
-"""As of `cover` and `byte_model`."""
 
 
 @called
@@ -130,20 +129,8 @@ def without_faint(frame, buffer, count, least):
     """Leave out hypotheses of no more than this mass."""
     kept = I64(0)
     for number in range(count):
-        mass = weight(frame, buffer, lay.H_MASS, number)
-        if mass > least:
-            hold(
-                frame,
-                buffer,
-                kept,
-                held(frame, buffer, lay.H_NODE, number),
-                held(frame, buffer, lay.H_ROW, number),
-                held(frame, buffer, lay.H_AT, number),
-                held(frame, buffer, lay.H_ROUGH, number),
-                weight(frame, buffer, lay.H_SCALE, number),
-                mass,
-                weight(frame, buffer, lay.H_TRUE, number),
-            )
+        if weight(frame, buffer, lay.H_MASS, number) > least:
+            transfer(frame, buffer, number, buffer, kept)
             kept += 1
     return kept
 
@@ -171,93 +158,149 @@ def promote(frame, buffer, count, likely, exact, asking):
     return sure
 
 
+@inlined
+def born_number(frame, field, number):
+    """A whole number of a complete sequence."""
+    return get(ints_at(get(frame, lay.BORN)), field * get(frame, lay.BORN_ROOM) + number)
+
+
+@inlined
+def born_weight(frame, field, number):
+    """A real number of a complete sequence."""
+    return get(doubles_at(get(frame, lay.BORN_WEIGHTS)), field * get(frame, lay.BORN_ROOM) + number)
+
+
+@inlined
+def set_born_weight(frame, field, number, value):
+    """Write a real number of a complete sequence."""
+    put(doubles_at(get(frame, lay.BORN_WEIGHTS)), field * get(frame, lay.BORN_ROOM) + number, value)
+
+
 @called
-def one_byte(frame, before, after, byte, exact, asking):
-    """Hypotheses in list `after` of those in `before` one byte on. Returns a status, whether all of it is known, and
-    the byte's log-probability."""
-    total_before = real(frame, lay.TOTAL + before)
-    moved, born, total = moved_and_born(frame, before, after, F64(0))
-    if moved == -2:
-        return lay.ROOM_BORN, I64(0), F64(0)
-    if moved == -1:
-        return lay.ROOM_OPEN, I64(0), F64(0)
-    if not total > 0:
-        return lay.STUCK, I64(0), F64(0)
-    step = math.log(total / total_before)
+def share_born(frame, count):
+    """What each complete sequence has of the mass of all; all of it, where all that stand before them are known."""
+    known, mass = True, F64(0)
+    for number in range(count):
+        mass += born_weight(frame, lay.BORN_MASS, number)
+        known = known and born_weight(frame, lay.BORN_TRUE, number) > -math.inf
+    for number in range(count):
+        share = F64(1) if known else born_weight(frame, lay.BORN_MASS, number) / mass
+        set_born_weight(frame, lay.BORN_SHARE, number, share)
+
+
+@called
+def joined(frame, count, total):
+    """`chosen`: the likeliest complete sequence is given the mass of those that are not followed. Returns how many are
+    left, and whether the only one stays unread."""
+    if count == 0:
+        return count, False
     drop, join, most = real(frame, I64(lay.DROP)), real(frame, I64(lay.JOIN)), get(frame, lay.MOST)
-    room = get(frame, lay.BORN_ROOM)
-    whole, reals = ints_at(get(frame, lay.BORN)), doubles_at(get(frame, lay.BORN_WEIGHTS))
-    kept, rough, known, given, all_born = sort_born(frame, born), False, True, F64(0), F64(1)
-    if kept > 0:
-        if drop > 0 or join > 0:
-            moved = without_faint(frame, after, moved, FAINT * total)
-        all_born = F64(0)
-        for number in range(kept):
-            all_born += get(reals, room + number)
-            known = known and get(reals, number) > -math.inf
-        while kept > 1:
-            mass = get(reals, room + kept - 1)
-            if given + mass > join * total and (most < 0 or kept <= most):
-                break
-            given += mass
-            kept -= 1
-        rough = kept == 1 and given + get(reals, room) <= drop * total
-        put(reals, room, get(reals, room) + given)
-    sure = promote(frame, after, moved, PROMOTED * total, exact, asking)
-    if sure < 0:
-        return lay.ROOM_ASKS, I64(0), step
-    if moved + kept > get(frame, lay.OPEN_ROOM):
-        return lay.ROOM_OPEN, I64(0), step
-    for number in range(kept):
-        parent, token = get(whole, number), get(whole, room + number)
-        true, mass = get(reals, number), get(reals, room + number)
-        child = child_of(frame, parent, token)
+    kept, given = count, F64(0)
+    while kept > 1:
+        mass = born_weight(frame, lay.BORN_MASS, kept - 1)
+        if given + mass > join * total and (most < 0 or kept <= most):
+            break
+        given += mass
+        kept -= 1
+    mass = given + born_weight(frame, lay.BORN_MASS, I64(0))
+    set_born_weight(frame, lay.BORN_MASS, I64(0), mass)
+    return kept, kept == 1 and mass <= drop * total
+
+
+@called
+def stand_in(frame, node, guessed):
+    """The row that stands for that of a node until it is read: of one alike, or of its token alone (`guessed`, -1 where
+    it is not known) or what the tokenizer makes of the text; -2: no room."""
+    like = alike(frame, node)
+    if like >= 0:
+        return of(frame, like, lay.ROW)
+    return prior_row(frame, node, guessed) if guessed >= 0 else cut_row(frame, node)
+
+
+@called
+def to_be_read(frame, node, exact, asking):
+    """Whether a node that has become a part of what is followed is asked for."""
+    parent = of(frame, node, lay.PARENT)
+    if exact or (asking and of(frame, parent, lay.ROW) >= 0):
+        return True
+    # what stands for the one before it says about what that itself will
+    seen = asking and of(frame, parent, lay.ASKED) == get(frame, lay.WALK)
+    return seen and get(ints_at(get(frame, lay.ENDING)), of(frame, parent, lay.END)) >= 0
+
+
+@called
+def follow_born(frame, after, place, number, byte, rough, exact, asking):
+    """The hypothesis of a complete sequence, at a place of list `after`. Returns a status and whether it is known."""
+    parent, token = born_number(frame, lay.BORN_NODE, number), born_number(frame, lay.BORN_TOKEN, number)
+    true, mass = born_weight(frame, lay.BORN_TRUE, number), born_weight(frame, lay.BORN_MASS, number)
+    child = child_of(frame, parent, token)
+    if child < 0:
+        child = new_node(frame, parent, token, byte + 1)
         if child < 0:
-            child = new_node(frame, parent, token, byte + 1)
-            if child < 0:
-                return lay.ROOM_NODES, I64(0), step
-        share = F64(1) if known else (mass - given if number == 0 else mass) / all_born
-        put(doubles_at(get(frame, lay.SHARES)), child, share)
-        row = of(frame, child, lay.ROW)
-        if not rough and row >= 0:
-            true = max(true, true_of(frame, child))
-            hold(frame, after, moved + number, child, row, I64(0), I64(0), mass, mass, true)
-            continue
-        row = guessed_row(frame, child, token)
+            return lay.ROOM_NODES, False
+    put(doubles_at(get(frame, lay.SHARES)), child, born_weight(frame, lay.BORN_SHARE, number))
+    row = of(frame, child, lay.ROW)
+    if not rough and row >= 0:
+        hold(frame, after, place, child, row, I64(0), I64(0), mass, mass, max(true, true_of(frame, child)))
+        return lay.DONE_ALL, True
+    row = guessed_row(frame, child, token)
+    if row == -2:
+        return lay.ROOM_POOL, False
+    if row < 0 and (rough or get(frame, lay.EVERY) != 0):
+        ask_alone(frame, token)
+    sure = rough and row >= 0
+    if not sure:
+        row = stand_in(frame, child, row)
         if row == -2:
-            return lay.ROOM_POOL, I64(0), step
-        if row < 0 and (rough or get(frame, lay.EVERY) != 0):
-            ask_alone(frame, token)
-        if not rough or row < 0:
-            sure = I64(0)
-            like = alike(frame, child)
-            if like >= 0:
-                row = of(frame, like, lay.ROW)
-            elif row >= 0:
-                row = prior_row(frame, child, row)
-            else:
-                row = cut_row(frame, child)
-            if row == -2:
-                return lay.ROOM_POOL, I64(0), step
-        hold(frame, after, moved + number, child, row, I64(0), I64(1), mass, mass, true)
-        if rough:
-            continue
-        wanted = exact or (asking and of(frame, parent, lay.ROW) >= 0)
-        if asking and of(frame, parent, lay.ASKED) == get(frame, lay.WALK):
-            # what stands for the one before it says about what that itself will
-            wanted = wanted or get(ints_at(get(frame, lay.ENDING)), of(frame, parent, lay.END)) >= 0
-        if wanted and not ask(frame, child):
-            return lay.ROOM_ASKS, I64(0), step
-    put(ints_at(get(frame, lay.COUNTS)), after, moved + kept)
+            return lay.ROOM_POOL, False
+    hold(frame, after, place, child, row, I64(0), I64(1), mass, mass, true)
+    if not rough and to_be_read(frame, child, exact, asking) and not ask(frame, child):
+        return lay.ROOM_ASKS, False
+    return lay.DONE_ALL, sure
+
+
+@called
+def settled(frame, after, count):
+    """List `after` has so many hypotheses; if their mass is too little to compute with, they get another measure."""
+    put(ints_at(get(frame, lay.COUNTS)), after, count)
     total = F64(0)
-    for number in range(moved + kept):
+    for number in range(count):
         total += weight(frame, after, lay.H_MASS, number)
     if not total > 0:
-        return lay.STUCK, I64(0), step
+        return lay.STUCK
     if total < LEAST:
-        for number in range(moved + kept):
+        for number in range(count):
             set_weight(frame, after, lay.H_SCALE, number, weight(frame, after, lay.H_SCALE, number) / total)
             set_weight(frame, after, lay.H_MASS, number, weight(frame, after, lay.H_MASS, number) / total)
         total = F64(1)
     set_real(frame, lay.TOTAL + after, total)
-    return lay.DONE_ALL, sure, step
+    return lay.DONE_ALL
+
+
+@called
+def one_byte(frame, before, after, byte, exact, asking):
+    """Hypotheses in list `after` of those in `before` one byte on. Returns a status, whether all of it is known, and
+    the byte's log-probability."""
+    moved, born, total = moved_and_born(frame, before, after, F64(0))
+    if moved < 0:
+        return lay.ROOM_OPEN if moved == -1 else lay.ROOM_BORN, False, F64(0)
+    if not total > 0:
+        return lay.STUCK, False, F64(0)
+    step = math.log(total / real(frame, lay.TOTAL + before))
+    born = sort_born(frame, born)
+    if born > 0 and (real(frame, I64(lay.DROP)) > 0 or real(frame, I64(lay.JOIN)) > 0):
+        moved = without_faint(frame, after, moved, FAINT * total)
+    share_born(frame, born)
+    born, rough = joined(frame, born, total)
+    known = promote(frame, after, moved, PROMOTED * total, exact, asking)
+    if known < 0:
+        return lay.ROOM_ASKS, False, step
+    if moved + born > get(frame, lay.OPEN_ROOM):
+        return lay.ROOM_OPEN, False, step
+    sure = known == 1
+    for number in range(born):
+        status, known_too = follow_born(frame, after, moved + number, number, byte, rough, exact, asking)
+        if status != lay.DONE_ALL:
+            return status, False, step
+        sure = sure and known_too
+    return settled(frame, after, moved + born), sure, step

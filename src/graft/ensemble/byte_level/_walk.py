@@ -12,13 +12,13 @@ from graft.ensemble.byte_level._fields import (
     child_of,
     entry_of,
     held,
-    hold,
     new_node,
     of,
     real,
     row_room,
     set_of,
     set_real,
+    transfer,
     weight,
 )
 from graft.ensemble.byte_level._rows import begin, ranges, reduced, true_of
@@ -33,18 +33,7 @@ def copied(frame, start, to):
     put(ints_at(get(frame, lay.COUNTS)), to, count)
     set_real(frame, lay.TOTAL + to, real(frame, lay.TOTAL + start))
     for number in range(count):
-        hold(
-            frame,
-            to,
-            number,
-            held(frame, start, lay.H_NODE, number),
-            held(frame, start, lay.H_ROW, number),
-            held(frame, start, lay.H_AT, number),
-            held(frame, start, lay.H_ROUGH, number),
-            weight(frame, start, lay.H_SCALE, number),
-            weight(frame, start, lay.H_MASS, number),
-            weight(frame, start, lay.H_TRUE, number),
-        )
+        transfer(frame, start, number, to, number)
 
 
 def walk(frame):
@@ -70,7 +59,7 @@ def walk(frame):
             break
         here = 3 - here
         byte += 1
-        exact = exact and sure == 1
+        exact = exact and sure
         if exact:
             copied(frame, here, I64(0))
             put(gold, byte - 1, step)

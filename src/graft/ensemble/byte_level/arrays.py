@@ -13,7 +13,7 @@ from graft.ensemble.byte_level import _layout as at
 from graft.errors import RunError
 from graft.machine_code import Compiled
 
-SOURCES = ("_walk.py", "_step.py", "_rows.py", "_fields.py", "_layout.py")
+SOURCES = ("_walk.py", "_step.py", "_rows.py", "_fields.py", "_shares.py", "_layout.py")
 """What the compiled functions are written in."""
 NAMES = ("ranges", "begin", "reduced", "walk", "listed", "seen", "needed", "moved_rows")
 
@@ -93,7 +93,7 @@ class Arrays:
 
     def _born(self, room: int) -> None:
         self._hold(at.BORN, np.zeros((2, room), np.int64))
-        self._hold(at.BORN_WEIGHTS, np.zeros((2, room)))
+        self._hold(at.BORN_WEIGHTS, np.zeros((3, room)))
         self.frame[at.BORN_ROOM] = room
 
     def _asks(self, room: int) -> None:

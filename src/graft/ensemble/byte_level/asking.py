@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import numpy as np
-
 from graft.ensemble.byte_level.cover import Told
 from graft.ensemble.byte_level.leaf import Leaf
 
@@ -64,14 +62,8 @@ class Wanted:
             if made.told is not None or id(made) in read:
                 leaf.again = read[id(made)][0] if id(made) in read else made
         for leaf, made in self.twins.values():
-            if id(made) not in read:
-                continue
-            leaf.twin = now, _ = read[id(made)]
-            above = now.parent.told() if now.parent is not None and now.parent.told is not None else None
-            # not that of what it is read behind, which may be only the end of what leads to it
-            if above is not None and leaf.parent is not None and leaf.true == -np.inf:
-                leaf.true = leaf.parent.now.true + above.log(leaf.token)
-            now.true = max(now.true, leaf.true)
+            if id(made) in read:
+                leaf.twin = read[id(made)]
 
 
 def together(forest: Forest, readings: Sequence[Reading[T]]) -> list[T]:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from graft.data.encode import encode
+from graft.ensemble.byte_level._shares import PROMOTED
 from graft.ensemble.byte_level.asking import Found, Lacking, Reading, together
 from graft.ensemble.byte_level.cover import (
     END,
@@ -37,8 +38,6 @@ LIKELY, DRAFTED = 0.003, 16
 """Where a pass is made anyway, what the likely next bytes need is read ahead: probability of these, and how many."""
 ROOM = 4
 """Tokens of a text that such a pass reads at least, if so many are likely."""
-PROMOTED = 0.1
-"""Share of the mass from which on a sequence that was not read is."""
 WINDOW = 16
 """Tokens before the end of a sequence from which it is cut anew, to see whether the tokenizer cuts it so."""
 
@@ -206,8 +205,7 @@ class ByteModel:
         for place, each in enumerate(moved):
             if each[6] and each[4] > likely:  # `rough`, `mass`
                 if forest.recall(each.leaf):
-                    leaf, told = _twin(each.leaf)
-                    moved[place] = again(each, leaf, told, leaf.true)
+                    moved[place] = again(each, *_twin(each.leaf), _true(each.leaf))
                 elif exact or forest.recall(each.leaf.parent):
                     lacking.leaves[id(each.leaf)] = each.leaf
                     sure = False
@@ -231,13 +229,9 @@ class ByteModel:
         if found is None:
             return None
         if not born.leaf.read and born.leaf.twin is not None:
-            leaf, told = _twin(born.leaf)
-            born = born._replace(true=leaf.true + told.log(born.token))
-        leaf, told = found
-        # where the model can read no further, a leaf stands for all sequences that end alike
-        true = leaf.true if born.true == -math.inf else born.true
-        leaf.true = max(leaf.true, true)
-        return fresh(leaf, told, born.mass, true)
+            _, told = _twin(born.leaf)
+            born = born._replace(true=_true(born.leaf) + told.log(born.token))
+        return fresh(*found, born.mass, born.true)
 
     def _canonical(self, born: Born) -> bool:
         """Whether the tokenizer cuts the newest tokens as this sequence does; undecided inside a letter: yes.
@@ -271,13 +265,21 @@ def _rough(born: Born, told: Told) -> Hypothesis:
 
 
 def _twin(leaf: Leaf) -> Found:
-    """Of a leaf that was not read at first what it is now, with the sequence's own log-probability."""
+    """Of a leaf that was not read at first what it is now."""
     assert leaf.twin is not None
-    if leaf.true == -math.inf and leaf.parent is not None and not leaf.parent.read and leaf.parent.twin is not None:
-        above, told = _twin(leaf.parent)
-        leaf.true = above.true + told.log(leaf.token)
-    leaf.twin[0].true = max(leaf.twin[0].true, leaf.true)
     return leaf.twin
+
+
+def _true(leaf: Leaf) -> float:
+    """The log-probability of the sequence of a leaf that was not read at first, as far as it is known by now.
+
+    Not that of what it is now, which may stand for other sequences too: where the model can read no further, for all
+    that end alike.
+    """
+    if leaf.true == -math.inf and leaf.parent is not None and not leaf.parent.read and leaf.parent.twin is not None:
+        _, told = _twin(leaf.parent)
+        leaf.true = _true(leaf.parent) + told.log(leaf.token)
+    return leaf.true
 
 
 def _next_state(before: State, open_: list[Hypothesis], step: float) -> State:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from graft.ensemble.byte_level._shares import FAINT, LEAST
 from graft.ensemble.byte_level.trie import Node, Trie
 
 END = 256
@@ -186,11 +187,6 @@ def grown(state: State, byte: int) -> Grown:
     return _made(Grown, (moved, born, total))
 
 
-FAINT = 1e-4
-"""Share of the mass below which a sequence that goes on is not followed, where anything may be left out and another one
-is complete, behind which every token may come."""
-
-
 def chosen(
     moved: list[Hypothesis], born: Sequence[Born], total: float, drop: float, join: float, most: int | None
 ) -> tuple[list[Hypothesis], list[Born], bool]:
@@ -230,10 +226,6 @@ _mass = itemgetter(3)
 def step_of(state: State, mass: float) -> float:
     """The log-probability of the byte that left so much mass of a state."""
     return math.log(mass / state.total) if mass > 0 else -math.inf
-
-
-LEAST = 1e-60
-"""A state whose hypotheses have together less than this in their measure gets a new one."""
 
 
 def state_of(hypotheses: Sequence[Hypothesis], log: float = 0.0, step: float = 0.0) -> State:

@@ -14,10 +14,10 @@ UNREAD = np.zeros(0, np.int64)
 
 class Leaf:
     """A token behind its `parent`, `depth` tokens from the start, in tree `row`; `slots`: columns of the tree that it
-    sees, its own the last. `told`: what the model gives behind it, as long as somebody holds that; `true`: the
-    log-probability of the sequence, where it is known. `again`: the same, read with fewer tokens before it, where the
-    model can read no further. `twin`: of one that was not read, what it is when it has been; `sought`: the
-    pass of the forest after which that was looked for last.
+    sees, its own the last. `told`: what the model gives behind it, as long as somebody holds that; `true`: of one that
+    is followed before it is read, the log-probability of the sequence, where that is known. `again`: the same, read
+    with fewer tokens before it, where the model can read no further. `twin`: of one that was not read, what it is when
+    it has been; `sought`: the pass of the forest after which that was looked for last.
     """
 
     __slots__ = ("__weakref__", "again", "depth", "parent", "row", "slots", "sought", "token", "told", "true", "twin")
