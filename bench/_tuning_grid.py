@@ -136,16 +136,19 @@ class Grid:
         if not tried.sized:
             return {min(SHARES, key=lambda share: abs(np.log(share * self.whole / self.count(name, 1)))): 1}
         found = {share: self._size(name, share) for share in SHARES if share <= tried.most}
-        near = {share: self.count(name, size) / (share * self.whole) for share, size in found.items()}
+        near = {share: (self.count(name, size) or 0) / (share * self.whole) for share, size in found.items()}
         return {share: size for share, size in found.items() if 0.5 < near[share] < 2}
 
     def _size(self, name: str, share: float) -> int:
-        """The size with parameters nearest to the share: they grow evenly with it, or nearly so."""
+        """The size with parameters nearest to the share: they grow evenly with it, or nearly so. Smaller where the
+        model has no place for as many."""
         first, ninth = self.count(name, 1), self.count(name, 9)
         assert first is not None
         assert ninth is not None
         wanted = share * self.whole
         guess = max(2, round(1 + 8 * (wanted - first) / (ninth - first)))
+        while guess > 2 and self.count(name, guess) is None:
+            guess = max(2, guess * 4 // 5)
         return min((guess - 1, guess, guess + 1), key=lambda size: abs((self.count(name, size) or np.inf) - wanted))
 
     @cache  # noqa: B019

@@ -200,3 +200,27 @@ def test_a_length_without_positions_for_it_is_refused_and_computed_positions_rea
     assert said(32) == []
     wrong = f"expected a `length` of at most {most}, for which base has positions, found 33"
     assert said(33) == ([] if most is None else [wrong])
+
+
+@pytest.mark.parametrize(("kind", "most"), [("GPT2", 32), ("Llama", None)])
+def test_learned_tokens_and_their_text_need_positions_too(kind, most):
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = getattr(transformers, f"{kind}Config")(**KINDS[kind], **tokens, architectures=[f"{kind}ForCausalLM"])
+    start = {"base": Facts("decoder", "i", "v", 10, 40, config.to_dict())}
+
+    def said(count, gate, **more):
+        return VERB.check(
+            VERB.parse({"from": "base", "data": "d", "method": {"prompt": {"length": count, "gate": gate}}, **more}),
+            start,
+        )
+
+    assert said(32, True) == said(31, False) == said(5, False, length=27) == []
+    many = said(33, True)
+    assert (
+        many == [] if most is None else ["a table, found a `length` that needs 33" in line for line in many] == [True]
+    )
+    assert said(32, False) == ["expected fewer than 32 learned positions, which is all base names, found 32"]
+    wrong = (
+        "expected a `length` of at most 27, for which base has positions beside the 5 that its method takes, found 28"
+    )
+    assert said(5, False, length=28) == ([] if most is None else [wrong])

@@ -21,6 +21,7 @@ from graft.adapters.forms import FORMS, Site
 from graft.adapters.junction import Junction
 from graft.adapters.places import Layout, Place
 from graft.adapters.point import Point
+from graft.adapters.positions import check_positions, taken_by
 from graft.errors import RequestError, UnknownName
 from graft.products import quick_layers
 
@@ -86,12 +87,14 @@ class Adapters(nn.Module):
     def add(self, model: PreTrainedModel, name: str, points: Sequence[Point]) -> None:
         """Put a fresh adapter into `model`, trainable and the only active one.
 
-        Raises RequestError for a place that is not there, a rank above a layer's size, or a name that is taken.
+        Raises RequestError for a place that is not there, a rank above a layer's size, more learned tokens than the
+        model has positions for, or a name that is taken.
         """
         if name in self.points or not name or "." in name:
             raise RequestError(f"expected a new name without dots for an adapter, found {name!r}")
         layout = Layout(model)
         points = [self._resolved(point) for point in points]
+        check_positions(model, points)
         found = [site for point in points for site in self._made(layout, point)]
         sites = Sites()
         for point in points:
@@ -265,8 +268,7 @@ class Adapters(nn.Module):
 
     def positions(self, name: str) -> int:
         """Positions that an adapter's learned keys and tokens take before the text."""
-        taken = [p.size or 0 for p in self.points[name] if p.shift or (p.form == "tokens" and not p.gate)]
-        return max(taken, default=0)
+        return taken_by(self.points[name])
 
     def taken(self, model: PreTrainedModel) -> int:
         """Positions that the active adapters take before the text."""

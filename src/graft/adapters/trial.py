@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from graft.adapters.facts import frozen_config
 from graft.adapters.point import Point
 from graft.errors import RequestError
-from graft.folders import CONTEXTS
-
-POSITIONS = re.compile(r"(?<!relative_)(wpe|position)[^.]*$")
-"""What tables of positions are called."""
 
 
 def skeleton(config: Mapping[str, Any]) -> Any:
@@ -37,14 +32,10 @@ def skeleton(config: Mapping[str, Any]) -> Any:
 def learned_positions(config: Mapping[str, Any]) -> int | None:
     """For how many tokens the model of this configuration has positions in a table; None where they are computed, or
     the model is not known here."""
-    from torch import nn
+    from graft.adapters.positions import positions_in
 
     model = skeleton(config)
-    tables = [part for name, part in model.named_modules() if POSITIONS.search(name)] if model is not None else []
-    found = [table.num_embeddings for table in tables if isinstance(table, nn.Embedding)]
-    # some tables have rows before the first position
-    named = [size for name in CONTEXTS if isinstance(size := config.get(name), int) and size > 0]
-    return min([*found, *named]) if found else None
+    return None if model is None else positions_in(model, config)
 
 
 def problems(config: Mapping[str, Any], points: Sequence[Point], *, fold: bool = False) -> list[str]:

@@ -187,15 +187,26 @@ class Tune(Verb[TuneSettings]):
 
 
 def _too_long(settings: TuneSettings, start: Facts) -> list[str]:
-    """What is wrong with a length for which the model has no positions; those that are computed reach any length."""
-    if settings.length is None or settings.length <= longest(start.config) or not start.config.get("architectures"):
+    """What is wrong with a length for which the model has no positions beside those that the method takes; those that
+    are computed reach any length that is said."""
+    if not start.config.get("architectures"):
         return []
+    from graft.adapters.positions import taken_by
     from graft.adapters.trial import learned_positions
 
-    most = learned_positions(start.config)
-    if most is None or settings.length <= most:
+    taken, reach = taken_by(_chosen_points(*settings.method.items())), longest(start.config)
+    if (settings.length or 1) + taken <= reach:
         return []
-    return [f"expected a `length` of at most {most}, for which {settings.from_} has positions, found {settings.length}"]
+    most = learned_positions(start.config)
+    if settings.length is None:
+        return [f"expected fewer than {reach} learned positions, which is all {settings.from_} names, found {taken}"]
+    if most is None or settings.length + taken <= most:
+        return []
+    beside = f" beside the {taken} that its method takes" if taken else ""
+    return [
+        f"expected a `length` of at most {max(1, most - taken)}, for which {settings.from_} has positions{beside}, "
+        f"found {settings.length}"
+    ]
 
 
 def _needing_whole_weights(settings: TuneSettings, parallel: Parallel) -> list[str]:
