@@ -275,9 +275,10 @@ def test_a_damaged_tokenizer_is_named_whoever_meets_it(tmp_path, tokenizer, cont
     (tmp_path / "tokenizer.json").write_text(content)
     (tmp_path / "d.txt").write_text("some text\n" * 9)
     words = r"tokenizer\.json: expected a tokenizer, found a damaged file \("
-    for use in (models.load_tokenizer, Talk):
-        with pytest.raises(CheckpointError, match=words):
-            use(tmp_path)
+    with pytest.raises(CheckpointError, match=words):
+        models.load_tokenizer(tmp_path)
+    with pytest.raises(RequestError, match=words):
+        Talk(tmp_path)
     with pytest.raises(RecipeError, match=words):
         graft.tune(tmp_path / "out", from_=str(tmp_path), data=str(tmp_path / "d.txt"))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft import remembered
-from graft.adapters.facts import adapter_of_head
+from graft.adapters.facts import adapter_of_head, check_base, entry_of
 from graft.checkpoint import ADAPTER, Headers, read_file_headers, read_headers
 from graft.disk import disk_errors
 from graft.errors import CheckpointError, RequestError, closest
@@ -208,11 +208,15 @@ def made_empty(config: PretrainedConfig, empty: Empty = without_memory) -> PreTr
 
 
 def check_stored(folder: Path) -> None:
-    """`check_fit` of all folders behind a model, before anything is loaded: from headers, and looked at only once.
+    """`check_fit` of all folders behind a model, before anything is loaded: from headers, and looked at only once; and
+    that adapters stand on the weights they were made for.
 
     Raises CheckpointError as that does.
     """
     for place in folders_behind(folder):
+        if (place / ADAPTER).is_file():
+            said = entry_of(place)
+            check_base(place, said, place / said["base"]["path"])
         if not any(place.glob("model*.safetensors")) or _as_saved(place) or is_lora(place):
             continue
         headers = read_headers(place)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import graft
 from graft.cli import app
-from graft.errors import CannotCombine, CheckpointError, GraftError, RecipeError
+from graft.errors import CannotCombine, CheckpointError, GraftError, RecipeError, RequestError
 from graft.facts import facts_of
 from graft.recipe import read_recipe
 
@@ -282,6 +282,30 @@ def moved(folder, out, **base):
     config["graft_adapted"]["base"] |= base
     (out / "config.json").write_text(json.dumps(config))
     return out
+
+
+def test_one_that_was_pointed_at_another_model_is_refused_before_anything_is_made(folders, tmp_path):
+    other = save(model(9), tmp_path / "other")
+    strange = moved(folders["x"], tmp_path / "strange", path=str(other))
+    words, out = r"made for another base: expected the weights with hash \w+, found \w+ in .*other", tmp_path / "out"
+    pair = [str(strange), str(folders["y"])]
+    with pytest.raises(RecipeError, match=words):
+        graft.merge(out, method="linear", models=pair)
+    recipe = tmp_path / "family.yaml"
+    recipe.write_text(
+        f"family: f\nmodels:\n  x: {{load: {strange}}}\n  y: {{load: {folders['y']}}}\n"
+        "  mean: {merge: {method: linear, models: [x, y]}}\n"
+    )
+    with pytest.raises(RecipeError, match=words):
+        graft.plan(recipe, tmp_path / "run")
+    for make in (graft.ensemble, graft.adapt):
+        with pytest.raises(RequestError, match=words):
+            make(out, **{"members" if make is graft.ensemble else "adapters": pair})
+    assert not out.exists()
+    made = graft.merge(out, method="linear", models=pair, adapters_of=str(folders["base"]))
+    same(
+        tensors(made), tensors(graft.merge(tmp_path / "right", method="linear", models=[str(folders[n]) for n in "xy"]))
+    )
 
 
 def test_its_model_is_found_where_it_says_else_as_the_base_of_the_merge_and_nowhere_else(folders, tmp_path):

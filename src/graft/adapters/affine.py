@@ -46,7 +46,7 @@ def read_affine(folder: Path, home: Path) -> Lora:
 
     Raises RequestError, naming adapter and point, for what is no such change, CheckpointError for damaged files.
     """
-    from graft.adapters.folder import entry_of
+    from graft.adapters.facts import entry_of
 
     entry, path = entry_of(folder), Path(folder) / ADAPTER
     if wrong := obstacles(entry):

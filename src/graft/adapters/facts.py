@@ -9,9 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from graft import lineage
 from graft.adapters.point import SUBLAYERS, Point
 from graft.disk import atomic_write
+from graft.errors import CheckpointError
 from graft.folders import ADAPTED, read_config
+from graft.hashing import shortened
+from graft.lora import is_lora
 from graft.settings import parse
 from graft.verb import Facts
 
@@ -117,3 +121,41 @@ def place_base(folder: Path, base: Path, seen_from: Path) -> None:
     config = read_config(folder)
     config[ADAPTED]["base"]["path"] = os.path.relpath(base.resolve(), seen_from.resolve())
     atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def entry_of(folder: Path) -> dict[str, Any]:
+    """What `config.json` says of the adapters. Raises CheckpointError where it says nothing that can be read."""
+    entry: dict[str, Any] = read_config(folder).get(ADAPTED) or {}
+    if not _is_entry(entry):
+        raise CheckpointError(f"{folder}/config.json: expected what the adapters are ({ADAPTED}), found it damaged")
+    if entry.get("format") != 1:
+        raise CheckpointError(f"{folder}: expected adapters of format 1, found {entry.get('format')}: update graft")
+    return entry
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether all that is needed is there, each of its type."""
+    try:
+        names = {name for name, points in entry["adapters"].items() if all(isinstance(p, dict) for p in points)}
+        active = [name for name, weight in entry["active"] if isinstance(weight, int | float)]
+        said = [entry["model_type"], entry["base"]["path"], entry["base"]["hash"]]
+        whole = len(names) == len(entry["adapters"]) and len(active) == len(entry["active"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+    return whole and set(active) <= names and all(isinstance(each, str) for each in said)
+
+
+def check_base(folder: Path, entry: Mapping[str, Any], place: Path) -> None:
+    """Raises CheckpointError where the frozen model is missing or is not the one the adapters were made for."""
+    if not (place / "config.json").is_file() and not is_lora(place):
+        raise CheckpointError(
+            f"{folder}: the adapters' base is missing: expected a model in {place}; bring it there, or give its folder"
+        )
+    expected = entry["base"]["hash"]
+    found = lineage.known_hash(place, expected)
+    if found != expected:
+        raise CheckpointError(
+            f"{folder}: the adapters were made for another base: expected the weights with hash "
+            f"{shortened(expected)}, found {shortened(found)} in {place}; give the folder of the right model, or tune "
+            "anew"
+        )

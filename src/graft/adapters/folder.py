@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from graft import lineage, models
+from graft.adapters.facts import check_base, entry_of
 from graft.adapters.foreign import foreign_base, foreign_said, foreign_weights, load_foreign
 from graft.adapters.point import Point
 from graft.adapters.stack import Adapters, Sites, adapters_of, adopt, free_name
@@ -26,8 +27,6 @@ from graft.disk import atomic_write, disk_errors
 from graft.errors import CheckpointError, RequestError
 from graft.finite import check_tensors
 from graft.folders import ADAPTED, read_config
-from graft.hashing import shortened
-from graft.lora import is_lora
 from graft.prefix_lm import mark
 from graft.settings import parse
 
@@ -185,44 +184,6 @@ def averaged(model: PreTrainedModel, weights: Mapping[str, float], name: str) ->
     stack.sites[name].load_state_dict(mean)
     stack.use(name)
     model.requires_grad_(False)
-
-
-def entry_of(folder: Path) -> dict[str, Any]:
-    """What `config.json` says of the adapters. Raises CheckpointError where it says nothing that can be read."""
-    entry: dict[str, Any] = read_config(folder).get(ADAPTED) or {}
-    if not _is_entry(entry):
-        raise CheckpointError(f"{folder}/config.json: expected what the adapters are ({ADAPTED}), found it damaged")
-    if entry.get("format") != 1:
-        raise CheckpointError(f"{folder}: expected adapters of format 1, found {entry.get('format')}: update graft")
-    return entry
-
-
-def _is_entry(entry: Any) -> bool:
-    """Whether all that is needed is there, each of its type."""
-    try:
-        names = {name for name, points in entry["adapters"].items() if all(isinstance(p, dict) for p in points)}
-        active = [name for name, weight in entry["active"] if isinstance(weight, int | float)]
-        said = [entry["model_type"], entry["base"]["path"], entry["base"]["hash"]]
-        whole = len(names) == len(entry["adapters"]) and len(active) == len(entry["active"])
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return False
-    return whole and set(active) <= names and all(isinstance(each, str) for each in said)
-
-
-def check_base(folder: Path, entry: Mapping[str, Any], place: Path) -> None:
-    """Raises CheckpointError where the frozen model is missing or is not the one the adapters were made for."""
-    if not (place / "config.json").is_file() and not is_lora(place):
-        raise CheckpointError(
-            f"{folder}: the adapters' base is missing: expected a model in {place}; bring it there, or give its folder"
-        )
-    expected = entry["base"]["hash"]
-    found = lineage.known_hash(place, expected)
-    if found != expected:
-        raise CheckpointError(
-            f"{folder}: the adapters were made for another base: expected the weights with hash "
-            f"{shortened(expected)}, found {shortened(found)} in {place}; give the folder of the right model, or tune "
-            "anew"
-        )
 
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:

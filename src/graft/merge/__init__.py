@@ -120,6 +120,7 @@ class Merge(Verb[MergeSettings]):
         return []
 
     def check(self, settings: MergeSettings, models: Mapping[str, Facts]) -> list[str]:
+        from graft.merge.inputs import misplaced
         from graft.merge.preflight import anyway, problems
 
         never, may_be_forced = problems(settings, models)
@@ -137,6 +138,7 @@ class Merge(Verb[MergeSettings]):
             if judged.judges and first not in (kinds := judged.entry().architectures):
                 name = judged.task or judged.measure
                 never.append(f"{name} is taken of {' or '.join(kinds)} models, found {first}: name another measure")
+        never += [] if never else misplaced(settings, models)
         if not (never or settings.anyway):
             from graft.merge.related import strangers
 

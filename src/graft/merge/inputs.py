@@ -10,9 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from graft.adapters.facts import adapted_base, base_there, frozen_config, is_adapted, obstacles
+from graft.adapters.facts import adapted_base, base_there, check_base, entry_of, frozen_config, is_adapted, obstacles
 from graft.checkpoint import Headers, TensorReader, read_headers
-from graft.errors import CannotCombine, RequestError
+from graft.errors import CannotCombine, CheckpointError, RequestError
 from graft.folders import ADAPTED, companions, is_quantised, read_config
 from graft.lora import Lora, base_folder, is_lora, new_rows, read_lora, stands_for
 from graft.merge.naming import Names, Placed, alike, is_dead, renamed
@@ -170,10 +170,22 @@ def home_of(name: str, folder: Path, adapters_of: Path | None = None, base: Path
         raise CannotCombine(f"{name} stands on {found}, which is an adapter itself: fold that one into its model first")
     unpacked = adapters_of is not None and named is not None and is_quantised(named)
     if not (is_lora(folder) or unpacked):
-        from graft.adapters.folder import check_base, entry_of
-
         # the weights that packed ones stand for have another hash
         check_base(folder, entry_of(folder), found)
+    return found
+
+
+def misplaced(settings: MergeSettings, models: Mapping[str, Facts]) -> list[str]:
+    """What is wrong with the models that the adapters among the parents stand on, as far as all lie on the disk yet."""
+    folders = {name: Path(facts.folder) for name, facts in models.items() if facts.folder}
+    if not {name for name in (settings.adapters_of, settings.base_name) if name is not None} <= folders.keys():
+        return []
+    found: list[str] = []
+    for name in (parent for parent in settings.parents if parent in folders):
+        try:
+            _home(settings, name, folders)
+        except (CannotCombine, CheckpointError) as error:
+            found.append(str(error))
     return found
 
 

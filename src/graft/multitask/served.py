@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from graft.adapters.folder import add_from, entry_of
+from graft.adapters.facts import entry_of
+from graft.adapters.folder import add_from
 from graft.adapters.stack import adapters_of
 from graft.checkpoint import read_file_headers
 from graft.errors import RequestError, UnknownName
