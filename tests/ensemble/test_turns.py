@@ -154,3 +154,15 @@ def test_without_a_clock_plans_follow_from_what_was_kept_alone():
         for turns in (slow, quick):
             turns.took(plans[0].block > 0, [(0, 1), (1, 1)], 2)
             turns.would([0, 1], np.full((2, 2), 0.8))
+
+
+@pytest.mark.parametrize(("real", "learnt"), [(3 * FREE, 3 * FREE), (100 * FREE, 5 * FREE), (FREE / 20, FREE / 2)])
+def test_prompts_say_how_many_tokens_cost_as_much_again_within_bounds(real, learnt):
+    now = [0.0]
+    turns = Turns([1.0, 1.0], [0, 1], FREE, 8, clock=lambda: now[0])
+    for place, reads in enumerate((14, 1, 1, 1, 1)):
+        turns.plan(dict.fromkeys(range(8), 60 - place))
+        now[0] += 2 * (1 + 8 * reads / real)
+        turns.took(False, [(0, reads), (1, reads)], 8)
+    turns.plan(dict.fromkeys(range(8), 50))
+    assert turns.free == pytest.approx(learnt)

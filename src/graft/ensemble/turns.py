@@ -36,8 +36,9 @@ WAIT = 32
 """Plain tokens after drafts that did not pay until they are tried again; each time twice as many."""
 HORIZON = 24
 """Tokens that are looked ahead."""
-SLOPE, OFF = 4, 2
-"""How many times longer than a token prompts must be that say what reading costs, and how far the guess may be off."""
+SLOPE, FEWER, MORE = 4, 2, 5
+"""How many times longer than a token prompts must be that say what reading costs, and how many times fewer tokens, or
+more, than guessed may cost as much again: more where a run of a small member is mostly what is done once for all."""
 TIMED = 4
 """Rounds of each kind whose times are remembered."""
 
@@ -215,7 +216,8 @@ class Turns:
         slower = self._prompts.seconds / median(timed.seconds for timed in plain)
         first, then = (timed.rows * max(reads for _, reads in timed.runs) for timed in (self._prompts, plain[0]))
         if slower > 1 and first > SLOPE * then:
-            self.free = min(max((first - slower * then) / (slower - 1), self.free / OFF), self.free)
+            found = (first - slower * then) / (slower - 1)
+            self.free = min(max(found, self.free / FEWER), self.free * MORE)
         self._prompts = None
 
     def _best(self, left: Mapping[int, int]) -> Plan:
