@@ -100,14 +100,18 @@ def test_what_does_not_meet_is_not_fused():
         point(form="fusion", on=["query"])
 
 
-@pytest.mark.parametrize("model_name", ["llama", "gpt2", "bert", "t5"])
-def test_an_invertible_adapter_is_undone_before_the_head(model_name):
+@pytest.mark.parametrize("model_name", ["llama", "gpt2", "bert", "t5", "bart"])
+def test_an_invertible_adapter_changes_every_embedding_that_is_read_and_is_undone_before_the_head(model_name):
     model = family(model_name)
     adopt(model, [point(form="invertible", on=["embeddings"], size=3)])
     inside, outside = ends(Layout(model))
     moved(model, 0.5)
     (site,) = adapters_of(model).sites["adapter"].values()
     assert isinstance(site, Invertible)
+    table, given = model.get_input_embeddings().weight, []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.weight is table:
+            module.register_forward_hook(lambda m, args, out: given.append((args[0], out)))
     e = torch.randn(2, 5, 16)
     changed = site(e, None)
     assert not torch.allclose(changed, e, atol=1e-2)
@@ -117,7 +121,10 @@ def test_an_invertible_adapter_is_undone_before_the_head(model_name):
     found = logits(model)
     bare = family(model_name)
     assert not torch.allclose(found, logits(bare), atol=1e-3)
-    assert (inside.outputs, outside.before, seen["h"].shape[-1]) == (16, True, 16)
+    assert (inside[0].outputs, outside.before, seen["h"].shape[-1]) == (16, True, 16)
+    assert len(given) == (2 if model.config.is_encoder_decoder else 1)
+    for ids, out in given:
+        assert torch.allclose(out, site(table[ids], None), atol=1e-5)
 
 
 def test_the_coupling_is_its_formula():

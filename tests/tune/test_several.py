@@ -11,6 +11,7 @@ from graft import data, models
 from graft.errors import DataError, RequestError, SettingsError
 from graft.multitask.folder import find_head, heads_in
 from graft.pretrain.architectures import Shape, build, config_for
+from graft.settings import parse
 from graft.tune import VERB
 from graft.tune.several import phases
 from graft.tune.tasks import Mixing
@@ -218,6 +219,12 @@ def test_weights_are_learned_for_an_end_task_which_must_have_dev_data(tmp_path, 
     with pytest.raises(RequestError, match="expected dev data for the task tag"):
         VERB.run(job(tmp_path / "b", encoder, TASKS, sources=none, mixing=mixing))
     VERB.run(job(tmp_path / "c", encoder, TASKS, sources=none, mixing={"learn": {"for": ["lm"]}}, budget="1 steps"))
+
+
+def test_how_it_learns_to_be_tuned_may_stand_alone():
+    assert parse(Mixing, {"meta": "reptile"}).meta == parse(Mixing, {"meta": {"how": "reptile"}}).meta
+    with pytest.raises(SettingsError, match=r"meta\.how: expected 'fomaml' or 'reptile', found 'reptle'"):
+        parse(Mixing, {"meta": "reptle"})
 
 
 def test_meta_learning_of_tasks_as_text(tmp_path, base):  # noqa: F811

@@ -106,8 +106,26 @@ class Inverse:
     __call__ = forward
 
 
-def ends(layout: Layout) -> tuple[Place, Place]:
-    """(what embeddings give, what the head reads). Raises RequestError where the model has no such head."""
+class Again:
+    """A site at another place, with the same weights."""
+
+    affine = False
+
+    def __init__(self, site: Invertible, place: Place, module: nn.Module):
+        self.site, self.place, self.module, self.point = site, place, module, site.point
+
+    def forward(self, h: torch.Tensor, x: torch.Tensor | None, weight: float = 1.0) -> torch.Tensor:
+        """What the site does."""
+        return self.site(h, x, weight)
+
+    __call__ = forward
+
+
+def ends(layout: Layout) -> tuple[list[Place], Place]:
+    """(what embeddings give, what the head reads). Raises RequestError where the model has no such head.
+
+    Translators have an embedding each for encoder and decoder with the weight of a third, which names the place.
+    """
     model: Any = layout.model
     paths = {id(module): path for path, module in layout.modules.items()}
     head = model.get_output_embeddings()
@@ -115,6 +133,9 @@ def ends(layout: Layout) -> tuple[Place, Place]:
         raise RequestError(
             f"{type(model).__name__}: an invertible adapter needs a head over the vocabulary, found none"
         )
-    inside, outside = paths[id(model.get_input_embeddings())], paths[id(head)]
-    size = model.get_input_embeddings().weight.shape[-1]
-    return Place(inside, inside, inside, size, size), Place(outside, outside, outside, size, size, before=True)
+    table, outside = model.get_input_embeddings(), paths[id(head)]
+    size = table.weight.shape[-1]
+    same = [module for module in layout.modules.values() if isinstance(module, nn.Embedding)]
+    tables = [table, *(module for module in same if module.weight is table.weight and module is not table)]
+    inside = [Place(path, path, path, size, size) for path in (paths[id(module)] for module in tables)]
+    return inside, Place(outside, outside, outside, size, size, before=True)

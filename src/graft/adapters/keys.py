@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from graft.adapters.forms import closed_gate
-from graft.adapters.places import CROSS, Layout
+from graft.adapters.places import CROSS, Layout, call_briefly
 from graft.adapters.point import Point, chosen
 from graft.errors import RequestError
 
@@ -204,7 +204,6 @@ class _Probe:
         return sdpa_attention_forward(module, q, k, v, mask, **how)[0]
 
 
-@torch.no_grad()
 def attention_modules(model: PreTrainedModel) -> dict[str, Shapes]:
     """The modules that compute attention through the interface of `transformers`, by trying, in the model's order.
 
@@ -222,21 +221,18 @@ def attention_modules(model: PreTrainedModel) -> dict[str, Shapes]:
             "sdpa, or use lora, ia3 or an adapter"
         )
     model.set_attn_implementation(IMPLEMENTATION)
-    probe, training = _Probe(), model.training
+    probe = _Probe()
     held = {module: module.__dict__.get(SLOT) for module in model.modules()}
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     try:
         for module in held:
             module.__dict__[SLOT] = probe
-        model.eval()(input_ids=ids, **more)
+        call_briefly(model)
     finally:
         for module, before in held.items():
             if before is None:
                 del module.__dict__[SLOT]
             else:
                 module.__dict__[SLOT] = before
-        model.train(training)
     found = {path: probe.found[id(module)] for path, module in model.named_modules() if id(module) in probe.found}
     if not found:
         raise RequestError(f"{name}: found no module that computes attention: use lora, ia3 or an adapter")

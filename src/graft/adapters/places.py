@@ -220,6 +220,27 @@ class Layout:
         return any(one.role == word for one in self.linears)
 
 
+@torch.no_grad()
+def call_briefly(model: PreTrainedModel) -> None:
+    """Call the model on two tokens, as in evaluation, for what its modules' hooks are to see; a skeleton too.
+
+    Raises RuntimeError or NotImplementedError where a skeleton cannot be called, such as for experts that are chosen.
+    """
+    ids, training = torch.zeros(1, 2, dtype=torch.long, device=model.device), model.training
+    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    model.eval()
+    try:
+        model(input_ids=ids, **more)
+    except RuntimeError:
+        if model.device.type != "meta":
+            raise
+        # ids are looked through for padding, which those of a skeleton cannot be
+        table: Any = model.get_input_embeddings()
+        model(inputs_embeds=table(ids), **more)
+    finally:
+        model.train(training)
+
+
 def width_of(model: PreTrainedModel) -> int:
     """Channels of what the blocks pass on."""
     named = getattr(model.config.get_text_config(), "hidden_size", None)

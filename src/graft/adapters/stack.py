@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from graft.adapters.composed import Fusion, Inverse, Invertible, ends
+from graft.adapters.composed import Again, Fusion, Inverse, Invertible, ends
 from graft.adapters.forms import FORMS, Site
 from graft.adapters.junction import Junction
 from graft.adapters.places import Layout, Place
@@ -125,9 +125,10 @@ class Adapters(nn.Module):
         if point.form == "fusion":
             return self._fusions(point)
         if point.form == "invertible":
-            inside, outside = ends(layout)
+            (inside, *others), outside = ends(layout)
             site = Invertible(point, inside, layout.modules[inside.target])
-            return [site, Inverse(site, outside, layout.modules[outside.target])]
+            more = [Again(site, other, layout.modules[other.target]) for other in others]
+            return [site, *more, Inverse(site, outside, layout.modules[outside.target])]
         if point.form not in FORMS:
             return []
         return [FORMS[point.form](point, place, layout.modules[place.target]) for place in layout.places(point)]

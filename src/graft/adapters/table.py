@@ -73,6 +73,7 @@ def counted(model: Any, points: Sequence[Point]) -> str:
     import copy
 
     from graft.adapters.stack import adopt
+    from graft.adapters.trial import passed_by
     from graft.errors import RequestError
 
     tried = copy.deepcopy(model)
@@ -80,6 +81,10 @@ def counted(model: Any, points: Sequence[Point]) -> str:
         stack = adopt(tried, points)
     except RequestError as error:
         return f"not here: {str(error).partition(': ')[2].partition(';')[0]}"
+    except (RuntimeError, NotImplementedError):  # a skeleton of experts cannot be called
+        return "told once its weights are loaded"
+    if passed := passed_by(tried, stack):
+        return f"not here: the model takes the weight of {passed[0]} without calling it"
     whole = sum(p.numel() for p in model.parameters())
     count = stack.count("adapter")
     return f"{count:,} ({100 * count / whole:.2g} %)"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graft.adapters.facts import frozen_config
 from graft.adapters.point import Point
 from graft.errors import RequestError
+
+if TYPE_CHECKING:
+    from graft.adapters.stack import Adapters
 
 
 def skeleton(config: Mapping[str, Any]) -> Any:
@@ -52,8 +55,44 @@ def problems(config: Mapping[str, Any], points: Sequence[Point], *, fold: bool =
         return [str(error)]
     except (RuntimeError, NotImplementedError):  # a model that cannot be tried without weights is tried with them
         return []
+    if passed := passed_by(model, stack):
+        return [
+            f"{type(model).__name__} takes the weights of {', '.join(passed[:4])}{' …' if len(passed) > 4 else ''} "
+            "without calling these layers, so that an adapter there would learn nothing: name other places (`on`)"
+        ]
     wrong = unfoldable(model, stack) if fold else []
     return [f"the adapter does not fold: {wrong[0]}; say `fold: false`"] if wrong else []
+
+
+def passed_by(model: Any, stack: Adapters) -> list[str]:
+    """Modules with sites that a call of the model passes by, though it calls what they stand in; none where a skeleton
+    cannot be called."""
+    from torch import nn
+
+    from graft.adapters.places import call_briefly
+
+    paths = [place for junction in stack.junctions.values() for place in (junction.place.source, junction.place.target)]
+    paths = list(dict.fromkeys(paths))
+    called: set[int] = set()
+    watched = {one for path in paths for one in (path, path.rpartition(".")[0])}
+    handles = [
+        model.get_submodule(path).register_forward_hook(lambda module, args, output: called.add(id(module)))
+        for path in watched
+    ]
+    try:
+        call_briefly(model)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        return []
+    finally:
+        for handle in handles:
+            handle.remove()
+    inside = [path for path in paths if id(model.get_submodule(path.rpartition(".")[0])) in called]
+    # one of several embeddings of one weight is called
+    return [
+        path
+        for path in inside
+        if id(model.get_submodule(path)) not in called and not isinstance(model.get_submodule(path), nn.Embedding)
+    ]
 
 
 def trained(config: Mapping[str, Any], points: Sequence[Point]) -> int | None:

@@ -68,6 +68,11 @@ class Meta(Settings):
     rows: Annotated[int, Field(ge=1, description="Rows in each of these steps, and in the loss behind them.")] = 4
     rate: Annotated[float, Field(gt=0, description="Learning rate of these steps.")] = 0.01
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, raw: Any) -> Any:
+        return {"how": raw} if isinstance(raw, str) else raw
+
 
 class Phase(Settings):
     """A part of the training with shares of its own."""
