@@ -188,10 +188,14 @@ def test_directions_and_largest_values_start_as_the_packed_model(tmp_path, bits)
     assert adapters_of(model).count("a") > 0
 
 
-def test_layers_that_are_kept_stay_plain(tmp_path):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_layers_that_are_kept_stay_plain(tmp_path, bits):
     llama(tmp_path / "base")
-    model = models.load(graft.quantize(tmp_path / "small", from_=tmp_path / "base", keep=["up_proj", "lm_head"]))
+    model = models.load(graft.quantize(tmp_path / "small", from_=tmp_path / "base", bits=bits, keep=["up_proj"]))
     assert not is_packed(model.model.layers[0].mlp.up_proj)
+    assert not is_packed(model.lm_head)  # as without `keep`
     assert is_packed(model.model.layers[0].mlp.down_proj)
     with pytest.raises(NodesFailed, match="expected linear layers to quantise, found none"):
         graft.quantize(tmp_path / "none", from_=tmp_path / "base", keep=["proj", "lm_head"])
+    with pytest.raises(RecipeError, match=r"found 'up_prj' \(did you mean 'up_proj'\?\); there are: q_proj, k_proj"):
+        graft.quantize(tmp_path / "none", from_=tmp_path / "base", keep=["up_prj"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from graft.errors import nearest
 from graft.settings import ModelRef, Settings, parse
 from graft.verb import Estimate, Facts, Job, Verb
 
@@ -67,7 +68,7 @@ class Quantize(Verb[QuantizeSettings]):
                 f"{settings.from_} has no weights of its own to quantise: fold its adapters (`fold: true`, merge), "
                 "quantise the members of an ensemble"
             ]
-        return []
+        return _keeping_nothing(settings, start) if settings.keep and start.config.get("architectures") else []
 
     def facts(self, settings: QuantizeSettings, models: Mapping[str, Facts], key: str) -> Facts:
         start = models[settings.from_]
@@ -90,9 +91,30 @@ class Quantize(Verb[QuantizeSettings]):
         return run(job)
 
 
-def wanted(settings: QuantizeSettings) -> dict[str, Any]:
-    """The entry `quantization_config` of a configuration, as transformers and bitsandbytes write it."""
-    kept = {"llm_int8_skip_modules": settings.keep} if settings.keep else {}
+def _keeping_nothing(settings: QuantizeSettings, start: Facts) -> list[str]:
+    """What of `keep` names no linear layer of the model, tried on its skeleton."""
+    from graft.adapters.places import sizes
+    from graft.adapters.trial import skeleton
+
+    model = skeleton(start.config)
+    if model is None:
+        return []
+    linears = [name for name, module in model.named_modules() if sizes(module) is not None]
+    leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
+    return [
+        f"expected `keep` to have ends of names of linear layers of {settings.from_}, found {end!r}"
+        f"{nearest(end, leaves)}; there are: {', '.join(leaves[:16])}"
+        for end in settings.keep
+        if not any(name.endswith(end) or name.startswith(end) for name in linears)
+    ]
+
+
+def wanted(settings: QuantizeSettings, heads: Sequence[str] = ()) -> dict[str, Any]:
+    """The entry `quantization_config` of a configuration, as transformers and bitsandbytes write it.
+
+    `heads`: layers that stay as they are anyhow, but that the library packs where others are named.
+    """
+    kept = {"llm_int8_skip_modules": [*settings.keep, *heads]} if settings.keep else {}
     if settings.bits == 8:
         return {"quant_method": LIBRARY, "load_in_8bit": True, **kept}
     return {

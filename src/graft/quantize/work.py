@@ -8,7 +8,10 @@ import torch
 
 from graft import models
 from graft.adapters.packed import is_packed
+from graft.adapters.places import sizes
+from graft.adapters.trial import skeleton
 from graft.errors import RequestError
+from graft.folders import read_config
 from graft.quantize import QuantizeSettings, wanted
 from graft.verb import Job
 
@@ -41,11 +44,22 @@ def packed(folder: Any, settings: QuantizeSettings, device: str | None = None) -
     """
     from transformers import BitsAndBytesConfig
 
-    entry = {name: value for name, value in wanted(settings).items() if name != "quant_method"}
+    said = wanted(settings, _heads(read_config(folder)) if settings.keep else ())
+    entry = {name: value for name, value in said.items() if name != "quant_method"}
     model = models.load(folder, dtype=settings.dtype, device=device, quantization=BitsAndBytesConfig(**entry))
     if not any(is_packed(module) for module in model.modules()):
         raise RequestError(f"{folder}: expected linear layers to quantise, found none outside of {settings.keep}")
     return model
+
+
+def _heads(config: dict[str, Any]) -> list[str]:
+    """The name of the head over the vocabulary, else of the last linear layer, of the model of this configuration."""
+    model = skeleton(config)
+    if model is None:
+        return []
+    head = model.get_output_embeddings()
+    linears = [name for name, module in model.named_modules() if sizes(module) is not None]
+    return [name for name, module in model.named_modules() if head is not None and module is head] or linears[-1:]
 
 
 def unpacked(model: PreTrainedModel) -> PreTrainedModel:
