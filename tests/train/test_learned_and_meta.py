@@ -36,7 +36,7 @@ class Line(nn.Module):
     def task_loss(self, task, batch):
         return ((self.base_model.w - batch["target"]) ** 2).sum() / 2
 
-    def forward(self, batch):
+    def forward(self, batch, weighted=True):
         return torch.stack([self.task_loss(None, {"target": tensor}) for tensor in batch.values()]).sum()
 
 
@@ -171,6 +171,29 @@ def test_a_shared_body_and_tied_weights_are_adapted_as_one_and_left_as_they_were
     assert torch.equal(before, value)
     gradient = lambda w: 6 * w @ x.T @ x  # noqa: E731
     torch.testing.assert_close(before.grad, gradient(value - 0.01 * gradient(value)))
+
+
+def half(weight, x):
+    """Loss and gradient of `Shared` with this weight under autocast."""
+    model = Shared()
+    model.a.weight.data.copy_(weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model({"t/x": x})
+    loss.backward()
+    return loss.detach(), model.a.weight.grad
+
+
+def test_steps_in_half_precision_read_the_weights_that_were_moved():
+    """Casts of weights are kept while autocast lasts."""
+    model, x = Shared(), torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    start = model.a.weight.detach().clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = MetaLoss("fomaml", Ones(), 0.05)(model, {"0/0/t/x": x, "0/1/t/x": x})
+    value.backward()
+    _, first = half(start, x)
+    expected, gradient = half(start - 0.05 * first, x)
+    assert torch.equal(value, expected)
+    assert torch.equal(model.a.weight.grad, gradient)
 
 
 def test_first_order_maml_finds_a_start_from_which_both_tasks_are_near():

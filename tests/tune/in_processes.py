@@ -1,9 +1,10 @@
 """Run as a script by every process that a launcher starts: python in_processes.py FOLDER CASES_JSON
 
 Each case has `start`, the model to start from, settings, and `tasks` where there are several; each process has its own
-folder below FOLDER/NAME.
+folder below FOLDER/NAME. One of tasks may have `stop`: the forward pass in which its first attempt is killed.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -11,15 +12,27 @@ import sys
 import types
 from pathlib import Path
 
+import pytest
 import torch
 
 
 def train_case(folder, case):
     """One training, in this process or with the others."""
     several, full = (importlib.import_module(f"tune_tests.{name}") for name in ("test_several", "test_full"))
-    if "tasks" in case:
-        return several.VERB.run(several.job(folder, Path(case["start"]), case["tasks"], **case["given"]))
-    return full.run(folder, Path(case["start"]), **case["given"])
+    if "tasks" not in case:
+        return full.run(folder, Path(case["start"]), **case["given"])
+    start = lambda: several.VERB.run(several.job(folder, Path(case["start"]), case["tasks"], **case["given"]))  # noqa: E731
+    if "stop" in case:
+        # the state of all is where the first writes it
+        (folder.parent / "scratch").mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+        (folder / "scratch").symlink_to("../scratch")
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(several.Stops):
+            several.killed_at(patch, case["stop"])
+            start()
+    result = start()
+    (folder / "metrics.json").write_text(json.dumps(result))
+    return result
 
 
 def as_package():

@@ -42,17 +42,27 @@ ZERO = {
 }
 TEXT = {"colour": "colours", "tag": "words"}
 LEARNED, META = {"batches": "in_turn", "learn": {"every": 2}}, {"meta": {"steps": 2, "rows": 2}}
+REPTILE, ONE_ROW = {"meta": {"how": "reptile", "rows": 2}}, {"meta": {"steps": 2, "rows": 1}}
+OFTEN = {"checkpoint_every": "1 step"}
+GATED_FEW = {"method": {"point": GATED}, "accumulate": 2, **OFTEN}
 SPREAD = {
     "mixed": {"tasks": TASKS, "given": {"batch_size": 2, "keep": {"last": 1}, **FSDP}},
     "tasks below an adapter": {"tasks": TASKS, "given": {"batch_size": 4, "method": {"lora": {"rank": 2}}, **OFFLOAD}},
     "texts": {"tasks": TEXT, "given": {"batch_size": 2, "method": {"prompt": {"length": 3}}, **FSDP}},
+    "learned": {"tasks": TASKS, "given": {"batch_size": 4, "mixing": LEARNED, **OFTEN, **FSDP}, "stop": 4},
+    "learned, split": {"tasks": TEXT, "given": {"batch_size": 4, "mixing": LEARNED, "parallel": {"tensor": 2}}},
+    "fomaml in parts": {"tasks": TASKS, "given": {"batch_size": 4, "mixing": ONE_ROW, **GATED_FEW, **FSDP}, "stop": 20},
+    "reptile in parts": {"tasks": TASKS, "given": {"batch_size": 2, "mixing": REPTILE, **OFFLOAD}},
 }
-"""Tasks whose rows do not go into every process's batch, on weights in parts."""
+"""Tasks whose rows do not go into every process's batch, and gradients of their own, on weights in parts."""
+WHOLE = {f"{name}, whole": {"tasks": case["tasks"], "given": case["given"]}
+         for name, case in SPREAD.items() if "stop" in case}  # fmt: skip
+"""Those that are killed on the way, without that."""
 MULTI = {
     **SPREAD,
     "heads": {"tasks": TASKS, "given": {"batch_size": 8, "mixing": LEARNED}},
     "fomaml": {"tasks": TASKS, "given": {"batch_size": 4, "mixing": META}},
-    "reptile": {"tasks": TASKS, "given": {"batch_size": 4, "mixing": {"meta": {"how": "reptile", "rows": 2}}}},
+    "reptile": {"tasks": TASKS, "given": {"batch_size": 4, "mixing": REPTILE}},
 }
 
 
@@ -64,7 +74,8 @@ def cases(base, encoder, tmp_path_factory):  # noqa: F811
         folder = tmp_path_factory.mktemp("packed")
         starts |= {f"on {b} bits": str(graft.quantize(folder / str(b), from_=base, bits=b)) for b in (4, 8)}
     adapters = {name: {"given": ADAPTERS.get(name, PACKED), "start": start} for name, start in starts.items()}
-    return adapters | {name: {**case, "start": str(encoder)} for name, case in MULTI.items()}
+    on = {"learned, split": base}  # there is no plan for splitting the encoder
+    return adapters | {name: {**case, "start": str(on.get(name, encoder))} for name, case in (MULTI | WHOLE).items()}
 
 
 def launch(folder, cases, **environment):
@@ -103,7 +114,7 @@ def by_one(folder, case):
     """The same case, trained by this process alone."""
     in_processes.as_package()
     given = {key: value for key, value in case["given"].items() if key != "parallel"}
-    in_processes.train_case(folder, {**case, "given": given})
+    in_processes.train_case(folder, {**{key: case[key] for key in case if key != "stop"}, "given": given})
 
 
 @pytest.mark.parametrize("name", list(ADAPTERS))
@@ -151,19 +162,36 @@ def test_what_tasks_in_parts_report_is_what_one_process_reports(two, one, name):
     logs = [[json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
             for folder in (one(name), two / name / "0")]  # fmt: skip
     assert len(logs[0]) == len(logs[1]) > 0
+    found = [json.loads((folder / "metrics.json").read_text()) for folder in (one(name), two / name / "0")]
+    mixtures = [{key: value for key, value in metrics.items() if key.startswith("weight/")} for metrics in found]
+    assert len(mixtures[0]) == (len(SPREAD[name]["tasks"]) if "learned" in name else 0)
+    assert mixtures[0] == pytest.approx(mixtures[1], abs=1e-5)
     for one, other in zip(*logs, strict=True):
-        for key in ("step", "loss", "dev_loss", "grad_norm"):
+        for key in ("step", "tokens", "loss", "dev_loss", "grad_norm"):
             assert one.get(key, 0) == pytest.approx(other.get(key, 0), abs=2e-4), (one, other)
 
 
-def test_what_tasks_need_whole_weights_for_is_refused_before_work(base):  # noqa: F811
+@pytest.mark.parametrize("name", [name for name in SPREAD if "stop" in SPREAD[name]])
+def test_killed_tasks_in_parts_end_with_the_same_bytes(two, name):
+    files = lambda folder: {p.relative_to(folder): p.read_bytes()  # noqa: E731
+                            for p in sorted((folder / "0" / "out").rglob("*.safetensors"))}  # fmt: skip
+    assert files(two / name) == files(two / f"{name}, whole") != {}
+
+
+@pytest.mark.parametrize(("mixing", "name"), [(LEARNED, "mixing.learn"), (META, "mixing.meta")])
+def test_gradients_that_deepspeed_does_not_give_are_refused_before_work(monkeypatch, base, mixing, name):  # noqa: F811
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: object())
+    given = {"from": "base", "tasks": TEXT, "mixing": mixing}
+    spread = [{"method": "zero", "stage": stage} for stage in (1, 2, 3)] + ["zero", "fsdp", {"tensor": 2}]
+    settings = [VERB.parse({**given, "parallel": parallel}) for parallel in spread]
+    monkeypatch.undo()
+    found = [VERB.check(one, {"base": facts_of(base)}) for one in settings]
+    assert [bool(wrong) for wrong in found] == [False, False, True, True, False, False]
+    assert f"`{name}` takes gradients beside the training's own, which DeepSpeed gives in stages 1 and 2" in found[2][0]
+
+
+def test_layers_are_not_split_below_an_adapter(base):  # noqa: F811
     facts = {"base": facts_of(base)}
-    given = {"from": "base", "tasks": TEXT, "parallel": "fsdp"}
-    assert VERB.check(VERB.parse(given), facts) == []
-    for mixing, name in ((LEARNED, "mixing.learn"), (META, "mixing.meta")):
-        (wrong,) = VERB.check(VERB.parse({**given, "mixing": mixing}), facts)
-        assert f"`{name}` takes gradients beside the training's own" in wrong
-        assert VERB.check(VERB.parse({**given, "mixing": mixing, "parallel": "ddp"}), facts) == []
     split = {"from": "base", "data": "d", "parallel": {"tensor": 2}}
     assert VERB.check(VERB.parse(split), facts) == []
     assert "adapters read and change whole layers" in VERB.check(VERB.parse({**split, "method": "lora"}), facts)[0]
@@ -191,10 +219,13 @@ def test_few_weights_are_learned_under_deepspeed_too(tmp_path, base):  # noqa: F
 def test_tasks_as_text_are_learned_under_deepspeed_too(tmp_path, encoder, stage):  # noqa: F811
     pytest.importorskip("deepspeed")
     given = {"batch_size": 2, "parallel": {"method": "zero", "stage": stage}}
-    case = {"tasks": TEXT, "given": given, "start": str(encoder)}
-    launch(tmp_path / "two", {"mixed": case}, **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}))
-    by_one(tmp_path / "one", case)
-    assert_close(weights(tmp_path / "one" / "out"), weights(tmp_path / "two/mixed/0/out"), rtol=1e-3, atol=2e-5)
+    mixings = {"mixed": {}} if stage == 3 else {"mixed": {}, "learned": LEARNED, "fomaml": META, "reptile": REPTILE}
+    cases = {name: {"tasks": TEXT, "given": {**given, "mixing": how}, "start": str(encoder)}
+             for name, how in mixings.items()}  # fmt: skip
+    launch(tmp_path / "two", cases, **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}))
+    for name, case in cases.items():
+        by_one(tmp_path / name, case)
+        assert_close(weights(tmp_path / name / "out"), weights(tmp_path / "two" / name / "0/out"), rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize(

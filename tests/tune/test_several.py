@@ -140,11 +140,11 @@ def killed_at(monkeypatch, call):
 
     calls, plain = [0], MultiTask.forward
 
-    def forward(self, batch):
+    def forward(self, batch, **given):
         calls[0] += self.training
         if calls[0] == call:
             raise Stops
-        return plain(self, batch)
+        return plain(self, batch, **given)
 
     monkeypatch.setattr(MultiTask, "forward", forward)
 

@@ -12,6 +12,7 @@ from graft.errors import TrainingError
 from graft.train.batches import Ahead
 from graft.train.place import Place
 from graft.train.settings import TrainSettings
+from graft.train.shards import settle
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def dev_loss(model: nn.Module, dev: Rows, most: int, objective: Any, settings: T
                 total += found
                 weight += step.weight
     model.train()
-    place.settle()
+    settle(model)
     loss, units = place.total([float(total), weight])
     if units == 0:
         raise TrainingError("expected dev rows with labels, found all of them masked; look at the dev split's format")

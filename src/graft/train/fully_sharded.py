@@ -35,7 +35,8 @@ class Sharded:
         mesh = init_device_mesh(device, groups, mesh_dim_names=("data", "tensor"))
         if parallel.tensor > 1:
             model.to(device)
-            split(model, mesh["tensor"])
+            # of several tasks, the model that has their body
+            split(getattr(model, "root", model), mesh["tensor"])
         _spread(model, mesh["data"], parallel.offload == "cpu")
         self.added = {module: set(vars(module)) - known for module, known in before.items()}
         for name, parameter in model.named_parameters():
@@ -50,12 +51,6 @@ class Sharded:
             for name, parameter in module._parameters.items()
             if parameter is not None and isinstance(parameter, DTensor)
         ]
-
-    def settle(self) -> None:
-        """Take apart what a forward pass put together and no backward pass took apart again."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
 
     def _gathered(self, keep: bool) -> dict[nn.Parameter, nn.Parameter]:
         """Every parameter whole and on the CPU, if it is to be kept; every process must ask."""

@@ -12,12 +12,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
 from graft.data.rows import Rows
 from graft.data.turns import named
 from graft.errors import RequestError
+from graft.train.gradients import Gradient, added, dot, loss_and_gradient
 from graft.train.multitask import MultiTask
 from graft.train.settings import no_dev
+from graft.train.shards import summed
 
 
 class LearnedWeights:
@@ -42,8 +45,7 @@ class LearnedWeights:
             raise RequestError(no_dev(lost[0]))
         self.model, self.parts, self.dev, self.ends = model, parts, dev, list(ends)
         self.every, self.rate, self.rows = every, rate, rows
-        self.shared = shared_parameters(model)
-        if not self.shared:
+        if not shared_parameters(model):
             raise RequestError(
                 "expected weights that the tasks share to be trained, found all of them frozen: gradients on a frozen "
                 "body tell nothing of the tasks; unfreeze some, or leave `mixing.learn` out"
@@ -54,27 +56,36 @@ class LearnedWeights:
         if step % self.every:
             return
         number, training = step // self.every, self.model.training
+        shared = shared_parameters(self.model)
         self.model.eval()
         try:
-            wanted = torch.stack([self._gradient(name, self.dev[name], number) for name in self.ends]).mean(0)
-            found = [self._gradient(name, self.parts[name], number) for name in self.model.tasks]
+            rewards = self._rewards(number, shared)
         finally:
             self.model.train(training)
-        rewards = torch.stack([torch.cosine_similarity(each, wanted, dim=0) for each in found])
         self.model.weights.copy_(followed(self.model.weights, rewards, self.rate))
 
-    def _gradient(self, task: str, part: Rows, number: int) -> torch.Tensor:
-        """[numbers in the shared parameters] gradient of the loss a unit on the next few rows of a task."""
+    def _rewards(self, number: int, shared: list[nn.Parameter]) -> torch.Tensor:
+        """[tasks] cosine of each task's gradient with the mean of those on the dev data of the end tasks."""
+        wanted: Gradient = [None] * len(shared)
+        for name in self.ends:  # a mean has the direction of the sum
+            wanted = added(wanted, self._gradient(name, self.dev[name], number, shared))
+        products = [dot(wanted, wanted, shared)]
+        for name in self.model.tasks:
+            own = self._gradient(name, self.parts[name], number, shared)
+            products += [dot(own, wanted, shared), dot(own, own, shared)]
+        found = summed(products, shared).to(self.model.weights.device)
+        lengths = found[2::2].sqrt() * found[0].sqrt()
+        return found[1::2] / lengths.clamp(min=1e-12)
+
+    def _gradient(self, task: str, part: Rows, number: int, shared: list[nn.Parameter]) -> Gradient:
+        """That of the loss a unit on the next few rows of a task."""
         rows = [part[index] for index in range(number * self.rows, (number + 1) * self.rows)]
         device = self.model.weights.device
-        batch = {name: tensor.to(device) for name, tensor in part.collate(rows).items()}
-        loss = self.model.task_loss(task, batch) / max(self.model.loss.weight(named(task, batch)), 1)
-        found = torch.autograd.grad(loss, self.shared, allow_unused=True)
-        flat = [torch.zeros_like(p) if g is None else g for p, g in zip(self.shared, found, strict=True)]
-        return torch.cat([each.flatten().float() for each in flat])
+        batch = named(task, {name: tensor.to(device) for name, tensor in part.collate(rows).items()})
+        return loss_and_gradient(self.model, batch, self.model.loss.weight(batch), shared, weighted=False)[1]
 
 
-def shared_parameters(model: MultiTask) -> list[torch.nn.Parameter]:
+def shared_parameters(model: MultiTask) -> list[nn.Parameter]:
     """What of the body, and of adapters in it, is trained."""
     body = {id(p) for p in model.root.base_model.parameters()}
     return [

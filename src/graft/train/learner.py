@@ -15,14 +15,11 @@ from graft.train.shards import fill
 
 
 class Learner:
-    """A model with all that changes in a training. `wrapped` is what is called; gradients then become a mean.
+    """A model with all that changes in a training. `wrapped` is what is called; gradients then become a mean."""
 
-    `functional`: the objective calls the model with weights of its own.
-    """
-
-    def __init__(self, model: nn.Module, settings: TrainSettings, place: Place, functional: bool):
+    def __init__(self, model: nn.Module, settings: TrainSettings, place: Place):
         self.model, self.place, self.clip = model, place, settings.clip
-        self.wrapped = place.wrap(model, settings, functional)
+        self.wrapped = place.wrap(model, settings)
         self.parts = place.parts(model)
         self.optimizer = adamw(model, settings, self.parts.of)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=settings.precision == "fp16")

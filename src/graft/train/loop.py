@@ -50,7 +50,7 @@ a few percent of the time, however large the dev split is."""
 
 
 class Objective(Protocol):
-    """What is made small. One that calls the model with weights of its own says so: its `functional` is true."""
+    """What is made small. One that moves the weights while it is called, and back, says so: its `moves` is true."""
 
     def weight(self, batch: Batch) -> float:
         """Units the loss sums over (for example label tokens). Called on the CPU, in a thread of its own."""
@@ -95,7 +95,7 @@ def train(
     Raises RequestError for settings that do not fit what is given, TrainingError where labels are all masked or the
     loss is not finite, KeyboardInterrupt after Ctrl-C (with the state saved).
     """
-    place = Place(device, settings.track, Path(out), settings.parallel)
+    place = Place(device, settings.track, Path(out), settings.parallel, getattr(objective, "moves", False))
     _check_request(settings, rows, dev, save, place.shares)
     title = title or Title("graft", Path(out).resolve().name)
     training = Training(
@@ -145,7 +145,7 @@ class Training:
         self.rows, self.dev, self.objective, self.settings = rows, dev, objective, settings
         self.out, self.scratch, self.seed, self.save, self.place = out, scratch, seed, save, place
         self.model = self._prepare(model)
-        self.learner = Learner(model, settings, place, getattr(objective, "functional", False))
+        self.learner = Learner(model, settings, place)
         self.average = self.learner.average
         self.steps = settings.budget.steps(len(rows), settings.batch_size, row_tokens(rows))
         self.every = settings.evaluate_every or max(1, self.steps // 10)
@@ -185,7 +185,7 @@ class Training:
                 forget_states(self.scratch)
             state = None
         if state is None:
-            seed_all(self.seed + self.place.share)
+            seed_all(self.seed + self.place.group)
             self._check_labels()
             self.learner.begin()
             return
@@ -197,7 +197,7 @@ class Training:
         if len(states) == self.place.world:
             set_random_state(states[self.place.rank], self.place.device)
         else:
-            seed_all(self.seed + self.at.step * 1000 + self.place.share)
+            seed_all(self.seed + self.at.step * 1000 + self.place.group)
 
     def _check_labels(self) -> None:
         """Raises TrainingError where no row of an epoch has anything to learn from."""

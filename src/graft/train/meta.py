@@ -12,12 +12,13 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from graft.data.rows import Row, Rows
 from graft.data.turns import Turns, by_task, collated, named
 from graft.train.attention import Batch
+from graft.train.gradients import Gradient, added, descend, loss_and_gradient, mean_loss, put_back, with_gradient
 from graft.train.multitask import TaskLoss
+from graft.train.shards import local
 
 How = Literal["fomaml", "reptile"]
 
@@ -53,10 +54,11 @@ class MetaLoss:
     """The objective: episodes are its units. Its gradient is that of the method; its value, the loss it is named for.
 
     fomaml: the loss behind the steps, on the episode's last batch. reptile: the mean loss on the way. Both a unit.
-    Episodes may be spread over processes: each adapts weights of its own.
+    The steps move the weights in place, and back. Where each process holds them all, episodes may be spread over the
+    processes; where they lie in parts, all walk through the same episodes, each with rows of its own.
     """
 
-    functional = True
+    moves = True
 
     def __init__(self, how: How, loss: TaskLoss, rate: float):
         self.how, self.loss, self.rate = how, loss, rate
@@ -66,53 +68,37 @@ class MetaLoss:
         return len(by_task(batch))
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """The sum over the episodes."""
-        episodes = by_task(batch).values()
-        return torch.stack([self._episode(model, list(by_task(episode).values())) for episode in episodes]).sum()
+        """The sum over the episodes. `model` may be wrapped (DeepSpeed), which is for the training's own passes."""
+        model = getattr(model, "module", model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        along: Gradient = [None] * len(trained)
+        values = []
+        for episode in by_task(batch).values():
+            value, pull = self._episode(model, trained, list(by_task(episode).values()))
+            along = added(along, pull)
+            values.append(value)
+        return with_gradient(torch.stack(values).sum(), along, trained)
 
-    def _episode(self, model: nn.Module, batches: Sequence[Batch]) -> torch.Tensor:
-        start = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        inner = batches[:-1] if self.how == "fomaml" else batches
-        with torch.enable_grad():
-            moved, losses = self._adapted(model, start, inner)
-        if self.how == "fomaml":
-            # the value of the adapted weights with the gradient of those it started from
-            there = {name: p + (moved[name] - p).detach() for name, p in start.items()}
-            return self._mean(model, there, batches[-1])
-        pull = torch.stack([(p * (p - moved[name]).detach()).sum() for name, p in start.items()]).sum() / self.rate
-        return torch.stack(losses).mean() + (pull - pull.detach())
+    def _episode(
+        self, model: nn.Module, trained: list[nn.Parameter], batches: Sequence[Batch]
+    ) -> tuple[torch.Tensor, Gradient]:
+        """Its value and gradient; this where gradients are wanted alone."""
+        behind = self.how == "fomaml"
+        with put_back(trained, model) as start:
+            losses = [self._step(model, trained, batch) for batch in (batches[:-1] if behind else batches)]
+            if behind:
+                return self._behind(model, trained, batches[-1])
+            ways = zip(start, trained, strict=True)
+            return torch.stack(losses).mean(), [(before - local(p).detach()) / self.rate for before, p in ways]
 
-    def _adapted(
-        self, model: nn.Module, start: Mapping[str, torch.Tensor], batches: Sequence[Batch]
-    ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-        """The weights after a step of gradient descent on each batch, and the losses before each."""
-        moved = {name: p.detach().requires_grad_() for name, p in start.items()}
-        losses = []
-        for batch in batches:
-            loss = self._mean(model, moved, batch)
-            found = torch.autograd.grad(loss, list(moved.values()), allow_unused=True)
-            steps = zip(moved.items(), found, strict=True)
-            moved = {n: (p if g is None else p - self.rate * g).detach().requires_grad_() for (n, p), g in steps}
-            losses.append(loss.detach())
-        return moved, losses
+    def _step(self, model: nn.Module, trained: list[nn.Parameter], batch: Batch) -> torch.Tensor:
+        """A step of gradient descent on a batch; the loss before it."""
+        loss, along = loss_and_gradient(model, batch, self.loss.weight(batch), trained)
+        descend(trained, along, self.rate)
+        return loss
 
-    def _mean(self, model: nn.Module, weights: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
-        """The loss a unit of a batch, at these weights."""
-        return functional_call(model, everywhere(model, weights), (batch,), tie_weights=False) / max(
-            self.loss.weight(batch), 1
-        )
-
-
-def everywhere(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights under the names of all places that hold them: every module once, tied weights in each of theirs.
-
-    `functional_call` ties by itself, but loses weights where one module stands under several names, as a shared body.
-    """
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    places = {
-        f"{path}.{own}".lstrip("."): first[id(parameter)]
-        for path, module in model.named_modules()
-        for own, parameter in module._parameters.items()
-        if parameter is not None
-    }
-    return {place: weights[name] for place, name in places.items() if name in weights}
+    def _behind(self, model: nn.Module, trained: list[nn.Parameter], batch: Batch) -> tuple[torch.Tensor, Gradient]:
+        weight = self.loss.weight(batch)
+        if torch.is_grad_enabled():
+            return loss_and_gradient(model, batch, weight, trained)
+        return mean_loss(model, batch, weight), [None] * len(trained)

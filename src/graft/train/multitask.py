@@ -72,10 +72,11 @@ class MultiTask(nn.Module):
         """The objective of this model."""
         return TaskLoss(self.kinds)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """The loss of a batch of any of the tasks, summed over its units, each task's times its weight."""
+    def forward(self, batch: Batch, weighted: bool = True) -> torch.Tensor:
+        """The loss of a batch of any of the tasks, summed over its units, each task's times its weight, if wished."""
         own = self._in_step(by_task(batch)) if self.blanks else by_task(batch)
-        parts = [self.weights[self.tasks.index(task)] * self.task_loss(task, rows) for task, rows in own.items()]
+        weights = self.weights if weighted else torch.ones_like(self.weights)
+        parts = [weights[self.tasks.index(task)] * self.task_loss(task, rows) for task, rows in own.items()]
         return torch.stack(parts).sum()
 
     def task_loss(self, task: str, batch: Batch) -> torch.Tensor:

@@ -32,10 +32,14 @@ _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MUL
 class Place:
     """The processes of a training and this process's device. Precision is the loop's own affair, not accelerate's.
 
-    `share` of `shares`: which of the rows of a step this process reads; those that split layers read the same.
+    `share` of `shares`: which of the rows of a step this process reads; those that split layers read the same, and with
+    weights in parts all do for an objective that `moves` them, which divides rows itself. `group`: which of the groups
+    that split layers it is in; those in one draw the same random numbers.
     """
 
-    def __init__(self, device: str | None, track: Sequence[str], out: Path, parallel: Parallel | None = None):
+    def __init__(
+        self, device: str | None, track: Sequence[str], out: Path, parallel: Parallel | None = None, moves: bool = False
+    ):
         self.parallel = parallel or Parallel()
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         self.accelerator = Accelerator(
@@ -53,10 +57,12 @@ class Place:
         given = torch.device(device) if device and not several else None
         self.device: torch.device = given or self.accelerator.device
         self._check_processes()
-        self.shares = self.world // self.parallel.tensor
-        self.share = self.rank // self.parallel.tensor
+        alike = self.world if moves and self.parallel.method == "fsdp" else self.parallel.tensor
+        self.shares, self.share = self.world // alike, self.rank // alike
+        self.group = self.rank // self.parallel.tensor
         self.sharded: Sharded | Zero | None = None
-        self.by_hand = False
+        self.moves = moves
+        self.by_hand = moves or self.parallel.method == "fsdp"
 
     def _check_processes(self) -> None:
         wanted, tensor = self.parallel.devices, self.parallel.tensor
@@ -65,14 +71,13 @@ class Place:
         if self.world % tensor:
             raise RequestError(f"expected processes in groups of {tensor} (`parallel.tensor`), found {self.world}")
 
-    def wrap(self, model: nn.Module, settings: TrainSettings, functional: bool = False) -> nn.Module:
+    def wrap(self, model: nn.Module, settings: TrainSettings) -> nn.Module:
         """`model`, as several processes train it together: itself where there is one.
 
-        Whole and on `device`, it averages its gradients over the processes, but for a `functional` objective, which
-        calls it with weights of its own: then `parts` does. Spread, it moves to the device by parts. A model says by
-        an attribute `leaves_unused` that not every batch reaches all of its parameters.
+        Whole and on `device`, it averages its gradients over the processes, but for an objective that moves its
+        weights: then `parts` does. Spread, it moves to the device by parts. A model says by an attribute
+        `leaves_unused` that not every batch reaches all of its parameters.
         """
-        self.by_hand = functional or self.parallel.method == "fsdp"
         if self.parallel.method != "ddp":
             start_alone()
         if self.parallel.method == "fsdp":
@@ -82,7 +87,7 @@ class Place:
             self.sharded = Zero(model, self.parallel, settings)
             return model
         model.to(self.device)
-        if self.world == 1 or functional:
+        if self.world == 1 or self.moves:
             return model
         self.accelerator.ddp_handler.find_unused_parameters = getattr(model, "leaves_unused", False)
         return self.accelerator.prepare_model(model, device_placement=False)
@@ -95,11 +100,6 @@ class Place:
     def engine(self) -> Zero | None:
         """What takes backward passes and steps in the loop's place, where something does."""
         return self.sharded if isinstance(self.sharded, Zero) else None
-
-    def settle(self) -> None:
-        """Take weights in parts apart again, behind a forward pass that no backward pass follows."""
-        if isinstance(self.sharded, Sharded):
-            self.sharded.settle()
 
     def plain(self) -> AbstractContextManager[Any]:
         """Inside, the model that was wrapped is whole in the main process, to be saved. Every process must enter."""
@@ -133,8 +133,8 @@ class Place:
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         mine = torch.tensor(list(numbers), dtype=dtype, device=self.device)
         torch.distributed.all_reduce(mine)
-        # those that split layers have all read the same
-        return [float(number) / self.parallel.tensor for number in mine.tolist()]
+        # some have read the same
+        return [float(number) / (self.world // self.shares) for number in mine.tolist()]
 
     def gather(self, thing: Any) -> list[Any]:
         """`thing` (a plain value) of every process, in order."""

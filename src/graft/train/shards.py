@@ -10,6 +10,7 @@ from math import prod
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -73,6 +74,37 @@ def fill(target: torch.Tensor, tensor: torch.Tensor) -> None:
     local(target).copy_(part_of(tensor, target))
 
 
+def settle(model: nn.Module) -> None:
+    """Take apart what a forward pass put together and no backward pass took apart again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def processes_of(parameters: Sequence[torch.Tensor]) -> int:
+    """How many processes hold parameters together; 1 where each holds them whole."""
+    return torch.distributed.get_world_size() if any(isinstance(p, DTensor) for p in parameters) else 1
+
+
+def copies(parameter: torch.Tensor, processes: int) -> float:
+    """How many of `processes`, which hold a model together, hold what this one does of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return processes
+    mesh = parameter.device_mesh
+    cut = prod(mesh.size(d) for d, how in enumerate(parameter.placements) if not how.is_replicate())
+    return processes / cut
+
+
+def summed(parts: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Numbers that this process has of its parts of parameters, added over the processes that hold these together."""
+    meeting = next((p.device_mesh.device_type for p in parameters if isinstance(p, DTensor)), None)
+    if meeting is None:
+        return torch.stack(list(parts))
+    total = torch.stack([part.to(meeting) for part in parts])
+    torch.distributed.all_reduce(total)
+    return total
+
+
 class Parts:
     """What of the trained parameters this process holds: plain parameters, which an optimizer takes.
 
@@ -115,27 +147,13 @@ class Parts:
     def norm(self) -> torch.Tensor:
         """The norm of the whole gradient, the same in every process."""
         gradients = [(p, part.grad) for p, part in self.of.items() if part.grad is not None]
-        if not self.in_parts:
+        if not self.in_parts or not gradients:
             return get_total_norm([gradient for _, gradient in gradients])
         by_copies: dict[float, list[torch.Tensor]] = {}
         for parameter, gradient in gradients:
-            by_copies.setdefault(self._copies(parameter), []).append(gradient)
-        device = self._meeting_place()
-        squares = [get_total_norm(some).to(device) ** 2 / copies for copies, some in by_copies.items()]
-        total = torch.stack(squares).sum() if squares else torch.zeros((), device=device)
-        torch.distributed.all_reduce(total)
-        return total.sqrt()
-
-    def _copies(self, parameter: nn.Parameter) -> float:
-        """How many processes hold what this one does of a parameter."""
-        if not isinstance(parameter, DTensor):
-            return self.processes
-        mesh = parameter.device_mesh
-        cut = prod(mesh.size(d) for d, how in enumerate(parameter.placements) if not how.is_replicate())
-        return self.processes / cut
-
-    def _meeting_place(self) -> str:
-        return next(p.device_mesh.device_type for p in self.parameters if isinstance(p, DTensor))
+            by_copies.setdefault(copies(parameter, self.processes), []).append(gradient)
+        squares = [get_total_norm(some) ** 2 / held for held, some in by_copies.items()]
+        return summed(squares, self.parameters).sum().sqrt()
 
     @torch.no_grad()
     def clip(self, most: float, norm: torch.Tensor) -> None:

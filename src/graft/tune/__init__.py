@@ -103,7 +103,7 @@ class Tune(Verb[TuneSettings]):
         adapter, quantised = "full" not in settings.method, start.stored == "quantised"
         by_zero = _not_by_zero(settings, parallel) if parallel.method == "zero" else []
         more = unspreadable(parallel, start.config, adapter=adapter, quantised=quantised)
-        return [*_needing_whole_weights(settings, parallel), *by_zero, *more][:1]
+        return [*by_zero, *more][:1]
 
     def _fits(self, settings: TuneSettings, start: Facts) -> list[str]:
         """What is wrong with the adapter for this model, tried on its skeleton where its configuration is known."""
@@ -209,16 +209,6 @@ def _too_long(settings: TuneSettings, start: Facts) -> list[str]:
     ]
 
 
-def _needing_whole_weights(settings: TuneSettings, parallel: Parallel) -> list[str]:
-    """What of the mixing of tasks works on whole weights alone."""
-    return [
-        f"`mixing.{name}` takes gradients beside the training's own, for which weights must be whole, and "
-        f"`parallel: {parallel.method}` spreads them: use `parallel: ddp`, or leave it out"
-        for name in ("learn", "meta")
-        if getattr(settings.mixing, name) is not None
-    ]
-
-
 def _not_by_zero(settings: TuneSettings, parallel: Parallel) -> list[str]:
     """What DeepSpeed cannot train."""
     points = _chosen_points(*settings.method.items())
@@ -228,6 +218,12 @@ def _not_by_zero(settings: TuneSettings, parallel: Parallel) -> list[str]:
             "heads that a step does not reach stay as they are, but DeepSpeed would move them on by their momentum: "
             "use `parallel: fsdp`, or give all tasks `head: text`"
         )
+    found += [
+        f"`mixing.{name}` takes gradients beside the training's own, which DeepSpeed gives in stages 1 and 2 alone: "
+        "use one of these, or `parallel: fsdp`, which spreads weights too"
+        for name in ("learn", "meta")
+        if parallel.spread == 3 and getattr(settings.mixing, name) is not None
+    ]
     if any(point.composition == "gated" or point.scale == "learned" for point in points):
         found.append("DeepSpeed cannot spread single numbers, such as a learned gate or scale: use `parallel: fsdp`")
     if any(point.form == "tokens" for point in points) and parallel.spread == 3:

@@ -69,7 +69,8 @@ def train_on_tasks(
     headed = {name: source for name, source in sources.items() if source.kind}
     heads = {name: _head(model, source, tokenizer, earlier.get(name)) for name, source in headed.items()}
     multi = MultiTask(model, heads, {name: task.head for name, task in settings.tasks.items()})
-    if settings.parallel is not None and settings.parallel.method != "ddp":
+    # episodes are in step by themselves
+    if settings.parallel is not None and settings.parallel.method != "ddp" and settings.mixing.meta is None:
         multi.keep_step(parts)
     facts = {name: source.facts for name, source in headed.items()}
 
