@@ -86,13 +86,16 @@ def test_trees_are_attended_to_together_unless_most_would_be_padding():
             for tree, (size, end) in enumerate(zip(sizes, ends, strict=True))
         ]
         blocks, rows = blocks_of(pieces, torch.float32, torch.device("cpu"))
-        tokens = torch.cat([block.tokens.flatten() for block in blocks])
-        assert tokens[rows].tolist() == list(range(ends[-1]))
+        order = torch.arange(ends[-1])
+        tokens = torch.cat([(order[own] if isinstance(own, slice) else own).flatten() for _, own, _ in blocks])
+        assert (tokens if rows is None else tokens[rows]).tolist() == order.tolist()
         return [(block.trees.start, block.trees.stop, tuple(block.mask.shape)) for block in blocks]
 
     assert trees(2, 1, 2) == [(0, 3, (3, 1, 2, 5))]
     assert trees(9, 1, 1) == [(0, 3, (3, 1, 9, 5))]
-    assert trees(90, 1, 1) == [(0, 2, (2, 1, 90, 4)), (2, 3, (1, 1, 1, 5))]
+    assert trees(90, 1, 1) == [(0, 1, (1, 1, 90, 3)), (1, 3, (2, 1, 1, 5))]
+    assert trees(90, 88, 20) == [(0, 2, (2, 1, 90, 4)), (2, 3, (1, 1, 20, 5))]
+    assert trees(90, 60, 50) == [(0, 1, (1, 1, 90, 3)), (1, 2, (1, 1, 60, 4)), (2, 3, (1, 1, 50, 5))]
     assert trees(1, 1, 90) == [(0, 2, (2, 1, 1, 4)), (2, 3, (1, 1, 90, 5))]
 
 

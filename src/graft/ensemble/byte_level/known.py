@@ -28,7 +28,7 @@ from graft.ensemble.byte_level.walking import TREES, Tries, Walk
 if TYPE_CHECKING:
     from graft.ensemble.byte_level.byte_model import ByteModel
 
-COLUMNS = 384
+COLUMNS = 488
 """Columns for which there is room in a tree from the beginning, where texts are long enough."""
 AHEAD, BEHIND = 0.3, 0.05
 """How likely a sequence is to lead on, as far as is known, up to where it is read: of texts that are ahead of others,
@@ -149,6 +149,7 @@ class Known:
             nodes = walk.wanted(ahead)
             trees = walk.nodes[at.TREE, nodes]
             parts += [(number, tree, nodes[trees == tree]) for tree in range(TREES) if (trees == tree).any()]
+        parts.sort(key=lambda part: self._tree(*part[:2]))  # as attention takes them
         self._alone(alone)
         most = max(1, LOGITS // self.reader.size)
         batch: list[tuple[int, int, np.ndarray]] = []
@@ -202,8 +203,9 @@ class Known:
         shares, norms = torch.empty_like(logits), logits.new_empty(len(logits))
         for part, share, norm in zip(*(each.split(step) for each in (logits, shares, norms)), strict=True):
             part.index_fill_(-1, self.unwritten, -torch.inf)
-            torch.logsumexp(part, -1, out=norm)
-            torch.sub(part, norm[:, None], out=share).exp_()
+            torch.softmax(part, -1, out=share)
+            # the likeliest token's logit and probability tell what all were divided by
+            torch.sub(part.amax(-1), share.amax(-1).log_(), out=norm)
         return logits.cpu(), shares.cpu(), norms.cpu()
 
     @torch.inference_mode()

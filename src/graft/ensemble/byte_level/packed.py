@@ -23,9 +23,9 @@ OTHERS = ("softcap", "s_aux", "position_bias")
 """What a model may give its attention that this one does not know."""
 
 
-PADDED, FEW = 2, 64
-"""Trees are attended to together, padded to the longest, where that makes of a token this many at most, or of all of
-them this few."""
+PADDED, FEW = 1.2, 64
+"""Trees are attended to together, padded to the one with most tokens and the one with most columns, where that makes of
+what a token may see this much at most, or where all of them have so few tokens."""
 
 
 class Piece(NamedTuple):
@@ -39,25 +39,33 @@ class Piece(NamedTuple):
 
 class Block(NamedTuple):
     """Trees that are attended to together: their `trees`, the `tokens [trees, longest]` of the pass that are theirs
-    (any, where one has fewer), and what is added to the attention's logits, `mask [trees, 1, longest, width]`."""
+    (any, where one has fewer; a range of them, where it is one tree), and what is added to the attention's logits,
+    `mask [trees, 1, longest, width]`."""
 
     trees: slice
-    tokens: torch.Tensor
+    tokens: torch.Tensor | slice
     mask: torch.Tensor
 
 
 class Blocks(NamedTuple):
-    """All tokens of a pass: `rows [tokens]` is where each is in all blocks' tokens, one behind the other."""
+    """All tokens of a pass: `rows [tokens]` is where each is in all blocks' tokens, one behind the other (None: they
+    stand so)."""
 
     blocks: list[Block]
-    rows: torch.Tensor
+    rows: torch.Tensor | None
 
 
 def blocks_of(pieces: Sequence[Piece], dtype: torch.dtype, device: torch.device) -> Blocks:
     """The pieces of a pass, neighbouring trees together unless most of what is then read were padding."""
-    groups = [(slice(own[0].tree, own[-1].tree + 1), own) for own in _together(pieces)]
     blocks, rows, before = [], np.empty(sum(piece.end - piece.begin for piece in pieces), np.int64), 0
-    for trees, own in groups:
+    for own in _together(pieces):
+        trees = slice(own[0].tree, own[-1].tree + 1)
+        if len(own) == 1:
+            begin, end, _, columns = own[0]
+            rows[begin:end] = np.arange(before, before + end - begin)
+            before += end - begin
+            blocks.append(Block(trees, slice(begin, end), _mask(columns[None], dtype, device)))
+            continue
         longest = max(piece.end - piece.begin for piece in own)
         tokens = np.zeros((trees.stop - trees.start, longest), np.int64)
         seen = np.zeros((*tokens.shape, max(piece.seen.shape[1] for piece in own)), bool)
@@ -68,22 +76,28 @@ def blocks_of(pieces: Sequence[Piece], dtype: torch.dtype, device: torch.device)
             seen[row, :size, : columns.shape[1]] = columns
             rows[begin:end] = np.arange(size) + (before + row * longest)
         before += tokens.size
-        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(torch.from_numpy(~seen), torch.finfo(dtype).min)
-        blocks.append(Block(trees, torch.from_numpy(tokens).to(device), mask[:, None].to(device)))
-    return Blocks(blocks, torch.from_numpy(rows).to(device))
+        blocks.append(Block(trees, torch.from_numpy(tokens).to(device), _mask(seen, dtype, device)))
+    placed = before == len(rows) and bool((rows == np.arange(len(rows))).all())
+    return Blocks(blocks, None if placed else torch.from_numpy(rows).to(device))
+
+
+def _mask(seen: np.ndarray, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zero where `seen [trees, tokens, width] bool`, else the least number: `[trees, 1, tokens, width]`."""
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(torch.from_numpy(~seen), torch.finfo(dtype).min)
+    return mask[:, None].to(device)
 
 
 def _together(pieces: Sequence[Piece]) -> list[list[Piece]]:
     """Runs of pieces in the order of their trees, each as long as padding lets it be."""
     runs: list[list[Piece]] = []
-    longest = tokens = 0
+    longest = widest = shown = 0
     for piece in sorted(pieces, key=lambda piece: piece.tree):
-        size = piece.end - piece.begin
-        longest, tokens = max(longest, size), tokens + size
+        size, width = piece.seen.shape
+        longest, widest, shown = max(longest, size), max(widest, width), shown + size * width
         trees = piece.tree + 1 - runs[-1][0].tree if runs else 0
-        if not runs or trees * longest > max(FEW, PADDED * tokens):
+        if not runs or (trees * longest > FEW and trees * longest * widest > PADDED * shown):
             runs.append([])
-            longest = tokens = size
+            longest, widest, shown = size, width, size * width
         runs[-1].append(piece)
     return runs
 
@@ -110,15 +124,16 @@ def attention(
     assert places.packed is not None
     shared = query.shape[1] // keys.shape[1]
     queries = query[0].transpose(0, 1)
-    parts = []
-    for trees, tokens, mask in places.packed.blocks:
+    packed, parts = places.packed, []
+    for trees, tokens, mask in packed.blocks:
         k, v = (kept[trees, :, : mask.shape[-1]] for kept in (keys, values))
         if shared > 1:
             k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
-        own = queries[tokens].transpose(1, 2)
+        own = query[:, :, tokens] if isinstance(tokens, slice) else queries[tokens].transpose(1, 2)
         seen = scaled_dot_product_attention(own, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
         parts.append(seen.transpose(1, 2).flatten(0, 1))
-    return torch.cat(parts)[places.packed.rows][None], None
+    made = torch.cat(parts)
+    return (made if packed.rows is None else made[packed.rows])[None], None
 
 
 AttentionInterface.register(IMPLEMENTATION, attention)
