@@ -1,7 +1,6 @@
 """Models that several processes train together (`--launch`), on loopback, beside the same models made by one."""
 
 import shlex
-import socket
 import sys
 from pathlib import Path
 
@@ -29,10 +28,7 @@ models:
 
 
 def launcher(count=2):
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port = opened.getsockname()[1]
-    return f"torchrun --nproc-per-node {count} --master-addr 127.0.0.1 --master-port {port}"
+    return f"torchrun --standalone --nproc-per-node {count}"
 
 
 QUICK = f"{shlex.quote(sys.executable)} {Path(__file__).parent / 'helpers' / 'forking_launcher.py'} --nproc-per-node 2"

@@ -4,24 +4,25 @@ import importlib
 import os
 import runpy
 import signal
-import socket
 import sys
 
-from processes import ALL
+from processes import ALL, meeting
 
 
 def main():
     count, module = int(sys.argv[2]), sys.argv[4]
     for name in ALL:
         importlib.import_module(name)
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(opened.getsockname()[1])}
+    with meeting() as place:
+        together(count, module, place)
+
+
+def together(count, module, place):
     size = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     group = []
     for rank in range(count):
         if (pid := os.fork()) == 0:
-            os.environ.update({**meeting, **size, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            os.environ.update({**place, **size, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             sys.argv = sys.argv[4:]
             runpy.run_module(module, run_name="__main__")
             os._exit(0)

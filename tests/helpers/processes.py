@@ -12,13 +12,13 @@ import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -81,6 +81,17 @@ class Process:
         return (self._told / "stderr").read_text()
 
 
+@contextmanager
+def meeting() -> Iterator[dict[str, str]]:
+    """Where processes find each other, as environment: a store that listens already, as that of torchrun's agent does,
+    at a port that the system chose: no other program can take it in between."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    yield {**told, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+
+
 class Server:
     """Starts programs in processes that have `modules` imported; the first asks for it to be started."""
 
@@ -105,25 +116,16 @@ class Server:
 
     def together(self, script: Path, *arguments: Any, count: int = 2) -> None:
         """Run a script in processes that find each other as under torchrun; where one fails, the others are ended."""
-        for _ in range(3):
-            group = self._met(script, *arguments, count=count)
+        with meeting() as place:
+            size = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+            ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+            environments = [{**os.environ, **place, **size, **rank} for rank in ranks]
+            group = [self.start(AS_SCRIPT, script, *arguments, env=environment) for environment in environments]
             while None in (statuses := [process.poll() for process in group]) and not any(statuses):
                 time.sleep(0.01)
             for process in group:
                 process.kill()
-            said = "\n".join(process.stderr[-4000:] for process in group)
-            # another program may take the port in between
-            if "address already in use" not in said:
-                break
-        assert not any(statuses), said
-
-    def _met(self, script: Path, *arguments: Any, count: int) -> list[Process]:
-        with socket.socket() as opened:
-            opened.bind(("127.0.0.1", 0))
-            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(opened.getsockname()[1])}
-        places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-        size = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-        return [self.start(AS_SCRIPT, script, *arguments, env={**os.environ, **meeting, **size, **p}) for p in places]
+        assert not any(statuses), "\n".join(process.stderr[-4000:] for process in group)
 
     def ask(self, request: dict[str, Any]) -> Any:
         if self._process is None:

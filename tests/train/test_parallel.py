@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -40,10 +39,7 @@ ROUGH = ("bf16", "eight", "eight, whole")
 
 
 def launch(script, folder, cases, **environment):
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port = opened.getsockname()[1]
-    place = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    place = ["--standalone", "--nproc_per_node", "2"]
     listed = [{"name": name, **case} for name, case in cases.items()]
     command = [sys.executable, "-m", "torch.distributed.run", *place, script, folder, json.dumps(listed)]
     done = subprocess.run(

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 from functools import cache
@@ -79,10 +78,7 @@ def cases(base, encoder, tmp_path_factory):  # noqa: F811
 
 
 def launch(folder, cases, **environment):
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port = opened.getsockname()[1]
-    place = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    place = ["--standalone", "--nproc_per_node", "2"]
     words = [sys.executable, "-m", "torch.distributed.run", *place, Path(in_processes.__file__), folder]
     done = subprocess.run(
         [*map(str, words), json.dumps(cases)], capture_output=True, text=True, timeout=300, env=os.environ | environment
