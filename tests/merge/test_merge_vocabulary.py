@@ -11,7 +11,7 @@ from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTok
 
 from graft.errors import CannotCombine
 from graft.facts import facts_of
-from graft.merge.vocabulary import union_tokenizer
+from graft.merge.vocabulary import EXTRA, union_tokenizer
 from graft.models import load, load_tokenizer
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -150,6 +150,25 @@ def test_a_union_has_all_tokens_and_those_a_model_lacks_are_the_others_mean(diff
     assert notes["new_tokens"] == len(words) - 40
     assert notes["lacking"]["a"] == len(words) - 40
     assert facts_of(tmp_path / "out").vocabulary != facts_of(different["a"]).vocabulary
+
+
+@pytest.mark.parametrize("own", [[], ["<own>"]])
+@pytest.mark.parametrize("key", ["extra_special_tokens", "additional_special_tokens"])
+def test_special_tokens_that_another_model_brings_stay_special(tmp_path, own, key):
+    parents = {}
+    for name, extra in (("a", own), ("b", ["<tool>"])):
+        made = spoken([*A_WORDS, *extra])
+        made.add_special_tokens({"extra_special_tokens": extra})
+        parents[name] = save(model(len(parents), vocab_size=40 + len(extra)), tmp_path / name)
+        made.save_pretrained(parents[name])
+        path = parents[name] / "tokenizer_config.json"
+        path.write_text(path.read_text().replace("extra_special_tokens", key))
+    merge({"method": "linear", "models": ["a", "b"], "vocabulary": "union", "anyway": True}, parents, tmp_path / "out")
+    made = load_tokenizer(tmp_path / "out")
+    assert {"<tool>", *own} <= set(made.all_special_tokens)
+    said = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert [token for name in EXTRA for token in said.get(name) or ()] == [*own, "<tool>"]
+    assert made.decode(made(f"w3 <tool> {' '.join(own)} w4").input_ids, skip_special_tokens=True) == "w3 w4"
 
 
 def test_task_vectors_of_a_token_that_only_some_have(different, tmp_path):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from graft.checkpoint import FLOATS, TensorReader, TensorWriter
 from graft.disk import atomic_write
 from graft.errors import RequestError
-from graft.folders import copy_companions
+from graft.folders import copy_companions, read_json
 from graft.hashing import Digests
 from graft.merge.architecture import Check, verify
 from graft.merge.inputs import Input, inputs, once, unpickled
@@ -31,7 +31,7 @@ from graft.merge.related import unrelated
 from graft.merge.settings import MergeSettings
 from graft.merge.stream import Piece, Source, Tensors, Workers, Writer, copy_whole_numbers
 from graft.merge.varying import by_tensor
-from graft.merge.vocabulary import aligned
+from graft.merge.vocabulary import aligned, with_special
 from graft.methods import method
 from graft.progress import Progress
 from graft.verb import Job
@@ -205,6 +205,11 @@ def files_beside(plan: Layout, parent: Input, out: Path) -> None:
     plan.notes["files_taken"] = copy_companions(parent.companions, out, stale=new is None)
     if new is not None:
         atomic_write(out / "tokenizer.json", json.dumps(new, indent=2, ensure_ascii=False))
+    if plan.vocabulary is not None and plan.vocabulary.special:
+        path = out / "tokenizer_config.json"
+        said = read_json(path, "tokenizer's settings") if path.is_file() else {}
+        whole = with_special(said, plan.vocabulary.special)
+        atomic_write(path, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
 
 
 def stamps(folders: Mapping[str, Path]) -> dict[str, list[Any]]:

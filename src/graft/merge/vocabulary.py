@@ -12,6 +12,7 @@ import numpy as np
 
 from graft.checkpoint import Headers, TensorReader
 from graft.errors import CannotCombine
+from graft.folders import read_json
 from graft.merge.adapted import Virtual
 from graft.vocabulary import token_ids
 
@@ -39,6 +40,8 @@ class Vocabulary:
     tokenizer: dict[str, Any] | None
     """The content of `tokenizer.json`; None: that of the first parent."""
     notes: Mapping[str, Any]
+    special: tuple[str, ...] = ()
+    """Special tokens beside those with a role, that other parents' `tokenizer_config.json` names."""
 
     @property
     def size(self) -> int:
@@ -90,13 +93,42 @@ def joined(
     if settings.vocabulary == "union" and new:
         raw = {name: json.loads((part.tokenizer / "tokenizer.json").read_text()) for name, part in parts.items()}
         made = union_tokenizer(raw, reference, [t or "" for t in order], new)
+    special = _special(made, [part.tokenizer for name, part in parts.items() if name != reference]) if made else ()
     notes = {
         "how": settings.vocabulary,
         "rows": len(order),
         "new_tokens": len(new),
         "lacking": {name: int((own == LACKS).sum()) for name, own in rows.items()},
     }
-    return Vocabulary(rows, tensors, settings.base_name, made, notes)
+    return Vocabulary(rows, tensors, settings.base_name, made, notes, special)
+
+
+EXTRA = ("extra_special_tokens", "additional_special_tokens")
+"""What `tokenizer_config.json` calls special tokens beside those with a role, now and before transformers 5."""
+
+
+def _special(made: Mapping[str, Any], homes: Sequence[Path]) -> tuple[str, ...]:
+    """Those that the settings in these folders name and that are special in the tokenizer that is made too."""
+    special = {entry["content"] for entry in made["added_tokens"] if entry.get("special")}
+    return tuple(dict.fromkeys(token for home in homes for token in _extra(home) if token in special))
+
+
+def _extra(home: Path) -> list[str]:
+    path = home / "tokenizer_config.json"
+    said = read_json(path, "tokenizer's settings") if path.is_file() else {}
+    found = [said.get(name) or () for name in EXTRA]
+    # by a name of their own (`image_token`) in some, each as text or with how it is found in text
+    listed = [token for each in found for token in (each.values() if isinstance(each, dict) else each)]
+    return [token["content"] if isinstance(token, dict) else token for token in listed]
+
+
+def with_special(said: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any]:
+    """Settings of a tokenizer with more special tokens, where it lists its own already or as transformers does now."""
+    key = next((name for name in EXTRA if isinstance(said.get(name), list) and said[name]), None)
+    key = key or next(name for name in EXTRA if not isinstance(said.get(name), dict))
+    own = list(said.get(key) or ())
+    there = {token["content"] if isinstance(token, dict) else token for token in own}
+    return {**said, key: [*own, *(token for token in tokens if token not in there)]}
 
 
 def _tokens(name: str, home: Path) -> Mapping[str, int]:
