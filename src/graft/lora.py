@@ -162,8 +162,24 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def base_folder(folder: Path) -> Path | None:
     """Where the base that the adapter names lies on this machine, seen from the adapter's folder or from here."""
-    named = read_config(folder).get("base_model_name_or_path")
-    places = [Path(folder) / named, Path(named).expanduser()] if named else []
+    return _on_this_machine(Path(folder), read_config(folder).get("base_model_name_or_path"))
+
+
+def named_base(folder: Path) -> tuple[str | None, Path | None]:
+    """What an adapter of any of peft's types names as its base, and where that lies on this machine, if it does.
+
+    Raises CheckpointError for a damaged `adapter_config.json`.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        named = json.loads(path.read_text()).get("base_model_name_or_path") or None
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: the configuration is damaged ({error})") from None
+    return named, _on_this_machine(Path(folder), named)
+
+
+def _on_this_machine(folder: Path, named: str | None) -> Path | None:
+    places = [folder / named, Path(named).expanduser()] if named else []
     return next((place for place in places if (place / "config.json").is_file()), None)
 
 

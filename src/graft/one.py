@@ -98,7 +98,7 @@ def one_node(
     A node whose `name` is how one of those models is written has the verb in its name as well.
     `begin`: it will be made now, with this folder for its cache.
     """
-    settings = in_place(settings)
+    settings = verbs.verb(verb).alone(in_place(settings), root)
     parsed = verbs.verb(verb).parse(settings, ())
     named = list(dict.fromkeys((kind, ref) for kind, ref, _ in references(parsed)))
     folders = {ref: Path(ref).expanduser() for kind, ref in named if kind == "model"}

@@ -193,6 +193,10 @@ class Verb(Generic[S]):
         """
         return {}
 
+    def alone(self, raw: Any, root: Path) -> Any:
+        """Settings of a node that stands alone, completed with what folders they name say of themselves."""
+        return raw
+
     def begin(self, settings: S, folders: Mapping[str, Path], cache: Path) -> None:
         """Start what takes long and needs only the models' folders and the cache that the job will have, beside the
         checks; nothing may rest on it."""

@@ -1,5 +1,7 @@
 """Adapters put together: stacked, weighted, averaged, folded; what does not go together is refused."""
 
+import json
+
 import pytest
 import torch
 
@@ -237,6 +239,26 @@ def test_settings_that_mean_nothing_are_refused():
     ):
         with pytest.raises(SettingsError, match=words):
             VERB.parse(raw)
+
+
+def test_a_peft_folder_stands_on_the_model_that_it_names_where_none_is_said(tmp_path, base):
+    low = graft.adapt(tmp_path / "low", adapters=[str(adapter(base, tmp_path / "own", "lora", rank=2))], export="peft")
+    path = low / "peft" / "adapter_config.json"
+    theirs, config = low / "peft", json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    made = graft.adapt(tmp_path / "theirs", peft=str(theirs))
+    said = graft.adapt(tmp_path / "said", peft=str(theirs), from_=str(base))
+    assert torch.equal(logits(graft.load(made)), logits(graft.load(said)))
+    for named, words in (("ORG/NAME", "names ORG/NAME, which is no model's folder here"), (None, "names none")):
+        path.write_text(json.dumps(config | {"base_model_name_or_path": named}))
+        with pytest.raises(RequestError, match=rf"as `from` \(--from\), found none: its adapter_config.json {words}"):
+            graft.adapt(tmp_path / "lost", peft=str(theirs))
+    path.write_text("{")
+    with pytest.raises(CheckpointError, match=r"adapter_config.json: the configuration is damaged"):
+        graft.adapt(tmp_path / "lost", peft=str(theirs))
+    with pytest.raises(RequestError, match=r"expected a peft folder \(with adapter_config.json\) at .*none"):
+        graft.adapt(tmp_path / "lost", peft=str(tmp_path / "none"))
+    assert not (tmp_path / "lost").exists()
 
 
 def test_what_was_trained_on_is_passed_on():

@@ -12,6 +12,7 @@ from graft.adapters.facts import adapted_facts, folded_facts, is_adapted, points
 from graft.adapters.point import Point
 from graft.errors import RequestError
 from graft.folders import ADAPTED
+from graft.lora import CONFIG, named_base
 from graft.settings import Settings, parse
 from graft.train.memory import PROCESS
 from graft.verb import Estimate, Facts, Job, Verb
@@ -52,6 +53,21 @@ class Adapt(Verb[AdaptSettings]):
 
     def parse(self, raw: Any, path: tuple[str | int, ...] = ()) -> AdaptSettings:
         return parse(AdaptSettings, raw, path)
+
+    def alone(self, raw: Any, root: Path) -> Any:
+        """Without `from`, the model that the peft folder names, where that lies on this machine."""
+        if not isinstance(raw, Mapping) or not raw.get("peft") or raw.get("from"):
+            return raw
+        folder = root / Path(str(raw["peft"])).expanduser()
+        if not (folder / CONFIG).is_file():
+            raise RequestError(f"expected a peft folder (with {CONFIG}) at {folder}, found none")
+        named, place = named_base(folder)
+        if place is None:
+            said = f"names {named}, which is no model's folder here" if named else "names none"
+            raise RequestError(
+                f"expected the model that {folder} was made for as `from` (--from), found none: its {CONFIG} {said}"
+            )
+        return {**raw, "from": str(place)}
 
     def located(self, settings: AdaptSettings, root: Path) -> AdaptSettings:
         if settings.peft is None:

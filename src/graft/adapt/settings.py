@@ -35,7 +35,13 @@ class AdaptSettings(Settings):
     peft: Annotated[
         str | None, Field(description="A folder that peft wrote, brought in as an adapter on `from`; relative.")
     ] = None
-    from_: Annotated[ModelRef | None, Field(alias="from", description="The frozen model of `peft`.")] = None
+    from_: Annotated[
+        ModelRef | None,
+        Field(
+            alias="from",
+            description="The frozen model of `peft`; outside of a recipe the one that its folder names, if it is here.",
+        ),
+    ] = None
     fold: Annotated[bool, Field(description="Fold them into the weights: an ordinary model.")] = False
     export: Annotated[
         Literal["peft"] | None, Field(description="Write the adapter as peft would as well, into the folder `peft`.")
