@@ -1,6 +1,5 @@
 """What bench/tuning_help.py decides by itself: learning rates, which results belong together, which pairs join."""
 
-import sys
 from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
@@ -8,16 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-BENCH = Path(__file__).parents[1] / "bench"
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def beside():
-    """The scripts import each other by name."""
-    sys.path.insert(0, str(BENCH))
-    yield
-    sys.path.remove(str(BENCH))
 
 
 @pytest.fixture

@@ -1,24 +1,13 @@
 """What bench/_trainings.py compares: whole trainings that are at the same work, and none that are not."""
 
 import math
-import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-BENCH = Path(__file__).parents[1] / "bench"
 WORK = {"trained": 7, "type": "{torch.float32}", "first_loss": 8.388241, "threads": 4}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def beside():
-    """The scripts import each other by name."""
-    sys.path.insert(0, str(BENCH))
-    yield
-    sys.path.remove(str(BENCH))
 
 
 @pytest.fixture
