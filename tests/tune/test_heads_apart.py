@@ -220,6 +220,8 @@ def test_rows_of_many_tasks_are_read_in_one_batch_each_with_its_own_adapter_and_
             torch.testing.assert_close(given[name], expected[name][0], rtol=1e-4, atol=1e-5)
     with pytest.raises(UnknownName, match="colour"):
         many(["colours"], ids[:1], mask[:1])
+    with pytest.raises(RequestError, match="expected a task for each of 6 rows, found 3"):
+        many(tasks[:3], ids, mask)
     with pytest.raises(RequestError, match="expected tasks of other names, found shade"):
         ManyTasks([tmp_path / "b" / "out", tmp_path / "b" / "out"])
     with pytest.raises(RequestError, match="expected heads and one adapter"):

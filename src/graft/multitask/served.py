@@ -67,7 +67,11 @@ class ManyTasks:
         """What the head of each row's task gives: `logits`, or `start_logits` and `end_logits`, without the batch.
 
         `input_ids`, `attention_mask [rows, length]`; `tasks` names one for each row.
+
+        Raises UnknownName for a task that is not there, RequestError where there are not as many as rows.
         """
+        if len(tasks) != len(input_ids):
+            raise RequestError(f"expected a task for each of {len(input_ids)} rows, found {len(tasks)}")
         for task in tasks:
             if task not in self.heads:
                 raise UnknownName("task", task, self.heads)
