@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
-from tiny_members import five, gpt2, llama, prompts, qwen
+from tiny_members import TOKENS, five, gpt2, llama, mistral, prompts, qwen
 
 from graft.ensemble import causal, speculative
 from graft.ensemble.model import ensemble_of
+from graft.ensemble.recalled import Recalled
 from graft.ensemble.speculative import _Drawing, instead_of_generate, speculate
 from graft.ensemble.turns import PLAIN, Plan, Turns
 from graft.errors import RequestError, RunError
@@ -130,6 +131,37 @@ def test_greedy_text_is_the_same_however_plans_change(ensemble, monkeypatch):
         found = speculate(ensemble, ids, **given)
         assert torch.equal(found.sequences, expected)
         assert 0 < found.kept < found.drafted
+
+
+def sure_of(token):
+    """A model that gives nearly all probability to one token, whatever stands before."""
+    model = gpt2()
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1)
+        model.transformer.wte.weight[token] = 10
+    return model
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_rows_none_of_whose_drafts_are_kept_are_written_by_the_others(block, monkeypatch):
+    class Wrong(Turns):
+        def plan(self, left):
+            return Plan(1, block)
+
+    monkeypatch.setattr(speculative, "Turns", Wrong)
+    # what was said before cannot be right either: the one that drafts drafts its own word
+    monkeypatch.setattr(Recalled, "drafts", lambda _self, _number, _rows, _text, own: own)
+    ids, mask = prompts(5, 9, (3, 1, 0, 8, 5))
+    given = {"attention_mask": mask, "max_new_tokens": 20, "pad_token_id": 0}
+    never = set(range(3, TOKENS)) - set(
+        mistral().generate(ids, eos_token_id=None, do_sample=False, **given).flatten().tolist()
+    )
+    duo = ensemble_of({"slides": mistral(), "wrong": sure_of(max(never))}, [0.98, 0.02])
+    end = int(duo.generate(ids, eos_token_id=None, do_sample=False, **given)[1, 15])
+    found = speculate(duo, ids, eos_token_id=end, **given)
+    assert torch.equal(found.sequences, duo.generate(ids, eos_token_id=end, do_sample=False, **given))
+    assert found.kept == 0 < found.drafted
 
 
 def test_the_same_generator_gives_the_same_samples(ensemble):

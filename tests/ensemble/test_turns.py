@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from graft.ensemble.turns import EACH, PLAIN, Plan, Turns, script
+from graft.ensemble.turns import EACH, FIRST, PLAIN, Plan, Turns, script
 
 FREE = 48
 
@@ -166,3 +166,21 @@ def test_prompts_say_how_many_tokens_cost_as_much_again_within_bounds(real, lear
         turns.took(False, [(0, reads), (1, reads)], 8)
     turns.plan(dict.fromkeys(range(8), 50))
     assert turns.free == pytest.approx(learnt)
+
+
+def test_a_batch_drafts_as_soon_as_it_has_seen_what_would_be_kept():
+    turns, left, blocks = Turns([1.0, 1.0], [0, 1], FREE, 8, clock=lambda: 0.0), 60, []
+    while not blocks or not blocks[-1]:
+        blocks.append(turns.plan(dict.fromkeys(range(8), left - len(blocks))).block)
+        turns.would(range(8), np.full((8, 2), 1.0))
+    assert len(blocks) == FIRST + 1
+
+
+def test_who_begins_stays_the_same_for_members_that_are_kept_about_equally_often():
+    turns, coin, begin = Turns([1.0] * 4, [0, 1, 2, 3], FREE, 8), random.Random(0), set()
+    for left in range(200, 0, -1):
+        plan = turns.plan(dict.fromkeys(range(8), left))
+        turns.saw([(row, member, coin.random() < 0.85) for row in range(8) for member in range(4)])
+        if left < 190:
+            begin.add(plan.draft)
+    assert len(begin) == 1

@@ -34,6 +34,8 @@ HALF = 16
 """Tokens of a row after which what a draft said counts half."""
 WAIT = 32
 """Plain tokens after drafts that did not pay until they are tried again; each time twice as many."""
+STAY = 0.9
+"""What another plan has to last, of the time of the one under way, to be taken instead."""
 HORIZON = 24
 """Tokens that are looked ahead."""
 SLOPE, FEWER, MORE = 4, 2, 5
@@ -149,7 +151,7 @@ class Turns:
 
     def _change(self, plan: Plan, written: int, left: Mapping[int, int]) -> None:
         """Goes on with this plan, after so many tokens `written` by the one before."""
-        self._next = min(2 * self._next, EACH) if plan == self._plan else 1
+        self._next = min(2 * self._next, EACH) if plan == self._plan and self._rounds >= FIRST else 1
         if not self._plan.block:
             self._barred -= written
         elif not plan.block:
@@ -223,7 +225,7 @@ class Turns:
     def _best(self, left: Mapping[int, int]) -> Plan:
         if self.block is not None:
             plans = tuple(Plan(draft, self.block, True) for draft in self.drafts)
-            return plans[int(self._lasts(left, plans).argmin())]
+            return plans[self._shortest(plans, self._lasts(left, plans))]
         if (self.rows > 1 and self._rounds < FIRST) or self._barred > 0 or self._slow(left):
             return PLAIN
         self._learn()
@@ -232,17 +234,25 @@ class Turns:
         uneven = 1 + UNEVEN * np.log2(len(left)) * drafts.clip(1, MOST)
         lasts = self._lasts(left, plans) * self.dearer() * uneven
         plain = max(left.values()) * sum(self.sizes) * (1 + len(left) / self.free)
-        return PLAIN if plain <= lasts.min() else plans[int(lasts.argmin())]
+        place = self._shortest(plans, lasts)
+        return PLAIN if plain <= lasts[place] else plans[place]
+
+    def _shortest(self, plans: Sequence[Plan], lasts: np.ndarray) -> int:
+        """Which of these plans lasts shortest, where the one under way has a start: after a change of who begins, a
+        member runs twice in a row, and the others have the more to read."""
+        return int((lasts * np.array([STAY if plan == self._plan else 1.0 for plan in plans])).argmin())
 
     def _slow(self, left: Mapping[int, int]) -> bool:
         """Whether drafting, since it began, has taken longer than plain decoding for what it wrote, counted half as the
-        mean of the rows, half as the slowest, which may be so by chance; and half a token for the drafts under way."""
+        mean of the rows, half as the slowest, which may be so by chance; and half of the drafts under way, of which
+        each member but one has added one where all do."""
         plain = self._timed[False]
         if not self._plan.block or self.clock is None or not plain:
             return False
         begun, before = self._begun
         done = [before[row] - count for row, count in left.items()]
-        written = (1 + min(done) + sum(done) / len(done)) / 2
+        under_way = len(self.sizes) - 1 if self._plan.relay else 1
+        written = (under_way + min(done) + sum(done) / len(done)) / 2
         return self.clock() - begun > written * median(timed.seconds for timed in plain)
 
     def _lasts(self, left: Mapping[int, int], plans: tuple[Plan, ...]) -> np.ndarray:
