@@ -84,6 +84,9 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder}: expected {SINGLE} or {INDEX}, found an adapter, whose weights are changes of another model's: "
             "tune with `fold: true` (graft.adapt with `fold=True`, `graft adapt --fold true`) to get a whole model"
         )
+    said = folder / "config.json"
+    if said.is_file() and b'"graft_adapted"' in said.read_bytes():
+        raise CheckpointError(f"{folder}: expected the adapters' weights in {ADAPTER}, found no such file")
     pickles = [p.name for p in folder.glob("*.bin")]
     hint = (
         f"; {pickles[0]} is a pickle, which is not read: a merge of it alone with `allow_pickle: true` "

@@ -44,7 +44,7 @@ def test_what_is_let_by_gets_a_gradient_at_every_place(name):
         assert all(p.grad is not None for p in adapters_of(model).parameters())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "bart"])
 def test_learned_keys_are_counted_where_ids_are_looked_through_for_padding(name):
     whole = family(name)
     assert trained(config_of(name), points("prefix")) == adopt(whole, points("prefix")).count("adapter")

@@ -189,8 +189,16 @@ def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any
     return keys.attend(module, query, key, value, attention_mask, how), None
 
 
+def mask_of(*args: Any, **how: Any) -> torch.Tensor | None:
+    """The mask of sdpa attention; a skeleton's padding cannot be looked at, so that its mask is never left out."""
+    padding = how.get("attention_mask")
+    if padding is not None and padding.device.type == "meta":
+        how |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return sdpa_mask(*args, **how)
+
+
 AttentionInterface.register(IMPLEMENTATION, attention)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+AttentionMaskInterface.register(IMPLEMENTATION, mask_of)
 
 
 class _Probe:
