@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatch
@@ -15,6 +16,8 @@ from graft.lora import is_lora
 
 ADAPTED = "graft_adapted"
 """The `model_type` of a folder of adapters, and the key of what `config.json` says of them."""
+ENSEMBLES = ("graft_ensemble", "graft_byte_ensemble")
+"""Types of configurations that name members."""
 COMPANIONS = (
     "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model*", "*.model", "*.spm",
     "tekken.json", "vocab*", "*_vocab.json", "merges.txt", "bpe.codes", "dict.txt", "normalizer.json",
@@ -62,7 +65,32 @@ def read_config(folder: Path) -> dict[str, Any]:
     found = read_json(path, "configuration")
     if ADAPTED in found and not _names_its_model(found[ADAPTED]):
         raise CheckpointError(f"{path}: expected what the adapters are ({ADAPTED}), found it damaged")
+    if str(found.get("model_type")) in ENSEMBLES and (why := ensemble_problem(found)):
+        raise CheckpointError(f"{path}: {why}")
     return found
+
+
+def ensemble_problem(said: Mapping[str, Any]) -> str | None:
+    """What no ensemble can be made of in its configuration, such as one that was edited by hand; None where it can."""
+    members, weights, gate, draft = (said.get(name) for name in ("members", "weights", "gate", "draft"))
+    if not isinstance(members, list) or not members:
+        return f"expected an ensemble's members, found {str(members)[:40]!r}"
+    for place, entry in enumerate(members):
+        known = entry if isinstance(entry, dict) else {}
+        if not all(isinstance(known.get(name), str) for name in ("name", "path")) or not known.get("config"):
+            return f"expected name, path and config of member {place}, found {', '.join(known) or repr(entry)[:40]}"
+    if not isinstance(weights, list) or len(weights) != len(members) or not all(map(_is_finite, weights)):
+        return f"expected a weight for each of {len(members)} members, found {str(weights)[:80]}"
+    given = gate.get("state", {}).get("outer.bias", []) if isinstance(gate, dict) else members
+    if len(given) != len(members):
+        return f"expected a gate that gives {len(members)} members their weights, found one for {len(given)}"
+    if draft is not None and draft not in [entry["name"] for entry in members]:
+        return f"expected a member as draft ({', '.join(entry['name'] for entry in members)}), found {draft!r}"
+    return None
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _names_its_model(said: Any) -> bool:

@@ -76,7 +76,7 @@ def test_numbers_in_the_place_of_fitted_weights_are_told_where_they_stand(writte
 
 
 def test_a_product_of_negative_weights_only(family):  # noqa: F811
-    with pytest.raises(RequestError, match=r"a product needs at least one weight above zero, found \[-1, -0\.5\]"):
+    with pytest.raises(RequestError, match=r"a product needs at least one weight above zero, found \[-1\.0, -0\.5\]"):
         ensemble_of({"a": llama(), "b": gpt2()}, [-1, -0.5], "log_linear")
     code, message = command(family, f"{family / 'llama'}=-1", f"{family / 'gpt2'}=-0.5", "--combine", "log_linear")
     assert code == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from graft import lineage, models
 from graft.ensemble import linear
+from graft.ensemble.caches import keeps_layers
 from graft.ensemble.configuration import EnsembleConfig, context_of, keeps_text, kind_of, layers_of, spans_of
 from graft.ensemble.gate import Gate, Told
 from graft.ensemble.lanes import Answer, Lanes
@@ -50,6 +51,8 @@ class Ensemble(PreTrainedModel):
         self.folder: Path | None = None
         rule = method("graft.ensemble", config.combine)
         self.options = parse(rule.Settings, config.options)
+        if config.gate is None and (wrong := rule.problem(config.weights)):
+            raise RequestError(wrong)
         self.choose = getattr(rule, "choose", None)
         # what chooses among whole outputs has nothing to say of tokens: text is scored by the mixture
         self.combine = linear.combine if self.choose and self.writes else rule.combine
@@ -80,7 +83,7 @@ class Ensemble(PreTrainedModel):
         """Log-probabilities are float32, whatever the members compute in."""
         return torch.float32
 
-    @property
+    @cached_property
     def caches(self) -> bool:
         """Whether what the members keep of a text are layers of keys and values, which one cache can hold. Where they
         cut it into tokens of their own, or keep a recurrent state, every step reads the whole text."""
@@ -286,6 +289,8 @@ class Ensemble(PreTrainedModel):
         """
         if kwargs.get("quantization_config") is not None:
             raise RequestError("an ensemble cannot honour quantization_config: quantise its members, then combine them")
+        if kwargs.get("state_dict") is not None:
+            raise RequestError("an ensemble cannot honour state_dict: load it, then use load_state_dict")
         device = _one_device(kwargs.get("device_map"))
         folder = Path(pretrained_model_name_or_path)
         config = kwargs.get("config") or cls.config_class.from_pretrained(folder)
@@ -293,6 +298,10 @@ class Ensemble(PreTrainedModel):
         wanted = kwargs.get("dtype", kwargs.get("torch_dtype"))
         dtype = None if wanted in (None, "auto") else wanted
         members = load_members(config.members, folder, dtype)
+        # the Auto classes put it into the configuration
+        attention = kwargs.get("attn_implementation") or config._attn_implementation_internal
+        for member in members if attention is not None else ():
+            member.set_attn_implementation(str(attention))
         union = None
         if config.vocabulary == "union":
             union = union_of([models.load_tokenizer(folder / entry["path"]) for entry in config.members])
@@ -331,7 +340,7 @@ def _glimpse(member: nn.Module) -> list[torch.Tensor]:
 
 
 def _keeps_layers(member: Any) -> bool:
-    return member.caches if isinstance(member, Ensemble) else not getattr(member, "_is_stateful", False)
+    return member.caches if isinstance(member, Ensemble) else keeps_layers(member)
 
 
 def _of_the_text(needed: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

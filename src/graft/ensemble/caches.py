@@ -2,17 +2,52 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from graft.errors import RequestError
 
 
 class CacheView(Cache):
-    """A member's span of the ensemble's cache: the very same layer objects."""
+    """A member's span of the ensemble's cache: the very same layer objects.
+
+    A cache that was made without a configuration gets the layers that it lacks. Raises RequestError for one that was
+    made for fewer.
+    """
 
     def __init__(self, whole: Cache, start: int, stop: int):
+        if (kind := whole.layer_class_to_replicate) is not None:
+            whole.layers.extend(kind() for _ in range(stop - len(whole.layers)))
+        if len(whole.layers) < stop:
+            raise RequestError(
+                f"expected a cache with the layers of all members ({stop} or more), found one of {len(whole.layers)}: "
+                "make it of the ensemble's configuration, DynamicCache(config=ensemble.config)"
+            )
         super().__init__(layers=whole.layers[start:stop])
+
+    def mask(self, mask: Any) -> Any:
+        """A mask `[batch, length]` made as long as the keys of a static cache, as biases that follow it (ALiBi) have to
+        be; other masks, and for other caches, as they are."""
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or not self.is_compileable:
+            return mask
+        return torch.nn.functional.pad(mask, (0, self.get_max_length() - mask.shape[-1]))
+
+
+def keeps_layers(member: Any) -> bool:
+    """Whether what a decoder keeps of a text are layers of keys and values, which one cache can hold for several.
+
+    Not so for recurrent or convolutional states, keys of other kinds, and models that keep nothing.
+    """
+    if member._is_stateful or not member._supports_default_dynamic_cache():
+        return False
+    if "past_key_values" not in inspect.signature(type(member).forward).parameters:
+        return False
+    layers = DynamicCache(config=member.config.get_text_config(decoder=True)).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer) for layer in layers)
 
 
 @dataclass(frozen=True)

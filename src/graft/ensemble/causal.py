@@ -167,7 +167,10 @@ class EnsembleForCausalLM(Ensemble, Watched, GenerationMixin):
         inputs = {
             name: to_device(value, device) for name, value in given.items() if name in takes and value is not None
         }
-        inputs["past_key_values"] = None if cache is None else CacheView(cache, *self.spans[place])
+        if cache is not None:
+            inputs["past_key_values"] = view = CacheView(cache, *self.spans[place])
+            if "attention_mask" in inputs and not isinstance(member, EnsembleForCausalLM):
+                inputs["attention_mask"] = view.mask(inputs["attention_mask"])
         if states:
             inputs["output_hidden_states"] = True
         found = member(input_ids=input_ids.to(device), use_cache=cache is not None, **inputs)

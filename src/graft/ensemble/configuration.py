@@ -11,8 +11,8 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from graft.ensemble.settings import MOVE
-from graft.errors import RequestError
-from graft.folders import CONTEXTS
+from graft.errors import CheckpointError, RequestError
+from graft.folders import CONTEXTS, ensemble_problem
 
 
 class EnsembleConfig(PretrainedConfig):
@@ -21,7 +21,9 @@ class EnsembleConfig(PretrainedConfig):
     weights that follow the context; `weights` are then what it gave on average. `vocabulary`: `same`, or `union` of
     the members' token strings (`vocab_size` of them). `draft`: the member that drafts where the ensemble speculates.
     `boundaries`: of a union, how many tokens the first member drafts where members are combined only at common
-    boundaries, and where they differ."""
+    boundaries, and where they differ.
+
+    Raises CheckpointError for members, weights, a gate or a draft that do not fit each other."""
 
     model_type = "graft_ensemble"
 
@@ -38,11 +40,15 @@ class EnsembleConfig(PretrainedConfig):
         boundaries: int | None = None,
         **kwargs: Any,
     ):
-        self.members = list(members)
-        self.combine, self.options = combine, dict(options or {})
+        named = list(members) if isinstance(members, tuple) else members
+        said = {"members": named, "weights": list(weights), "gate": gate, "draft": draft}
+        # without any member and weight it is what `transformers` compares others with
+        if (named or weights) and (why := ensemble_problem(said)):
+            raise CheckpointError(f"an ensemble's configuration: {why}")
+        self.members, self.combine, self.options = list(named), combine, dict(options or {})
         self.weights = [float(weight) for weight in weights]
         self.gate, self.draft, self.boundaries = gate, draft, boundaries
-        configs = [entry["config"] for entry in self.members]
+        configs = [of_text(entry["config"]) for entry in self.members]
         self.vocabulary = vocabulary
         smallest = min((int(c["vocab_size"]) for c in configs), default=0)
         self.vocab_size = vocab_size if vocab_size and vocabulary == "union" else smallest
@@ -94,6 +100,15 @@ def _kind(config: dict[str, Any]) -> str:
     return "Seq2SeqLM" if config.get("is_encoder_decoder") else "CausalLM"
 
 
+def of_text(config: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration says of a model's text: of one that reads images too, that stands in a part of its own."""
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return config
+    kept: dict[str, Any] = {name: config[name] for name in ("architectures", "model_type") if name in config}
+    return config | text | kept
+
+
 def _first(config: dict[str, Any], *names: str) -> int | None:
     return next((int(config[name]) for name in names if config.get(name)), None)
 
@@ -119,6 +134,7 @@ def keeps_text(gate: dict[str, Any] | None) -> bool:
 def _layers(config: dict[str, Any]) -> int:
     if config.get("model_type") == EnsembleConfig.model_type:
         return layers_in_all(config["members"], config["weights"], config.get("gate"))
+    config = of_text(config)
     decoders = ("num_decoder_layers", "decoder_layers") if config.get("is_encoder_decoder") else ()
     found = _first(config, *decoders, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
     if found is None:
@@ -130,7 +146,7 @@ def _layers(config: dict[str, Any]) -> int:
 
 def width_of(config: dict[str, Any]) -> int:
     """Channels of a model's hidden states; 0 where its configuration does not say."""
-    return _first(config, "hidden_size", "n_embd", "d_model") or 0
+    return _first(of_text(config), "hidden_size", "n_embd", "d_model") or 0
 
 
 def context_of(config: dict[str, Any]) -> int | None:
@@ -139,7 +155,7 @@ def context_of(config: dict[str, Any]) -> int | None:
         return _first(config, "max_position_embeddings")
     if config.get("model_type") == EnsembleConfig.model_type:
         return min((n for n in (context_of(entry["config"]) for entry in config["members"]) if n), default=None)
-    return _first(config, *CONTEXTS)
+    return _first(of_text(config), *CONTEXTS)
 
 
 def spans_of(layers: Sequence[int], first: int = 0) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ import torch
 from graft import data, models
 from graft.data.corpus import drawn, text_of
 from graft.ensemble.classification import labels_of
-from graft.ensemble.configuration import kind_of, width_of
+from graft.ensemble.configuration import kind_of, of_text, width_of
 from graft.ensemble.contributions import contributions, contributions_to_product
 from graft.ensemble.diversity import error_correlation
 from graft.ensemble.kept import Kept, columns_of, kept_of, read, stride_of
@@ -97,7 +97,9 @@ def _mixture(sources: list[Source], text: HeldOut, told: np.ndarray, at: np.ndar
 def _choices(source: Source) -> int:
     """Among how much a model without any knowledge would choose: the tokens, or of a classifier the classes."""
     config = config_of(source.folder)
-    return len(labels_of(config)) if kind_of([config]) == "SequenceClassification" else int(config["vocab_size"])
+    return (
+        len(labels_of(config)) if kind_of([config]) == "SequenceClassification" else int(of_text(config)["vocab_size"])
+    )
 
 
 def columns(sources: list[Source], text: HeldOut) -> tuple[np.ndarray, np.ndarray]:

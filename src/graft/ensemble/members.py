@@ -69,7 +69,9 @@ def copied(folder: Path, target: Path, name: str, copies: dict[Path, str]) -> st
     `copies` holds what has been copied: the path from `target`, by the folder. Raises CheckpointError where a member of
     a member is missing or has changed.
     """
-    own = folder.resolve()
+    own, inside = folder.resolve(), (target / "members").resolve()
+    if own.is_relative_to(inside):  # an ensemble is written over itself
+        copies[own] = own.relative_to(target.resolve()).as_posix()
     if own in copies:
         return copies[own]
     while f"members/{name}" in copies.values():

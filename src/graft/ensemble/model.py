@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,9 +23,10 @@ from graft.ensemble.configuration import EnsembleConfig, kind_of
 from graft.ensemble.seq2seq import EnsembleForSeq2SeqLM
 from graft.ensemble.settings import NOT_A_MIXTURE
 from graft.ensemble.union import Union
-from graft.errors import RequestError
+from graft.errors import CannotCombine, RequestError
 from graft.methods import method
 from graft.settings import parse
+from graft.vocabulary import vocabulary_hash
 
 __all__ = [
     "EnsembleConfig",
@@ -61,17 +63,19 @@ def ensemble_of(
 
     `union` is that of the members' tokenizers (`union_of`) where their vocabularies differ; a mixture's only. With
     `tokenizers`, one for each member, the ensemble is over bytes; `cover` says which token sequences count. Raises
-    RequestError for weights that the rule cannot use, CannotCombine for a tokenizer whose tokens have no bytes.
+    RequestError for what is no model and for weights that the rule cannot use, CannotCombine for other vocabularies
+    without either and for a tokenizer whose tokens have no bytes.
     """
+    _check_models(members)
     rule = method("graft.ensemble", combine)
     parsed = parse(rule.Settings, options)
-    chosen = rule.default(len(members), parsed) if weights is None else list(weights)
+    chosen = rule.default(len(members), parsed) if weights is None else _numbers(weights)
     if len(chosen) != len(members):
         raise RequestError(f"expected {len(members)} weights, found {len(chosen)}")
-    if not all(map(math.isfinite, chosen)):
-        raise RequestError(f"expected finite weights, found {chosen}")
     if wrong := rule.problem(chosen):
         raise RequestError(wrong)
+    if union is None and tokenizers is None:
+        _check_vocabularies(members)
     entries = [
         {"name": name, "path": model.config._name_or_path or "", "hash": "", "config": _config(model)}
         | ({"dropout": model.graft_dropout} if hasattr(model, "graft_dropout") else {})
@@ -85,6 +89,55 @@ def ensemble_of(
     over: dict[str, Any] = {"vocabulary": "union", "vocab_size": len(union.tokens)} if union else {}
     config = EnsembleConfig(entries, combine, chosen, parsed.plain(), **over)
     return ensemble_class(config)(config, list(members.values()), union).eval()
+
+
+def _check_models(members: Mapping[str, Any]) -> None:
+    if not members:
+        raise RequestError("expected a member, found none")
+    for name, model in members.items():
+        if not isinstance(model, PreTrainedModel):
+            raise RequestError(
+                f"member {name!r}: expected a model of transformers, found {type(model).__name__}: load its folder "
+                "with graft.load, which reads adapters too"
+            )
+
+
+def _numbers(weights: Sequence[Any]) -> list[float]:
+    try:
+        found = [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        raise RequestError(f"expected weights that are numbers, found {weights!r}") from None
+    if not all(map(math.isfinite, found)):
+        raise RequestError(f"expected finite weights, found {found}")
+    return found
+
+
+PADDING = 1024
+"""Rows by which vocabularies of the same tokens may differ: fewer are taken to pad one to a round size."""
+
+
+def _check_vocabularies(members: Mapping[str, PreTrainedModel]) -> None:
+    """By the tokens of the folders that members were loaded from; of others the numbers of tokens have to do."""
+    known = {name: _tokens(model) for name, model in members.items()}
+    first = next((name for name, tokens in known.items() if tokens is not None), None)
+    unlike = next((name for name, tokens in known.items() if tokens not in (None, known.get(first or ""))), None)
+    sizes = {name: int(model.config.get_text_config().vocab_size) for name, model in members.items()}
+    least, most = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+    if unlike is None and sizes[most] - sizes[least] < PADDING:
+        return
+    one, other = (least, most) if unlike is None else (first, unlike)
+    raise CannotCombine(
+        f"{other} and {one} have different vocabularies ({sizes[other]} and {sizes[str(one)]} tokens): their "
+        "predictions cannot be matched token by token; give `tokenizers`, one for each member, for an ensemble over "
+        "bytes, or for a mixture the `union` of them"
+    )
+
+
+def _tokens(model: PreTrainedModel) -> str | None:
+    """What tells a vocabulary from others, where the model was loaded from a folder with a tokenizer."""
+    folder = Path(model.config._name_or_path or "/dev/null")
+    found = vocabulary_hash(folder) if folder.is_dir() else "none:"
+    return None if found.startswith("none:") else found
 
 
 def _config(model: PreTrainedModel) -> dict[str, Any]:

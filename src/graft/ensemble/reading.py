@@ -64,7 +64,7 @@ def _alike(cut: Sequence[list[Item]]) -> list[Item]:
 def common_context(folders: Sequence[Path]) -> tuple[int, int]:
     """Tokens that every member can read at once, and the size of the vocabulary that all of them have."""
     configs = [models.load_config(folder) for folder in folders]
-    return min(map(longest_context, configs)), min(int(config.vocab_size) for config in configs)
+    return min(map(longest_context, configs)), min(int(config.get_text_config().vocab_size) for config in configs)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,9 @@ def named_length(config: Mapping[str, Any]) -> int | None:
 
 
 def _lengths(config: Any) -> list[int]:
-    found = [getattr(config, name, None) for name in CONTEXTS]
+    text = getattr(config, "text_config", None) or config  # of a model that reads images too
+    text = SimpleNamespace(**text) if isinstance(text, Mapping) else text
+    found = [getattr(text, name, None) for name in CONTEXTS]
     return [size for size in found if isinstance(size, int) and size > 0]
 
 

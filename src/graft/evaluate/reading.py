@@ -45,7 +45,7 @@ class Reader:
     def __init__(self, model: PreTrainedModel):
         self.model = model.eval()
         self.device = next(model.parameters()).device
-        self.vocabulary = int(model.config.vocab_size)
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
         self.tokens_read = 0
         self.normalised = bool(getattr(model, "gives_log_probs", False))
         self.both_ways = bool(prefix_lms(model))

@@ -109,7 +109,7 @@ class Scorer:
         """[rows, length] log-probability of each target given the row up to it; padding behind is never looked at."""
         longest = max(map(len, rows))
         # an id that the model reads at no cost, or any but that of padding, of which transformers warns without a mask
-        fill = getattr(self.model, "padding", int(self.model.config.pad_token_id == 0))
+        fill = getattr(self.model, "padding", int(self.model.config.get_text_config().pad_token_id == 0))
         inputs = torch.tensor([row + [fill] * (longest - len(row)) for row in rows], device=self.device)
         wanted = torch.tensor([row + [0] * (longest - len(row)) for row in targets], device=self.device)
         return self.reader.told(inputs, wanted).cpu().numpy()
