@@ -328,8 +328,12 @@ def _shards(layout: Mapping[str, tuple[str, tuple[int, ...]]], shard_bytes: int)
 
 def copy_model(folder: Path, target: Path, leave: Sequence[str] = ()) -> None:
     """Copy a model's folder to `target`, but for names like those in `leave`; weights that its index names in other
-    folders, as a head's does those of its body, are copied into `target` too, and named there."""
-    shutil.copytree(folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*leave))
+    folders, as a head's does those of its body, are copied into `target` too, and named there.
+
+    Raises DiskError where it is full or may not be written.
+    """
+    with disk_errors(target):
+        shutil.copytree(folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*leave))
     if not (target / INDEX).is_file():
         return
     where = read_index(folder)

@@ -45,10 +45,11 @@ def disk_errors(place: Path) -> Iterator[None]:
 
 def _errno(error: Exception) -> int | None:
     """The system's number of what went wrong, as far as the error says."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    if found := re.search(r"\(os error (\d+)\)", str(error)):
-        return int(found[1])
+    # shutil says what happened to each file of a folder, the writer of safetensors has words of its own
+    if found := re.search(r"\[Errno (\d+)\]|\(os error (\d+)\)", str(error)):
+        return int(found[1] or found[2])
     # torch's writer does not say why; a write that stops short is a disk that is full
     return errno.ENOSPC if re.search(r"PytorchStreamWriter failed|unexpected pos \d+ vs", str(error)) else None
 

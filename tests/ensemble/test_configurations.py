@@ -1,6 +1,8 @@
 """What an ensemble's folder or a call says is looked at before anything is computed with it."""
 
+import errno
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import graft
 from graft import models
 from graft.ensemble.gate import Gate
 from graft.ensemble.model import ensemble_of
-from graft.errors import CannotCombine, CheckpointError, GraftError, RequestError
+from graft.errors import CannotCombine, CheckpointError, DiskError, GraftError, RequestError
 
 
 def edited(folder, **changes):
@@ -135,3 +137,14 @@ def test_a_model_that_reads_images_too_is_a_member_for_its_text(tmp_path):
 def test_a_damaged_configuration_names_its_file(saved):
     with pytest.raises(CheckpointError, match=r"saved.config\.json: expected an ensemble's members"):
         graft.load(edited(saved, members=None))
+
+
+def test_a_disk_that_is_full_is_told_and_leaves_no_ensemble(saved, tmp_path, monkeypatch):
+    def full(source, target, **_):
+        raise OSError(errno.ENOSPC, "No space left on device", target)
+
+    ensemble = graft.load(saved)
+    monkeypatch.setattr(shutil.copytree, "__defaults__", (False, None, full, False, False))
+    with pytest.raises(DiskError, match=r"other.members.llama: the disk is full; free some space"):
+        ensemble.save_pretrained(tmp_path / "other", self_contained=True)
+    assert not (tmp_path / "other" / "config.json").exists()
