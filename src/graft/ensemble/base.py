@@ -51,7 +51,8 @@ class Ensemble(PreTrainedModel):
         self.folder: Path | None = None
         rule = method("graft.ensemble", config.combine)
         self.options = parse(rule.Settings, config.options)
-        if config.gate is None and (wrong := rule.problem(config.weights)):
+        # a gate gives its own; a product that is fitted to members which know little may have negative ones alone
+        if config.gate is None and config.combine != "log_linear" and (wrong := rule.problem(config.weights)):
             raise RequestError(wrong)
         self.choose = getattr(rule, "choose", None)
         # what chooses among whole outputs has nothing to say of tokens: text is scored by the mixture
