@@ -22,3 +22,10 @@ def recipe(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def on_lines(recipe):
+    """Writes a recipe with one data set `d`, the lines of `d.txt`, from `models:` (line 5) on."""
+    head = "\nfamily: f\ndata:\n  d: {source: text, document: line, path: d.txt}\n"
+    return lambda models: recipe(head + textwrap.dedent(models).lstrip("\n"))

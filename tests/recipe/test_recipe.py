@@ -227,12 +227,9 @@ def test_what_does_not_parse_hides_nothing_else_of_its_node_or_of_others(recipe)
     assert "a rank of at most 32" in by_place["models.high.tune"]
 
 
-def test_a_value_that_was_left_out_is_not_asked_for(recipe):
+def test_a_value_that_was_left_out_is_not_asked_for(on_lines):
     found = problems(
-        recipe("""
-        family: f
-        data:
-          d: {source: text, document: line, path: d.txt}
+        on_lines("""
         models:
           a: {pretrain: {data: d, size: none, length: short}}
           b: {tune: {from: 3, data: d, learning_rate: -1}}
@@ -247,12 +244,9 @@ def test_a_value_that_was_left_out_is_not_asked_for(recipe):
     ]
 
 
-def test_what_does_not_go_together_is_told_beside_what_is_wrong_alone(recipe):
+def test_what_does_not_go_together_is_told_beside_what_is_wrong_alone(on_lines):
     found = problems(
-        recipe("""
-        family: f
-        data:
-          d: {source: text, document: line, path: d.txt}
+        on_lines("""
         models:
           a: {pretrain: {data: d, size: 60k, batch_size: 6, accumulate: 4, track: [trackio], precision: fp8}}
           b: {pretrain: {data: dd, size: 60k, batch_size: 6, accumulate: 4}}

@@ -96,16 +96,13 @@ def test_an_adapter_on_a_model_that_is_merged_from_models_not_made_yet_is_tried_
     assert "expected a rank of at most 32" in second
 
 
-def test_a_model_without_a_tokenizer_is_not_trained_and_not_measured(recipe, tmp_path):
+def test_a_model_without_a_tokenizer_is_not_trained_and_not_measured(on_lines, tmp_path):
     folder = tmp_path / "mute"
     build(
         config_for("decoder", "rotary", Shape(32, 2, 4, 300, 32, 0.0, {"bos": 1, "eos": 2, "pad": 0}))
     ).save_pretrained(folder)
     found = problems(
-        recipe("""
-        family: f
-        data:
-          d: {source: text, document: line, path: d.txt}
+        on_lines("""
         models:
           mute: {load: mute}
           further: {tune: {from: mute, data: d}}
@@ -121,14 +118,11 @@ def test_a_model_without_a_tokenizer_is_not_trained_and_not_measured(recipe, tmp
     ]
 
 
-def test_a_tokenizer_in_a_folder_says_what_objectives_it_serves(recipe, tmp_path):
+def test_a_tokenizer_in_a_folder_says_what_objectives_it_serves(on_lines, tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(tmp_path / "words")
     (problem,) = problems(
-        recipe("""
-        family: f
-        data:
-          d: {source: text, document: line, path: d.txt}
+        on_lines("""
         models:
           left: {pretrain: {data: d, hidden: 32, layers: 1, tokenizer: {path: words}}}
           both: {pretrain: {data: d, hidden: 32, layers: 1, tokenizer: {path: words}, architecture: encoder}}

@@ -34,11 +34,8 @@ def test_measures_are_checked_with_everything_else(recipe):
     ]
 
 
-def test_a_measure_must_fit_the_architecture_of_the_models_it_is_taken_of(recipe):
-    path = recipe("""
-        family: f
-        data:
-          d: {source: text, document: line, path: d.txt}
+def test_a_measure_must_fit_the_architecture_of_the_models_it_is_taken_of(on_lines):
+    path = on_lines("""
         models:
           left: {pretrain: {data: d, size: 1M}}
           both: {pretrain: {data: d, size: 1M, architecture: encoder}}
