@@ -34,49 +34,58 @@ WIDEN = {"BF16": _widen_bf16, "F16": half_to_float, "F32": as_float}
 NARROW = {"BF16": _narrow_bf16, "F16": float_to_half, "F32": as_bits}
 
 
+@inlined
+def _as_it_is(bits):
+    return bits
+
+
+@inlined
+def _alone(value, others, j):
+    return value
+
+
+@inlined
+def _less(value, others, j):
+    return value - get(others, j)
+
+
 def reading(stored: str) -> Any:
     """into[0:size] = the elements of `raw`; returns the largest bits without their sign."""
-    widen, positive = WIDEN[stored], MAGNITUDE[stored]
+    moved = _moving(_as_it_is, WIDEN[stored], _alone, MAGNITUDE[stored])
 
     @inlined
     def read(raw, size, into):
-        worst = U32(0)
-        for j in range(size):
-            bits = get(raw, j)
-            worst = max(worst, U32(bits & positive))
-            put(into, j, widen(bits))
-        return worst
+        return moved(raw, raw, size, into)
 
     return read
 
 
 def reading_deltas(stored: str) -> Any:
     """into[0:size] = the elements of `raw` minus those of the base; returns the largest bits without their sign."""
-    widen, positive = WIDEN[stored], MAGNITUDE[stored]
-
-    @inlined
-    def read(raw, base, size, into):
-        worst = U32(0)
-        for j in range(size):
-            bits = get(raw, j)
-            worst = max(worst, U32(bits & positive))
-            put(into, j, widen(bits) - get(base, j))
-        return worst
-
-    return read
+    return _moving(_as_it_is, WIDEN[stored], _less, MAGNITUDE[stored])
 
 
 def writing(made: str) -> Any:
     """out[0:size] = values; returns the largest bits without their sign."""
-    narrow, positive = NARROW[made], MAGNITUDE[made]
+    moved = _moving(NARROW[made], _as_it_is, _alone, MAGNITUDE[made])
 
     @inlined
     def write(values, size, out):
-        worst = U32(0)
-        for j in range(size):
-            bits = narrow(get(values, j))
-            worst = max(worst, U32(bits & positive))
-            put(out, j, bits)
-        return worst
+        return moved(values, values, size, out)
 
     return write
+
+
+def _moving(to_bits: Any, from_bits: Any, beside: Any, positive: Any) -> Any:
+    """into[0:size] = `from_bits` of what `to_bits` makes of the elements, put together with others by `beside`."""
+
+    @inlined
+    def move(elements, others, size, into):
+        worst = U32(0)
+        for j in range(size):
+            bits = to_bits(get(elements, j))
+            worst = max(worst, U32(bits & positive))
+            put(into, j, beside(from_bits(bits), others, j))
+        return worst
+
+    return move
