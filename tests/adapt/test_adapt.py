@@ -9,6 +9,7 @@ import graft
 from graft import models
 from graft.adapt import VERB
 from graft.adapters import adapters_of, adopt
+from graft.adapters.facts import adapted_facts
 from graft.adapters.folder import averaged
 from graft.adapters.point import Point
 from graft.data.tokenizers import train_tokenizer
@@ -120,6 +121,17 @@ def test_a_task_trained_over_one_language_is_put_over_another(tmp_path, base):
     assert not torch.allclose(logits(swapped), logits(models.load(task)), atol=1e-4)
     _, back = run(tmp_path / "c", [task], adapters=["task"], without=["task"])
     assert torch.equal(logits(back), logits(models.load(english)))
+
+
+def test_what_is_left_out_need_not_fold(tmp_path, base):
+    english = adapter(base, tmp_path / "en", "lora", 0, rank=2)
+    task = over(english, tmp_path / "task", 2)
+    settings = {"adapters": ["task"], "without": ["task"], "fold": True}
+    for start in (facts_of(task), adapted_facts(facts_of(english), [{"form": "fusion", "on": ["adapters"]}])):
+        assert VERB.check(VERB.parse(settings), {"task": start}) == []
+    assert "does not fold" in VERB.check(VERB.parse(settings | {"without": []}), {"task": facts_of(task)})[0]
+    _, whole = run(tmp_path / "a", [task], **settings)
+    assert torch.allclose(logits(whole), logits(models.load(english)), atol=2e-5)
 
 
 def test_what_cannot_be_left_out_is_told(tmp_path, base):

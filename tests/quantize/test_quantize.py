@@ -11,7 +11,7 @@ import graft
 from graft import models
 from graft.adapters import adapters_of
 from graft.adapters.packed import is_packed, plain_weight
-from graft.errors import CannotCombine, RecipeError
+from graft.errors import CannotCombine, RecipeError, RequestError
 from graft.facts import facts_of
 from graft.lineage import read_manifest
 from graft.run import NodesFailed
@@ -186,6 +186,20 @@ def test_directions_and_largest_values_start_as_the_packed_model(tmp_path, bits)
         adopt(model, points(Settings(rank=2, dora=True, pissa=True)), "a")
         torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
     assert adapters_of(model).count("a") > 0
+
+
+def test_types_of_peft_that_read_weights_as_they_lie_are_refused_on_packed_ones(tmp_path):
+    pytest.importorskip("peft")
+    from graft.adapters.foreign import wrap
+
+    llama(tmp_path / "base")
+    small = graft.quantize(tmp_path / "small", from_=tmp_path / "base")
+    places = {"r": 2, "target_modules": ["q_proj"]}
+    with pytest.raises(
+        RequestError, match=r"peft: LOHA does not compute with packed weights \(.*: use the method lora"
+    ):
+        wrap(models.load(small), {"peft_type": "LOHA", **places}, small)
+    assert wrap(models.load(small), {"peft_type": "LORA", **places}, small) is not None
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -32,6 +32,8 @@ def _alone(settings: AdaptSettings, models: Mapping[str, Facts]) -> list[str]:
 
 def _unfoldable(model: Facts, without: Sequence[str]) -> list[str]:
     """Why its adapters do not fold, tried on the model's skeleton where its configuration is known."""
+    if set(without) - set(model.config[ADAPTED].get("adapters", {})):
+        return []  # one that is yet to be made has no name before
     points = [parse(Point, point) for point in points_of(model, without)]
     if not points or not model.config.get("architectures") or any(point.form == "fusion" for point in points):
         return []

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graft.adapters.packed import is_packed
+from graft.adapters.places import call_briefly
 from graft.disk import disk_errors
 from graft.errors import CheckpointError, MissingExtra, RequestError, nearest
 from graft.models import no_bars
@@ -78,9 +80,24 @@ def wrap(
             wrapper = get_peft_model(model, config)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise RequestError(f"peft: {error}") from None
+    _check_packed(model, config)
     model.__dict__[HOLDER] = (wrapper, base, dict(settings))
     model.__class__ = adapted_class(type(model))  # type: ignore[arg-type]
     return model
+
+
+def _check_packed(model: PreTrainedModel, config: Any) -> None:
+    """Raises RequestError where a type that computes with weights as they lie was put on packed ones, by trying."""
+    if not any(is_packed(module) for module in model.modules()):
+        return
+    try:
+        call_briefly(model)
+    except RuntimeError as error:
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise RequestError(
+            f"peft: {kind} does not compute with packed weights ({error}): use the method lora or ia3, or unpack the "
+            "model first ({quantize: {from: …, bits: 16}})"
+        ) from None
 
 
 def tried(config: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[list[str], int | None]:
