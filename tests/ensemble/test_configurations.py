@@ -148,3 +148,15 @@ def test_a_disk_that_is_full_is_told_and_leaves_no_ensemble(saved, tmp_path, mon
     with pytest.raises(DiskError, match=r"other.members.llama: the disk is full; free some space"):
         ensemble.save_pretrained(tmp_path / "other", self_contained=True)
     assert not (tmp_path / "other" / "config.json").exists()
+
+
+def test_a_member_that_cuts_text_otherwise_than_when_the_ensemble_was_made_is_named(family):  # noqa: F811
+    target, _ = run(family, {"members": ["llama", "gpt2"], "vocabulary": "bytes"})
+    assert graft.load(target).config.vocabulary == "bytes"
+    path = family / "gpt2" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    words = tokenizer["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match="the tokenizer of member 'gpt2' has changed since"):
+        graft.load(target)

@@ -30,16 +30,19 @@ from graft.folders import ADAPTED, read_config
 from graft.hashing import shortened
 from graft.lora import CONFIG as LORA_CONFIG
 from graft.lora import base_folder, is_lora
+from graft.vocabulary import vocabulary_hash
 
 
-def member_entry(source: Source, folder: Path, seen_from: Path) -> dict[str, Any]:
-    """What a configuration says of a member that lies in `folder`: name, path, hash, configuration, extras."""
+def member_entry(source: Source, folder: Path, seen_from: Path, own_tokens: bool = False) -> dict[str, Any]:
+    """What a configuration says of a member that lies in `folder`: name, path, hash, configuration, extras; with
+    `own_tokens`, which it reads by in the ensemble, the hash of its vocabulary."""
     path = os.path.relpath(folder.resolve(), seen_from.resolve())
     return {
         "name": source.name,
         "path": path,
         "hash": lineage.hash_model(folder),
         "config": config_of(folder),
+        **({"tokens": vocabulary_hash(home_of(folder))} if own_tokens else {}),
         **source.extras,
     }
 
@@ -155,6 +158,12 @@ def _checked(entry: Mapping[str, Any], folder: Path) -> Path:
     place = folder / entry["path"]
     if not (place / "config.json").exists() and not is_lora(place):
         raise CheckpointError(f"{folder}: member {entry['name']!r} is missing: expected a model in {place}")
+    tokens = str(entry.get("tokens", "none:"))
+    if not tokens.startswith("none:") and vocabulary_hash(home_of(place)) != tokens:
+        raise CheckpointError(
+            f"{folder}: the tokenizer of member {entry['name']!r} has changed since the ensemble was made: put the one "
+            "that it had back, or make the ensemble anew"
+        )
     home_of(place)
     now = lineage.hash_model(place, entry.get("hash") or None)
     if entry.get("hash") and now != entry["hash"]:

@@ -149,8 +149,9 @@ def _entries(job: Job, settings: EnsembleSettings, sources: Sequence[Source]) ->
     """What the configuration says of each member; a self-contained ensemble has copies, each folder once."""
     from graft.ensemble.members import copied, member_entry
 
+    own = settings.vocabulary != "same"
     if not settings.self_contained:
-        return [member_entry(source, source.folder, job.target or job.out) for source in sources]
+        return [member_entry(source, source.folder, job.target or job.out, own) for source in sources]
     copies: dict[Path, str] = {}
     places = [job.out / copied(source.folder, job.out, source.name, copies) for source in sources]
-    return [member_entry(source, place, job.out) for source, place in zip(sources, places, strict=True)]
+    return [member_entry(source, place, job.out, own) for source, place in zip(sources, places, strict=True)]
