@@ -295,12 +295,13 @@ def test_other_mixtures_of_translators_and_decoders_are_refused_before_anything_
     assert "deep is an encoder-decoder and inside is a decoder" in VERB.check(VERB.parse(swapped), facts)
 
 
-def test_how_far_language_models_move_a_translator_is_fitted(members, family):
+def test_how_far_language_models_move_a_translator_is_fitted(members, family, capsys, monkeypatch):
     """Three weights of a product of which one member reads the source and two the target alone; fits never lose."""
     raw = {"combine": "log_linear", "members": ["deep", "inside", "outside"], "weights": {"fit": "pairs.dev"}}
     names = ("deep", "inside", "outside")
     assert VERB.check(VERB.parse(raw), {name: facts_of(family / name) for name in names}) == []
     sets = {"pairs": pairs(family / "pairs.jsonl")}
+    monkeypatch.setenv("GRAFT_QUIET", "0")
     target, found = run(family, raw, sets)
     loaded = models.load(target)
     corpus = data.open_corpus({"pairs": data.parse(sets["pairs"])}, "pairs", family)
@@ -308,6 +309,7 @@ def test_how_far_language_models_move_a_translator_is_fitted(members, family):
     measured = -torch.cat([p.gather(-1, torch.tensor(t)[:, None])[:, 0] for p, t in told]).mean().item()
     assert measured == pytest.approx(found["loss"], abs=1e-4)
     assert found["loss"] < min(found["member_losses"].values())
+    assert ("no weight is above zero" in capsys.readouterr().err) == (max(found["weights"].values()) <= 0)
 
 
 def test_shallow_fusion_decodes_with_a_cache_as_without(members):

@@ -18,6 +18,7 @@ from graft.ensemble.sources import Source, sources_of
 from graft.finite import check_folder
 from graft.folders import companions, copy_companions
 from graft.methods import method
+from graft.progress import say
 from graft.settings import parse
 from graft.verb import Job
 
@@ -42,6 +43,8 @@ def run(job: Job) -> dict[str, Any]:
 
     fit = fit_weights(settings, settings.weights, job, sources)
     weights = [float(weight) for weight in fit.weights]
+    if fit.gate is None and max(weights) <= 0:
+        say(f"{job.name}: no weight is above zero: on this text the product turns away from what its members expect")
     _write(job, settings, sources, weights, fit.gate)
     _show(job, settings, sources, weights, fit.gate)
     return {
