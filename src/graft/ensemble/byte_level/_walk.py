@@ -207,6 +207,20 @@ def moved_rows(frame, map_, pool):
     return used
 
 
+def linked(frame, roots):
+    """Link nodes that have no links yet: to what is behind each, and what was read, but for roots, by where it ends."""
+    for node in range(get(frame, lay.NODE_COUNT)):
+        parent = of(frame, node, lay.PARENT)
+        if parent >= 0:
+            set_of(frame, node, lay.SIBLING, of(frame, parent, lay.CHILD))
+            set_of(frame, parent, lay.CHILD, node)
+        if of(frame, node, lay.ROW) >= 0 and node >= roots:
+            ending = behind(ints_at(get(frame, lay.ENDING)), of(frame, node, lay.END))
+            set_of(frame, node, lay.BESIDE, get(ending, 0))
+            put(ending, 0, node)
+    return lay.DONE_ALL
+
+
 def seen(frame, nodes, count, width, columns):
     """In `columns [count, width] bool`, where nothing is seen, let each node see what leads to it."""
     for number in range(count):
@@ -226,6 +240,7 @@ KERNELS = {
     "listed": (listed, (PI, I64)),
     "needed": (needed, (PI, PI)),
     "moved_rows": (moved_rows, (PI, PI, PD)),
+    "linked": (linked, (PI, I64)),
     "seen": (seen, (PI, PI, I64, I64, P8)),
 }
 """Each function and the types of its arguments."""

@@ -15,7 +15,7 @@ from graft.machine_code import Compiled
 
 SOURCES = ("_walk.py", "_step.py", "_rows.py", "_fields.py", "_shares.py", "_layout.py")
 """What the compiled functions are written in."""
-NAMES = ("ranges", "begin", "reduced", "walk", "listed", "seen", "needed", "moved_rows")
+NAMES = ("ranges", "begin", "reduced", "walk", "listed", "seen", "needed", "moved_rows", "linked")
 
 
 @cache

@@ -6,7 +6,7 @@ place; nothing that was kept before is copied.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -47,10 +47,14 @@ class Places:
     def lines(self, heads: int, room: int) -> torch.Tensor:
         """`[tokens · heads]`: where each token's heads go in a layer of so many heads and columns, one a line."""
         if self._lines is None or self._lines[0] != (heads, room):
-            head = torch.arange(heads, device=self.trees.device)
-            found = (self.trees[:, None] * heads + head) * room + self.columns[:, None]
-            self._lines = (heads, room), found.flatten()
+            self._lines = (heads, room), _lines(self.trees, self.columns, heads, room)
         return self._lines[1]
+
+
+def _lines(trees: torch.Tensor, columns: torch.Tensor, heads: int, room: int) -> torch.Tensor:
+    """`[n · heads]`: the lines of columns `[n]` of trees `[n]` in a layer that has a line for each head's column."""
+    head = torch.arange(heads, device=trees.device)
+    return ((trees[:, None] * heads + head) * room + columns[:, None]).flatten()
 
 
 class Columns(DynamicLayer):
@@ -104,6 +108,20 @@ def _roomy(kept: torch.Tensor, count: int, width: int, new: torch.Tensor) -> tor
     if kept.dim() == 4:
         made[: shape[0], :, : shape[2]] = kept
     return made
+
+
+def move(layers: Iterable[Columns], trees: torch.Tensor, columns: torch.Tensor, places: torch.Tensor) -> None:
+    """What is in `columns [n]` of trees `[n]` goes to columns `places [n]` of the same trees, all at once."""
+    found: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+    for layer in layers:
+        for kept in (layer.keys, layer.values):
+            assert kept is not None
+            heads, room = shape = (kept.shape[1], kept.shape[2])
+            if shape not in found:
+                found[shape] = _lines(trees, columns, heads, room), _lines(trees, places, heads, room)
+            sources, targets = found[shape]
+            lines = kept.view(-1, kept.shape[3])
+            lines.index_copy_(0, targets, lines.index_select(0, sources))
 
 
 def cache_of(config: Any, places: Places) -> DynamicCache:

@@ -18,7 +18,7 @@ import torch
 
 from graft.ensemble.byte_level import _layout as at
 from graft.ensemble.byte_level.arrays import address, kernels
-from graft.ensemble.byte_level.columns import Columns, Places, cache_of
+from graft.ensemble.byte_level.columns import Columns, Places, cache_of, move
 from graft.ensemble.byte_level.cover import Told
 from graft.ensemble.byte_level.forest import LOGITS, style_of
 from graft.ensemble.byte_level.packed import Piece, blocks_of, packing
@@ -80,11 +80,16 @@ class Rows:
         return logits if len(logits) == len(kept) else logits[wanted]
 
     @torch.inference_mode()
-    def keep(self, tree: int, columns: np.ndarray) -> None:
-        """Only these columns of a tree, in this order."""
-        for layer in self.cache.layers:
-            assert isinstance(layer, Columns)
-            layer.keep(tree, torch.from_numpy(columns))
+    def keep(self, kept: Sequence[tuple[int, np.ndarray]]) -> None:
+        """Of trees only these columns, rising; those that stay where they are, as most do, are not touched."""
+        moved = [np.flatnonzero(columns != np.arange(len(columns))) for _, columns in kept]
+        if not any(map(len, moved)):
+            return
+        trees = np.repeat([tree for tree, _ in kept], [len(places) for places in moved])
+        columns = np.concatenate([each[places] for (_, each), places in zip(kept, moved, strict=True)])
+        layers = [layer for layer in self.cache.layers if isinstance(layer, Columns)]
+        tables = (trees, columns, np.concatenate(moved))
+        move(layers, *(torch.from_numpy(each).to(self.reader.device) for each in tables))
 
 
 class Known:
@@ -126,13 +131,17 @@ class Known:
                 self.walks[number].reals[at.SURE] = BEHIND if behind else AHEAD
             ahead = min(MOST, max(LEAST, TOKENS // len(going)))
             self._pass(going, 2 * ahead)
+            self._forget(going)
             for number in going:
-                self._forget(number)
                 self.walks[number].go_on(ahead)
 
-    def _forget(self, number: int) -> None:
-        for tree, columns in enumerate(self.walks[number].forget() or ()):
-            self.rows.keep(self._tree(number, tree), columns)
+    def _forget(self, going: Sequence[int]) -> None:
+        kept = [
+            (self._tree(number, tree), columns)
+            for number in going
+            for tree, columns in enumerate(self.walks[number].forget() or ())
+        ]
+        self.rows.keep(kept)
 
     def _tree(self, number: int, tree: int) -> int:
         """The row of one of a text's trees: the first ones of all texts stand side by side."""

@@ -259,18 +259,12 @@ class Walk(Arrays):
         for field in (at.PARENT, at.ABOVE, at.AGAIN):
             own[field] = numbers[own[field]]  # the last one is -1, as what is not kept
         own[[at.CHILD, at.SIBLING, at.BESIDE, at.PRIOR, at.CUTTING]] = -1
-        ending = self.arrays[at.ENDING]
-        ending[:] = -1
-        for node in range(left):
-            parent = own[at.PARENT, node]
-            if parent >= 0:
-                own[at.SIBLING, node], own[at.CHILD, parent] = own[at.CHILD, parent], node
-            if own[at.ROW, node] >= 0 and node >= ROOTS:
-                own[at.BESIDE, node], ending[own[at.END, node]] = ending[own[at.END, node]], node
+        self.arrays[at.ENDING][:] = -1
         nodes[:, :left] = own
         for place in (at.TRUES, at.SHARES):
             self.arrays[place][:left] = self.arrays[place][keep]
         self.frame[at.NODE_COUNT] = left
+        self.kernels["linked"](self.pointer, ROOTS)
 
     def _columns_kept(self, count: int) -> list[np.ndarray]:
         nodes, kept = self.nodes[:, :count], []
