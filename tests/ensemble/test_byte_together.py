@@ -85,10 +85,11 @@ def test_trees_are_attended_to_together_unless_most_would_be_padding():
             Piece(end - size, end, tree, np.ones((size, 3 + tree), bool))
             for tree, (size, end) in enumerate(zip(sizes, ends, strict=True))
         ]
-        blocks, rows = blocks_of(pieces, torch.float32, torch.device("cpu"))
+        blocks, tokens, rows = blocks_of(pieces, torch.float32, torch.device("cpu"))
         order = torch.arange(ends[-1])
-        tokens = torch.cat([(order[own] if isinstance(own, slice) else own).flatten() for _, own, _ in blocks])
-        assert (tokens if rows is None else tokens[rows]).tolist() == order.tolist()
+        assert sum(block.mask[:, 0, :, 0].numel() for block in blocks) == len(order if tokens is None else tokens)
+        assert (tokens is None) == (rows is None)
+        assert (order if tokens is None else tokens[rows]).tolist() == order.tolist()
         return [(block.trees.start, block.trees.stop, tuple(block.mask.shape)) for block in blocks]
 
     assert trees(2, 1, 2) == [(0, 3, (3, 1, 2, 5))]

@@ -38,47 +38,42 @@ class Piece(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Trees that are attended to together: their `trees`, the `tokens [trees, longest]` of the pass that are theirs
-    (any, where one has fewer; a range of them, where it is one tree), and what is added to the attention's logits,
-    `mask [trees, 1, longest, width]`."""
+    """Trees that are attended to together, and what is added to the attention's logits of their tokens, of each tree
+    as many as of the longest, `mask [trees, 1, longest, width]`."""
 
     trees: slice
-    tokens: torch.Tensor | slice
     mask: torch.Tensor
 
 
 class Blocks(NamedTuple):
-    """All tokens of a pass: `rows [tokens]` is where each is in all blocks' tokens, one behind the other (None: they
-    stand so)."""
+    """All tokens of a pass: `tokens [padded]` are those of all blocks, one behind the other (any, where a tree has
+    fewer), `rows [tokens]` is where each is among these (both None: they stand so)."""
 
     blocks: list[Block]
+    tokens: torch.Tensor | None
     rows: torch.Tensor | None
 
 
 def blocks_of(pieces: Sequence[Piece], dtype: torch.dtype, device: torch.device) -> Blocks:
     """The pieces of a pass, neighbouring trees together unless most of what is then read were padding."""
-    blocks, rows, before = [], np.empty(sum(piece.end - piece.begin for piece in pieces), np.int64), 0
+    blocks, taken, before = [], [], 0
+    rows = np.empty(sum(piece.end - piece.begin for piece in pieces), np.int64)
     for own in _together(pieces):
         trees = slice(own[0].tree, own[-1].tree + 1)
-        if len(own) == 1:
-            begin, end, _, columns = own[0]
-            rows[begin:end] = np.arange(before, before + end - begin)
-            before += end - begin
-            blocks.append(Block(trees, slice(begin, end), _mask(columns[None], dtype, device)))
-            continue
-        longest = max(piece.end - piece.begin for piece in own)
-        tokens = np.zeros((trees.stop - trees.start, longest), np.int64)
+        tokens = np.zeros((trees.stop - trees.start, max(piece.end - piece.begin for piece in own)), np.int64)
         seen = np.zeros((*tokens.shape, max(piece.seen.shape[1] for piece in own)), bool)
         seen[:, :, 0] = True  # padding sees the start
         for begin, end, tree, columns in own:
             row, size = tree - trees.start, end - begin
             tokens[row, :size] = np.arange(begin, end)
             seen[row, :size, : columns.shape[1]] = columns
-            rows[begin:end] = np.arange(size) + (before + row * longest)
+            rows[begin:end] = np.arange(size) + (before + row * tokens.shape[1])
         before += tokens.size
-        blocks.append(Block(trees, torch.from_numpy(tokens).to(device), _mask(seen, dtype, device)))
-    placed = before == len(rows) and bool((rows == np.arange(len(rows))).all())
-    return Blocks(blocks, None if placed else torch.from_numpy(rows).to(device))
+        taken.append(tokens.ravel())
+        blocks.append(Block(trees, _mask(seen, dtype, device)))
+    if before == len(rows) and bool((rows == np.arange(before)).all()):
+        return Blocks(blocks, None, None)
+    return Blocks(blocks, *(torch.from_numpy(each).to(device) for each in (np.concatenate(taken), rows)))
 
 
 def _mask(seen: np.ndarray, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -122,18 +117,21 @@ def attention(
     assert keys is not None
     assert values is not None
     assert places.packed is not None
-    shared = query.shape[1] // keys.shape[1]
-    queries = query[0].transpose(0, 1)
-    packed, parts = places.packed, []
-    for trees, tokens, mask in packed.blocks:
-        k, v = (kept[trees, :, : mask.shape[-1]] for kept in (keys, values))
+    packed, parts, before = places.packed, [], 0
+    shared, queries = query.shape[1] // keys.shape[1], query[0].transpose(0, 1)
+    if packed.tokens is not None:
+        queries = queries.index_select(0, packed.tokens)
+    for trees, mask in packed.blocks:
+        count, _, longest, width = mask.shape
+        k, v = (kept[trees, :, :width] for kept in (keys, values))
         if shared > 1:
             k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
-        own = query[:, :, tokens] if isinstance(tokens, slice) else queries[tokens].transpose(1, 2)
+        own = queries[before : before + count * longest].unflatten(0, (count, longest)).transpose(1, 2)
+        before += count * longest
         seen = scaled_dot_product_attention(own, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
         parts.append(seen.transpose(1, 2).flatten(0, 1))
     made = torch.cat(parts)
-    return (made if packed.rows is None else made[packed.rows])[None], None
+    return (made if packed.rows is None else made.index_select(0, packed.rows))[None], None
 
 
 AttentionInterface.register(IMPLEMENTATION, attention)
