@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import graft
 from graft import models
-from graft.adapters import adapters_of
+from graft.adapters import adapters_of, foreign
 from graft.errors import RequestError
 from graft.facts import facts_of
 from graft.tune import VERB
@@ -58,7 +59,8 @@ def test_what_peft_cannot_do_here_is_refused(tmp_path, base):  # noqa: F811
     for config, words in (
         ({"peft_type": "LOHAA"}, r"did you mean 'LOHA'\?"),
         ({"peft_type": "LOHA", "rank": 3}, "does not take these settings.*rank"),
-        ({"peft_type": "ADALORA", "total_step": 4}, "takes ranks away between the steps"),
+        ({"peft_type": "ADALORA", "total_step": 4, "tinit": 2, "tfinal": 2}, r"expected tinit \+ tfinal < total_step"),
+        ({"peft_type": "ADALORA", "init_r": 4, "target_r": 4}, "expected a `target_r` below `init_r`, found 4 and 4"),
         ({"peft_type": "LOHA", "r": 2, "target_modules": ["nowhere"]}, "peft: Target modules"),
     ):
         with pytest.raises(RequestError, match=words):
@@ -160,3 +162,77 @@ def test_what_is_wrong_with_settings_of_peft_is_said_before_anything_runs(base):
     whole = VERB.parse({"from": "base", "data": "d"})
     needed, all_of_it = (VERB.estimate(each, {"base": start}).memory_bytes for each in (settings, whole))
     assert needed < all_of_it
+
+
+ADALORA = {"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "target_modules": "all-linear", "tinit": 1, "tfinal": 2}
+
+
+def ranks_in(folder):
+    return [len(value) for name, value in load_file(folder / "adapter.safetensors").items() if name.endswith("lora_E")]
+
+
+def test_adalora_loses_ranks_down_to_its_budget_and_is_saved_loaded_folded_and_exported(tmp_path, base):  # noqa: F811
+    peft = pytest.importorskip("peft")
+    how, ids = {"peft": ADALORA}, torch.arange(3, 30)[None]
+    run(tmp_path / "a", base, method=how, learning_rate=0.03, budget="12 steps")
+    log = [json.loads(line) for line in (tmp_path / "a" / "out" / "log.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in log if "loss" in row]
+    assert losses[-1] < losses[0]
+    ranks = ranks_in(tmp_path / "a" / "out")
+    assert (len(ranks), sum(ranks)) == (14, 2 * 14)
+    assert max(ranks) <= 4
+    loaded = models.load(tmp_path / "a" / "out")
+    with torch.no_grad():
+        changed = loaded(ids).logits
+        assert not torch.allclose(changed, models.load(base)(ids).logits, atol=1e-4)
+        loaded.save_pretrained(tmp_path / "again")
+        assert ranks_in(tmp_path / "again") == ranks
+        assert torch.equal(models.load(tmp_path / "again")(ids).logits, changed)
+        written = graft.adapt(tmp_path / "written", adapters=[str(tmp_path / "a" / "out")], export="peft")
+        theirs = peft.PeftModel.from_pretrained(models.load(base), written / "peft").eval()
+        assert torch.equal(theirs(ids).logits, changed)
+    run(tmp_path / "b", base, method=how, learning_rate=0.03, budget="12 steps", fold=True)
+    with torch.no_grad():
+        assert torch.allclose(models.load(tmp_path / "b" / "out")(ids).logits, changed, atol=1e-5)
+
+
+def test_adalora_takes_the_steps_of_the_training_where_none_are_given(tmp_path, base):  # noqa: F811
+    pytest.importorskip("peft")
+    run(tmp_path / "own", base, method={"peft": ADALORA}, budget="6 steps")
+    run(tmp_path / "said", base, method={"peft": {**ADALORA, "total_step": 6}}, budget="6 steps")
+    own, said = (load_file(tmp_path / name / "out" / "adapter.safetensors") for name in ("own", "said"))
+    assert all(torch.equal(own[name], said[name]) for name in said)
+    assert facts_of(tmp_path / "own" / "out").config["graft_adapted"]["peft"]["total_step"] == 6
+    run(tmp_path / "longer", base, method={"peft": {**ADALORA, "total_step": 60}}, budget="6 steps")
+    assert sum(ranks_in(tmp_path / "longer" / "out")) > 2 * 14  # it ended before its ranks were gone
+    with pytest.raises(RequestError, match="found a training with tinit 1, tfinal 2 and 3 steps"):
+        run(tmp_path / "short", base, method={"peft": ADALORA}, budget="3 steps")
+
+
+@pytest.mark.parametrize("tfinal", [0, 6])
+def test_a_killed_training_of_adalora_goes_on_with_the_same_bytes(tmp_path, base, monkeypatch, tfinal):  # noqa: F811
+    """Killed while ranks go, and when they are settled."""
+    pytest.importorskip("peft")
+    how = {"peft": {**ADALORA, "tinit": 0, "tfinal": tfinal}}
+    goes_on_with_the_same_bytes(
+        tmp_path,
+        base,
+        monkeypatch,
+        {"method": how, "learning_rate": 0.03, "budget": "8 steps", "checkpoint_every": "1 steps"},
+    )
+
+
+def test_adalora_keeps_its_factors_orthogonal_as_peft_does(base):  # noqa: F811
+    pytest.importorskip("peft")
+    wrapped = foreign.wrap(models.load(base, dtype=torch.float32), {**ADALORA, "orth_reg_weight": 0.3}, None)
+    wrapper, ids = wrapped.__dict__[foreign.HOLDER][0], torch.arange(3, 30)[None]
+    plain = wrapper.base_model.model(ids, labels=ids).loss
+    theirs = wrapper.base_model(ids, labels=ids).loss - plain
+    assert torch.allclose(wrapped.graft_ranks.penalty(), theirs, rtol=1e-4)
+
+
+def test_adalora_is_not_spread_over_processes(base):  # noqa: F811
+    pytest.importorskip("peft")
+    settings = VERB.parse({"from": "base", "data": "d", "method": {"peft": ADALORA}, "parallel": "fsdp"})
+    (problem,) = VERB.check(settings, {"base": facts_of(base)})
+    assert "use `parallel: ddp`" in problem

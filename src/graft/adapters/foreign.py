@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graft.adapters.foreign_ranks import NAME, Ranks, expect_ranks, note_ranks, with_steps
 from graft.adapters.packed import is_packed
 from graft.adapters.places import call_briefly
 from graft.disk import disk_errors
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 HOLDER = "graft_peft"
 """The attribute of a model that holds peft's wrapper around it, and the folder of its frozen weights."""
 
+RANKED = "ADALORA"
+"""The type that loses ranks while it is trained."""
 
 UNABLE = {
-    "ADALORA": "takes ranks away between the steps of a loop of its own: use the method lora",
     "XLORA": "mixes adapters that are there already: put them together with `adapt`, or learn a `fusion` of them",
     "POLY": "asks for a task's number with every row, which data of one task have not: use the method lora",
 }
@@ -48,7 +50,7 @@ def peft_config(settings: Mapping[str, Any]) -> Any:
     if kind in UNABLE:
         raise RequestError(f"peft: {kind} {UNABLE[kind]}")
     try:
-        return known[kind](**plain)
+        return known[kind](**(with_steps(plain) if kind == RANKED else plain))
     except (TypeError, ValueError) as error:
         raise RequestError(f"peft: {kind} does not take these settings: {error}") from None
 
@@ -81,9 +83,16 @@ def wrap(
     except (TypeError, ValueError, NotImplementedError) as error:
         raise RequestError(f"peft: {error}") from None
     _check_packed(model, config)
-    model.__dict__[HOLDER] = (wrapper, base, dict(settings))
+    said = dict(settings)
+    model.__dict__[HOLDER] = (wrapper, base, said)
+    if _is_ranked(wrapper):
+        model.add_module(NAME, Ranks(wrapper, said))
     model.__class__ = adapted_class(type(model))  # type: ignore[arg-type]
     return model
+
+
+def _is_ranked(wrapper: Any) -> bool:
+    return hasattr(wrapper.base_model, "rankallocator")
 
 
 def _check_packed(model: PreTrainedModel, config: Any) -> None:
@@ -132,9 +141,16 @@ def foreign_said(model: PreTrainedModel) -> dict[str, Any]:
 
 def foreign_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The adapter's weights, by peft's names."""
+    wrapper = model.__dict__[HOLDER][0]
+    if _is_ranked(wrapper):
+        note_ranks(wrapper)
+    return _weights(wrapper)
+
+
+def _weights(wrapper: Any) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
-    found = get_peft_model_state_dict(model.__dict__[HOLDER][0])
+    found = get_peft_model_state_dict(wrapper)
     return {name: value.detach().cpu().contiguous() for name, value in found.items()}
 
 
@@ -144,12 +160,14 @@ def load_foreign(
     """`model` with the adapter, frozen. Raises CheckpointError where weights are missing or belong nowhere."""
     from peft import set_peft_model_state_dict
 
-    wrap(model, settings, base)
-    expected = set(foreign_weights(model))
+    wrapper = wrap(model, settings, base).__dict__[HOLDER][0]
+    if _is_ranked(wrapper):
+        expect_ranks(wrapper, weights)
+    expected = set(_weights(wrapper))
     if expected != set(weights):
         missing = ", ".join(sorted(expected ^ set(weights))[:4])
         raise CheckpointError(f"{base}: expected the weights of {settings.get('peft_type')}, found others: {missing}")
-    set_peft_model_state_dict(model.__dict__[HOLDER][0], dict(weights))
+    set_peft_model_state_dict(wrapper, dict(weights))
     model.requires_grad_(False)
     return model
 
@@ -157,6 +175,8 @@ def load_foreign(
 def save_foreign(model: PreTrainedModel, folder: Path) -> None:
     """Write peft's adapter as peft does; it names the frozen model's folder."""
     wrapper, base, _ = model.__dict__[HOLDER]
+    if _is_ranked(wrapper):
+        note_ranks(wrapper)
     for config in wrapper.peft_config.values():
         config.base_model_name_or_path = str(base.resolve()) if base else None
     with disk_errors(folder):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
+from graft.train.companions import Companion
 from graft.train.ema import MovingAverage
 from graft.train.optimizer import adamw
 from graft.train.place import Place
@@ -17,7 +18,8 @@ from graft.train.shards import fill
 class Learner:
     """A model with all that changes in a training. `wrapped` is what is called; gradients then become a mean."""
 
-    def __init__(self, model: nn.Module, settings: TrainSettings, place: Place):
+    def __init__(self, model: nn.Module, settings: TrainSettings, place: Place, companions: Sequence[Companion] = ()):
+        self.companions = companions
         self.model, self.place, self.clip = model, place, settings.clip
         self.wrapped = place.wrap(model, settings)
         self.parts = place.parts(model)
@@ -41,8 +43,13 @@ class Learner:
         else:
             self.place.engine.backward(loss)
 
-    def update(self) -> torch.Tensor:
-        """Clip and step behind the backward passes of a step; the norm of the gradient before clipping."""
+    def penalty(self) -> torch.Tensor | None:
+        """What the model's companions add to the mean loss of a step."""
+        found = [term for term in (companion.penalty() for companion in self.companions) if term is not None]
+        return torch.stack(found).sum() if found else None
+
+    def update(self, step: int) -> torch.Tensor:
+        """Clip and step behind the backward passes of step 1, 2, …; the norm of the gradient before clipping."""
         if self.place.engine is not None:
             return self.place.engine.norm()
         self.parts.take_gradients()
@@ -52,6 +59,8 @@ class Learner:
             self.parts.clip(self.clip, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        for companion in self.companions:
+            companion.stepped(step)
         self.parts.drop_gradients()
         return norm
 

@@ -26,6 +26,7 @@ from graft.errors import RequestError, TrainingError
 from graft.products import quick_layers
 from graft.progress import say
 from graft.train.batches import Ahead, Batch, Step, make_step, spans, tokens_in
+from graft.train.companions import companions_of
 from graft.train.dev_loss import dev_loss
 from graft.train.interrupt import Interrupt
 from graft.train.journal import Journal
@@ -145,9 +146,10 @@ class Training:
         self.rows, self.dev, self.objective, self.settings = rows, dev, objective, settings
         self.out, self.scratch, self.seed, self.save, self.place = out, scratch, seed, save, place
         self.model = self._prepare(model)
-        self.learner = Learner(model, settings, place)
-        self.average = self.learner.average
         self.steps = settings.budget.steps(len(rows), settings.batch_size, row_tokens(rows))
+        spread = place.parallel.method != "ddp"
+        self.learner = Learner(model, settings, place, companions_of(model, self.steps, spread))
+        self.average = self.learner.average
         self.every = settings.evaluate_every or max(1, self.steps // 10)
         self.dev_rows = max(DEV_ROWS, int(DEV_SHARE * self.every * settings.batch_size))
         self.at = Position()
@@ -282,7 +284,7 @@ class Training:
             return
         self.learner.set_rate(learning_rate)
         loss = self._backward(step, weight)
-        norm = self.learner.update()
+        norm = self.learner.update(self.at.step)
         if self.average is not None:
             self.average.update(self.at.step)
         self.looks.pending.append(
@@ -297,7 +299,9 @@ class Training:
             with self.place.without_sync(self.learner.wrapped, number + 1 < len(step.pieces)):
                 with self.place.autocast(self.settings.precision):
                     loss = self.objective(self.learner.wrapped, self.place.take(piece))
-                self.learner.backward(loss * scale)
+                # what the weights themselves cost, once a step
+                own = None if number + 1 < len(step.pieces) else self.learner.penalty()
+                self.learner.backward(loss * scale if own is None else loss * scale + own)
             total += loss.detach()
         return total
 

@@ -101,6 +101,12 @@ class Tune(Verb[TuneSettings]):
         if parallel is None or parallel.method == "ddp":
             return []
         adapter, quantised = "full" not in settings.method, start.stored == "quantised"
+        config = settings.method.get("peft", {}).get("config", {})
+        if str(config.get("peft_type")).upper() == "ADALORA":
+            return [
+                "AdaLoRA reads whole gradients between steps, which `fsdp` and `zero` spread: use `parallel: ddp`, or "
+                "the method lora"
+            ]
         by_zero = _not_by_zero(settings, parallel) if parallel.method == "zero" else []
         more = unspreadable(parallel, start.config, adapter=adapter, quantised=quantised)
         return [*by_zero, *more][:1]
