@@ -124,6 +124,17 @@ def move(layers: Iterable[Columns], trees: torch.Tensor, columns: torch.Tensor, 
             lines.index_copy_(0, targets, lines.index_select(0, sources))
 
 
+def adopt(place: tuple[Any, int, int, int], source: tuple[Any, int, torch.Tensor]) -> None:
+    """`source`: a cache, a tree of it, and its columns, which become those of another one at a `place`: the cache, its
+    number of trees, the tree, and the first of its columns that they become."""
+    (cache, count, row, begin), (others, tree, columns) = place, source
+    end = begin + len(columns)
+    for layer, other in zip(cache.layers, others.layers, strict=True):
+        layer.keys, layer.values = (_roomy(kept, count, end, kept) for kept in (layer.keys, layer.values))
+        layer.keys[row, :, begin:end] = other.keys[tree].index_select(1, columns)
+        layer.values[row, :, begin:end] = other.values[tree].index_select(1, columns)
+
+
 def cache_of(config: Any, places: Places) -> DynamicCache:
     """A cache of such layers, one for each of a model's."""
     cache = DynamicCache(config=config)

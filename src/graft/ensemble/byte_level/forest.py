@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from graft.ensemble.byte_level.asking import Ask, Found, Reading, Wanted
-from graft.ensemble.byte_level.columns import Places, cache_of
+from graft.ensemble.byte_level.columns import Places, adopt, cache_of
 from graft.ensemble.byte_level.cover import Told
-from graft.ensemble.byte_level.leaf import UNREAD, Leaf
+from graft.ensemble.byte_level.leaf import FORGOTTEN, UNREAD, Leaf
 from graft.ensemble.byte_level.packed import Piece, blocks_of, packing
 from graft.ensemble.byte_level.reader import Reader
 from graft.errors import RunError
@@ -177,6 +177,16 @@ class Forest:
             if above is not None and leaf.depth > 1:  # what stands behind a start would be held for ever
                 above.held.append((leaf, each))
         return list(zip(leaves, told, strict=True))
+
+    def adopt(self, leaves: Sequence[Leaf], cache: Any, tree: int, columns: np.ndarray) -> None:
+        """New leaves of one tree, each behind a known one or one before it, are what stands in columns of a tree of
+        another such cache; what the model gives behind them is forgotten."""
+        row, begin = leaves[0].row, self._columns[leaves[0].row]
+        self._settle([leaves])
+        self._known.update({(id(leaf.parent), leaf.token): leaf for leaf in leaves})
+        for leaf in leaves:
+            leaf.told = FORGOTTEN
+        adopt((self._cache, len(self), row, begin), (cache, tree, torch.from_numpy(columns).to(self.reader.device)))
 
     @torch.inference_mode()
     def _tell(self, leaves: Sequence[Leaf], first: bool = False) -> list[Told]:

@@ -7,9 +7,12 @@ import weakref
 import numpy as np
 
 from graft.ensemble.byte_level.cover import Told
+from graft.ensemble.byte_level.trie import Trie
 
 UNREAD = np.zeros(0, np.int64)
 """Columns of a token that was not read."""
+FORGOTTEN: weakref.ref[Told] = weakref.ref(Told(Trie([b"a"]), np.zeros(1, np.float32), np.zeros(2), 0.0))
+"""What the model gave behind a token that was read, where nobody holds it."""
 
 
 class Leaf:

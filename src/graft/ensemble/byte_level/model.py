@@ -27,6 +27,7 @@ from graft.ensemble.byte_level.configuration import ByteEnsembleConfig
 from graft.ensemble.byte_level.cover import State
 from graft.ensemble.byte_level.following import Note
 from graft.ensemble.byte_level.forest import Forest
+from graft.ensemble.byte_level.prompts import reached
 from graft.ensemble.byte_level.tokenizer import BOS, EOS, PAD, SIZE, byte_tokenizer
 from graft.ensemble.configuration import WORDS, EnsembleConfig, context_of, kind_of
 from graft.ensemble.gate import Told
@@ -235,10 +236,30 @@ def _whole(
     """
     keys = [(tuple(own), id(state)) for own, state in zip(rows, before, strict=True)]
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
-    trees = iter(forest.plant(sum(before[row] is None for row in first.values())))
-    readings = [_row(reader, forest, before[row] or next(trees), rows[row], places) for row in first.values()]
+    starts = _starts(reader, forest, [(before[row], rows[row]) for row in first.values()], places)
+    readings = [_row(reader, forest, *start) for start in starts]
     found = dict(zip(first, together(forest, readings), strict=True))
     return np.stack([found[key][0] for key in keys]), [found[key][1] for key in keys]
+
+
+def _starts(
+    reader: ByteModel, forest: Forest, rows: Sequence[tuple[State | None, Sequence[int]]], places: np.ndarray
+) -> list[tuple[State | int, Sequence[int], np.ndarray]]:
+    """Of each row, the state or the new tree that it goes on from, the ids that are still to be read, and the places
+    among these; of new ones of which only the end is asked, all but the last id is read where that can be done fast."""
+    texts = [_text(ids) if state is None and places.tolist() == [len(ids) - 1] else b"" for state, ids in rows]
+    found = reached(reader, forest, texts)
+    trees = iter(forest.plant(sum(old is None and new is None for (old, _), new in zip(rows, found, strict=True))))
+    return [
+        (old or next(trees), ids, places) if new is None else (new, ids[-1:], np.zeros(1, np.int64))
+        for (old, ids), new in zip(rows, found, strict=True)
+    ]
+
+
+def _text(ids: Sequence[int]) -> bytes:
+    """The bytes behind what begins or pads a row; none where other ids stand among them."""
+    begin = next((place for place, token in enumerate(ids) if token < EOS), len(ids))
+    return bytes(ids[begin:]) if max(ids[begin:], default=EOS) < EOS else b""
 
 
 def _row(
