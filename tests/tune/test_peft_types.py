@@ -123,6 +123,7 @@ INSIDE = {
     "C3A": {"block_size": 8, **LINEARS},
     "MISS": {"r": 2, **LINEARS},
     "LORA": {"r": 2, **LINEARS},
+    "POLY": {"r": 2, "n_skills": 2, **LINEARS},
     "IA3": {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []},
 }
 """Types that work inside the model, with settings that suit a tiny one."""
@@ -236,3 +237,48 @@ def test_adalora_is_not_spread_over_processes(base):  # noqa: F811
     settings = VERB.parse({"from": "base", "data": "d", "method": {"peft": ADALORA}, "parallel": "fsdp"})
     (problem,) = VERB.check(settings, {"base": facts_of(base)})
     assert "use `parallel: ddp`" in problem
+
+
+POLY = {"peft_type": "POLY", "r": 2, "n_skills": 3, "n_splits": 2, "target_modules": "all-linear"}
+
+
+def test_poly_is_trained_on_the_first_task_and_saved_loaded_and_exported(tmp_path, base):  # noqa: F811
+    peft = pytest.importorskip("peft")
+    ids = torch.arange(3, 33).view(2, 15)
+    run(tmp_path / "a", base, method={"peft": {**POLY, "n_tasks": 2}}, learning_rate=0.03, budget="12 steps")
+    log = [json.loads(line) for line in (tmp_path / "a" / "out" / "log.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in log if "loss" in row]
+    assert losses[-1] < losses[0]
+    loaded = models.load(tmp_path / "a" / "out")
+    with torch.no_grad():
+        changed = loaded(ids).logits
+        loaded.save_pretrained(tmp_path / "again")
+        assert torch.equal(models.load(tmp_path / "again")(ids).logits, changed)
+        written = graft.adapt(tmp_path / "written", adapters=[str(tmp_path / "a" / "out")], export="peft")
+        theirs = peft.PeftModel.from_pretrained(models.load(base), written / "peft").eval()
+        first, second = (theirs.base_model(ids, task_ids=torch.full((2,), task)).logits for task in (0, 1))
+        assert torch.equal(first, changed)
+        assert not torch.allclose(second, changed, atol=1e-5)
+        wrapper = loaded.__dict__[foreign.HOLDER][0].base_model  # who calls peft's own wrapper says which task it is
+        assert torch.equal(wrapper(ids, task_ids=torch.ones(2, dtype=torch.long)).logits, second)
+        long = loaded.generate(ids, max_new_tokens=4, do_sample=False, num_beams=2)
+        assert torch.equal(long, loaded.generate(ids, max_new_tokens=4, do_sample=False, num_beams=2, use_cache=False))
+    with pytest.raises(RequestError, match="does not fold"):
+        run(tmp_path / "fold", base, method={"peft": POLY}, fold=True)
+
+
+def test_a_killed_training_of_poly_goes_on_with_the_same_bytes(tmp_path, base, monkeypatch):  # noqa: F811
+    """Which draws skills anew in every step."""
+    pytest.importorskip("peft")
+    how = {"method": {"peft": POLY}, "budget": "5 steps", "checkpoint_every": "1 steps", "gradient_checkpointing": True}
+    goes_on_with_the_same_bytes(tmp_path, base, monkeypatch, how)
+
+
+def test_poly_is_refused_for_several_tasks_and_x_lora_at_all(base):  # noqa: F811
+    pytest.importorskip("peft")
+    tasks = {"one": {"data": "d", "head": "text"}, "two": {"data": "e", "head": "text"}}
+    settings = VERB.parse({"from": "base", "tasks": tasks, "method": {"peft": POLY}})
+    (problem,) = VERB.check(settings, {"base": facts_of(base)})
+    assert "trained on one task here, found several" in problem
+    with pytest.raises(RequestError, match="XLORA reads each text twice"):
+        foreign.peft_config({"peft_type": "XLORA", "adapters": {}})

@@ -26,11 +26,14 @@ HOLDER = "graft_peft"
 RANKED = "ADALORA"
 """The type that loses ranks while it is trained."""
 
+TASKED = "POLY"
+"""The type that wants a task's number with every row."""
+
 UNABLE = {
-    "XLORA": "mixes adapters that are there already: put them together with `adapt`, or learn a `fusion` of them",
-    "POLY": "asks for a task's number with every row, which data of one task have not: use the method lora",
+    "XLORA": "reads each text twice and without a cache to mix adapters that are there already: put them together with "
+    "`adapt`, or learn a `fusion` of them",
 }
-"""Types that need more than a model and a loss."""
+"""Types that a model which is called as any other cannot carry."""
 
 
 def peft_config(settings: Mapping[str, Any]) -> Any:
@@ -87,12 +90,32 @@ def wrap(
     model.__dict__[HOLDER] = (wrapper, base, said)
     if _is_ranked(wrapper):
         model.add_module(NAME, Ranks(wrapper, said))
+    if _kind(config) == TASKED:
+        _give_task(model)
     model.__class__ = adapted_class(type(model))  # type: ignore[arg-type]
     return model
 
 
 def _is_ranked(wrapper: Any) -> bool:
     return hasattr(wrapper.base_model, "rankallocator")
+
+
+def _kind(config: Any) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _give_task(model: PreTrainedModel) -> None:
+    """Every row is of task 0, where peft's own wrapper does not say which it is of."""
+    from peft.tuners.poly.layer import PolyLayer
+
+    for module in model.modules():
+        if isinstance(module, PolyLayer):
+            module.register_forward_pre_hook(_first_task, with_kwargs=True)
+
+
+def _first_task(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    rows = args[0]
+    return args, {"task_ids": rows.new_zeros(len(rows), dtype=int), **kwargs}
 
 
 def _check_packed(model: PreTrainedModel, config: Any) -> None:
@@ -102,10 +125,9 @@ def _check_packed(model: PreTrainedModel, config: Any) -> None:
     try:
         call_briefly(model)
     except RuntimeError as error:
-        kind = getattr(config.peft_type, "value", config.peft_type)
         raise RequestError(
-            f"peft: {kind} does not compute with packed weights ({error}): use the method lora or ia3, or unpack the "
-            "model first ({quantize: {from: …, bits: 16}})"
+            f"peft: {_kind(config)} does not compute with packed weights ({error}): use the method lora or ia3, "
+            "or unpack the model first ({quantize: {from: …, bits: 16}})"
         ) from None
 
 

@@ -122,8 +122,10 @@ class Tune(Verb[TuneSettings]):
         if name == "full" and (options["freeze"] or options["only"]):
             return chosen.problems(parameter_names(start.config), options["freeze"], options["only"])
         if name == "peft":
-            from graft.adapters.foreign import tried
+            from graft.adapters.foreign import TASKED, tried
 
+            if len(settings.tasks) > 1 and str(options["config"].get("peft_type")).upper() == TASKED:
+                return ["peft: POLY is trained on one task here, found several: use the method lora, or `data` of one"]
             return [] if is_adapted(start) else tried(start.config, options["config"])[0]
         if name == "fusion" or not hasattr(chosen, "points"):
             return []
