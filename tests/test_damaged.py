@@ -90,6 +90,16 @@ def test_a_damaged_model_is_a_wrong_request_of_every_command(damage, at):
         assert not (at / "out").exists(), name
 
 
+@pytest.mark.parametrize(("harm", "words"), [(shutil.rmtree, "'sick' is missing"), (truncated, "truncated")])
+def test_an_ensemble_without_its_member_is_a_wrong_request_too(harm, words, at):
+    made = CliRunner().invoke(app, ["ensemble", "both", "--combine", "linear", "sick=0.5", "well=0.5", "--json"])
+    assert made.exit_code == 0
+    harm(at / "sick")
+    result = CliRunner().invoke(app, ["eval", "both", "--on", "text.txt", "--out", "out", "--json"])
+    assert result.exit_code == 2
+    assert words in json.loads(result.stdout)["error"]
+
+
 def test_all_damaged_models_are_told_at_once(at):
     truncated(at / "sick")
     shutil.copytree(at / "well", at / "ill")

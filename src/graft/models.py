@@ -229,7 +229,8 @@ def check_stored(folder: Path) -> None:
 
 def check_asked(folders: Iterable[Path], *, loads: bool = True) -> None:
     """That the models which a request names can be read, before any work: configurations, manifests, tokenizers and
-    headers of all folders behind them; with `loads` also that weights fit their configurations and manifests.
+    headers of all folders behind them; with `loads` also that weights fit their configurations and manifests, and that
+    ensembles' members are what they were.
 
     Raises RequestError with all that is damaged, or that is no model.
     """
@@ -240,6 +241,7 @@ def check_asked(folders: Iterable[Path], *, loads: bool = True) -> None:
                 _check_files(place)
                 if loads:
                     check_as_made(place)
+                    _check_members(place)
             if loads:
                 check_stored(folder)
         except (RequestError, CheckpointError) as error:
@@ -259,6 +261,13 @@ def _check_files(folder: Path) -> None:
     else:
         for file in folder.glob("*.safetensors"):
             read_file_headers(file)
+
+
+def _check_members(folder: Path) -> None:
+    if not is_lora(folder) and read_config(folder).get("members"):
+        from graft.ensemble.members import check_members
+
+        check_members(folder)
 
 
 def _as_saved(folder: Path) -> bool:

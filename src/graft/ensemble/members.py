@@ -145,6 +145,15 @@ def load_members(entries: Sequence[Mapping[str, Any]], folder: Path, dtype: Any)
     return [_load_entry(entry, folder, dtype, found) for entry in entries]
 
 
+def check_members(folder: Path) -> None:
+    """That the members which the ensemble in `folder` names are there and as they were.
+
+    Raises CheckpointError as `load_members`.
+    """
+    for entry in read_config(folder)["members"]:
+        _checked(entry, folder)
+
+
 Loaded = dict[tuple[Any, ...], Any]
 """Models that are in memory already, by folder, type and device."""
 
