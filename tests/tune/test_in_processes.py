@@ -21,6 +21,7 @@ from graft.tune import VERB
 
 from . import in_processes
 from .test_full import base, tokenizer_and_ids  # noqa: F401  (a fixture)
+from .test_peft_types import ADALORA
 from .test_several import TASKS, assert_close, encoder, weights  # noqa: F401
 
 FSDP, OFFLOAD = {"parallel": "fsdp"}, {"parallel": {"method": "fsdp", "offload": "cpu"}}
@@ -63,6 +64,8 @@ MULTI = {
     "fomaml": {"tasks": TASKS, "given": {"batch_size": 4, "mixing": META}},
     "reptile": {"tasks": TASKS, "given": {"batch_size": 4, "mixing": REPTILE}},
 }
+if importlib.util.find_spec("peft") is not None:
+    MULTI["adalora"] = {"tasks": TASKS, "given": {"batch_size": 4, "accumulate": 2, "method": {"peft": ADALORA}}}
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -36,3 +38,15 @@ def companions_of(model: nn.Module, steps: int, spread: bool) -> list[Companion]
     for companion in found:
         companion.begin(steps)
     return found
+
+
+def add_gradient(penalty: torch.Tensor | None, parameters: Sequence[nn.Parameter]) -> None:
+    """Add the gradient of `penalty`, the same in every process, to that of `parameters`; not by a backward pass.
+
+    That would have processes exchange it, and count parameters twice that a batch does not reach.
+    """
+    if penalty is None:
+        return
+    for parameter, found in zip(parameters, torch.autograd.grad(penalty, parameters, allow_unused=True), strict=True):
+        if found is not None:
+            parameter.grad = found if parameter.grad is None else parameter.grad.add_(found)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from graft.train.companions import Companion
+from graft.train.companions import Companion, add_gradient
 from graft.train.ema import MovingAverage
 from graft.train.optimizer import adamw
 from graft.train.place import Place
@@ -43,17 +43,14 @@ class Learner:
         else:
             self.place.engine.backward(loss)
 
-    def penalty(self) -> torch.Tensor | None:
-        """What the model's companions add to the mean loss of a step."""
-        found = [term for term in (companion.penalty() for companion in self.companions) if term is not None]
-        return torch.stack(found).sum() if found else None
-
     def update(self, step: int) -> torch.Tensor:
         """Clip and step behind the backward passes of step 1, 2, …; the norm of the gradient before clipping."""
         if self.place.engine is not None:
             return self.place.engine.norm()
         self.parts.take_gradients()
         self.scaler.unscale_(self.optimizer)
+        for companion in self.companions:
+            add_gradient(companion.penalty(), self.parts.parameters)
         norm = self.parts.norm()
         if self.clip is not None:
             self.parts.clip(self.clip, norm)

@@ -299,9 +299,7 @@ class Training:
             with self.place.without_sync(self.learner.wrapped, number + 1 < len(step.pieces)):
                 with self.place.autocast(self.settings.precision):
                     loss = self.objective(self.learner.wrapped, self.place.take(piece))
-                # what the weights themselves cost, once a step
-                own = None if number + 1 < len(step.pieces) else self.learner.penalty()
-                self.learner.backward(loss * scale if own is None else loss * scale + own)
+                self.learner.backward(loss * scale)
             total += loss.detach()
         return total
 
