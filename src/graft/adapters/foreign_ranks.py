@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from graft.adapters.companion import Companion
 from graft.errors import RequestError
-from graft.train.companions import Companion
 
 NAME = "graft_ranks"
 """The module of a model under which `Ranks` stands."""

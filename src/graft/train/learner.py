@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from graft.train.companions import Companion, add_gradient
+from graft.adapters.companion import Companion
+from graft.train.companions import add_gradient
 from graft.train.ema import MovingAverage
 from graft.train.optimizer import adamw
 from graft.train.place import Place
