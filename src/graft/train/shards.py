@@ -95,9 +95,17 @@ def copies(parameter: torch.Tensor, processes: int) -> float:
     return processes / cut
 
 
+def _meeting(parameters: Sequence[torch.Tensor]) -> str | None:
+    """The kind of device on which processes meet that hold parameters in parts; None where each holds them whole."""
+    return next((p.device_mesh.device_type for p in parameters if isinstance(p, DTensor)), None)
+
+
 def summed(parts: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Numbers that this process has of its parts of parameters, added over the processes that hold these together."""
-    meeting = next((p.device_mesh.device_type for p in parameters if isinstance(p, DTensor)), None)
+    """Numbers that this process has of its parts of parameters, added over the processes that hold these together.
+
+    Every process must ask, with as many `parts`, of one shape.
+    """
+    meeting = _meeting(parameters)
     if meeting is None:
         return torch.stack(list(parts))
     total = torch.stack([part.to(meeting) for part in parts])
@@ -136,24 +144,39 @@ class Parts:
         set_moments(optimizer, {name: part_of(tensor, owners[_number(name)]) for name, tensor in held.items()})
 
     def take_gradients(self) -> None:
-        """Give the parts their gradients, as they stand behind a backward pass."""
+        """Give the parts their gradients, as they stand behind a backward pass; zero where other processes have one.
+
+        So the optimizer has a state for the same parameters in all of them.
+        """
         if self.by_hand and self.processes > 1:
             average([p for p in self.parameters if not isinstance(p, DTensor)], self.processes)
-        for parameter, part in self.of.items():
+        for parameter, held in zip(self.parameters, self._reached(), strict=True):
+            part = self.of[parameter]
             if part is not parameter:
                 part.data = local(parameter)
-                part.grad = None if parameter.grad is None else local(parameter.grad)
+                own = parameter.grad
+                part.grad = local(own) if own is not None else torch.zeros_like(part) if held else None
+
+    def _reached(self) -> list[bool]:
+        """Which of the parameters have a gradient in any process; where they lie in parts every process must ask."""
+        there = torch.tensor([float(p.grad is not None) for p in self.parameters])
+        if self.in_parts and self.processes > 1:
+            there = summed([there], self.parameters)[0]
+        return [count > 0 for count in there.tolist()]
 
     def norm(self) -> torch.Tensor:
-        """The norm of the whole gradient, the same in every process."""
+        """The norm of the whole gradient, the same in every process; where it lies in parts every process must ask."""
         gradients = [(p, part.grad) for p, part in self.of.items() if part.grad is not None]
-        if not self.in_parts or not gradients:
+        if not self.in_parts:
             return get_total_norm([gradient for _, gradient in gradients])
         by_copies: dict[float, list[torch.Tensor]] = {}
         for parameter, gradient in gradients:
             by_copies.setdefault(copies(parameter, self.processes), []).append(gradient)
-        squares = [get_total_norm(some) ** 2 / held for held, some in by_copies.items()]
-        return summed(squares, self.parameters).sum().sqrt()
+        # one number, whatever this process has gradients of
+        square = torch.zeros((), device=_meeting(self.parameters))
+        for held, some in by_copies.items():
+            square += get_total_norm(some).to(square.device) ** 2 / held
+        return summed([square], self.parameters)[0].sqrt()
 
     @torch.no_grad()
     def clip(self, most: float, norm: torch.Tensor) -> None:
