@@ -28,7 +28,7 @@ LAYERS = [
     },
     {"methods", "verb", "hub", "disk", "checkpoint", "lora", "pickles", "remembered", "hashing", "machine_code"},
     {"folders", "vocabulary", "lineage", "facts", "finite", "fitting", "data"},
-    {"models", "adapters", "multitask", "kinship", "masks", "prefix_lm", "products"},
+    {"models", "adapters", "multitask", "kinship", "masks", "one_way", "prefix_lm", "products"},
     {"train", "evaluate"},
     VERBS,
     {"verbs"},

@@ -162,8 +162,8 @@ def test_an_ensemble_may_be_a_member(members):
 def test_a_member_of_weight_zero_is_not_run(members):
     ran = []
     idle = qwen()
-    idle.register_forward_hook(lambda *_: ran.append(1))
     ensemble = ensemble_of({"idle": idle, "llama": members["llama"]}, [0.0, 1.0])
+    idle.register_forward_hook(lambda *_: ran.append(1))
     ids, mask = prompts()
     found = ensemble.generate(ids, attention_mask=mask, num_beams=2, **PLAIN)
     assert torch.equal(found, members["llama"].generate(ids, attention_mask=mask, num_beams=2, **PLAIN))

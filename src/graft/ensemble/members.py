@@ -26,10 +26,11 @@ from graft.ensemble.configuration import kind_of
 from graft.ensemble.dropout import thinned, twin
 from graft.ensemble.sources import Source
 from graft.errors import CheckpointError, RequestError
-from graft.folders import ADAPTED, read_config
+from graft.folders import ADAPTED, ENSEMBLES, read_config
 from graft.hashing import shortened
 from graft.lora import CONFIG as LORA_CONFIG
 from graft.lora import base_folder, is_lora
+from graft.one_way import check_one_way
 from graft.vocabulary import vocabulary_hash
 
 
@@ -92,7 +93,7 @@ def _copy_members(own: Path, target: Path, name: str, copies: dict[Path, str]) -
     """Of an ensemble that was copied from `own`: copy its members that lie elsewhere, and let it name the copies."""
     place = target / copies[own]
     config = {} if is_lora(own) else read_config(own)
-    entries = config.get("members") if str(config.get("model_type")).startswith("graft_") else None
+    entries = config.get("members") if config.get("model_type") in ENSEMBLES else None
     elsewhere = [entry for entry in entries or () if not (own / entry["path"]).resolve().is_relative_to(own)]
     for entry in elsewhere:
         found = target / copied(_checked(entry, own), target, f"{name}-{entry['name']}", copies)
@@ -199,7 +200,10 @@ def loaded(
             base = loaded(home_of(place), {}, dtype=wanted, device=where, found=known)
             known[key] = _adapted(twin(base), place)
         else:
-            known[key] = share(models.load(place, dtype=wanted, device=where), list(known.values()))
+            model = models.load(place, dtype=wanted, device=where)
+            if kind_of([config_of(place)]) == "CausalLM":
+                check_one_way(model)
+            known[key] = share(model, list(known.values()))
     dropout = extras.get("dropout")
     return known[key] if dropout is None else thinned(known[key], dropout["share"], dropout["seed"])
 

@@ -25,6 +25,7 @@ from graft.ensemble.settings import NOT_A_MIXTURE
 from graft.ensemble.union import Union
 from graft.errors import CannotCombine, RequestError
 from graft.methods import method
+from graft.one_way import check_one_way
 from graft.settings import parse
 from graft.vocabulary import vocabulary_hash
 
@@ -100,6 +101,8 @@ def _check_models(members: Mapping[str, Any]) -> None:
                 f"member {name!r}: expected a model of transformers, found {type(model).__name__}: load its folder "
                 "with graft.load, which reads adapters too"
             )
+        if kind_of([_config(model)]) == "CausalLM":
+            check_one_way(model)
 
 
 def _numbers(weights: Sequence[Any]) -> list[float]:

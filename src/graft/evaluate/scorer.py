@@ -21,6 +21,7 @@ from graft.evaluate.branches import Branches
 from graft.evaluate.limits import longest_context, most_tokens, puts_start
 from graft.evaluate.reading import Answers, Continuation, Reader, padded
 from graft.evaluate.sharing import Request, plan, plan_prompts
+from graft.one_way import check_one_way
 from graft.products import quick_layers
 from graft.progress import Progress
 
@@ -65,6 +66,7 @@ class Scorer:
         self.longest = context or most_tokens(model.config, tokenizer)
         self.encoder_decoder = bool(model.config.is_encoder_decoder)
         self.branches = Branches(self.reader, share)
+        self.is_one_way = False
 
     @property
     def tokens_read(self) -> int:
@@ -274,6 +276,9 @@ class Scorer:
         name = type(self.model).__name__
         if self.encoder_decoder or "MaskedLM" in name or not self.model.can_generate():
             raise RequestError(f"expected a model that predicts text from left to right, found {name}")
+        if not self.is_one_way:
+            check_one_way(self.model)
+            self.is_one_way = True
 
 
 class _Stop:

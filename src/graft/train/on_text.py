@@ -10,9 +10,10 @@ from graft.data.objective_rows import objective_rows
 from graft.data.objectives import Prefix
 from graft.data.rows import Rows
 from graft.errors import CannotCombine
+from graft.one_way import check_one_way
 from graft.prefix_lm import mark
 from graft.settings import Settings
-from graft.train.attention import keeps_apart
+from graft.train.attention import keeps_apart, predicts_in_place
 from graft.train.loop import Save, train
 from graft.train.losses import TokenLoss
 from graft.train.place import main_first, tell
@@ -73,7 +74,10 @@ def counted(model: PreTrainedModel) -> str:
 
 
 def reads_together(model: PreTrainedModel, objective: Settings, length: int) -> bool:
-    """Whether rows of several documents can be made for a model. Raises CannotCombine where the objective needs it."""
+    """Whether rows of several documents can be made for a model. Raises CannotCombine where the objective needs it, and
+    RequestError for a decoder that sees what it is to predict."""
+    if not predicts_in_place(model):
+        check_one_way(model)
     together = bool(model.config.is_encoder_decoder) or keeps_apart(model, length)
     if isinstance(objective, Prefix) and not together:
         raise CannotCombine(
