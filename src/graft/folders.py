@@ -18,6 +18,8 @@ ADAPTED = "graft_adapted"
 """The `model_type` of a folder of adapters, and the key of what `config.json` says of them."""
 ENSEMBLES = ("graft_ensemble", "graft_byte_ensemble")
 """Types of configurations that name members."""
+OWN = (ADAPTED, *ENSEMBLES)
+"""Types of configurations that are graft's own, which `transformers` has no model for."""
 COMPANIONS = (
     "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model*", "*.model", "*.spm",
     "tekken.json", "vocab*", "*_vocab.json", "merges.txt", "bpe.codes", "dict.txt", "normalizer.json",

@@ -17,7 +17,7 @@ from graft.disk import disk_errors
 from graft.errors import CheckpointError, RequestError, closest
 from graft.finite import check_folder, check_loaded
 from graft.fitting import OLD_NAMES, architecture_of, beyond, misfits
-from graft.folders import ADAPTED, folders_behind, read_config
+from graft.folders import ADAPTED, ENSEMBLES, OWN, folders_behind, read_config
 from graft.hashing import hash_file
 from graft.hub import fetch
 from graft.lineage import check_as_made, read_manifest
@@ -130,7 +130,7 @@ def _loaded(path: Path, dtype: str | torch.dtype | None, device: str | None, qua
         from graft.multitask.adapted import load_head
 
         return load_head(path, dtype=dtype, device=device)
-    if not config.model_type.startswith("graft_"):
+    if config.model_type not in OWN:
         check_fit(path, read_headers(path))
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     # packed weights are made where they shall be: they cannot be moved on every device
@@ -163,7 +163,7 @@ def _loaded(path: Path, dtype: str | torch.dtype | None, device: str | None, qua
     if quantised:
         _exact_on_cpu(model)
         return model.eval()
-    if not config.model_type.startswith("graft_"):
+    if config.model_type not in OWN:
         check_loaded(model, path)
     return model.to(device).eval() if device else model.eval()
 
@@ -256,7 +256,7 @@ def _check_files(folder: Path) -> None:
     tokenizer_of(folder)
     if is_pickled(folder):
         pickled_files(folder)
-    elif is_lora(folder) or not str(read_config(folder).get("model_type")).startswith("graft_"):
+    elif is_lora(folder) or read_config(folder).get("model_type") not in OWN:
         read_headers(folder)
     else:
         for file in folder.glob("*.safetensors"):
@@ -264,7 +264,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_members(folder: Path) -> None:
-    if not is_lora(folder) and read_config(folder).get("members"):
+    if not is_lora(folder) and read_config(folder).get("model_type") in ENSEMBLES:
         from graft.ensemble.members import check_members
 
         check_members(folder)
@@ -289,7 +289,7 @@ def check_fit(folder: Path, headers: Headers) -> None:
     said = read_config(folder)
     kind = str(said.get("model_type"))
     old = any(OLD_NAMES.search(name) for name in headers)
-    if kind.startswith("graft_") or kind not in CONFIG_MAPPING or said.get("quantization_config") or old:
+    if kind in OWN or kind not in CONFIG_MAPPING or said.get("quantization_config") or old:
         return
     try:
         model = made_empty(load_config(folder))
@@ -311,7 +311,7 @@ def check_fit(folder: Path, headers: Headers) -> None:
 def unknown_type(config: Mapping[str, Any]) -> str:
     """What keeps `transformers` from making a model of a configuration: a type that it does not know; else empty."""
     kind, version = str(config.get("model_type", "")), metadata.version("transformers")
-    if kind.startswith("graft_") or remembered.recall("type", f"{version} {kind}") is not None:
+    if kind in OWN or remembered.recall("type", f"{version} {kind}") is not None:
         return ""
     from transformers import CONFIG_MAPPING
 

@@ -102,7 +102,9 @@ class Tune(Verb[TuneSettings]):
             return []
         adapter, quantised = "full" not in settings.method, start.stored == "quantised"
         config = settings.method.get("peft", {}).get("config", {})
-        if str(config.get("peft_type")).upper() == "ADALORA":
+        from graft.adapters.foreign import RANKED
+
+        if str(config.get("peft_type")).upper() == RANKED:
             return [
                 "AdaLoRA reads whole gradients between steps, which `fsdp` and `zero` spread: use `parallel: ddp`, or "
                 "the method lora"

@@ -54,6 +54,35 @@ def set_weight(frame, buffer, field, place, value):
     put(doubles_at(get(frame, lay.WEIGHTS)), (buffer * 3 + field) * get(frame, lay.OPEN_ROOM) + place, value)
 
 
+@inlined
+def born_number(frame, field, number):
+    """A whole number of a complete sequence."""
+    return get(ints_at(get(frame, lay.BORN)), field * get(frame, lay.BORN_ROOM) + number)
+
+
+@inlined
+def born_weight(frame, field, number):
+    """A real number of a complete sequence."""
+    return get(doubles_at(get(frame, lay.BORN_WEIGHTS)), field * get(frame, lay.BORN_ROOM) + number)
+
+
+@inlined
+def set_born_weight(frame, field, number, value):
+    """Write a real number of a complete sequence."""
+    put(doubles_at(get(frame, lay.BORN_WEIGHTS)), field * get(frame, lay.BORN_ROOM) + number, value)
+
+
+@inlined
+def set_born(frame, number, node, token, true, mass):
+    """Write a complete sequence."""
+    room = get(frame, lay.BORN_ROOM)
+    whole, reals = ints_at(get(frame, lay.BORN)), doubles_at(get(frame, lay.BORN_WEIGHTS))
+    put(whole, lay.BORN_NODE * room + number, node)
+    put(whole, lay.BORN_TOKEN * room + number, token)
+    put(reals, lay.BORN_TRUE * room + number, true)
+    put(reals, lay.BORN_MASS * room + number, mass)
+
+
 @called
 def hold(frame, buffer, place, node, row, at, rough, scale, mass, true):
     """Write a hypothesis."""

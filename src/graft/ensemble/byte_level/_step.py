@@ -12,6 +12,8 @@ import math
 
 from graft.ensemble.byte_level import _layout as lay
 from graft.ensemble.byte_level._fields import (
+    born_number,
+    born_weight,
     child_of,
     entry_of,
     first_of,
@@ -21,6 +23,8 @@ from graft.ensemble.byte_level._fields import (
     of,
     range_of,
     real,
+    set_born,
+    set_born_weight,
     set_of,
     set_real,
     set_weight,
@@ -48,6 +52,7 @@ def ask(frame, node):
 
 @inlined
 def ask_alone(frame, token):
+    """Note a token whose probability at the start of a text is to be known; each once in a walk."""
     seen = ints_at(get(frame, lay.SEEN))
     if get(seen, token) == get(frame, lay.WALK):
         return
@@ -60,25 +65,22 @@ def ask_alone(frame, token):
 @called
 def sort_born(frame, count):
     """The sequences that are complete, the likeliest first, equal ones in their order; those of no mass left out."""
-    room = get(frame, lay.BORN_ROOM)
-    whole, reals = ints_at(get(frame, lay.BORN)), doubles_at(get(frame, lay.BORN_WEIGHTS))
     kept = I64(0)
     for number in range(count):
-        node, token = get(whole, number), get(whole, room + number)
-        true, mass = get(reals, number), get(reals, room + number)
+        node, token = born_number(frame, lay.BORN_NODE, number), born_number(frame, lay.BORN_TOKEN, number)
+        true, mass = born_weight(frame, lay.BORN_TRUE, number), born_weight(frame, lay.BORN_MASS, number)
         if not mass > 0:
             continue
         place = kept
-        while place > 0 and get(reals, room + place - 1) < mass:
-            put(whole, place, get(whole, place - 1))
-            put(whole, room + place, get(whole, room + place - 1))
-            put(reals, place, get(reals, place - 1))
-            put(reals, room + place, get(reals, room + place - 1))
+        while place > 0 and born_weight(frame, lay.BORN_MASS, place - 1) < mass:
+            before = place - 1
+            set_born(
+                frame, place,
+                born_number(frame, lay.BORN_NODE, before), born_number(frame, lay.BORN_TOKEN, before),
+                born_weight(frame, lay.BORN_TRUE, before), born_weight(frame, lay.BORN_MASS, before),
+            )  # fmt: skip
             place -= 1
-        put(whole, place, node)
-        put(whole, room + place, token)
-        put(reals, place, true)
-        put(reals, room + place, mass)
+        set_born(frame, place, node, token, true, mass)
         kept += 1
     return kept
 
@@ -89,7 +91,6 @@ def moved_and_born(frame, before, after, total):
     -2: no room) and adds their mass to `total`."""
     moved, born = I64(0), I64(0)
     room, open_room = get(frame, lay.BORN_ROOM), get(frame, lay.OPEN_ROOM)
-    whole, reals = ints_at(get(frame, lay.BORN)), doubles_at(get(frame, lay.BORN_WEIGHTS))
     spelt, pool = ints_at(get(frame, lay.SPELT)), doubles_at(get(frame, lay.POOL))
     for number in range(get(ints_at(get(frame, lay.COUNTS)), before)):
         node, row = held(frame, before, lay.H_NODE, number), held(frame, before, lay.H_ROW, number)
@@ -108,10 +109,7 @@ def moved_and_born(frame, before, after, total):
                 return I64(-2), born, total
             step = get(pool, row + last - first + token - begun)
             mass = scale * math.exp(step)
-            put(whole, born, node)
-            put(whole, room + born, get(spelt, token))
-            put(reals, born, -math.inf if rough else true + step)
-            put(reals, room + born, mass)
+            set_born(frame, born, node, get(spelt, token), -math.inf if rough else true + step, mass)
             born += 1
             total += mass
         if range_of(frame, I64(1), place) < range_of(frame, I64(2), place):
@@ -156,24 +154,6 @@ def promote(frame, buffer, count, likely, exact, asking):
                 return I64(-1)
             sure = I64(0)
     return sure
-
-
-@inlined
-def born_number(frame, field, number):
-    """A whole number of a complete sequence."""
-    return get(ints_at(get(frame, lay.BORN)), field * get(frame, lay.BORN_ROOM) + number)
-
-
-@inlined
-def born_weight(frame, field, number):
-    """A real number of a complete sequence."""
-    return get(doubles_at(get(frame, lay.BORN_WEIGHTS)), field * get(frame, lay.BORN_ROOM) + number)
-
-
-@inlined
-def set_born_weight(frame, field, number, value):
-    """Write a real number of a complete sequence."""
-    put(doubles_at(get(frame, lay.BORN_WEIGHTS)), field * get(frame, lay.BORN_ROOM) + number, value)
 
 
 @called

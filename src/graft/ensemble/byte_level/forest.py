@@ -19,7 +19,7 @@ import torch
 from graft.ensemble.byte_level.asking import Ask, Found, Reading, Wanted
 from graft.ensemble.byte_level.columns import Places, adopt, cache_of
 from graft.ensemble.byte_level.cover import Told
-from graft.ensemble.byte_level.leaf import FORGOTTEN, UNREAD, Leaf
+from graft.ensemble.byte_level.leaf import FORGOTTEN, UNREAD, Leaf, alike
 from graft.ensemble.byte_level.packed import Piece, blocks_of, packing
 from graft.ensemble.byte_level.reader import Reader
 from graft.errors import RunError
@@ -27,8 +27,6 @@ from graft.evaluate.limits import can_branch, least_window
 
 LOGITS = 2**24
 """Logits that are held at once."""
-SPARE = 24
-"""Tokens of padding for which rows of different length are still read in one pass."""
 
 
 class Forest:
@@ -213,7 +211,7 @@ class Forest:
                 part = ordered[begin : begin + most]
                 yield [list(own) for _, own in groupby(part, key=lambda leaf: leaf.row)]
             return
-        for group in _alike(sorted(trees.values(), key=len, reverse=True)):
+        for group in alike(sorted(trees.values(), key=len, reverse=True)):
             most = max(1, LOGITS // (self.reader.size * len(group)))
             for begin in range(0, len(group[0]), most):
                 yield [own[begin : begin + most] for own in group if len(own) > begin]
@@ -333,19 +331,6 @@ class Forest:
             for layer in self._cache.layers:
                 layer.keep(row, torch.from_numpy(keep))
             self._columns[row] = len(keep)
-
-
-def _alike(trees: Sequence[list[Leaf]]) -> list[list[list[Leaf]]]:
-    """Lists of leaves, the longest first, in groups whose lists are about as long."""
-    groups: list[list[list[Leaf]]] = []
-    spare = 0
-    for own in trees:
-        spare += len(groups[-1][0]) - len(own) if groups else SPARE + 1
-        if spare > SPARE:
-            groups.append([])
-            spare = 0
-        groups[-1].append(own)
-    return groups
 
 
 def style_of(reader: Reader) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 import numpy as np
 
 from graft.ensemble.byte_level.cover import Told
 from graft.ensemble.byte_level.trie import Trie
 
+SPARE = 24
+"""Tokens of padding for which rows of different length are still read in one pass."""
 UNREAD = np.zeros(0, np.int64)
 """Columns of a token that was not read."""
 FORGOTTEN: weakref.ref[Told] = weakref.ref(Told(Trie([b"a"]), np.zeros(1, np.float32), np.zeros(2), 0.0))
@@ -53,3 +56,16 @@ class Leaf:
             tokens.append(leaf.token)
             leaf = leaf.parent
         return tokens[::-1]
+
+
+def alike(trees: Sequence[list[Leaf]]) -> list[list[list[Leaf]]]:
+    """Lists of leaves, the longest first, in groups whose lists are about as long."""
+    groups: list[list[list[Leaf]]] = []
+    spare = 0
+    for own in trees:
+        spare += len(groups[-1][0]) - len(own) if groups else SPARE + 1
+        if spare > SPARE:
+            groups.append([])
+            spare = 0
+        groups[-1].append(own)
+    return groups
