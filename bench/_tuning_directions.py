@@ -12,8 +12,6 @@ alone, and a task adapter of the tested direction. Text adapters learn from sent
 
 from __future__ import annotations
 
-import sys
-import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,16 +20,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
 import torch
 
 import graft
 from _help import write_lines
-from _tuning_grid import climbed
 from _tuning_runs import SHARED, WORK, Record, Sample, Task, Tuned, named, points_of, started, tuned
 from _tuning_ways import Move, Ways
 from graft.adapters.stack import adapters_of, adopt
-from graft.evaluate.results import key_of
 
 Pairs = Mapping[str, Mapping[str, str]]
 """By language, its sentence for an English one."""
@@ -83,10 +78,12 @@ def read(split: str) -> Pairs:
 class Directions(Ways):
     """Every training of one setup, noted at once."""
 
+    starts = STARTS
+
     def __init__(self, base: Path, given: Namespace):
         self.base, self.given = base, given
         self.steps = given.steps or STEPS
-        super().__init__(f"directions-{named(base)}-{self.steps}-{given.limit}", "bits_per_byte", given.seeds)
+        super().__init__(f"directions-{named(base)}-{self.steps}-{given.limit}", "bits_per_byte", given)
 
     @cached_property
     def samples(self) -> dict[str, Sample]:
@@ -119,30 +116,7 @@ class Directions(Ways):
         dev = [{"source": "", "target": record["target"]} for record in own.records["dev"]]
         return replace(own, records={"dev": dev})
 
-    def rate(self, kind: str) -> float:
-        """Of one kind of training: searched on dev splits with the first seeds."""
-        return climbed(
-            lambda rate: -float(np.mean([self._dev(kind, rate, seed) for seed in self.searching])), STARTS[kind]
-        )
-
-    @property
-    def searching(self) -> range:
-        """Seeds of the search."""
-        return range(self.given.search_seeds)
-
-    def _dev(self, kind: str, rate: float, seed: int) -> float:
-        key = key_of(kind=kind, rate=rate, seed=seed)
-        return float((self.results.get(key) or self._tried(key, kind, rate, seed))["dev"])
-
-    def _tried(self, key: str, kind: str, rate: float, seed: int) -> dict[str, Any]:
-        """One training of the search, and its bits per byte on the dev split."""
-        done, tested = self._trial(kind, rate, seed)
-        metric, statistics = replace(done, sample=tested).judge("dev")[self.metric]
-        value = float(metric.value(statistics.sum(0)[None])[0])
-        print(f"{time.strftime('%H:%M:%S')} {kind} at {rate:g}, {seed}: {value:.4f}", file=sys.stderr)
-        return self.results.append({"key": key, "kind": kind, "rate": rate, "seed": seed, "dev": value})
-
-    def _trial(self, kind: str, rate: float, seed: int) -> tuple[Tuned, Sample]:
+    def trial(self, kind: str, rate: float, seed: int) -> tuple[Tuned, Sample]:
         """A training of this kind, and what it is judged on: adapters on French, the others on German to French."""
         if kind == "text adapter":
             whole = started(self.base, points_of("mad_x", {"width": WIDTH}), seed)
@@ -244,5 +218,4 @@ class Directions(Ways):
             moves = [move for move in MOVES if move[0].startswith("en-") is english]
             columns = {f"{move[0]} tested on {move[1]}": [move] for move in moves}
             lines += ["", *self.table(TRANSFERS, {**columns, words: moves}, UNSWAPPED, TEXT, CEILING)]
-        tried = [kind for kind in STARTS if any(row.get("kind") == kind for row in self.results.rows)]
-        return [*lines, "", f"Learning rates: {'; '.join(f'{kind} {self.rate(kind):g}' for kind in tried)}."]
+        return [*lines, "", self.rates_found()]

@@ -8,13 +8,13 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from _tuning_runs import Sample, Task, Tuned, named, points_of, runs, sample, started, tuned
+from _tuning_runs import Sample, Task, Tuned, kept, named, points_of, runs, sample, started, tuned
 from _tuning_table import Cell, Method, Panel, Seeds, differences, table
 from graft.adapters.point import Point
 from graft.adapters.trial import trained
@@ -112,6 +112,7 @@ class Grid:
     """Every method on one task from one model; each training is noted at once, none is done twice.
 
     `given.head_rate`: that of all fresh heads; None: each method's is searched, from where the head alone is best.
+    `given.longer`: rates are searched downwards from those that are kept of the task's own number of steps.
     """
 
     def __init__(self, task: Task, base: Path, given: Namespace):
@@ -197,11 +198,17 @@ class Grid:
         names = list(self.given.methods or METHODS)
         fitting = {name: self.sizes(name) for name in names}
         for share in (SEARCHED_AT, *(share for share in reversed(SHARES) if share != SEARCHED_AT)):
-            yield from ((name, share) for name in names if share in fitting[name])
+            yield from ((name, share) for name in names if share in fitting[name] and self._asked(name, share))
+
+    def _asked(self, name: str, share: float) -> bool:
+        """Whether a method is asked for at a share; a method of one size always."""
+        return share in self.given.shares or not METHODS[name].sized
 
     def rates_of(self, name: str, share: float | None) -> Rates:
         """The rates of a method at a size: searched at the middle one; from there on lower for larger adapters, higher
         for smaller ones, as long as that is better on the dev split. The head keeps its rate of the middle size."""
+        if self.given.longer and name != NONE:
+            return self._lower(name, share)
         if name in (HEAD, NONE):
             return Rates(climbed(lambda rate: self._dev(name, None, Rates(rate)), 1e-2) if name == HEAD else 1e-3)
         sizes = self.sizes(name) if share is not None else {}
@@ -213,6 +220,19 @@ class Grid:
         return rates._replace(
             body=walked(lambda rate: self._dev(name, share, Rates(rate, rates.head)), rates.body, way)
         )
+
+    def _lower(self, name: str, share: float | None) -> Rates:
+        """From the rates of the shorter training downwards as long as that is better; the head keeps its own."""
+        rows = [row for row in self.shorter if (row["method"], row["share"]) == (name, share)]
+        if not rows:
+            raise SystemExit(f"{self.task.name}: no training of {name} at {share} is kept; fill that grid and keep it")
+        rates = self._found(rows, range(len({row["seed"] for row in rows})))
+        return rates._replace(body=walked(lambda rate: self._dev(name, share, Rates(rate, rates.head)), rates.body, -1))
+
+    @cached_property
+    def shorter(self) -> list[dict[str, Any]]:
+        """The trainings from this model with the task's own number of steps that are kept."""
+        return kept(f"{self.task.name}-{named(self.base)}-{self.task.steps}x{self.task.batch}")
 
     def _searched(self, name: str, share: float | None, start: float) -> Rates:
         """Of the body beside a head that learns as fast as it does best alone; at the best of them, of the head."""
@@ -240,7 +260,7 @@ class Grid:
         for name in dict.fromkeys(row["method"] for row in rows):
             own = [row for row in rows if row["method"] == name]
             for share in dict.fromkeys(row["share"] for row in own):
-                at = self._found([row for row in own if row["share"] == share])
+                at = self._found([row for row in own if row["share"] == share], self.searching)
                 here = [row for row in own if row["share"] == share and rates_in(row) == at]
                 statistics = np.array([row["test"][metric] for row in sorted(here, key=lambda row: row["seed"])])
                 scores = Seeds(metrics.metric_of(metric, statistics.shape[-1]), statistics)
@@ -248,11 +268,11 @@ class Grid:
                 found.setdefault(name, {})[share or 0.0] = Cell(here[0]["trained"], told, scores)
         return {name: found[name] for name in (NONE, HEAD, FULL, *METHODS) if name in found}
 
-    def _found(self, rows: list[dict[str, Any]]) -> Rates:
+    def _found(self, rows: list[dict[str, Any]], searching: Sequence[int]) -> Rates:
         """The best rates in these rows of those that all seeds were tried at that are searched with; of equally good
         ones those that the search settled on, which have more seeds."""
         dev = {(rates_in(row), row["seed"]): row["dev"] for row in rows}
-        wanted = [seed for seed in self.searching if any(row["seed"] == seed for row in rows)]
+        wanted = [seed for seed in searching if any(row["seed"] == seed for row in rows)]
         tried = [rates for rates, seed in dev if seed == 0 and all((rates, other) in dev for other in wanted)]
         trained = Counter(rates for rates, _ in dev)
         return max(tried, key=lambda rates: (self.sign * sum(dev[rates, seed] for seed in wanted), trained[rates]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import lzma
 import random
 import tempfile
@@ -97,6 +98,12 @@ def keep(results: Results) -> Path:
     path.parent.mkdir(exist_ok=True)
     atomic_write(path, lzma.compress(results.path.read_bytes(), preset=9))
     return path
+
+
+def kept(beginning: str) -> list[dict[str, Any]]:
+    """What is kept of trainings whose name begins so."""
+    files = sorted(KEPT.glob(f"{beginning}-*.jsonl.xz"))
+    return [json.loads(line) for file in files for line in lzma.decompress(file.read_bytes()).splitlines()]
 
 
 def sample(task: Task, counts: Mapping[str, int]) -> Sample:

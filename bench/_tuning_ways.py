@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 
+from _tuning_grid import climbed
 from _tuning_runs import Sample, Tuned, runs
 from _tuning_table import Seeds, less
 from graft.evaluate import metrics
@@ -20,11 +23,46 @@ Move = tuple[str, str]
 
 
 class Ways:
-    """Scores by a metric of several ways, moves and seeds, in a folder of the runs."""
+    """Scores by a metric of several ways, moves and seeds, in a folder of the runs; rates are searched from `starts` on
+    with the first seeds."""
 
-    def __init__(self, folder: str, metric: str, seeds: int):
+    starts: Mapping[str, float] = {}
+
+    def __init__(self, folder: str, metric: str, given: Namespace):
         self.results = runs(folder)
-        self.metric, self.seeds = metric, seeds
+        self.metric, self.seeds, self.searching = metric, given.seeds, range(given.search_seeds)
+
+    def trial(self, kind: str, rate: float, seed: int) -> tuple[Tuned, Sample]:
+        """A training of this kind, and the sample on whose dev split it is judged."""
+        raise NotImplementedError
+
+    @cache  # noqa: B019
+    def rate(self, kind: str) -> float:
+        """Of one kind of training."""
+        return climbed(
+            lambda rate: float(np.mean([self._dev(kind, rate, seed) for seed in self.searching])), self.starts[kind]
+        )
+
+    def _dev(self, kind: str, rate: float, seed: int) -> float:
+        """Of one training of the search; more is better."""
+        key = key_of(kind=kind, rate=rate, seed=seed)
+        row = self.results.get(key) or self._tried(key, kind, rate, seed)
+        higher = metrics.metric_of(row.get("metric", self.metric)).higher_is_better
+        return float(row["dev"]) if higher else -float(row["dev"])
+
+    def _tried(self, key: str, kind: str, rate: float, seed: int) -> dict[str, Any]:
+        """Train, judge by the sample's first metric and note it."""
+        done, tested = self.trial(kind, rate, seed)
+        metric, statistics = next(iter(replace(done, sample=tested).judge("dev").values()))
+        value = float(metric.value(statistics.sum(0)[None])[0])
+        print(f"{time.strftime('%H:%M:%S')} {kind} at {rate:g}, {seed}: {value:.4f}", file=sys.stderr)
+        row = {"key": key, "kind": kind, "rate": rate, "seed": seed, "dev": value, "metric": metric.name}
+        return self.results.append(row)
+
+    def rates_found(self) -> str:
+        """The rates of the kinds that were searched, in words."""
+        tried = [kind for kind in self.starts if any(row.get("kind") == kind for row in self.results.rows)]
+        return f"Learning rates: {'; '.join(f'{kind} {self.rate(kind):g}' for kind in tried)}."
 
     def noted(self, name: str, move: Move, seed: int) -> Any:
         """What was noted, or None."""

@@ -51,7 +51,7 @@ def test_a_walk_goes_one_way_as_long_as_it_is_better(grids):
 BEST = {"head alone": (3e-2, None), "full": (1e-3, 1e-2), "lora": (1e-2, 1e-1)}
 
 
-def grid_of(grids, folder, kind="classification", head_rate=None, base="base-1"):
+def grid_of(grids, folder, kind="classification", head_rate=None, base="base-1", best=BEST):
     """A grid of LoRA whose trainings are made up: best at BEST, larger adapters a step lower."""
     metric = {"classification": "accuracy", "text": "bits_per_byte"}[kind]
     task = Namespace(name="made", kind=kind, metric=metric)
@@ -59,7 +59,7 @@ def grid_of(grids, folder, kind="classification", head_rate=None, base="base-1")
     class MadeUp(grids.Grid):
         def __init__(self):
             self.task, self.base = task, Path(base)
-            self.given = Namespace(methods=["lora"], seeds=3, head_rate=head_rate)
+            self.given = Namespace(methods=["lora"], seeds=3, head_rate=head_rate, shares=grids.SHARES, longer=False)
             self.searching, self.whole = range(2), 1000
             self.results = import_module("_tuning_runs").Results(folder)
             self.own = ("untuned", "full") if kind == "text" else ("head alone", "full")
@@ -69,7 +69,7 @@ def grid_of(grids, folder, kind="classification", head_rate=None, base="base-1")
             return {0.001: 1, 0.01: 2, 0.05: 3}
 
         def _new(self, key, name, share, rates, seed):
-            body, head = BEST.get(name, (1e-3, None))
+            body, head = best.get(name, (3e-3, None))
             body = LADDER[LADDER.index(body) - (share == 0.05)]
             far = abs(LADDER.index(rates.body) - LADDER.index(body))
             if rates.head is not None and head is not None and rates.head in LADDER:
@@ -106,6 +106,27 @@ def test_a_grid_goes_on_where_it_stood(grids, tmp_path):
     again._new = lambda *_: pytest.fail("nothing is trained twice")
     again.fill()
     assert found(again) == found(first)
+
+
+def test_a_longer_training_searches_downwards_from_the_rates_of_the_shorter_one(grids, tmp_path):
+    shorter = grid_of(grids, tmp_path / "shorter")
+    shorter.fill()
+    longer = grid_of(grids, tmp_path / "longer", best={"head alone": (3e-2, None), "full": (1e-4, 1e-2)})
+    longer.given.longer, longer.given.shares, longer.searching = True, [0.01], range(1)
+    longer.shorter = shorter.results.rows
+    longer.fill()
+    assert found(longer) == {
+        ("head alone", 0.0): (3e-2, None), ("full", 0.0): (1e-4, 1e-2), ("lora", 0.01): (3e-3, 1e-1),
+    }  # fmt: skip
+    tried = {row["rate"] for row in longer.results.rows if row["method"] == "lora"}
+    assert tried == {1e-2, 3e-3, 1e-3}
+
+
+def test_a_longer_training_needs_the_shorter_one(grids, tmp_path):
+    grid = grid_of(grids, tmp_path)
+    grid.given.longer, grid.shorter = True, []
+    with pytest.raises(SystemExit, match=r"no training of lora at 0\.01 is kept"):
+        grid.rates_of("lora", 0.01)
 
 
 def test_a_head_rate_that_is_given_is_kept(grids, tmp_path):
@@ -183,7 +204,7 @@ def test_directions_are_joined_by_the_english_that_both_have():
 def test_ways_are_scored_over_the_moves_that_are_there(tmp_path, monkeypatch):
     module = import_module("_tuning_ways")
     monkeypatch.setattr(import_module("_tuning_runs"), "WORK", tmp_path)
-    ways = module.Ways("made", "bits_per_byte", 2)
+    ways = module.Ways("made", "bits_per_byte", Namespace(seeds=2, search_seeds=1))
     moves = [("a", "b"), ("b", "a")]
     for seed in range(2):
         for start, end in moves:
@@ -198,6 +219,25 @@ def test_ways_are_scored_over_the_moves_that_are_there(tmp_path, monkeypatch):
     lines = ways.table(["one", "two"], {"there": moves[:1], "both": moves}, "one")
     assert lines[0] == "| | there | both | both, less one |"
     assert lines[3] == "| two |  |  |  |"
+
+
+@pytest.mark.parametrize(("metric", "best"), [("bits_per_byte", 3e-3), ("entity_f1", 1e-2)])
+def test_the_rate_of_a_kind_is_that_with_the_best_mean_over_the_seeds(tmp_path, monkeypatch, metric, best):
+    module = import_module("_tuning_ways")
+    monkeypatch.setattr(import_module("_tuning_runs"), "WORK", tmp_path)
+    dev = {(1e-3, 0): 0.1, (1e-3, 1): 0.4, (3e-3, 0): 0.2, (3e-3, 1): 0.2, (1e-2, 0): 0.3, (1e-2, 1): 0.3}
+
+    class MadeUp(module.Ways):
+        starts = {"adapter": 3e-3}
+
+        def _tried(self, key, kind, rate, seed):
+            value = dev.get((rate, seed), 0.25)
+            return self.results.append({"key": key, "kind": kind, "rate": rate, "dev": value, "metric": metric})
+
+    ways = MadeUp("made", "accuracy", Namespace(seeds=3, search_seeds=2))
+    assert ways.rate("adapter") == best
+    assert ways.rates_found() == f"Learning rates: adapter {best:g}."
+    assert {row["rate"] for row in ways.results.rows} >= {1e-3, 3e-3, 1e-2}
 
 
 def test_only_scores_of_the_same_seeds_and_items_are_subtracted():
