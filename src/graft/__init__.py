@@ -9,8 +9,10 @@ from graft import _callable, _register
 # same cores, spinning makes training twenty times slower. Read by OpenMP when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# bitsandbytes warns on every import of a kernel that it can do without
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# bitsandbytes warns on every import of a kernel that it can do without, and in every call of a layer in 8 bits of how
+# these compute (docs/tuning.md)
+for _name in ("backends.cpu.ops", "autograd._functions"):
+    logging.getLogger(f"bitsandbytes.{_name}").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 __all__ = ["__version__", *_callable.COMMANDS]

@@ -28,7 +28,7 @@ def facts_of(folder: Path) -> Facts:
     check_as_made(folder)
     place = str(folder.resolve())
     found = replace(_facts_of(folder), tokenizer=tokenizer_of(folder), heads=heads_of(folder), folder=place)
-    if is_quantised(folder):
+    if is_quantised(folder) or (ADAPTED in found.config and found.config.get("quantization_config")):
         return replace(found, stored="quantised", start=None)
     tells = found.initialisation.startswith("unknown:") and list(folder.glob("*.safetensors")) and not is_lora(folder)
     return replace(found, start=folder) if tells and ADAPTED not in found.config else found

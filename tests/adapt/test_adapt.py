@@ -13,7 +13,7 @@ from graft.adapters.facts import adapted_facts
 from graft.adapters.folder import averaged
 from graft.adapters.point import Point
 from graft.data.tokenizers import train_tokenizer
-from graft.errors import CheckpointError, RequestError, SettingsError, UnknownName
+from graft.errors import CheckpointError, RecipeError, RequestError, SettingsError, UnknownName
 from graft.facts import facts_of
 from graft.methods import method
 from graft.train.memory import PROCESS
@@ -288,3 +288,14 @@ def test_how_an_adapter_is_related_says_what_to_do(tmp_path, base):
     found = relate(base, adapter(base, tmp_path / "wide", "houlsby", 1, width=3))
     assert (found.kind, found.weights, found.predictions) == ("adapter", "no", "yes")
     assert "adapters on one model are put together without (adapt)" in found.weights_why
+
+
+def test_folding_twice_and_adapters_of_different_models_are_refused_before_work(tmp_path, base):
+    one = adapter(base, tmp_path / "one", "lora", rank=2)
+    whole = graft.adapt(tmp_path / "whole", adapters=[one], fold=True)
+    with pytest.raises(RecipeError, match=r"whole is no adapter on a frozen model \(adapters that were folded"):
+        graft.adapt(tmp_path / "no", adapters=[whole], fold=True)
+    other = adapter(whole, tmp_path / "other", "lora", rank=2)
+    with pytest.raises(RecipeError, match=r"other and .*one were made for different models"):
+        graft.adapt(tmp_path / "no", adapters=[one, other])
+    assert not (tmp_path / "no").exists()

@@ -142,6 +142,33 @@ def test_what_cannot_be_packed_is_said(family, tmp_path, model, bits, message):
         graft.quantize(tmp_path / "no", from_=family.folder / "models" / model, bits=bits)
 
 
+def test_an_adapter_on_packed_weights_is_folded_into_what_they_stand_for(family, tmp_path):
+    place = family.folder / "models"
+    assert facts_of(place / "tuned").stored == "quantised"
+    with pytest.raises(RecipeError, match=r"stands on a quantised model, .*\{quantize: \{from: .*tuned, bits: 16\}\}"):
+        graft.adapt(tmp_path / "no", adapters=[place / "tuned"], fold=True)
+    whole = graft.quantize(tmp_path / "whole", from_=place / "tuned", bits=16)
+    config = json.loads((whole / "config.json").read_text())
+    assert (config["model_type"], "quantization_config" in config) == ("llama", False)
+    assert facts_of(whole).stored == "safetensors"
+    torch.testing.assert_close(logits(whole), logits(place / "tuned"), atol=1e-5, rtol=1e-5)
+    assert (logits(whole) - logits(place / "plain")).abs().max() > 1e-3
+    by_merge = graft.merge(tmp_path / "merged", models=[place / "tuned"], adapters_of=place / "plain")
+    torch.testing.assert_close(logits(whole), logits(by_merge), atol=1e-6, rtol=1e-6)
+
+
+def test_adapters_that_do_not_fold_are_not_unpacked(family, tmp_path):
+    given = {"from_": family.folder / "models" / "four", "data": "code", "length": 64, "budget": "1 steps"}
+    keys = graft.tune(tmp_path / "keys", data_sets={"code": CODE}, method="prefix", batch_size=4, **given)
+    with pytest.raises(RecipeError, match="the adapter does not fold"):
+        graft.quantize(tmp_path / "no", from_=keys, bits=16)
+
+
+def test_nothing_is_said_in_every_call_of_a_layer_in_8_bits(family, caplog):
+    logits(family.folder / "models" / "eight")
+    assert not caplog.records
+
+
 def test_four_bits_are_the_nearest_of_sixteen_quantiles(tmp_path):
     """NF4 by hand: blocks of 64, the largest absolute value of each, the nearest of sixteen values (QLoRA, app. E)."""
     table = torch.tensor(

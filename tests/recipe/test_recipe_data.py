@@ -50,7 +50,8 @@ def test_a_measure_must_fit_the_format_of_the_data(recipe, tmp_path):
           - {measure: generation, on: [d.test, m.test]}
         """)
     )
-    misfit = "expected data of the format completion or pairs, found labelled"
+    take = "take bits_per_byte, perplexity, classification"
+    misfit = f"expected data of the format completion or pairs, found labelled: {take}"
     assert found == [
         "line 6: data.n: expected a tree, found a cycle: n ← n",
         f"line 10: evaluate.1.on: generation on d.test: {misfit}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from recipe_problems import problems
 
+from graft import evaluate
 from graft.evaluate import MEASURES
 from graft.recipe import read_recipe
 
@@ -49,6 +50,18 @@ def test_a_measure_must_fit_the_architecture_of_the_models_it_is_taken_of(on_lin
         "name those to measure with `models: […]`",
         "line 11: evaluate.2.models.0: unknown model 'rigth'; there are: both, left",
     ]
+
+
+def test_of_a_translator_the_measures_that_are_possible_are_named():
+    said = evaluate.untakable(evaluate.parse_one({"measure": "perplexity", "on": ["d.test"]}), {"t": "encoder-decoder"})
+    possible = ("classification (of labelled data)", "generation (of completion or pairs data)")
+    assert f"found t (encoder-decoder): take another `measure` (--measure): {', '.join(possible)}" in said
+    assert "bits_per_byte" not in said
+
+
+def test_of_data_of_another_format_the_measures_that_are_possible_are_named():
+    said = evaluate.misfit(evaluate.parse_one({"measure": "spans", "on": ["d.test"]}), "pairs")
+    assert said == "expected data of the format spans, found pairs: take bits_per_byte, perplexity, generation"
 
 
 TASK = "name: t\ndata: {source: jsonl, format: raw, test: q.jsonl}\nprompt: '{{ q }}'\ntarget: '{{ a }}'\n"

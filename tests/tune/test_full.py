@@ -224,3 +224,25 @@ def test_learned_tokens_and_their_text_need_positions_too(kind, most):
         "expected a `length` of at most 27, for which base has positions beside the 5 that its method takes, found 28"
     )
     assert said(5, False, length=28) == ([] if most is None else [wrong])
+
+
+STRETCHED = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(("rope", "named"), [(None, 32), (STRETCHED, 128)])
+def test_a_length_beyond_computed_positions_is_told_in_the_plan(rope, named):
+    config = transformers.LlamaConfig(**KINDS["Llama"], rope_parameters=rope and {**rope, "rope_theta": 1e4})
+    start = {"base": Facts("decoder", "i", "v", 10, 40, config.to_dict())}
+
+    def noted(length):
+        return VERB.estimate(VERB.parse({"from": "base", "data": "d", "length": length}), start).note
+
+    assert f"base was made for {named} tokens, and `length` is {named + 1}" in noted(named + 1)
+    assert "was made for" not in noted(named)
+    assert "was made for" not in noted(None)
+
+
+def test_it_is_told_at_the_start_too(tmp_path, base, capfd, monkeypatch):
+    monkeypatch.delenv("GRAFT_QUIET", raising=False)
+    run(tmp_path, base, length=128, budget="1 steps")
+    assert "m: warning: base was made for 64 tokens, and `length` is 128" in capfd.readouterr().err

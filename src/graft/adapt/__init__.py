@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from graft.adapt.settings import AdaptSettings
 from graft.adapters.facts import adapted_facts, folded_facts, is_adapted, points_of
-from graft.adapters.point import Point
 from graft.errors import RequestError
 from graft.folders import ADAPTED
 from graft.lora import CONFIG, named_base
@@ -30,16 +29,21 @@ def _alone(settings: AdaptSettings, models: Mapping[str, Facts]) -> list[str]:
     ]
 
 
-def _unfoldable(model: Facts, without: Sequence[str]) -> list[str]:
-    """Why its adapters do not fold, tried on the model's skeleton where its configuration is known."""
-    if set(without) - set(model.config[ADAPTED].get("adapters", {})):
-        return []  # one that is yet to be made has no name before
-    points = [parse(Point, point) for point in points_of(model, without)]
-    if not points or not model.config.get("architectures") or any(point.form == "fusion" for point in points):
-        return []
-    from graft.adapters.trial import problems
+def _unlike(settings: AdaptSettings, models: Mapping[str, Facts]) -> list[str]:
+    """Which adapters stand on another model than the first, as far as the models or their hashes tell."""
+    first = models[settings.start]
+    return [
+        f"{name} and {settings.start} were made for different models: adapters go together on one"
+        for name in settings.names[1:]
+        if models[name].initialisation != first.initialisation
+        or models[name].stored != first.stored
+        or (_base_hash(models[name]) or _base_hash(first)) != (_base_hash(first) or _base_hash(models[name]))
+    ]
 
-    return problems(model.config, points, fold=True)
+
+def _base_hash(model: Facts) -> str:
+    """The hash of the frozen model that finished adapters name; empty of those that are not made yet."""
+    return str(model.config.get(ADAPTED, {}).get("base", {}).get("hash", ""))
 
 
 class Adapt(Verb[AdaptSettings]):
@@ -88,31 +92,28 @@ class Adapt(Verb[AdaptSettings]):
         return {**settings.plain(), "peft": {path.name: hash_file(path) for path in files}}
 
     def check(self, settings: AdaptSettings, models: Mapping[str, Facts]) -> list[str]:
-        found = [
-            f"{name} is no adapter on a frozen model: name nodes tuned with lora, houlsby, … and without `fold`"
-            for name in settings.names
-            if not is_adapted(models[name])
-        ]
+        from graft.adapters.trial import unfoldable_in
+
+        if plain := [name for name in settings.names if not is_adapted(models[name])]:
+            return [
+                f"{name} is no adapter on a frozen model (adapters that were folded are part of its weights): name "
+                "nodes tuned with lora, houlsby, … and without `fold`"
+                for name in plain
+            ]
         if settings.from_ is not None and is_adapted(models[settings.from_]):
-            found.append(
-                f"{settings.from_} has adapters of its own: expected the frozen model that peft's was made for"
-            )
-        first = models[settings.start]
-        if settings.fold and first.stored == "quantised":
+            return [f"{settings.from_} has adapters of its own: expected the frozen model that peft's was made for"]
+        found = _unlike(settings, models) + _alone(settings, models)
+        if settings.fold and models[settings.start].stored == "quantised":
             found.append(
                 f"{settings.start} stands on a quantised model, into which nothing folds: leave the adapters apart "
-                "(`fold: false`)"
+                f"(`fold: false`), or let its weights be unpacked ({{quantize: {{from: {settings.start}, bits: 16}}}}, "
+                "which folds its adapters into them)"
             )
         elif settings.fold:
             found += [
-                f"{name}: {wrong}" for name in settings.names for wrong in _unfoldable(models[name], settings.without)
+                f"{name}: {wrong}" for name in settings.names for wrong in unfoldable_in(models[name], settings.without)
             ]
-        found += [
-            f"{name} and {settings.start} were made for different models: adapters go together on one"
-            for name in settings.names[1:]
-            if models[name].initialisation != first.initialisation
-        ]
-        return found + _alone(settings, models)
+        return found
 
     def facts(self, settings: AdaptSettings, models: Mapping[str, Facts], key: str) -> Facts:
         first = models[settings.start]

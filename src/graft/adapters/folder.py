@@ -112,11 +112,19 @@ def load(
     entry = entry_of(folder)
     place = Path(base) if base is not None else folder / entry["base"]["path"]
     check_base(folder, entry, place)
-    model = models.load(place, dtype=dtype, device=device)
+    return put_on(models.load(place, dtype=dtype, device=device), folder, place)
+
+
+def put_on(model: PreTrainedModel, folder: Path, base: Path) -> PreTrainedModel:
+    """`model`, the frozen one of the adapters in `folder`, with these as they are active there; it lies in `base`.
+
+    Raises CheckpointError for adapter weights that are damaged, missing or of other shapes.
+    """
+    entry = entry_of(folder)
     mark(model, is_prefix_lm(read_config(folder)))
     if "peft" in entry:
-        return load_foreign(model, entry["peft"], _read(folder), place).eval()
-    active = _put(model, folder, entry, place)
+        return load_foreign(model, entry["peft"], _read(folder), base).eval()
+    active = _put(model, folder, entry, base)
     stack = adapters_of(model)
     assert stack is not None
     stack.use(dict(active))

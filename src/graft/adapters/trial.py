@@ -6,9 +6,12 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from graft.adapters.facts import frozen_config
+from graft.adapters.facts import frozen_config, points_of
 from graft.adapters.point import Point
 from graft.errors import RequestError
+from graft.folders import ADAPTED
+from graft.settings import parse
+from graft.verb import Facts
 
 if TYPE_CHECKING:
     from graft.adapters.stack import Adapters
@@ -39,6 +42,17 @@ def learned_positions(config: Mapping[str, Any]) -> int | None:
 
     model = skeleton(config)
     return None if model is None else positions_in(model, config)
+
+
+def unfoldable_in(model: Facts, without: Sequence[str] = ()) -> list[str]:
+    """Why the active adapters of a model, but for those named, do not fold, tried on its skeleton where its
+    configuration is known; empty if nothing is known to speak against it."""
+    if set(without) - set(model.config[ADAPTED].get("adapters", {})):
+        return []  # one that is yet to be made has no name before
+    points = [parse(Point, point) for point in points_of(model, without)]
+    if not points or not model.config.get("architectures") or any(point.form == "fusion" for point in points):
+        return []
+    return problems(model.config, points, fold=True)
 
 
 def problems(config: Mapping[str, Any], points: Sequence[Point], *, fold: bool = False) -> list[str]:

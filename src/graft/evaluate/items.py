@@ -91,7 +91,7 @@ def _on_data(measure: OnData, reference: str, sets: Mapping[str, Any], root: Pat
         found = drawn(part.records(split), measure.limit)
         records += found
         parts.append((found, share))
-    if wrong := misfit(measure, reference, corpus.format):
+    if wrong := misfit(measure, corpus.format):
         raise RequestError(wrong)
     task = None
     if isinstance(measure, Classification):

@@ -159,6 +159,7 @@ MEASURES: dict[str, type[Measure]] = {
     "spans": Spans,
     "task": TaskMeasure,
 }
+ON_DATA = {name: kind for name, kind in MEASURES.items() if issubclass(kind, OnData)}
 
 
 def parse(raw: Any, path: tuple[str | int, ...] = ()) -> list[Measure]:
@@ -176,12 +177,12 @@ def parse(raw: Any, path: tuple[str | int, ...] = ()) -> list[Measure]:
     return measures
 
 
-def misfit(measure: OnData, reference: str, format: str) -> str | None:
-    """Why `measure` cannot be taken on a data set of this format; None where it can."""
+def misfit(measure: OnData, format: str) -> str | None:
+    """Why `measure` cannot be taken on data of this format, with those that can; None where it can."""
     if format in measure.formats:
         return None
-    name = measure.measure  # type: ignore[attr-defined]
-    return f"{name} on {reference}: expected data of the format {' or '.join(measure.formats)}, found {format}"
+    fitting = ", ".join(name for name, kind in ON_DATA.items() if format in kind.formats)
+    return f"expected data of the format {' or '.join(measure.formats)}, found {format}: take {fitting}"
 
 
 NAME_THEM = "name those to measure with `models: […]`"
@@ -208,8 +209,19 @@ def untakable(
     if len(wrong) < len(asked):
         advice.append(NAME_THEM)
     elif not ways:
-        advice.append("of an encoder its heads are measured" if "encoder" in wrong.values() else "take another measure")
+        encoders = "encoder" in wrong.values()
+        advice.append("of an encoder its heads are measured" if encoders else _others(wrong.values()))
     return f"expected models of the architecture {kinds}, found {found}: {', or '.join(advice)}"
+
+
+def _others(architectures: Collection[str]) -> str:
+    """The measures that can be taken of models of all these architectures, in words."""
+    possible = [
+        f"{name} (of {' or '.join(kind.formats)} data)"
+        for name, kind in ON_DATA.items()
+        if all(a in kind.architectures for a in architectures)
+    ]
+    return f"take another `measure` (--measure): {', '.join(possible)}, or a task (`task: FILE`, --task)"
 
 
 def roomless(

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from graft.adapters.facts import folded_facts, is_adapted
 from graft.errors import nearest
 from graft.settings import ModelRef, Settings, parse
 from graft.verb import Estimate, Facts, Job, Verb
@@ -28,7 +29,10 @@ class QuantizeSettings(Settings):
     from_: Annotated[ModelRef, Field(alias="from", description="The model.")]
     bits: Annotated[
         Literal[4, 8, 16],
-        Field(description="Of a weight of the linear layers; 16: plain weights of a quantised model."),
+        Field(
+            description="Of a weight of the linear layers; 16: plain weights of a quantised model, with its adapters "
+            "folded into them."
+        ),
     ] = 4
     kind: Annotated[
         Literal["nf4", "fp4"], Field(description="Of 4 bits: quantiles of a normal distribution, or a tiny float.")
@@ -55,23 +59,27 @@ class Quantize(Verb[QuantizeSettings]):
         return parse(QuantizeSettings, raw, path)
 
     def check(self, settings: QuantizeSettings, models: Mapping[str, Facts]) -> list[str]:
+        from graft.adapters.trial import unfoldable_in
+
         start = models[settings.from_]
         packed = start.stored == "quantised"
         if importlib.util.find_spec(LIBRARY) is None:
             return [f"quantised models need {LIBRARY}, which is not installed: pip install graft[quantised]"]
         if settings.bits == 16 and not packed:
             return [f"expected a quantised model to unpack, found {settings.from_} with plain weights"]
-        if settings.bits != 16 and packed:
-            return [f"{settings.from_} is quantised already: quantise what it was made from, or unpack it (bits: 16)"]
+        if settings.bits == 16:
+            return [f"{settings.from_}: {wrong}" for wrong in unfoldable_in(start)] if is_adapted(start) else []
         if not start.mergeable or start.stored == "adapter":
             return [
                 f"{settings.from_} has no weights of its own to quantise: fold its adapters (`fold: true`, merge), "
                 "quantise the members of an ensemble"
             ]
+        if packed:
+            return [f"{settings.from_} is quantised already: quantise what it was made from, or unpack it (bits: 16)"]
         return _keeping_nothing(settings, start) if settings.keep and start.config.get("architectures") else []
 
     def facts(self, settings: QuantizeSettings, models: Mapping[str, Facts], key: str) -> Facts:
-        start = models[settings.from_]
+        start = folded_facts(models[settings.from_])
         config = {name: value for name, value in start.config.items() if name != "quantization_config"}
         if settings.bits == 16:
             return replace(start, config=config, stored="safetensors", bytes=4 * start.parameters, folder="")

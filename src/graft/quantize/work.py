@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from graft import models
+from graft.adapters.facts import adapted_base, check_base, entry_of
 from graft.adapters.packed import is_packed
 from graft.adapters.places import sizes
 from graft.adapters.trial import skeleton
@@ -24,20 +26,40 @@ def run(job: Job) -> dict[str, Any]:
     settings = job.settings
     assert isinstance(settings, QuantizeSettings)
     start = job.models[settings.from_]
-    dtype = getattr(torch, settings.dtype)
+    below = adapted_base(start)
     if settings.bits == 16:
-        model = unpacked(models.load(start, dtype=dtype, device=job.device))
+        dtype = getattr(torch, settings.dtype)
+        model = unpacked(models.load(below or start, dtype=dtype, device=job.device))
     else:
         model = packed(start, settings, job.device)
-    models.save(model, _tokenizer(start), job.out)
-    return {"bytes": weight_bytes(model), "bytes_before": sum(p.stat().st_size for p in start.glob("*.safetensors"))}
+    size = weight_bytes(model)
+    if below is None:
+        models.save(model, _tokenizer(start), job.out)
+    else:
+        _save_with_adapters(model, start, below, job.out)
+    before = sum(path.stat().st_size for path in (below or start).glob("*.safetensors"))
+    return {"bytes": size, "bytes_before": before}
 
 
-def _tokenizer(folder: Any) -> Any:
+def _save_with_adapters(model: PreTrainedModel, adapter: Path, base: Path, out: Path) -> None:
+    """Write `model`, which was unpacked from `base`, with the active adapters of the folder `adapter` in its weights.
+
+    Raises CheckpointError where they were made for another base, RequestError for adapters that do not fold.
+    """
+    from graft.adapters.folder import put_on
+    from graft.adapters.folding import save_folded
+
+    check_base(adapter, entry_of(adapter), base)
+    save_folded(put_on(model, adapter, base), out)
+    if (tokenizer := _tokenizer(adapter)) is not None:
+        tokenizer.save_pretrained(out)
+
+
+def _tokenizer(folder: Path) -> Any:
     return models.load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
 
 
-def packed(folder: Any, settings: QuantizeSettings, device: str | None = None) -> PreTrainedModel:
+def packed(folder: Path, settings: QuantizeSettings, device: str | None = None) -> PreTrainedModel:
     """The model of a folder with its linear layers in 8 or 4 bits (LLM.int8(), Dettmers et al. 2022; NF4, 2023).
 
     Raises RequestError where it has no linear layer that could be packed.

@@ -63,8 +63,8 @@ def _check_fit(
     format = formats.get(split_ref(reference)[0])
     if not isinstance(measure, evaluate.OnData) or format is None:
         return
-    if wrong := evaluate.misfit(measure, reference, format):
-        problems.note(path, wrong)
+    if wrong := evaluate.misfit(measure, format):
+        problems.note(path, f"{measure.measure} on {reference}: {wrong}")  # type: ignore[attr-defined]
 
 
 def check_unseen(

@@ -17,7 +17,7 @@ from graft.settings import Settings, parse
 from graft.train.memory import Dimensions
 from graft.train.parallel import Parallel
 from graft.train.parallel import problems as unspreadable
-from graft.tune.settings import TuneSettings, longest
+from graft.tune.settings import TuneSettings, longest, stretched
 from graft.tune.tasks import unfit
 from graft.verb import Estimate, Facts, Job, Verb
 
@@ -178,6 +178,8 @@ class Tune(Verb[TuneSettings]):
         (chosen,) = settings.method.items()
         reads = None if known is None or trained is None else kept_by(_chosen_points(chosen), known)
         cost = training_estimate(start.parameters, settings, length, known, trained, frozen_bytes=frozen, reads=reads)
+        if far := stretched(start.config, settings.length, settings.from_):
+            cost = replace(cost, note=f"{cost.note}; {far}")
         if trained is None or settings.fold:
             return cost
         # an adapter that lies apart is all that is written

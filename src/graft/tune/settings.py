@@ -90,6 +90,31 @@ LONGEST = 1024
 """Tokens of context that tuning uses where nothing is said, if the model can take as many."""
 
 
+def stretched(config: Mapping[str, Any], length: int | None, name: str) -> str:
+    """What is said of a `length` beyond the positions that the configuration of the model `name` tells of, where these
+    are computed (rotary, relative); empty where it is not."""
+    named = made_for(config)
+    if length is None or named is None or length <= named:
+        return ""
+    return (
+        f"{name} was made for {named} tokens, and `length` is {length}: positions are computed, so that this works, "
+        f"but those from there on are new to it; measures and chats go on reading {named}, as its configuration says"
+    )
+
+
+def made_for(config: Mapping[str, Any]) -> int | None:
+    """For how many tokens a configuration says that the model was made, stretched rotary positions included; None
+    where it says nothing."""
+    named = [size for name in CONTEXTS if isinstance(size := config.get(name), int) and size > 0]
+    if not named:
+        return None
+    said = config.get("rope_parameters") or config.get("rope_scaling")
+    rope = said if isinstance(said, Mapping) else {}
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    scaled = [int(original * factor)] if isinstance(original, int) and isinstance(factor, int | float) else []
+    return max([min(named), *scaled])
+
+
 def longest(config: Mapping[str, Any], *others: Any) -> int:
     """The longest context that a configuration (and `others`, if whole numbers) names, 1024 at most."""
     named = [config.get(name) for name in CONTEXTS]

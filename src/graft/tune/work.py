@@ -10,7 +10,7 @@ from graft.data.objectives import objective_for
 from graft.errors import RequestError
 from graft.folders import architecture_of
 from graft.methods import method
-from graft.tune.settings import TuneSettings, longest
+from graft.tune.settings import TuneSettings, longest, stretched
 from graft.verb import Job
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ def run(job: Job) -> dict[str, Any]:
     stack = adapters_of(model)
     taken = stack.taken(model) if stack else 0
     length = settings.length or longest(model.config.to_dict(), tokenizer.model_max_length) - taken
+    if far := stretched(model.config.to_dict(), settings.length, settings.from_):
+        tell(job, f"warning: {far}")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     save = _save(job, tokenizer, settings.fold) if isinstance(model, Adapted) else None
     if settings.data is None:
