@@ -33,12 +33,15 @@ def table(folder: Path | str) -> RenderableType:
 
 def summary(folder: Path | str) -> dict[str, Any]:
     """The run as one JSON-ready value: family, models with scores, verdicts and cost, comparisons, problems; of its
-    merges the task vectors, and the measure along the straight lines between their models."""
+    merges the task vectors, and the measure along the straight lines between their models; of quantised models what
+    packing cost, and what tuning won back."""
     from graft.report.hills import hills
     from graft.report.judge import summarise
+    from graft.report.quantised import packings
     from graft.report.read import read_run
     from graft.report.vectors import vectors
 
     run = read_run(Path(folder))
     merged = {"task_vectors": [each.plain() for each in vectors(run)]}
-    return summarise(run) | merged | {"barriers": [each.plain() for each in hills(run)]}
+    found = {"barriers": [each.plain() for each in hills(run)], "quantised": [each.plain() for each in packings(run)]}
+    return summarise(run) | merged | found

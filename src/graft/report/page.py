@@ -30,6 +30,7 @@ from graft.report.judge import (
     verdicts,
 )
 from graft.report.members import members
+from graft.report.quantised import packings
 from graft.report.read import Column, Model, Row, Run, is_number, measured_by
 from graft.report.scores import difference_bar, difference_reach, flag_class, score_panel
 from graft.report.speakers import speakers
@@ -73,6 +74,7 @@ def render_page(run: Run) -> str:
         ceiling_said=said(run),
         vectors=vectors(run),
         hills=list(hills(run)),
+        packings=list(packings(run)),
         curves=draw_curves(run),
         members=list(members(run)),
         speakers=list(speakers(run)),

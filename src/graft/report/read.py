@@ -98,8 +98,9 @@ class Model:
         if self.place and not self.made:
             return self.place
         settings = self.manifest.get("settings") or {}
-        named = settings.get("method", settings.get("combine")) if isinstance(settings, Mapping) else None
+        named = next((settings[key] for key in ("method", "combine", "bits") if key in settings), None)
         method = next(iter(named), None) if isinstance(named, Mapping) else named
+        method = f"{method} bits" if isinstance(method, int) else method
         return f"{self.verb} {method}" if isinstance(method, str) else self.verb
 
     def weight_of(self, parent: str) -> float | None:

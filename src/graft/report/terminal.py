@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graft.report.judge import Verdict, apart, best, decimals, half, verdict, verdicts
+from graft.report.quantised import packings
 from graft.report.read import Column, Model, Run
 from graft.report.words import bytes_text, fixed, rate_text
 
@@ -23,11 +24,12 @@ LEGEND = (
 
 
 def render(run: Run) -> RenderableType:
-    """Tables, legend, every combination that lost to a parent, and what is missing or stale."""
+    """Tables, legend, every combination that lost to a parent, what packing cost, and what is missing or stale."""
     parts: list[RenderableType] = [_Tables(run)]
     if run.scores:
         parts.append(Text(LEGEND, style="dim"))
     parts.extend(_losses(run))
+    parts.extend(Text(each.words) for each in packings(run))
     parts.extend(Text(f"note: {problem}", style="dim") for problem in run.problems)
     return Group(*parts)
 
