@@ -37,6 +37,10 @@ class Settings(BaseModel):
     silent: ClassVar[frozenset[str]] = frozenset()
     """Fields that say how often the work is saved and who is told of it, and nothing of what comes out."""
 
+    def named_inside(self, path: tuple[str | int, ...]) -> Iterator[tuple[str, str, tuple[str | int, ...]]]:
+        """References, as `references` gives them, that the types of its fields do not tell; `path`: where it stands."""
+        return iter(())
+
     def plain(self) -> dict[str, Any]:
         """As JSON-ready values under the names people write (`from`, not `from_`), defaults included."""
         return self.model_dump(mode="json", by_alias=True)
@@ -135,6 +139,8 @@ def references(
         if field.metadata:
             annotation = Annotated[annotation, *field.metadata]  # type: ignore[assignment]
         yield from _references(getattr(settings, name), annotation, (*path, field.alias or name))
+    if isinstance(settings, Settings):
+        yield from settings.named_inside(path)
 
 
 def _references(

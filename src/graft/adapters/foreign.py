@@ -29,12 +29,8 @@ RANKED = "ADALORA"
 TASKED = "POLY"
 """The type that wants a task's number with every row."""
 
-UNABLE = {
-    "XLORA": "reads each text twice and without a cache to mix adapters that are there already: put them together with "
-    "`adapt`, or learn a `fusion` of them",
-}
-"""Types that a model which is called as any other cannot carry."""
-
+MIXED = "XLORA"
+"""The type that mixes adapters that are there already."""
 
 def peft_config(settings: Mapping[str, Any]) -> Any:
     """peft's configuration object. Raises MissingExtra without peft, RequestError for what it does not take."""
@@ -50,8 +46,8 @@ def peft_config(settings: Mapping[str, Any]) -> Any:
         raise RequestError(
             f"expected a `peft_type` that peft has, found {kind!r}{nearest(kind, known)}; there are: {there}"
         )
-    if kind in UNABLE:
-        raise RequestError(f"peft: {kind} {UNABLE[kind]}")
+    if kind == MIXED:
+        plain.setdefault("hidden_size", 1)  # peft would warn; it is the model that tells
     try:
         return known[kind](**(with_steps(plain) if kind == RANKED else plain))
     except (TypeError, ValueError) as error:
@@ -59,12 +55,17 @@ def peft_config(settings: Mapping[str, Any]) -> Any:
 
 
 def wrap(
-    model: PreTrainedModel, settings: Mapping[str, Any], base: Path | None, name: str = "adapter"
+    model: PreTrainedModel,
+    settings: Mapping[str, Any],
+    base: Path | None,
+    name: str = "adapter",
+    folders: Mapping[str, Path] | None = None,
 ) -> PreTrainedModel:
     """Put a fresh adapter of peft's into `model` (in place) and freeze everything else.
 
-    Types that learn prompts become an adapter of graft's own, called `name`, which peft's modules feed. Raises
-    RequestError for what peft refuses, and MissingExtra without peft.
+    Types that learn prompts become an adapter of graft's own, called `name`, which peft's modules feed; so does a
+    mixture of experts, which lie in `folders`, by the names that the settings give. Raises RequestError for what peft
+    refuses, and MissingExtra without peft.
     """
     config = peft_config(settings)
     from graft.adapters.stack import adapted_class, adapters_of
@@ -78,6 +79,10 @@ def wrap(
             from graft.adapters.foreign_prompts import put_prompts
 
             return put_prompts(model, config, base, name)
+        if _kind(config) == MIXED:
+            from graft.adapters.foreign_mixture import put_mixture
+
+            return put_mixture(model, settings, base, name, folders or {})
         from peft import get_peft_model
 
         with warnings.catch_warnings():  # what peft asks of transformers is peft's affair

@@ -106,6 +106,13 @@ def _weights(folder: Path) -> Weights:
     return found
 
 
+def lora_points(folder: Path) -> list[Point]:
+    """The points that the LoRA in a peft folder is, from its configuration and the header of its weights."""
+    config, headers = _config(folder), read_file_headers(folder / WEIGHTS)
+    shapes = {name: torch.empty(header.shape, device="meta") for name, header in headers.items()}
+    return _read_lora(None, config, shapes, folder)[0]
+
+
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 

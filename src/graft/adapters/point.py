@@ -12,11 +12,14 @@ from pydantic import AfterValidator, Field, model_validator
 
 from graft.settings import Settings
 
-Form = Literal["linear", "bottleneck", "softmax", "scale", "bias", "tokens", "invertible", "fusion"]
+Form = Literal["linear", "bottleneck", "softmax", "scale", "bias", "tokens", "invertible", "fusion", "mixture"]
 Nonlinearity = Literal["relu", "gelu", "silu", "tanh", "sigmoid"]
 
 SIZED = ("linear", "bottleneck", "softmax", "tokens", "invertible")
 """Forms that have a size."""
+
+JOINING = ("fusion", "mixture")
+"""Forms that put other adapters together."""
 
 SUBLAYERS = ("attention", "cross_attention", "feed_forward")
 LINEARS = ("linears", "attention_linears", "cross_attention_linears", "feed_forward_linears")
@@ -62,6 +65,24 @@ Layers = Annotated[
 """A choice of blocks."""
 
 
+class Mixture(Settings):
+    """How X-LoRA mixes its experts (Buehler & Buehler 2024): a classifier of the frozen model's last hidden states."""
+
+    depth: Annotated[int, Field(ge=1, description="Linear layers of the classifier.")] = 1
+    width: Annotated[int, Field(ge=1, description="Channels between its layers.")] = 2048
+    dropout: Annotated[float, Field(ge=0, lt=1, description="Share dropped between its layers, in training.")] = 0.2
+    layerwise: Annotated[bool, Field(description="Scalings of its own for every linear layer, not one for all.")] = False
+    softmax: Annotated[bool, Field(description="The scalings of a token sum to one.")] = True
+    temperature: Annotated[float, Field(gt=0, description="What logits are divided by before that.")] = 1.0
+    top_k: Annotated[int | None, Field(ge=1, description="Experts that a token keeps; the others' are zero.")] = None
+    top_k_softmax: Annotated[bool, Field(description="A softmax over the scalings that are kept.")] = False
+    first_pass: Annotated[
+        float, Field(description="The experts' scaling while the text is read for the classifier; 0: the frozen model.")
+    ] = 0.0
+    weight: Annotated[float, Field(description="What all scalings are multiplied by.")] = 1.0
+    train_experts: Annotated[bool, Field(description="Train the experts as well.")] = False
+
+
 class Point(Settings):
     """One point: what Δh is, from where, at which places, and how it joins h. It starts as the identity."""
 
@@ -71,7 +92,8 @@ class Point(Settings):
             description="`linear`: down and up, no non-linearity; `bottleneck`: one between them; `softmax`: over "
             "learned keys, giving learned values; `scale`: a factor for each channel; `bias`: a constant; `tokens`: "
             "learned embeddings before the text; `invertible`: a coupling of the embeddings' halves, undone before the "
-            "head; `fusion`: attention over the changes of other adapters."
+            "head; `fusion`: attention over the changes of other adapters; `mixture`: LoRA adapters, each times what a "
+            "classifier of the frozen model's hidden states says of the token (X-LoRA)."
         ),
     ]
     on: Annotated[
@@ -134,8 +156,10 @@ class Point(Settings):
     ] = False
 
     of: Annotated[
-        list[str], Field(description="Fusion: the adapters it attends over; none named: those that are active.")
+        list[str],
+        Field(description="Fusion and mixture: the adapters that are put together; none named: those that are active."),
     ] = []
+    mixture: Annotated[Mixture | None, Field(description="Mixture: its classifier; none given: one linear layer.")] = None
 
     @property
     def gated(self) -> bool:
@@ -158,11 +182,14 @@ class Point(Settings):
             raise ValueError(f"learned tokens stand at the input: expected `on: [input]`, found {self.on}")
         if self.form != "tokens" and "input" in self.on:
             raise ValueError(f"only learned tokens stand at the input, found form {self.form!r}")
-        for form, place in (("invertible", "embeddings"), ("fusion", "adapters")):
-            if (self.form == form) != (self.on == [place]):
-                raise ValueError(f"the form {form} goes with `on: [{place}]`, found {self.form} on {self.on}")
-        if self.of and self.form != "fusion":
-            raise ValueError(f"`of` names the adapters of a fusion, found it beside the form {self.form}")
+        for forms, place in ((("invertible",), "embeddings"), (JOINING, "adapters")):
+            if (self.form in forms) != (self.on == [place]):
+                named = self.form if self.form in forms else forms[0]
+                raise ValueError(f"the form {named} goes with `on: [{place}]`, found {self.form} on {self.on}")
+        if self.of and self.form not in JOINING:
+            raise ValueError(f"`of` names the adapters of a fusion or mixture, found it beside the form {self.form}")
+        if self.mixture is not None and self.form != "mixture":
+            raise ValueError(f"`mixture` goes with the form mixture, found it beside the form {self.form}")
         attention = {"attention", "cross_attention"}
         if self.form == "softmax" and (not attention >= set(self.on) or self.insertion != "parallel"):
             raise ValueError("learned keys stand beside those of attention, in parallel: use `on: [attention]`")

@@ -19,8 +19,9 @@ from torch import nn
 from graft.adapters.composed import Again, Fusion, Inverse, Invertible, ends
 from graft.adapters.forms import FORMS, Site
 from graft.adapters.junction import Junction
+from graft.adapters.mixture import Mixed, Mixer, Twice, mixed
 from graft.adapters.places import Layout, Place
-from graft.adapters.point import Point
+from graft.adapters.point import JOINING, Point
 from graft.adapters.positions import check_positions, taken_by
 from graft.errors import RequestError, UnknownName
 from graft.products import quick_layers
@@ -79,6 +80,7 @@ class Adapters(nn.Module):
         self.seen: dict[str, torch.Tensor] | None = None
         self.slots: dict[str, Keys] = {}
         self.reader: Reader | None = None
+        self.twice: Twice | None = None
         self.was: str | None = None
         """How the model computed attention before it had learned keys."""
         self.base = base
@@ -95,12 +97,14 @@ class Adapters(nn.Module):
         layout = Layout(model)
         points = [self._resolved(point) for point in points]
         check_positions(model, points)
-        found = [site for point in points for site in self._made(layout, point)]
+        found = [site for point in points for site in self._made(model, layout, name, point)]
         sites = Sites()
         for point in points:
             if point.form in ("softmax", "tokens"):
                 self._add_keys(model, layout, name, point, sites)
         for site in found:
+            if isinstance(site, Mixed):
+                sites["classifier"] = site.mixer
             if isinstance(site, Site):
                 sites[site_key(site.place, sites)] = site
             self._hang(model, name, site)
@@ -110,20 +114,23 @@ class Adapters(nn.Module):
         self.use(name)
 
     def _resolved(self, point: Point) -> Point:
-        """A fusion with the names of the adapters it is of: those that are active, if it names none."""
-        if point.form != "fusion":
+        """A fusion or mixture with the names of the adapters it is of: those that are active, if it names none."""
+        if point.form not in JOINING:
             return point
         names = point.of or [name for name, _ in self.active]
         for name in names:
             self._check(name)
         if len(names) < 2:
-            raise RequestError(f"expected two adapters or more to fuse, found {', '.join(names) or 'none'}")
+            wish = "fuse" if point.form == "fusion" else "mix"
+            raise RequestError(f"expected two adapters or more to {wish}, found {', '.join(names) or 'none'}")
         return point.model_copy(update={"of": names})
 
-    def _made(self, layout: Layout, point: Point) -> list[Any]:
+    def _made(self, model: PreTrainedModel, layout: Layout, name: str, point: Point) -> list[Any]:
         """Fresh sites of a point, those that hang on modules."""
         if point.form == "fusion":
             return self._fusions(point)
+        if point.form == "mixture":
+            return list(mixed(self, model, name, point))
         if point.form == "invertible":
             (inside, *others), outside = ends(layout)
             site = Invertible(point, inside, layout.modules[inside.target])
@@ -233,10 +240,14 @@ class Adapters(nn.Module):
                 junction.gathered = None
 
     def train_only(self, model: PreTrainedModel, name: str | None) -> None:
-        """Freeze everything but the adapter `name` (None: everything)."""
+        """Freeze everything but the adapter `name` (None: everything), and the experts of a mixture that trains them."""
         model.requires_grad_(False)
-        if name is not None:
-            self.sites[name].requires_grad_(True)
+        for one in [name, *self.experts_trained_with(name)] if name is not None else []:
+            self.sites[one].requires_grad_(True)
+
+    def experts_trained_with(self, name: str) -> list[str]:
+        """Adapters that are experts of the adapter `name` and trained along."""
+        return [one for point in self.points[name] if point.mixture and point.mixture.train_experts for one in point.of]
 
     def keyed(self) -> list[str]:
         """Active adapters that have learned keys or tokens."""
@@ -246,6 +257,12 @@ class Adapters(nn.Module):
         """Adapters that the next call runs, each once."""
         names = [name for name, _ in self.active] if self.rows is None else [n for n in self.rows if n is not None]
         return list(dict.fromkeys(names))
+
+    def mixers(self) -> list[Mixer]:
+        """Mixtures of experts that the next call runs."""
+        if self.twice is None:
+            return []
+        return [site for name in self.running() for site in self.sites[name].values() if isinstance(site, Mixer)]
 
     def rows_of(self, name: str | None, count: int) -> torch.Tensor:
         """Which of `count` rows are read with `name`; beams and tokens may have multiplied those that were named.
@@ -281,7 +298,8 @@ class Adapters(nn.Module):
         listening = [other for other, points in self.points.items() if any(name in point.of for point in points)]
         if listening:
             raise RequestError(
-                f"{listening[0]} is a fusion of {name} with others and would miss it: leave out {listening[0]} first"
+                f"{listening[0]} is a {self.points[listening[0]][0].form} of {name} with others and would miss it: leave out "
+                f"{listening[0]} first"
             )
         del self.sites[name], self.points[name]
         for junction in self.junctions.values():
@@ -295,6 +313,8 @@ class Adapters(nn.Module):
         if self.reader is not None:
             for handle in self.reader.handles:
                 handle.remove()
+        if self.twice is not None:
+            self.twice.release()
         for path in self.slots:
             model.get_submodule(path).__dict__.pop("graft_keys", None)
         if self.was is not None:

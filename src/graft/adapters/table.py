@@ -16,6 +16,7 @@ FORMS = {
     "tokens": "softmax(q Pkᵀ) Pv, P from learned tokens",
     "invertible": "(F(e₂), G(o₁)), undone before the head",
     "fusion": "softmaxₙ(Q h · K δₙ) V δₙ",
+    "mixture": "Σₙ λₙ δₙ, λ from the last hidden states",
 }
 """Δh of each form; x stands for h where the point is inserted after the module."""
 
@@ -28,6 +29,7 @@ PARAMETERS = {
     "tokens": "r·d in all",
     "invertible": "2·r·o",
     "fusion": "3·o²",
+    "mixture": "(d+1)·n in all",
 }
 """Numbers at one place: r the size, i and o channels in and out, k channels of keys, d of the model."""
 

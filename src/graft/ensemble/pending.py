@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import DynamicCache
 
+from graft.adapters.second_cache import readings
 from graft.ensemble.gate import Told, joined
 from graft.ensemble.placed import Masks, PlacedLayer, Places, can_be_placed, masks_of
 
@@ -126,7 +127,8 @@ class Pending:
         move = _Move(stay, shifts, len(reader.rows))
         for place in range(*span):
             if there := int(self.cache.get_seq_length(place)):
-                move.layer(self.cache.layers[place], there, reads)
+                for layer in readings(self.cache.layers[place]):
+                    move.layer(layer, there, reads)
         reader.rows, reader.starts = list(self.rows), list(self.starts)
 
     def _unpadded(self, places: Places, seen: int, until: int) -> tuple[Any, torch.Tensor]:

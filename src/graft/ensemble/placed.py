@@ -55,6 +55,9 @@ class Places:
         self.given: torch.Tensor | None = None
         self._flat: dict[int, torch.Tensor] = {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Places:
+        return self  # a copy of a layer stands in the same cache and looks here as well
+
     def go_to(self, positions: torch.Tensor, stop: int, seen: int) -> Any:
         """The tokens at `positions [rows, tokens]` before `stop` come next, below 0: none; so many columns were read
         before. Returns the mask, None where nothing was read before: then each token sees those before it as in any

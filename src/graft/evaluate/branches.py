@@ -128,9 +128,11 @@ def _repeated(cache: Any, tokens: int, times: int) -> Any:
     """
     import copy
 
+    from graft.adapters.second_cache import readings
+
     made = copy.copy(cache)
     made.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in made.layers:
+    for layer in (reading for layer in made.layers for reading in readings(layer)):
         if layer.keys is None or layer.keys.shape[2] != tokens:
             raise ValueError(f"expected a cache of {tokens} tokens, found another one")
         layer.keys = layer.keys.expand(times, -1, -1, -1)

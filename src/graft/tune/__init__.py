@@ -17,11 +17,14 @@ from graft.settings import Settings, parse
 from graft.train.memory import Dimensions
 from graft.train.parallel import Parallel
 from graft.train.parallel import problems as unspreadable
+from graft.tune.experts import experts_of, point_of
+from graft.tune.experts import problems as unmixable
+from graft.tune.experts import tried as tried_mixture
 from graft.tune.settings import TuneSettings, longest, stretched
 from graft.tune.tasks import unfit
 from graft.verb import Estimate, Facts, Job, Verb
 
-ROOMS = ("settings", "several", "tasks", "work")
+ROOMS = ("experts", "settings", "several", "tasks", "work")
 
 
 class Tune(Verb[TuneSettings]):
@@ -92,6 +95,8 @@ class Tune(Verb[TuneSettings]):
             objective_for(start.architecture, settings.objective, start.config)
         except CannotCombine as error:
             return [str(error)]
+        if experts_of(settings) and (wrong := unmixable(settings, models)):
+            return wrong
         return _too_long(settings, start) or self._spread(settings, start) or self._fits(settings, start)
 
     @staticmethod
@@ -128,7 +133,7 @@ class Tune(Verb[TuneSettings]):
 
             if len(settings.tasks) > 1 and str(options["config"].get("peft_type")).upper() == TASKED:
                 return ["peft: POLY is trained on one task here, found several: use the method lora, or `data` of one"]
-            return [] if is_adapted(start) else tried(start.config, options["config"])[0]
+            return [] if is_adapted(start) or experts_of(settings) else tried(start.config, options["config"])[0]
         if name == "fusion" or not hasattr(chosen, "points"):
             return []
         return problems(start.config, chosen.points(chosen.Settings(**options)), fold=settings.fold)
@@ -164,8 +169,9 @@ class Tune(Verb[TuneSettings]):
         if settings.fold:
             return replace(folded_facts(start), heads=heads)
         (chosen,) = settings.method.items()
-        points = [point.plain() for point in _chosen_points(chosen)]
-        found = adapted_facts(start, points, peft=chosen[0] == "peft")
+        mixes = bool(experts_of(settings))
+        points = [point.plain() for point in ([point_of(settings)] if mixes else _chosen_points(chosen))]
+        found = adapted_facts(start, points, peft=chosen[0] == "peft" and not mixes)
         return replace(found, heads=heads, frozen=start.frozen or start.folder or settings.from_)
 
     def estimate(self, settings: TuneSettings, models: Mapping[str, Facts]) -> Estimate:
@@ -173,7 +179,8 @@ class Tune(Verb[TuneSettings]):
 
         start = models[settings.from_]
         length, known = settings.length or longest(start.config), Dimensions.of(start.config)
-        trained = self._trained(settings, start)
+        mixed = tried_mixture(settings, models) if experts_of(settings) else None
+        trained = mixed.trained if mixed else self._trained(settings, start)
         frozen = start.bytes / start.parameters if start.stored == "quantised" and start.parameters else 4.0
         (chosen,) = settings.method.items()
         reads = None if known is None or trained is None else kept_by(_chosen_points(chosen), known)
@@ -182,6 +189,10 @@ class Tune(Verb[TuneSettings]):
             cost = replace(cost, note=f"{cost.note}; {far}")
         if trained is None or settings.fold:
             return cost
+        if mixed is not None and mixed.written is not None:  # the experts are written too, and each text is read twice
+            seconds = None if cost.seconds is None else cost.seconds * 4 / 3
+            parameters = start.parameters + mixed.written
+            return replace(cost, parameters=parameters, disk_bytes=4 * mixed.written, seconds=seconds)
         # an adapter that lies apart is all that is written
         return replace(cost, parameters=start.parameters + trained, disk_bytes=4 * trained)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from graft.data.objectives import ObjectiveSettings
 from graft.folders import CONTEXTS
-from graft.settings import DataRef, ModelRef
+from graft.methods import method
+from graft.settings import DataRef, ModelRef, references
 from graft.train.settings import TrainSettings, no_dev
 from graft.tune.tasks import Mixing, Task, problems
 
@@ -67,6 +68,11 @@ class TuneSettings(TrainSettings):
         if self.tasks and self.bootstrap is not None:
             raise ValueError("expected `bootstrap` with one data set, found several tasks")
         return self
+
+    def named_inside(self, path: tuple[str | int, ...]) -> Iterator[tuple[str, str, tuple[str | int, ...]]]:
+        """Models that its method names."""
+        for name, options in self.method.items():
+            yield from references(method("graft.tune", name).Settings(**options), (*path, "method", name))
 
     def wanted_dev(self) -> Mapping[str, str]:
         """Data sets of the tasks towards which weights are learned."""

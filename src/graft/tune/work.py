@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ def run(job: Job) -> dict[str, Any]:
     start = job.models[settings.from_]
     torch.manual_seed(job.seed)
     tell(job, f"loading {settings.from_}")
-    model = applied(models.load(start, dtype=torch.float32), settings, job.name, start)
+    model = applied(models.load(start, dtype=torch.float32), settings, job.name, start, job.models)
     objective = objective_for(architecture_of(model.config.to_dict()), settings.objective, model.config)
     tokenizer = models.load_tokenizer(start)
     stack = adapters_of(model)
@@ -55,8 +56,12 @@ def run(job: Job) -> dict[str, Any]:
     return {**metrics, "trained_parameters": trained}
 
 
-def applied(model: PreTrainedModel, settings: TuneSettings, name: str, start: Path) -> PreTrainedModel:
+def applied(
+    model: PreTrainedModel, settings: TuneSettings, name: str, start: Path, folders: Mapping[str, Path]
+) -> PreTrainedModel:
     """The model with the method of `settings`: an adapter called `name`, or its own weights made trainable.
+
+    `folders`: where the models lie that the settings name.
 
     Raises RequestError for places that the model does not have and for an adapter that shall be folded and cannot be.
     """
@@ -70,7 +75,7 @@ def applied(model: PreTrainedModel, settings: TuneSettings, name: str, start: Pa
     if hasattr(chosen, "points"):
         adopt(model, chosen.points(parsed), own, base=start)
     else:
-        model = chosen.apply(model, parsed, start, own) if how == "peft" else chosen.apply(model, parsed)
+        model = chosen.apply(model, parsed, start, own, folders) if how == "peft" else chosen.apply(model, parsed)
     stack = adapters_of(model)
     wrong = unfoldable(model, stack) if settings.fold and stack else []
     if wrong:
