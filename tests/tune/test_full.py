@@ -1,6 +1,7 @@
 """Full tuning trains what it should and nothing else, on every format."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,7 +48,8 @@ def base(tmp_path_factory):
     return folder
 
 
-def run(folder, base, format="text", **raw):
+def run(folder, base, format="text", experts=None, **raw):
+    """Trains into `folder / "out"`; `experts`: models beside the base that the method names, and where they lie."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[format]))
     sets = {"rows": data.parse({"source": "jsonl", "path": "rows.jsonl", "splits": {"dev": 0.2, "test": 0}})}
@@ -61,7 +63,7 @@ def run(folder, base, format="text", **raw):
         folder / "out",
         folder / "scratch",
         folder / "cache",
-        {"base": base},
+        {"base": base, **{name: Path(place) for name, place in (experts or {}).items()}},
         sets,
         folder,
         device="cpu",

@@ -274,11 +274,9 @@ def test_a_killed_training_of_poly_goes_on_with_the_same_bytes(tmp_path, base, m
     goes_on_with_the_same_bytes(tmp_path, base, monkeypatch, how)
 
 
-def test_poly_is_refused_for_several_tasks_and_x_lora_at_all(base):  # noqa: F811
+def test_poly_is_refused_for_several_tasks(base):  # noqa: F811
     pytest.importorskip("peft")
     tasks = {"one": {"data": "d", "head": "text"}, "two": {"data": "e", "head": "text"}}
     settings = VERB.parse({"from": "base", "tasks": tasks, "method": {"peft": POLY}})
     (problem,) = VERB.check(settings, {"base": facts_of(base)})
     assert "trained on one task here, found several" in problem
-    with pytest.raises(RequestError, match="XLORA reads each text twice"):
-        foreign.peft_config({"peft_type": "XLORA", "adapters": {}})

@@ -88,8 +88,14 @@ class Adapt(Verb[AdaptSettings]):
 
         if settings.peft is None:
             return settings.plain()
-        files = sorted(Path(settings.peft).glob("adapter_*"))
-        return {**settings.plain(), "peft": {path.name: hash_file(path) for path in files}}
+        folder = Path(settings.peft)
+        read: dict[str, Any] = {path.name: hash_file(path) for path in sorted(folder.glob("adapter_*"))}
+        if '"XLORA"' in (folder / CONFIG).read_text():
+            from graft.adapters.peft_mixture import experts_of
+
+            each = [sorted(place.glob("adapter_*")) for place in experts_of(folder)]
+            read["experts"] = [{path.name: hash_file(path) for path in paths} for paths in each]
+        return {**settings.plain(), "peft": read}
 
     def check(self, settings: AdaptSettings, models: Mapping[str, Facts]) -> list[str]:
         from graft.adapters.trial import unfoldable_in

@@ -29,7 +29,7 @@ def run(job: Job) -> dict[str, Any]:
     else:
         save(model, job.out, seen_from=job.target or job.out)
     if settings.export:
-        save_peft(model, job.out / "peft")
+        save_peft(model, job.out / "peft", seen_from=(job.target or job.out) / "peft")
     models.load_tokenizer(job.models[settings.start]).save_pretrained(job.out)
     if stack is None:
         return {"adapters": dict.fromkeys(settings.names, 1.0)}

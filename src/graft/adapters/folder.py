@@ -27,7 +27,6 @@ from graft.disk import atomic_write, disk_errors
 from graft.errors import CheckpointError, RequestError
 from graft.finite import check_tensors
 from graft.folders import ADAPTED, read_config
-from graft.lora import is_lora, named_base
 from graft.prefix_lm import mark
 from graft.settings import parse
 
@@ -124,7 +123,7 @@ def put_on(model: PreTrainedModel, folder: Path, base: Path) -> PreTrainedModel:
     entry = entry_of(folder)
     mark(model, is_prefix_lm(read_config(folder)))
     if "peft" in entry:
-        return load_foreign(model, entry["peft"], _read(folder), base).eval()
+        return load_foreign(model, entry["peft"], weights_in(folder), base).eval()
     active = _put(model, folder, entry, base)
     stack = adapters_of(model)
     assert stack is not None
@@ -150,37 +149,6 @@ def add_from(model: PreTrainedModel, folder: str | Path) -> list[tuple[str, floa
     return active
 
 
-def add_expert(model: PreTrainedModel, folder: Path, name: str, base: Path | None) -> None:
-    """Put the one adapter in `folder`, graft's or peft's LoRA, into `model` (in place) as `name`, frozen.
-
-    `base`: the model's folder. Raises RequestError where it is no such adapter, CheckpointError where it was made for
-    another model.
-    """
-    from graft.adapters.peft_format import adopt_peft
-
-    if is_lora(folder):
-        _, place = named_base(folder)
-        if base is not None and place is not None and lineage.known_hash(place) != lineage.known_hash(base):
-            raise CheckpointError(f"{folder}: the expert {name} was made for another base ({place}), found {base}")
-        adopt_peft(model, folder, name, base=base)
-        return
-    if not (folder / "config.json").is_file() or ADAPTED not in read_config(folder):
-        raise RequestError(f"expected the folder of a LoRA adapter as the expert {name}, found none at {folder}")
-    entry = entry_of(folder)
-    if base is not None:
-        check_base(folder, entry, base)
-    points = entry["adapters"]
-    (old, *others) = points or [""]
-    if others or not old or entry["active"] != [[old, 1.0]]:
-        found = "one of peft's own types" if "peft" in entry else ", ".join(f"{w:g} × {n}" for n, w in entry["active"])
-        raise RequestError(f"{folder}: expected one LoRA adapter as the expert {name}, found {found or 'none'}")
-    stack = adopt(model, [parse(Point, one, (old,)) for one in points[old]], name, base=base)
-    alone = Sites()
-    alone[old] = stack.sites[name]
-    fill(alone, _read(folder), folder / ADAPTER)
-    model.requires_grad_(False)
-
-
 def _put(model: PreTrainedModel, folder: Path, entry: Mapping[str, Any], base: Path) -> list[tuple[str, float]]:
     there = adapters_of(model)
     names: dict[str, str] = {}
@@ -194,7 +162,7 @@ def _put(model: PreTrainedModel, folder: Path, entry: Mapping[str, Any], base: P
     added = Sites()
     for old, new in names.items():
         added[old] = there.sites[new]
-    fill(added, _read(folder), folder / ADAPTER)
+    fill(added, weights_in(folder), folder / ADAPTER)
     model.requires_grad_(False)
     return [(names[name], float(weight)) for name, weight in entry["active"]]
 
@@ -226,7 +194,8 @@ def averaged(model: PreTrainedModel, weights: Mapping[str, float], name: str) ->
     model.requires_grad_(False)
 
 
-def _read(folder: Path) -> dict[str, torch.Tensor]:
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the adapters in a folder. Raises CheckpointError where they are missing or damaged."""
     path = folder / ADAPTER
     if not path.is_file():
         raise CheckpointError(f"{folder}: expected the adapters' weights in {ADAPTER}, found no such file")

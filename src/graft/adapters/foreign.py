@@ -32,6 +32,7 @@ TASKED = "POLY"
 MIXED = "XLORA"
 """The type that mixes adapters that are there already."""
 
+
 def peft_config(settings: Mapping[str, Any]) -> Any:
     """peft's configuration object. Raises MissingExtra without peft, RequestError for what it does not take."""
     if importlib.util.find_spec("peft") is None:

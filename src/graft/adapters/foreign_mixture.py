@@ -1,7 +1,7 @@
 """`{peft: {peft_type: XLORA, adapters: {…}}}`: peft's settings as a point of graft's, and its experts brought in.
 
-An expert is a folder of graft's with one LoRA adapter, or peft's of a LoRA. All of it becomes adapters of graft's own, so
-that what is saved is whole: the experts, under the names that they have in `adapters`, and the classifier.
+An expert is a folder of graft's with one LoRA adapter, or peft's of a LoRA. All of it becomes adapters of graft's own,
+so that what is saved is whole: the experts, under the names that they have in `adapters`, and the classifier.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def put_mixture(
 ) -> PreTrainedModel:
     """Put the experts and a fresh classifier, called `name`, into `model` (in place), which alone is trainable.
 
-    `folders`: where the models lie that the settings name, if not where they say. Raises RequestError for an expert that
-    is no LoRA adapter, CheckpointError for one that was made for another model.
+    `folders`: where the models lie that the settings name, if not where they say. Raises RequestError for an expert
+    that is no LoRA adapter, CheckpointError for one that was made for another model.
     """
-    from graft.adapters.folder import add_expert
+    from graft.adapters.experts import add_expert
 
     point = mixture_point(settings)
     for one, ref in (expert_names(settings) or {}).items():
@@ -100,7 +100,7 @@ def _with_classifier(
     channels, said = stack.sites[own]["classifier"].channels, settings.get("hidden_size")
     if said is not None and said != channels:
         raise RequestError(
-            f"peft: XLORA expected a `hidden_size` of {channels}, that of the model's last hidden states, found {said}: "
-            "leave it out"
+            f"peft: XLORA expected a `hidden_size` of {channels}, that of the last hidden states, found {said}: leave "
+            "it out"
         )
     return model

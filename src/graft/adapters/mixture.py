@@ -1,7 +1,7 @@
 """X-LoRA (Buehler & Buehler 2024, arXiv:2402.07148): LoRA adapters, the experts, mixed anew for each token and layer.
 
 Every text is read twice. First by the frozen model, and a classifier makes scalings λ of its last hidden states; then
-with the experts: h + g · Σₙ λₙ sₙ · upₙ downₙ x. Each reading has a cache of its own, so that a text can be gone on with.
+with the experts: h + g · Σₙ λₙ sₙ · upₙ downₙ x. Each reading has a cache of its own, so that a text can go on.
 
 Legend: rows b, tokens t, places p (linear layers with experts; 1 where all have the same scalings), experts n.
 """
@@ -145,13 +145,13 @@ def _change(site: LowRank, x: torch.Tensor, scaling: torch.Tensor) -> torch.Tens
 def mixed(stack: Adapters, model: PreTrainedModel, name: str, point: Point) -> list[Mixed]:
     """A fresh mixture of experts that are in the stack already, at every linear layer that one of them changes.
 
-    Raises RequestError for adapters that are no LoRA, and for models that do not read a text from its first layer to its
-    last in one call.
+    Raises RequestError for adapters that are no LoRA, and for encoder–decoders, of whose two texts neither has all
+    the scalings.
     """
     if model.config.is_encoder_decoder:
         raise RequestError(
-            f"{type(model).__name__}: a mixture of experts needs one text whose hidden states tell of each token, found "
-            "an encoder–decoder: put adapters together with `adapt`, or learn a `fusion` of them"
+            f"{type(model).__name__}: a mixture of experts needs one text whose hidden states tell of each token, "
+            "found an encoder–decoder: put adapters together with `adapt`, or learn a `fusion` of them"
         )
     if stack.twice is None:
         stack.twice = Twice(stack, model)

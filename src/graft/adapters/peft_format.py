@@ -1,7 +1,7 @@
 """peft's folders (`adapter_config.json`, `adapter_model.safetensors`), read and written without peft.
 
-LoRA (with rank and alpha patterns, rsLoRA, DoRA), (IA)³, prefix tuning and prompt tuning of decoders. Each side loads
-what the other wrote and gives the same logits.
+LoRA (with rank and alpha patterns, rsLoRA, DoRA), mixtures of it (X-LoRA), (IA)³, prefix tuning and prompt tuning of
+decoders. Each side loads what the other wrote and gives the same logits.
 """
 
 from __future__ import annotations
@@ -13,29 +13,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from graft import models
 from graft.adapters.folder import fill
 from graft.adapters.foreign import HOLDER, save_foreign
 from graft.adapters.forms import LowRank, Site
 from graft.adapters.keys import KeySite, TokenSite
+from graft.adapters.mixture import Mixer
+from graft.adapters.peft_files import CONFIG, WEIGHTS, Weights, read_settings, read_weights
+from graft.adapters.peft_mixture import read_mixture, written
 from graft.adapters.point import Point
 from graft.adapters.stack import Adapters, adapters_of, adopt
 from graft.checkpoint import read_file_headers
 from graft.disk import atomic_write, disk_errors
 from graft.errors import CheckpointError, RequestError
-from graft.finite import check_tensors
 from graft.lora import scale_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What peft puts before the name of a module of the frozen model."""
-
-Weights = Mapping[str, torch.Tensor]
 
 
 def load_peft(
@@ -51,7 +50,7 @@ def load_peft(
     Raises RequestError for a kind of adapter that graft has no point for, CheckpointError for damaged weights.
     """
     folder = Path(folder)
-    config = _config(folder)
+    config = read_settings(folder)
     place = Path(base or config.get("base_model_name_or_path") or "")
     if not (place / "config.json").is_file():
         raise RequestError(
@@ -64,12 +63,18 @@ def load_peft(
 
 def adopt_peft(model: PreTrainedModel, folder: Path, name: str, *, base: Path | None = None) -> Adapters:
     """Put the adapter of a peft folder into `model` (in place), frozen."""
-    config, raw = _config(folder), _weights(folder)
+    config = read_settings(folder)
+    if config.get("peft_type") == "XLORA":
+        stack, classifier, held = read_mixture(model, config, folder, name, base, adopt_peft)
+        fill(classifier, held, folder / WEIGHTS)
+        model.requires_grad_(False)
+        return stack
+    raw = read_weights(folder)
     read = {"LORA": _read_lora, "IA3": _read_ia3, "PREFIX_TUNING": _read_prefix, "PROMPT_TUNING": _read_prompt}
     kind = str(config.get("peft_type"))
     if kind not in read:
         raise RequestError(
-            f"{folder}: expected one of {', '.join(read)}, found {kind}, which graft has no point for: load it "
+            f"{folder}: expected one of {', '.join(read)}, XLORA, found {kind}, which graft has no point for: load it "
             "with peft"
         )
     points, weights = read[kind](model, config, raw, folder)
@@ -83,32 +88,9 @@ def adopt_peft(model: PreTrainedModel, folder: Path, name: str, *, base: Path | 
     return stack
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise RequestError(f"{folder}: expected a peft folder with {CONFIG}, found none") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: expected JSON, found a damaged file ({error})") from None
-
-
-def _weights(folder: Path) -> Weights:
-    path = folder / WEIGHTS
-    if not path.is_file():
-        pickle = folder / "adapter_model.bin"
-        read = f"; {pickle.name} is a pickle, which merges alone read (`allow_pickle`, --allow-pickle)"
-        hint = read if pickle.exists() else ""
-        raise CheckpointError(f"{folder}: expected {WEIGHTS}, found no such file{hint}")
-    read_file_headers(path)
-    found = load_file(path)
-    check_tensors(found, path)
-    return found
-
-
 def lora_points(folder: Path) -> list[Point]:
     """The points that the LoRA in a peft folder is, from its configuration and the header of its weights."""
-    config, headers = _config(folder), read_file_headers(folder / WEIGHTS)
+    config, headers = read_settings(folder), read_file_headers(folder / WEIGHTS)
     shapes = {name: torch.empty(header.shape, device="meta") for name, header in headers.items()}
     return _read_lora(None, config, shapes, folder)[0]
 
@@ -211,8 +193,12 @@ def _prompt(config: Mapping[str, Any], raw: Weights, folder: Path) -> torch.Tens
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def save_peft(model: PreTrainedModel, folder: Path | str, name: str | None = None) -> None:
+def save_peft(
+    model: PreTrainedModel, folder: Path | str, name: str | None = None, *, seen_from: Path | None = None
+) -> None:
     """Write one adapter of `model` (the active one, if not named) as peft would.
+
+    `seen_from` is where the folder will stand, if elsewhere: a mixture says where its experts lie.
 
     Raises RequestError for points that peft has no type for.
     """
@@ -225,7 +211,11 @@ def save_peft(model: PreTrainedModel, folder: Path | str, name: str | None = Non
     names = [name] if name else [one for one, _ in stack.active]
     if len(names) != 1 or names[0] not in stack.points:
         raise RequestError(f"expected the name of one adapter, found {names}; there are: {', '.join(stack.points)}")
-    config, weights = _written(stack, names[0])
+    mixers = [site for site in stack.sites[names[0]].values() if isinstance(site, Mixer)]
+    if mixers:
+        for number, expert in enumerate(mixers[0].point.of):
+            save_peft(model, folder / str(number), expert)
+    config, weights = written(mixers[0], seen_from or folder) if mixers else _written(stack, names[0])
     kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     usual = {
         "base_model_name_or_path": str(stack.base.resolve()) if stack.base else None,

@@ -71,7 +71,9 @@ class Mixture(Settings):
     depth: Annotated[int, Field(ge=1, description="Linear layers of the classifier.")] = 1
     width: Annotated[int, Field(ge=1, description="Channels between its layers.")] = 2048
     dropout: Annotated[float, Field(ge=0, lt=1, description="Share dropped between its layers, in training.")] = 0.2
-    layerwise: Annotated[bool, Field(description="Scalings of its own for every linear layer, not one for all.")] = False
+    layerwise: Annotated[bool, Field(description="Scalings of its own for every linear layer, not one for all.")] = (
+        False
+    )
     softmax: Annotated[bool, Field(description="The scalings of a token sum to one.")] = True
     temperature: Annotated[float, Field(gt=0, description="What logits are divided by before that.")] = 1.0
     top_k: Annotated[int | None, Field(ge=1, description="Experts that a token keeps; the others' are zero.")] = None
@@ -159,7 +161,9 @@ class Point(Settings):
         list[str],
         Field(description="Fusion and mixture: the adapters that are put together; none named: those that are active."),
     ] = []
-    mixture: Annotated[Mixture | None, Field(description="Mixture: its classifier; none given: one linear layer.")] = None
+    mixture: Annotated[Mixture | None, Field(description="Mixture: its classifier; none given: one linear layer.")] = (
+        None
+    )
 
     @property
     def gated(self) -> bool:

@@ -60,7 +60,8 @@ def readings(layer: Any) -> list[Any]:
 
 def pair(layer: Any, second: Any) -> None:
     """Give a layer (in place) a second one."""
-    layer.__class__ = _paired_class(type(layer))
+    plain: Any = type(layer)
+    layer.__class__ = _paired_class(plain)
     layer.second = second
 
 
@@ -83,7 +84,8 @@ def second_of(cache: Cache, config: Any) -> Cache:
             )
         pair(layer, copy.deepcopy(layer))
     made = copy.copy(cache)
-    made.layers = [layer.second for layer in cache.layers]
+    layers: list[Any] = cache.layers
+    made.layers = [layer.second for layer in layers]
     return made
 
 

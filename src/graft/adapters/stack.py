@@ -240,7 +240,7 @@ class Adapters(nn.Module):
                 junction.gathered = None
 
     def train_only(self, model: PreTrainedModel, name: str | None) -> None:
-        """Freeze everything but the adapter `name` (None: everything), and the experts of a mixture that trains them."""
+        """Freeze everything but the adapter `name` (None: everything), and the experts that it trains."""
         model.requires_grad_(False)
         for one in [name, *self.experts_trained_with(name)] if name is not None else []:
             self.sites[one].requires_grad_(True)
@@ -297,10 +297,9 @@ class Adapters(nn.Module):
         self._check(name)
         listening = [other for other, points in self.points.items() if any(name in point.of for point in points)]
         if listening:
-            raise RequestError(
-                f"{listening[0]} is a {self.points[listening[0]][0].form} of {name} with others and would miss it: leave out "
-                f"{listening[0]} first"
-            )
+            first = listening[0]
+            form = self.points[first][0].form
+            raise RequestError(f"{first} is a {form} of {name} with others and would miss it: leave out {first} first")
         del self.sites[name], self.points[name]
         for junction in self.junctions.values():
             junction.sites.pop(name, None)

@@ -50,6 +50,8 @@ def unfoldable_in(model: Facts, without: Sequence[str] = ()) -> list[str]:
     if set(without) - set(model.config[ADAPTED].get("adapters", {})):
         return []  # one that is yet to be made has no name before
     points = [parse(Point, point) for point in points_of(model, without)]
+    if any(point.form == "mixture" for point in points):
+        return ["a mixture of experts does not fold, since its scalings differ between tokens"]
     if not points or not model.config.get("architectures") or any(point.form == "fusion" for point in points):
         return []
     return problems(model.config, points, fold=True)

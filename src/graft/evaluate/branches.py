@@ -132,7 +132,7 @@ def _repeated(cache: Any, tokens: int, times: int) -> Any:
 
     made = copy.copy(cache)
     made.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in (reading for layer in made.layers for reading in readings(layer)):
+    for layer in [reading for each in made.layers for reading in readings(each)]:
         if layer.keys is None or layer.keys.shape[2] != tokens:
             raise ValueError(f"expected a cache of {tokens} tokens, found another one")
         layer.keys = layer.keys.expand(times, -1, -1, -1)

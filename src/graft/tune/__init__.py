@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.adapters.facts import adapted_facts, folded_facts, is_adapted
-from graft.adapters.point import Point
+from graft.adapters.point import JOINING, Point
 from graft.errors import CannotCombine, Problem, RequestError, SettingsError
 from graft.methods import method, method_names
 from graft.settings import Settings, parse
@@ -88,13 +88,18 @@ class Tune(Verb[TuneSettings]):
                 f"{settings.from_} is quantised, and {wish} needs plain ones: train an adapter and leave it apart "
                 f"(`fold: false`), or unpack it first ({{quantize: {{from: {settings.from_}, bits: 16}}}})"
             ]
-        needing = next((name for name in ("further", "fusion") if name in settings.method), None)
+        needing = next((name for name in ("further", *JOINING) if name in settings.method), None)
         if needing and not is_adapted(start):
             return [f"{settings.from_} has no adapters for the method {needing}: name a model that has, or choose lora"]
         try:
             objective_for(start.architecture, settings.objective, start.config)
         except CannotCombine as error:
             return [str(error)]
+        if (settings.compile or settings.fold) and ("mixture" in settings.method or experts_of(settings)):
+            return [
+                "a mixture of experts has scalings that differ between tokens and reads each text twice: it does not "
+                "fold, and `compile` does not follow it; leave both out"
+            ]
         if experts_of(settings) and (wrong := unmixable(settings, models)):
             return wrong
         return _too_long(settings, start) or self._spread(settings, start) or self._fits(settings, start)
@@ -134,7 +139,7 @@ class Tune(Verb[TuneSettings]):
             if len(settings.tasks) > 1 and str(options["config"].get("peft_type")).upper() == TASKED:
                 return ["peft: POLY is trained on one task here, found several: use the method lora, or `data` of one"]
             return [] if is_adapted(start) or experts_of(settings) else tried(start.config, options["config"])[0]
-        if name == "fusion" or not hasattr(chosen, "points"):
+        if name in JOINING or not hasattr(chosen, "points"):
             return []
         return problems(start.config, chosen.points(chosen.Settings(**options)), fold=settings.fold)
 
@@ -294,7 +299,7 @@ def counted(said: str, configuration: str) -> int | None:
         from graft.adapters.foreign import tried
 
         return tried(config, options["config"])[1]
-    if name == "fusion" or not hasattr(chosen, "points"):
+    if name in JOINING or not hasattr(chosen, "points"):
         return None
     from graft.adapters.trial import trained
 
@@ -307,7 +312,7 @@ def named_points() -> dict[str, list[Point]]:
     for name in method_names("graft.tune"):
         module = method("graft.tune", name)
         if (
-            name != "fusion"
+            name not in JOINING
             and hasattr(module, "points")
             and not any(f.is_required() for f in module.Settings.model_fields.values())
         ):

@@ -1,4 +1,4 @@
-"""The experts of `{peft: {peft_type: XLORA, adapters: {…}}}`, judged by the facts of the models that they are. Light."""
+"""The experts of `{peft: {peft_type: XLORA, adapters: {…}}}`, judged by the facts of what they are. Light."""
 
 from __future__ import annotations
 
@@ -41,15 +41,11 @@ def point_of(settings: TuneSettings) -> Point:
 def problems(settings: TuneSettings, models: Mapping[str, Facts]) -> list[str]:
     """What speaks against the mixture, a sentence each; empty if nothing does that is known by now."""
     start, experts = models[settings.from_], experts_of(settings)
-    if settings.fold:
-        return ["a mixture of experts does not fold, since its scalings differ between tokens: say `fold: false`"]
     if is_adapted(start):
         return [
-            f"{settings.from_} has adapters: expected the frozen model that the experts were made for, on which they are "
-            "mixed"
+            f"{settings.from_} has adapters: expected the frozen model that the experts were made for, on which they "
+            "are mixed"
         ]
-    if settings.compile:
-        return ["a mixture of experts reads each text twice, which `compile` does not follow: leave it out"]
     found = [wrong for name, ref in experts.items() if (wrong := _unfit(name, ref, models[ref], settings, start))]
     return found or list(tried(settings, models).problems)
 

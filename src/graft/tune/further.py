@@ -30,5 +30,6 @@ def apply(model: PreTrainedModel, settings: Settings) -> PreTrainedModel:
     for name in settings.adapters or [name for name, _ in stack.active]:
         if name not in stack.points:
             raise UnknownName("adapter", name, list(stack.points))
-        stack.sites[name].requires_grad_(True)
+        for one in (name, *stack.experts_trained_with(name)):
+            stack.sites[one].requires_grad_(True)
     return model

@@ -25,7 +25,6 @@ class Settings(Base):
     def _direct(cls, raw: Any) -> Any:
         return {"config": raw} if isinstance(raw, dict) and set(raw) != {"config"} else raw
 
-
     @field_validator("config")
     @classmethod
     def _experts(cls, config: dict[str, Any]) -> dict[str, Any]:
