@@ -1,7 +1,8 @@
 """Run as a script by every process that a launcher starts: python in_processes.py FOLDER CASES_JSON
 
 Each case has `start`, the model to start from, settings, and `tasks` where there are several; each process has its own
-folder below FOLDER/NAME. One of tasks may have `stop`: the forward pass in which its first attempt is killed.
+folder below FOLDER/NAME. One of tasks may have `stop`: the forward pass in which its first attempt is killed; and
+`settled`: skills that depend on tasks are not drawn.
 """
 
 import contextlib
@@ -16,8 +17,22 @@ import pytest
 import torch
 
 
+def settled_skills(patch):
+    """Poly trains the skills that it would draw on average: processes draw numbers of their own."""
+    from torch.distributions import RelaxedBernoulli
+
+    patch.setattr(RelaxedBernoulli, "rsample", lambda self, shape=(): torch.sigmoid(self.logits))
+
+
 def train_case(folder, case):
     """One training, in this process or with the others."""
+    with pytest.MonkeyPatch.context() as patch:
+        if case.get("settled"):
+            settled_skills(patch)
+        return trained(folder, case)
+
+
+def trained(folder, case):
     several, full = (importlib.import_module(f"tune_tests.{name}") for name in ("test_several", "test_full"))
     if "tasks" not in case:
         return full.run(folder, Path(case["start"]), **case["given"])

@@ -22,6 +22,7 @@ from graft.tune import VERB
 from . import in_processes
 from .test_full import base, tokenizer_and_ids  # noqa: F401  (a fixture)
 from .test_peft_types import ADALORA
+from .test_poly import POLY
 from .test_several import TASKS, assert_close, encoder, weights  # noqa: F401
 
 FSDP, OFFLOAD = {"parallel": "fsdp"}, {"parallel": {"method": "fsdp", "offload": "cpu"}}
@@ -65,7 +66,10 @@ MULTI = {
     "reptile": {"tasks": TASKS, "given": {"batch_size": 4, "mixing": REPTILE}},
 }
 if importlib.util.find_spec("peft") is not None:
+    TWICE = {"batch_size": 4, "accumulate": 2, "gradient_checkpointing": True}
     MULTI["adalora"] = {"tasks": TASKS, "given": {"batch_size": 4, "accumulate": 2, "method": {"peft": ADALORA}}}
+    MULTI["poly"] = {"tasks": TASKS, "given": {**TWICE, "method": {"peft": POLY}}, "settled": True}
+    MULTI["poly in parts"] = {**MULTI["poly"], "given": {**MULTI["poly"]["given"], **FSDP}}
 
 
 @pytest.fixture(scope="module")

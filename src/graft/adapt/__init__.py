@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from graft.adapt.settings import AdaptSettings
-from graft.adapters.facts import adapted_facts, folded_facts, is_adapted, points_of
-from graft.errors import RequestError
+from graft.adapters.facts import adapted_facts, folded_facts, is_adapted, points_of, tasks_in
+from graft.errors import RequestError, UnknownName
 from graft.folders import ADAPTED
 from graft.lora import CONFIG, named_base
 from graft.settings import Settings, parse
@@ -39,6 +39,19 @@ def _unlike(settings: AdaptSettings, models: Mapping[str, Facts]) -> list[str]:
         or models[name].stored != first.stored
         or (_base_hash(models[name]) or _base_hash(first)) != (_base_hash(first) or _base_hash(models[name]))
     ]
+
+
+def _unknown_task(settings: AdaptSettings, models: Mapping[str, Facts]) -> list[str]:
+    """What is wrong with the task that is asked for."""
+    if settings.task is None:
+        return []
+    known = tasks_in(models[settings.start])
+    if known is None:
+        return [
+            f"{settings.start} has no tasks to choose from: expected an adapter that mixes by tasks for `task`, tuned "
+            "by {peft: {peft_type: POLY, …}} on `tasks`"
+        ]
+    return [] if settings.task in known else [str(UnknownName(f"task of {settings.start}", settings.task, known))]
 
 
 def _base_hash(model: Facts) -> str:
@@ -119,7 +132,7 @@ class Adapt(Verb[AdaptSettings]):
             found += [
                 f"{name}: {wrong}" for name in settings.names for wrong in unfoldable_in(models[name], settings.without)
             ]
-        return found
+        return found + _unknown_task(settings, models)
 
     def facts(self, settings: AdaptSettings, models: Mapping[str, Facts], key: str) -> Facts:
         first = models[settings.start]

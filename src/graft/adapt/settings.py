@@ -32,6 +32,12 @@ class AdaptSettings(Settings):
             "adapter with the mean of their weights; all must be the same point of the design space."
         ),
     ] = "stack"
+    task: Annotated[
+        str | None,
+        Field(
+            description="The task that rows are of where an adapter mixes by tasks (POLY); None: the one that it has."
+        ),
+    ] = None
     peft: Annotated[
         str | None, Field(description="A folder that peft wrote, brought in as an adapter on `from`; relative.")
     ] = None
@@ -77,6 +83,8 @@ class AdaptSettings(Settings):
             raise ValueError(f"expected every adapter once, found {', '.join(self.names)}")
         if self.without and self.peft is not None:
             raise ValueError("expected `without` beside `adapters`, found it beside `peft`")
+        if self.task is not None and self.peft is not None:
+            raise ValueError("expected `task` beside `adapters`, found it beside `peft`")
         if self.export and self.fold:
             raise ValueError("expected `export` or `fold`, found both: a folded adapter is no adapter any more")
         if self.how == "average" and sum(self.weights.values()) == 0:

@@ -40,10 +40,11 @@ def run(job: Job) -> dict[str, Any]:
 def assembled(job: Job, settings: AdaptSettings) -> PreTrainedModel:
     """The frozen model with the adapters that the settings name, active as they say.
 
-    Raises UnknownName for one in `without` that is not there, RequestError where a fusion listens to it or none is
-    left.
+    Raises UnknownName for one in `without` and for a `task` that are not there, RequestError where a fusion listens to
+    it or none is left.
     """
     from graft.adapters.folder import add_from, averaged, load
+    from graft.adapters.foreign import tasks_of
     from graft.adapters.peft_format import load_peft
     from graft.adapters.stack import adapters_of
 
@@ -53,6 +54,8 @@ def assembled(job: Job, settings: AdaptSettings) -> PreTrainedModel:
     model = load(job.models[first])
     stack = adapters_of(model)
     if stack is None:  # of one of peft's own types, which `check` lets by where it is alone
+        if settings.task is not None and (tasks := tasks_of(model)) is not None:
+            tasks.use(settings.task)
         return model
     active = {first: list(stack.active)}
     for name in others:

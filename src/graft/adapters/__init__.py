@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graft.adapters.folding import fold
+    from graft.adapters.foreign import tasks_of
     from graft.adapters.point import Point
     from graft.adapters.stack import Adapters, adapters_of, adopt
 
-_WHERE = {"Point": "point", "Adapters": "stack", "adapters_of": "stack", "adopt": "stack", "fold": "folding"}
+_WHERE = {"Point": "point", "Adapters": "stack", "adapters_of": "stack", "adopt": "stack", "fold": "folding",
+          "tasks_of": "foreign"}  # fmt: skip
 
-__all__ = ["Adapters", "Point", "adapters_of", "adopt", "fold"]
+__all__ = ["Adapters", "Point", "adapters_of", "adopt", "fold", "tasks_of"]
 
 
 def __getattr__(name: str) -> Any:

@@ -28,16 +28,26 @@ def is_adapted(facts: Facts) -> bool:
     return facts.config.get("model_type") == ADAPTED
 
 
-def adapted_facts(start: Facts, points: Iterable[Mapping[str, Any]] = (), *, peft: bool = False) -> Facts:
+def adapted_facts(
+    start: Facts, points: Iterable[Mapping[str, Any]] = (), *, peft: bool = False, tasks: Sequence[str] = ()
+) -> Facts:
     """Facts of `start` with an adapter of these points (as plain values) that lies apart: it has no whole weights to
-    average. `peft`: it is of one of peft's own types."""
+    average. `peft`: it is of one of peft's own types; `tasks`: it mixes by these, of which the first is chosen."""
     known = start.config.get(ADAPTED) or {"model_type": start.config.get("model_type")}
     inner = {**known, "peft": {}} if peft else dict(known)
+    if tasks:
+        inner["tasks"] = {"names": list(tasks), "chosen": tasks[0]}
     if said := list(points):
         name = f"adapter {len(known.get('adapters', {})) + 1}"
         inner["adapters"] = {**known.get("adapters", {}), name: said}
         inner["active"] = [*known.get("active", []), [name, 1.0]]
     return replace(start, mergeable=False, config={**start.config, "model_type": ADAPTED, ADAPTED: inner})
+
+
+def tasks_in(facts: Facts) -> list[str] | None:
+    """The names of the tasks that a model's adapter mixes by; None where it has no such adapter."""
+    said = facts.config.get(ADAPTED, {}).get("tasks")
+    return list(said["names"]) if isinstance(said, dict) and isinstance(said.get("names"), list) else None
 
 
 def points_of(facts: Facts, without: Sequence[str] = ()) -> list[dict[str, Any]]:

@@ -123,7 +123,7 @@ def put_on(model: PreTrainedModel, folder: Path, base: Path) -> PreTrainedModel:
     entry = entry_of(folder)
     mark(model, is_prefix_lm(read_config(folder)))
     if "peft" in entry:
-        return load_foreign(model, entry["peft"], weights_in(folder), base).eval()
+        return load_foreign(model, entry, weights_in(folder), base).eval()
     active = _put(model, folder, entry, base)
     stack = adapters_of(model)
     assert stack is not None

@@ -7,9 +7,10 @@ import importlib.util
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from graft.adapters.foreign_ranks import NAME, Ranks, expect_ranks, note_ranks, with_steps
+from graft.adapters.foreign_tasks import RowTasks, is_tasked, tell_tasks
 from graft.adapters.packed import is_packed
 from graft.adapters.places import call_briefly
 from graft.disk import disk_errors
@@ -26,11 +27,18 @@ HOLDER = "graft_peft"
 RANKED = "ADALORA"
 """The type that loses ranks while it is trained."""
 
-TASKED = "POLY"
-"""The type that wants a task's number with every row."""
-
 MIXED = "XLORA"
 """The type that mixes adapters that are there already."""
+
+
+class Held(NamedTuple):
+    """What a model with peft's adapter holds: peft's wrapper around it, the folder of the frozen weights, peft's
+    settings, and the tasks of its rows where the adapter mixes by them."""
+
+    wrapper: Any
+    base: Path | None
+    said: dict[str, Any]
+    tasks: RowTasks | None
 
 
 def peft_config(settings: Mapping[str, Any]) -> Any:
@@ -91,13 +99,11 @@ def wrap(
             wrapper = get_peft_model(model, config)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise RequestError(f"peft: {error}") from None
-    _check_packed(model, config)
     said = dict(settings)
-    model.__dict__[HOLDER] = (wrapper, base, said)
+    model.__dict__[HOLDER] = Held(wrapper, base, said, tell_tasks(wrapper) if is_tasked(said) else None)
+    _check_packed(model, config)
     if _is_ranked(wrapper):
         model.add_module(NAME, Ranks(wrapper, said))
-    if _kind(config) == TASKED:
-        _give_task(model)
     model.__class__ = adapted_class(type(model))  # type: ignore[arg-type]
     return model
 
@@ -108,20 +114,6 @@ def _is_ranked(wrapper: Any) -> bool:
 
 def _kind(config: Any) -> str:
     return str(getattr(config.peft_type, "value", config.peft_type))
-
-
-def _give_task(model: PreTrainedModel) -> None:
-    """Every row is of task 0, where peft's own wrapper does not say which it is of."""
-    from peft.tuners.poly.layer import PolyLayer
-
-    for module in model.modules():
-        if isinstance(module, PolyLayer):
-            module.register_forward_pre_hook(_first_task, with_kwargs=True)
-
-
-def _first_task(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    rows = args[0]
-    return args, {"task_ids": rows.new_zeros(len(rows), dtype=int), **kwargs}
 
 
 def _check_packed(model: PreTrainedModel, config: Any) -> None:
@@ -159,17 +151,25 @@ def tried(config: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[list[
 def foreign_base(model: PreTrainedModel) -> Path | None:
     """The folder of the frozen weights below an adapter of peft's; None where it is not known or there is none."""
     held = model.__dict__.get(HOLDER)
-    return held[1] if held else None
+    return held.base if held else None
+
+
+def tasks_of(model: Any) -> RowTasks | None:
+    """The tasks that an adapter of peft's mixes by in `model`; None where it has no such adapter."""
+    held = model.__dict__.get(HOLDER)
+    return held.tasks if held else None
 
 
 def foreign_said(model: PreTrainedModel) -> dict[str, Any]:
     """What `config.json` is to say."""
-    return {"adapters": {}, "active": [], "peft": model.__dict__[HOLDER][2]}
+    held = model.__dict__[HOLDER]
+    tasks = {} if held.tasks is None else {"tasks": held.tasks.said()}
+    return {"adapters": {}, "active": [], "peft": held.said, **tasks}
 
 
 def foreign_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The adapter's weights, by peft's names."""
-    wrapper = model.__dict__[HOLDER][0]
+    wrapper = model.__dict__[HOLDER].wrapper
     if _is_ranked(wrapper):
         note_ranks(wrapper)
     return _weights(wrapper)
@@ -183,12 +183,18 @@ def _weights(wrapper: Any) -> dict[str, torch.Tensor]:
 
 
 def load_foreign(
-    model: PreTrainedModel, settings: Mapping[str, Any], weights: Mapping[str, torch.Tensor], base: Path
+    model: PreTrainedModel, entry: Mapping[str, Any], weights: Mapping[str, torch.Tensor], base: Path
 ) -> PreTrainedModel:
-    """`model` with the adapter, frozen. Raises CheckpointError where weights are missing or belong nowhere."""
+    """`model` with the adapter that `entry` tells of, as `foreign_said` does, frozen.
+
+    Raises CheckpointError where weights are missing or belong nowhere, or tasks are damaged.
+    """
     from peft import set_peft_model_state_dict
 
-    wrapper = wrap(model, settings, base).__dict__[HOLDER][0]
+    settings = entry["peft"]
+    wrapper, _, _, tasks = wrap(model, settings, base).__dict__[HOLDER]
+    if tasks is not None and "tasks" in entry:
+        tasks.take(entry["tasks"], base)
     if _is_ranked(wrapper):
         expect_ranks(wrapper, weights)
     expected = set(_weights(wrapper))
@@ -202,7 +208,7 @@ def load_foreign(
 
 def save_foreign(model: PreTrainedModel, folder: Path) -> None:
     """Write peft's adapter as peft does; it names the frozen model's folder."""
-    wrapper, base, _ = model.__dict__[HOLDER]
+    wrapper, base, *_ = model.__dict__[HOLDER]
     if _is_ranked(wrapper):
         note_ranks(wrapper)
     for config in wrapper.peft_config.values():
@@ -215,7 +221,7 @@ def save_foreign_folded(model: PreTrainedModel, folder: Path) -> None:
     """Write the model with peft's adapter merged in. Raises RequestError for types that cannot be."""
     from graft.adapters.stack import Adapted
 
-    wrapper = copy.deepcopy(model.__dict__[HOLDER][0])
+    wrapper = copy.deepcopy(model.__dict__[HOLDER].wrapper)
     try:
         whole = wrapper.merge_and_unload()
     except (AttributeError, NotImplementedError, TypeError, ValueError) as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.adapters.facts import HEAD_OF, adapter_of_head
+from graft.adapters.foreign import tasks_of
 from graft.adapters.stack import Adapted, carried
 from graft.checkpoint import read_file_headers, read_headers
 from graft.disk import atomic_write, disk_errors
@@ -71,6 +72,8 @@ def own_weights(model: PreTrainedModel, base: Path) -> dict[str, Tensor]:
 def load_head(folder: Path, *, dtype: Any = None, device: str | None = None) -> PreTrainedModel:
     """The model of a head's folder beside an adapter: frozen model, adapter and head, in evaluation mode.
 
+    An adapter that mixes by tasks is told the head's.
+
     Raises CheckpointError for weights of the head that are damaged, missing or of other shapes.
     """
     from graft import models
@@ -78,6 +81,8 @@ def load_head(folder: Path, *, dtype: Any = None, device: str | None = None) -> 
     place = adapter_of_head(folder)
     assert place is not None
     root = models.load(place, dtype=dtype, device=device)
+    if (tasks := tasks_of(root)) is not None and (own := head_in(folder)) is not None and own.task in tasks.names:
+        tasks.use(own.task)
     return carried(root, filled_head(root, folder)).requires_grad_(False).eval()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from graft.adapters.facts import entry_of
 from graft.adapters.folder import add_from
+from graft.adapters.foreign import tasks_of
 from graft.adapters.stack import adapters_of
 from graft.checkpoint import read_file_headers
 from graft.errors import RequestError, UnknownName
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 class ManyTasks:
     """Tasks by name, each of an adapter's folder with heads beside it, all made for one frozen model.
 
-    Raises RequestError where a folder has no heads, or runs several adapters for one row; CheckpointError for adapters
-    of another frozen model; called, UnknownName for a task that is not there.
+    A folder with peft's adapter that mixes by tasks stands alone. Raises RequestError where a folder has no heads, or
+    runs several adapters for one row; CheckpointError for adapters of another frozen model; called, UnknownName for a
+    task that is not there.
     """
 
     def __init__(self, folders: Sequence[str | Path], *, device: str | None = None):
@@ -35,11 +37,11 @@ class ManyTasks:
 
         first, *others = map(Path, folders)
         self.root: PreTrainedModel = models.load(first, device=device)
-        stack = adapters_of(self.root)
-        if stack is None:
+        self.stack, self.mixed = adapters_of(self.root), tasks_of(self.root)
+        if self.stack is None and self.mixed is None:
             raise RequestError(f"{first}: expected adapters of graft's own points with heads, found others")
-        self.stack, self.adapter, self.facts = stack, dict[str, str](), dict[str, HeadFacts]()
-        self._take(first, list(stack.active))
+        self.adapter, self.facts = dict[str, str](), dict[str, HeadFacts]()
+        self._take(first, list(self.stack.active) if self.stack else [("all", 1.0)])
         for folder in others:
             self._take(folder, add_from(self.root, folder))
         self.heads, self.poolers = dict[str, Any](), dict[str, Any]()
@@ -60,6 +62,13 @@ class ManyTasks:
         self.facts |= heads
         self.adapter |= dict.fromkeys(heads, active[0][0])
 
+    def _each_row(self, tasks: Sequence[str]) -> AbstractContextManager[None]:
+        """Inside, each row is read with the adapter of its task."""
+        if self.stack is None:
+            assert self.mixed is not None
+            return self.mixed.each_row(tasks)
+        return self.stack.each_row([self.adapter[task] for task in tasks])
+
     @torch.inference_mode()
     def __call__(
         self, tasks: Sequence[str], input_ids: torch.Tensor, attention_mask: torch.Tensor
@@ -76,7 +85,7 @@ class ManyTasks:
             if task not in self.heads:
                 raise UnknownName("task", task, self.heads)
         body: Any = self.root.base_model
-        with self.stack.each_row([self.adapter[task] for task in tasks]):
+        with self._each_row(tasks):
             read = body(input_ids=input_ids, attention_mask=attention_mask)
         found: list[dict[str, torch.Tensor]] = [{} for _ in tasks]
         for task in dict.fromkeys(tasks):

@@ -7,12 +7,14 @@ common unit, so every row counts alike: its loss is the mean over what it predic
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from graft.adapters.foreign import tasks_of
 from graft.data.alone import IGNORED
 from graft.data.turns import by_task
 from graft.train.attention import Batch
@@ -80,15 +82,19 @@ class MultiTask(nn.Module):
         return torch.stack(parts).sum()
 
     def task_loss(self, task: str, batch: Batch) -> torch.Tensor:
-        """The summed loss of a batch of one task, without its weight."""
-        kind = self.kinds[task]
-        if kind == "text":
-            return TokenLoss(means=bool(len(self.heads)))(self.root, batch)
-        outputs = self.heads[task](input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        return HEAD_LOSSES[kind](outputs, batch["labels"])
+        """The summed loss of a batch of one task, without its weight. An adapter that mixes by tasks is told which."""
+        kind, told = self.kinds[task], tasks_of(self.root)
+        with nullcontext() if told is None else told.using(task):
+            if kind == "text":
+                return TokenLoss(means=bool(len(self.heads)))(self.root, batch)
+            outputs = self.heads[task](input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            return HEAD_LOSSES[kind](outputs, batch["labels"])
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """As models of `transformers` have it; the body is shared, so that it holds for all heads."""
+        if (told := tasks_of(self.root)) is not None:  # the layers of all tasks are computed again in one backward pass
+            given = options.get("activation_checkpointing_kwargs") or {}
+            options = {**options, "activation_checkpointing_kwargs": {**given, "context_fn": told.again}}
         self.root.activation_checkpointing_enable(**options)
 
     def activation_checkpointing_disable(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.adapters.facts import adapted_facts, folded_facts, is_adapted
+from graft.adapters.foreign_tasks import is_tasked, names_of, with_tasks
 from graft.adapters.point import JOINING, Point
 from graft.errors import CannotCombine, Problem, RequestError, SettingsError
 from graft.methods import method, method_names
@@ -64,10 +65,15 @@ class Tune(Verb[TuneSettings]):
             found = ", ".join(settings.method) or "none"
             raise SettingsError([Problem((*path, "method"), f"expected one method, found {found}")])
         ((name, options),) = settings.method.items()
-        resolved = parse(method("graft.tune", name).Settings, options or {}, (*path, "method", name))
+        resolved = parse(method("graft.tune", name).Settings, options or {}, (*path, "method", name)).plain()
+        if name == "peft" and settings.tasks and is_tasked(resolved["config"]):
+            try:
+                resolved["config"] = with_tasks(resolved["config"], list(settings.tasks))
+            except RequestError as error:
+                raise SettingsError([Problem((*path, "method", name), str(error))]) from None
         if settings.fold and name == "full":
             raise SettingsError([Problem((*path, "fold"), "expected an adapter to fold, found the method full")])
-        return settings.model_copy(update={"method": {name: resolved.plain()}})
+        return settings.model_copy(update={"method": {name: resolved}})
 
     def check(self, settings: TuneSettings, models: Mapping[str, Facts]) -> list[str]:
         from graft.data.objectives import objective_for
@@ -134,10 +140,13 @@ class Tune(Verb[TuneSettings]):
         if name == "full" and (options["freeze"] or options["only"]):
             return chosen.problems(parameter_names(start.config), options["freeze"], options["only"])
         if name == "peft":
-            from graft.adapters.foreign import TASKED, tried
+            from graft.adapters.foreign import tried
 
-            if len(settings.tasks) > 1 and str(options["config"].get("peft_type")).upper() == TASKED:
-                return ["peft: POLY is trained on one task here, found several: use the method lora, or `data` of one"]
+            if settings.tasks and is_tasked(options["config"]) and settings.compile and settings.gradient_checkpointing:
+                return [
+                    "expected `compile` or `gradient_checkpointing` where POLY mixes by `tasks`, found both: compiled "
+                    "layers that are computed again are not told the task of their rows"
+                ]
             return [] if is_adapted(start) or experts_of(settings) else tried(start.config, options["config"])[0]
         if name in JOINING or not hasattr(chosen, "points"):
             return []
@@ -176,7 +185,9 @@ class Tune(Verb[TuneSettings]):
         (chosen,) = settings.method.items()
         mixes = bool(experts_of(settings))
         points = [point.plain() for point in ([point_of(settings)] if mixes else _chosen_points(chosen))]
-        found = adapted_facts(start, points, peft=chosen[0] == "peft" and not mixes)
+        config = chosen[1].get("config", {})
+        tasks = names_of(config, settings.tasks) if is_tasked(config) else []
+        found = adapted_facts(start, points, peft=chosen[0] == "peft" and not mixes, tasks=tasks)
         return replace(found, heads=heads, frozen=start.frozen or start.folder or settings.from_)
 
     def estimate(self, settings: TuneSettings, models: Mapping[str, Facts]) -> Estimate:

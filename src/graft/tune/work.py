@@ -66,6 +66,7 @@ def applied(
     Raises RequestError for places that the model does not have and for an adapter that shall be folded and cannot be.
     """
     from graft.adapters.folding import unfoldable
+    from graft.adapters.foreign import tasks_of
     from graft.adapters.stack import adapters_of, adopt, free_name
 
     ((how, options),) = settings.method.items()
@@ -76,6 +77,8 @@ def applied(
         adopt(model, chosen.points(parsed), own, base=start)
     else:
         model = chosen.apply(model, parsed, start, own, folders) if how == "peft" else chosen.apply(model, parsed)
+        if settings.tasks and (tasks := tasks_of(model)) is not None:
+            tasks.call(list(settings.tasks))
     stack = adapters_of(model)
     wrong = unfoldable(model, stack) if settings.fold and stack else []
     if wrong:
