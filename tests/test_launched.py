@@ -9,11 +9,12 @@ import torch
 
 import graft
 from graft import machine
-from graft.errors import RequestError
-from graft.executors import processes_of
+from graft.errors import RecipeError, RequestError
+from graft.executors import Launched, misplaced, processes_of, spelt_out
 from graft.lineage import read_manifest
 from graft.plan.fit import launched
 from graft.run import NodesFailed
+from graft.tune import VERB
 
 RECIPE = """
 family: f
@@ -107,6 +108,8 @@ def test_processes_that_nobody_starts_are_asked_for_before_work(recipe, tmp_path
     ("command", "processes"),
     [
         ("torchrun --nproc-per-node 2", 2),
+        ("torchrun --nproc 2", 2),
+        ("python -m torch.distributed.run --nproc=3", 3),
         ("torchrun --nproc_per_node=4 --nnodes 3 --rdzv-endpoint host:1", 12),
         ("torchrun --standalone", 1),
         ("torchrun --nproc-per-node gpu", None),
@@ -120,7 +123,13 @@ def test_processes_that_nobody_starts_are_asked_for_before_work(recipe, tmp_path
     ],
 )
 def test_a_launcher_says_how_many_processes_it_starts(command, processes):
-    assert processes_of(shlex.split(command)) == processes
+    assert processes_of(spelt_out(shlex.split(command))) == processes
+
+
+def test_what_torchrun_takes_for_short_of_two_spellings_is_spelt_out(recipe, tmp_path):
+    run = graft.run(recipe, tmp_path / "run", only=["base"], launch="torchrun --standalone --nproc 2")
+    assert run.made == ["base"]
+    assert spelt_out(["mpirun", "--nproc", "2"]) == ["mpirun", "--nproc", "2"]
 
 
 def test_what_does_not_fit_into_the_memory_of_one_of_the_processes_is_refused_before_they_start(
@@ -145,9 +154,35 @@ def test_what_does_not_fit_into_the_memory_of_one_of_the_processes_is_refused_be
 
 
 def test_what_goes_wrong_in_the_processes_is_said(recipe, tmp_path):
+    recipe.write_text(RECIPE.replace("{dev: 0.2}", "{dev: 0}").replace("{last: 1}", "{best: 1}"))
+    with pytest.raises(NodesFailed, match=r"base: keep\.best need dev rows to measure on, found none"):
+        graft.run(recipe, tmp_path / "run", only=["base"], device="cpu", launch=launcher())
+
+
+UNEVEN = r"expected batch_size to be a multiple of accumulate times processes \(1 × 2\), found 3"
+
+
+def test_rows_that_processes_cannot_share_are_found_before_they_start(recipe, tmp_path):
     recipe.write_text(RECIPE.replace("batch_size: 8,", "batch_size: 3,"))
-    with pytest.raises(NodesFailed, match="expected batch_size to be a multiple of accumulate times processes"):
+    with pytest.raises(RequestError, match=f"base: {UNEVEN}"):
         graft.run(recipe, tmp_path / "run", device="cpu", launch=launcher())
+    recipe.write_text(RECIPE.replace("batch_size: 8,", f"batch_size: 3, parallel: {SPREAD},"))
+    with pytest.raises(RecipeError, match=UNEVEN):
+        graft.plan(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "work").exists()
+    split = {"from": "b", "data": "d", "batch_size": 3, "parallel": {"tensor": 2, "devices": 2}}
+    assert VERB.parse(split).uneven(2) == ""
+    meta = {"tasks": {"t": "d"}, "mixing": {"meta": "reptile"}, "parallel": {"method": "fsdp", "devices": 2}}
+    assert VERB.parse({"from": "b", "batch_size": 3, **meta}).uneven(2) == ""
+
+
+def test_a_launcher_of_another_number_of_processes_is_found_before_they_start(recipe, tmp_path):
+    recipe.write_text(RECIPE.replace("batch_size: 8,", "batch_size: 8, parallel: {method: fsdp, devices: 4},"))
+    with pytest.raises(RequestError, match=r"base: expected 4 processes \(`parallel.devices`\), found a launcher of 2"):
+        graft.run(recipe, tmp_path / "run", only=["base"], device="cpu", launch=launcher())
+    split = VERB.parse({"from": "b", "data": "d", "parallel": {"tensor": 4}})
+    words = "expected processes in groups of 4 (`parallel.tensor`), found a launcher of 2"
+    assert misplaced(Launched(launcher()), "m", split) == f"m: {words}"
 
 
 def test_a_launcher_that_dies_is_said(recipe, tmp_path):

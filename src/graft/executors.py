@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import pickle
+import re
 import shlex
 import shutil
 import subprocess
@@ -82,7 +83,8 @@ class Here:
             left = [pickle.loads(path.read_bytes()) for path in sorted(Path(folder).glob("outcome.[0-9]*"))]
         failures = [outcome for outcome in left if isinstance(outcome, Failure)]
         made = [outcome for outcome in left if isinstance(outcome, Manifest)]
-        nothing = Failure(f"its processes ended early (exit status {code}); run again to go on", 1, "")
+        said = f"its processes ended early (exit status {code}): what `{shlex.join(launcher)}` said stands above"
+        nothing = Failure(f"{said}; run again to go on", 1, "")
         return (made or failures or [nothing])[0]
 
     def close(self) -> None:
@@ -147,6 +149,7 @@ class Launched(Here):
             raise RequestError(
                 f"expected a launcher such as 'torchrun --nproc-per-node 2', found no program {words[0]!r}"
             )
+        words = spelt_out(words)
         self._command = [found, *words[1:]]
         self.processes = processes_of(words)
         """How many train a model together, where the command tells."""
@@ -159,6 +162,13 @@ EACH_MACHINE, MACHINES = "nproc-per-node", "nnodes"
 """Options of torchrun: processes on a machine, and machines; one where nothing is said."""
 IN_ALL = ("num-processes", "ntasks", "np", "n")
 """Options of other launchers (accelerate, srun, mpirun) for processes on all machines together."""
+
+
+def spelt_out(words: Sequence[str]) -> list[str]:
+    """A launcher's command with `--nproc`, which torchrun takes for short of two spellings of one option, in full."""
+    if Path(words[0]).name != "torchrun" and "torch.distributed.run" not in words:
+        return list(words)
+    return [re.sub(r"^--nproc(?==|$)", f"--{EACH_MACHINE}", word) for word in words]
 
 
 def processes_of(words: Sequence[str]) -> int | None:
@@ -190,6 +200,8 @@ def misplaced(executor: Executor, name: str, settings: Settings) -> str | None:
             f"{name}: expected several models side by side (jobs) or several processes a model "
             f"(`parallel: {parallel.method}`), found both"
         )
+    if isinstance(executor, Launched) and (wrong := _miscounted(executor.processes, parallel)):
+        return f"{name}: {wrong}"
     alone = isinstance(executor, Here) and not isinstance(executor, Launched)
     if alone and parallel.devices is None and parallel.offload is None:
         return (
@@ -197,3 +209,14 @@ def misplaced(executor: Executor, name: str, settings: Settings) -> str | None:
             "(`parallel.devices: 2`), or what starts them (`launch='torchrun --nproc-per-node 2'`, --launch)"
         )
     return None
+
+
+def _miscounted(processes: int | None, parallel: Parallel) -> str:
+    """Why a launcher's number of processes is not that which the settings ask for; empty where it is, or not known."""
+    if processes is None:
+        return ""
+    if parallel.devices not in (None, processes):
+        return f"expected {parallel.devices} processes (`parallel.devices`), found a launcher of {processes}"
+    if processes % parallel.tensor:
+        return f"expected processes in groups of {parallel.tensor} (`parallel.tensor`), found a launcher of {processes}"
+    return ""

@@ -17,7 +17,7 @@ from graft.executors import Executor, Here, Launched, Outcome, Processes, mispla
 from graft.making import Work
 from graft.models import check_device
 from graft.plan import Places, Plan, Step, make_plan, standing
-from graft.plan.fit import launched, too_large
+from graft.plan.fit import launched, too_large, uneven
 from graft.plan.keys import data_uses
 from graft.plan.places import OneModel
 from graft.progress import say
@@ -174,7 +174,8 @@ def execute(plan: Plan, executor: Executor, *, device: str | None = None) -> tup
 
 
 def _check_room(plan: Plan, executor: Executor, device: str | None) -> None:
-    """Raises RequestError for trainings that are to run and need more memory than there is, before anything loads.
+    """Raises RequestError for trainings that are to run and need more memory than there is, before anything loads, and
+    for rows that the processes of a launcher cannot share out.
 
     Where a launcher starts several processes, for what one of them needs; of one that does not tell how many it starts
     nothing is known.
@@ -183,6 +184,8 @@ def _check_room(plan: Plan, executor: Executor, device: str | None) -> None:
         if executor.processes is None:
             return
         plan = launched(plan, executor.processes)
+        if wrong := uneven(plan):
+            raise RequestError(wrong)
     if wrong := too_large(plan, device):
         raise RequestError(wrong)
 

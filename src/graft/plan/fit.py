@@ -69,6 +69,14 @@ def launched(plan: Plan, processes: int) -> Plan:
     return replace(plan, steps={name: together(step) for name, step in plan.steps.items()})
 
 
+def uneven(plan: Plan) -> str:
+    """Which trainings that are to run have rows that their processes cannot share out; empty where all can."""
+    settings = {name: step.node.settings for name, step in plan.steps.items() if step.state != "cached"}
+    asked = {name: one for name, one in settings.items() if isinstance(one, TrainSettings) and one.parallel}
+    wrong = {name: one.uneven(one.parallel.devices or 1) for name, one in asked.items() if one.parallel}
+    return "\n".join(f"{name}: {why}" for name, why in wrong.items() if why)
+
+
 def fits(plan: Plan, limit: int) -> list[Fit]:
     """Every node that is still to be made."""
     facts = plan.recipe.facts(lambda name: name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,6 +30,8 @@ class Sharded:
 
     def __init__(self, model: nn.Module, device: str, processes: int, parallel: Parallel):
         self.model = model
+        # the loss reads what the model gives and changes nothing in it
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         rates = {name: p.rate for name, p in model.named_parameters() if hasattr(p, "rate")}
         before = {module: set(vars(module)) for module in model.modules()}
         groups = (processes // parallel.tensor, parallel.tensor)

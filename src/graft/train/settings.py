@@ -233,7 +233,25 @@ class TrainSettings(Settings):
             )
         if self.parallel is not None and self.parallel.method != "ddp":
             self._check_spread(self.parallel.method)
+        if self.parallel is not None and self.parallel.devices and (wrong := self.uneven(self.parallel.devices)):
+            raise ValueError(wrong)
         return self
+
+    def uneven(self, processes: int) -> str:
+        """Why the rows of a step cannot be shared out to so many processes; empty where they can."""
+        alike = self.parallel.tensor if self.parallel is not None else 1
+        shares = 1 if self.all_read_alike else processes // alike
+        if self.batch_size % (self.accumulate * shares) == 0:
+            return ""
+        return (
+            f"expected batch_size to be a multiple of accumulate times processes ({self.accumulate} × {shares}), "
+            f"found {self.batch_size}"
+        )
+
+    @property
+    def all_read_alike(self) -> bool:
+        """Whether all processes read the same rows, which are shared out otherwise."""
+        return False
 
     def _check_spread(self, method: str) -> None:
         """Raises ValueError for what weights in parts cannot be trained with."""

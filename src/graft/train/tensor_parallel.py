@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,9 @@ def split(model: nn.Module, mesh: DeviceMesh) -> None:
     A matrix tied to the embedding stays whole with it. Raises RequestError for a model without a plan.
     """
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    # of every gathering of a weight that is split twice, that it takes two exchanges
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
     if wrong := _problems(model, mesh.size()):
         raise RequestError(wrong[0])

@@ -74,6 +74,11 @@ class TuneSettings(TrainSettings):
         for name, options in self.method.items():
             yield from references(method("graft.tune", name).Settings(**options), (*path, "method", name))
 
+    @property
+    def all_read_alike(self) -> bool:
+        """With weights in parts all processes make each episode together."""
+        return self.mixing.meta is not None and self.parallel is not None and self.parallel.method == "fsdp"
+
     def wanted_dev(self) -> Mapping[str, str]:
         """Data sets of the tasks towards which weights are learned."""
         learn = self.mixing.learn
