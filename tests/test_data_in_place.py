@@ -30,6 +30,7 @@ def test_settings_in_place_are_named_by_what_they_say_where_data_sets_are_named_
     named = '{"path": "a.jsonl", "limit": 3}'
     said = {"path": "a.jsonl", "limit": 3}
     assert in_place({"data": said}) == {"data": named}
+    assert in_place({"data": {"train": "a", "dev": "b"}}) == {"data": '{"train": "a", "dev": "b"}'}
     assert in_place({"data": {**said, "split": "dev"}}) == {"data": f"{named}.dev"}
     assert in_place({"tasks": {"one": {"data": said, "head": {}}}}) == {"tasks": {"one": {"data": named, "head": {}}}}
     assert in_place({"weights": {"fit": said}}) == {"weights": {"fit": named}}

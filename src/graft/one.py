@@ -149,7 +149,7 @@ def in_place(settings: Any, within: bool = False) -> Any:
     `within`: they stand inside of a setting that names data sets. Raises DataError for text that is no mapping.
     """
     if isinstance(settings, Mapping):
-        if within and {"path", "source", "mix", "split"} & settings.keys():
+        if within and {"path", "source", "mix", "split", *SPLITS} & settings.keys():
             return _reference(settings)
         return {key: in_place(value, within or key in _NAMED_BY) for key, value in settings.items()}
     if isinstance(settings, list | tuple):

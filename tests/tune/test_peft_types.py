@@ -58,7 +58,8 @@ def test_what_peft_cannot_do_here_is_refused(tmp_path, base):  # noqa: F811
     pytest.importorskip("peft")
     for config, words in (
         ({"peft_type": "LOHAA"}, r"did you mean 'LOHA'\?"),
-        ({"peft_type": "LOHA", "rank": 3}, "does not take these settings.*rank"),
+        ({"peft_type": "LOHA", "rank": 3}, "LOHA has no setting 'rank'"),
+        ({"peft_type": "LOHA", "task_type": "X"}, "does not take these settings.*task type"),
         ({"peft_type": "ADALORA", "total_step": 4, "tinit": 2, "tfinal": 2}, r"expected tinit \+ tfinal < total_step"),
         ({"peft_type": "ADALORA", "init_r": 4, "target_r": 4}, "expected a `target_r` below `init_r`, found 4 and 4"),
         ({"peft_type": "LOHA", "r": 2, "target_modules": ["nowhere"]}, "peft: Target modules"),
@@ -79,6 +80,7 @@ PROMPTS = {
         "peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 16,
     },
     "several": {"peft_type": "MULTITASK_PROMPT_TUNING", "num_virtual_tokens": 3, "num_tasks": 1},
+    "context": {"peft_type": "CPT", "cpt_token_ids": [3, 4], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 1]},
 }  # fmt: skip
 
 
@@ -125,6 +127,9 @@ INSIDE = {
     "LORA": {"r": 2, **LINEARS},
     "POLY": {"r": 2, "n_skills": 2, **LINEARS},
     "IA3": {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []},
+    "RANDLORA": {"r": 2, **LINEARS},
+    "TRAINABLE_TOKENS": {"token_indices": [3, 5]},
+    "SHIRA": {"r": 2, **LINEARS},
 }
 """Types that work inside the model, with settings that suit a tiny one."""
 
@@ -158,6 +163,10 @@ def test_what_is_wrong_with_settings_of_peft_is_said_before_anything_runs(base):
     assert problems(peft_type="LOHA", r=2, target_modules="all-linear") == []
     assert "peft: Target modules" in problems(peft_type="LOHA", r=2, target_modules=["nowhere"])[0]
     assert "did you mean 'LOHA'?" in problems(peft_type="LOHAA")[0]
+    assert "found none; there are: ADALORA" in problems(r=2)[0]
+    assert "no setting 'target_module' (did you mean" in problems(peft_type="LOHA", target_module=["q_proj"])[0]
+    # a start from the weights' values cannot be tried on a skeleton, which says nothing against it
+    assert problems(peft_type="SHIRA", r=2, **LINEARS) == []
     loha = {"peft": {"peft_type": "LOHA", "r": 2, "target_modules": "all-linear"}}
     settings = VERB.parse({"from": "base", "data": "d", "method": loha})
     whole = VERB.parse({"from": "base", "data": "d"})

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import warnings
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +27,9 @@ HOLDER = "graft_peft"
 
 RANKED = "ADALORA"
 """The type that loses ranks while it is trained."""
+
+CONTINUING = "CPT"
+"""The type that is for decoders alone, and wants to be told so."""
 
 MIXED = "XLORA"
 """The type that mixes adapters that are there already."""
@@ -48,15 +52,20 @@ def peft_config(settings: Mapping[str, Any]) -> Any:
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
     plain = dict(settings)
-    kind = str(plain.pop("peft_type", "none")).upper()
+    kind = str(plain.pop("peft_type", "")).upper()
     known = {str(getattr(name, "value", name)): cls for name, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if kind not in known:
-        there = ", ".join(sorted(known))
+        there, found = ", ".join(sorted(known)), f"{kind!r}{nearest(kind, known)}" if kind else "none"
+        raise RequestError(f"expected a `peft_type` that peft has, found {found}; there are: {there}")
+    options = [field.name for field in fields(known[kind]) if field.init]
+    if unknown := next((name for name in plain if name not in options), None):
         raise RequestError(
-            f"expected a `peft_type` that peft has, found {kind!r}{nearest(kind, known)}; there are: {there}"
+            f"peft: {kind} has no setting {unknown!r}{nearest(unknown, options)}; there are: {', '.join(options)}"
         )
     if kind == MIXED:
         plain.setdefault("hidden_size", 1)  # peft would warn; it is the model that tells
+    if kind == CONTINUING:
+        plain.setdefault("task_type", "CAUSAL_LM")
     try:
         return known[kind](**(with_steps(plain) if kind == RANKED else plain))
     except (TypeError, ValueError) as error:
@@ -98,7 +107,7 @@ def wrap(
             warnings.simplefilter("ignore", FutureWarning)
             wrapper = get_peft_model(model, config)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise RequestError(f"peft: {error}") from None
+        raise RequestError(f"peft: {error}") from error
     said = dict(settings)
     model.__dict__[HOLDER] = Held(wrapper, base, said, tell_tasks(wrapper) if is_tasked(said) else None)
     _check_packed(model, config)
@@ -142,7 +151,9 @@ def tried(config: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[list[
     try:
         made = wrap(model, settings, None)
     except RequestError as error:
-        return [str(error)], None
+        # a type that starts from the weights' values cannot on a skeleton, which has none ("meta" tensors)
+        blind = isinstance(error.__cause__, NotImplementedError) and "meta" in str(error.__cause__)
+        return [] if blind else [str(error)], None
     except (RuntimeError, AttributeError, KeyError):  # a type that cannot be tried without weights
         return [], None
     return [], sum(p.numel() for p in made.parameters() if p.requires_grad)
@@ -178,8 +189,8 @@ def foreign_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def _weights(wrapper: Any) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
-    found = get_peft_model_state_dict(wrapper)
-    return {name: value.detach().cpu().contiguous() for name, value in found.items()}
+    found = get_peft_model_state_dict(wrapper)  # layers may share what they have: a file wants it of each
+    return {name: value.detach().cpu().contiguous().clone() for name, value in found.items()}
 
 
 def load_foreign(
