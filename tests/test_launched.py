@@ -43,7 +43,8 @@ def recipe(tmp_path):
     return path
 
 
-def test_two_processes_make_what_one_makes(recipe, tmp_path):
+def test_two_processes_make_what_one_makes(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLOW_RANK", "1")
     one = graft.run(recipe, tmp_path / "one", device="cpu")
     two = graft.run(recipe, tmp_path / "two", launch=QUICK)
     assert one.made == two.made == ["base", "adapted", "duo"]

@@ -6,6 +6,7 @@ write into a folder that is thrown away. What went wrong, or the manifest, is le
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import shutil
@@ -52,7 +53,11 @@ def _first(work: Work) -> Manifest:
         nonlocal called
         called = True
         _agree(True)
-        return run_verb(work)
+        manifest = run_verb(work)
+        # what is made is finished, whatever becomes of the others; but they write into the folder that is removed then
+        with contextlib.suppress(RuntimeError):
+            _wait()
+        return manifest
 
     manifest = make(work, together)
     if not called:
@@ -71,7 +76,15 @@ def _other(work: Work, rank: int) -> Outcome | None:
 
     importlib.import_module("graft.verbs").verb(work.verb).run(replace(job, out=aside))
     shutil.rmtree(aside, ignore_errors=True)
+    _wait()
     return None
+
+
+def _wait() -> None:
+    """Until every process is here."""
+    from accelerate import PartialState
+
+    PartialState().wait_for_everyone()
 
 
 def _agree(go: bool | None) -> Any:
