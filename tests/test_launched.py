@@ -145,7 +145,7 @@ def test_what_does_not_fit_into_the_memory_of_one_of_the_processes_is_refused_be
     assert two < 0.8 * plan.steps["base"].estimate.memory_bytes
     recipe.write_text(spread)
     monkeypatch.setattr(machine, "memory", lambda device: int(0.7 * two))
-    with pytest.raises(RequestError, match=r"expected trainings that fit into .* of memory, found base: does not fit"):
+    with pytest.raises(RequestError, match=r"expected models whose making fits into .* of memory, found base"):
         graft.run(recipe, tmp_path / "run", launch=launcher())
     assert not (tmp_path / "run" / "work").exists()
     # enough for each of two; that the launcher then fails is not found before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -12,8 +13,8 @@ from graft import machine
 from graft.cli import app
 from graft.errors import RequestError, SettingsError
 from graft.machine import cores, size
-from graft.plan import Places, make_plan, plain, render
-from graft.plan.fit import fits, memory_limit, told
+from graft.plan import Places, make_plan, plain, render, render_memory
+from graft.plan.fit import fits, memory_limit, told, too_large
 from graft.plan.keys import keys_of
 from graft.plan.table import clock, count
 from graft.pretrain.architectures import Shape, build, config_for
@@ -243,13 +244,81 @@ def test_what_does_not_fit_is_told_the_kindest_change_first_and_each_change_fits
         memory_limit("much")
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """The plan of a model of 500 million parameters, its tunings, and it in 4 bits."""
+    tmp_path = tmp_path_factory.mktemp("large")
+    (tmp_path / "d.txt").write_text("".join(f"text {n}\n" for n in range(200)))
+    path = tmp_path / "f.yaml"
+    path.write_text(
+        "family: f\ndata:\n  d: {source: text, document: line, path: d.txt}\nmodels:\n"
+        "  base: {pretrain: {data: d, size: 500M, length: 256, tokenizer: {size: 300}, batch_size: 8}}\n"
+        "  whole: {tune: {from: base, data: d, length: 64, batch_size: 4, budget: 5 steps}}\n"
+        "  few: {tune: {from: base, data: d, length: 64, batch_size: 4, budget: 5 steps, method: lora}}\n"
+        "  four: {quantize: {from: base}}\n"
+    )
+    return make_plan(read_recipe(path), Places(tmp_path / "run"))
+
+
+def test_what_no_setting_makes_fit_is_spread_with_changes_or_tuned_by_few_weights(large):
+    found = {fit.node: fit for fit in fits(large, int(3.2e9))}
+    assert not any(f.fits for f in found.values() if f.node != "few")
+    assert found["few"].fits
+    whole = [change for change, _ in found["whole"].changes]
+    assert whole[-1] == {"method": "lora"}
+    (changed, alone), devices = whole[:2], [change["parallel"]["devices"] for change in whole[:2]]
+    assert devices[0] < devices[1]
+    assert (list(alone), len(changed) > 1) == (["parallel"], True)
+    tune = large.steps["whole"].node
+    for change, needed in found["whole"].changes:
+        settings = tune.verb.parse({**tune.settings.plain(), **change})
+        assert tune.verb.estimate(settings, {"base": large.steps["base"].facts}).memory_bytes == needed <= 3.2e9
+
+
+def test_few_weights_stand_on_four_bits_where_plain_ones_are_too_many(large):
+    pytest.importorskip("bitsandbytes")
+    found = {fit.node: fit for fit in fits(large, int(1.2e9))}
+    on_four = {"from": {"quantize": {"from": "base", "bits": 4}}}
+    assert {"method": "lora", **on_four} == {name: found["whole"].changes[-1][0][name] for name in ("from", "method")}
+    assert found["few"].changes[-1][0]["from"] == on_four["from"]
+    assert "from: {quantize: {from: base, bits: 4}}" in told(found["few"])
+
+
+def test_what_a_training_holds_is_told_by_kind(large):
+    parts = {name: step.estimate.parts for name, step in large.steps.items()}
+    numbers = large.steps["whole"].estimate.parameters
+    held = {"process": PROCESS, "weights": 4 * numbers, "moments": 8 * numbers, "gradients": 4 * numbers}
+    assert {name: parts["whole"][name] for name in held} == held
+    alternating = max(parts["whole"]["gradients"], parts["whole"]["activations"])
+    at_once = PROCESS + 12 * numbers + alternating
+    assert large.steps["whole"].estimate.memory_bytes == pytest.approx(at_once, abs=2)
+    assert parts["few"]["moments"] < parts["few"]["weights"] / 10
+    assert parts["four"] == {}
+    out = io.StringIO()
+    Console(file=out, width=200).print(render_memory(large))
+    assert "moments" in out.getvalue()
+    assert "four" not in out.getvalue()
+    assert plain(large)["models"][1]["memory"] == parts["whole"]
+
+
+def test_packing_a_model_that_does_not_fit_the_machine_is_refused_before_it_is_loaded(large, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    only = replace(large, steps={"four": large.steps["four"]})
+    needed = large.steps["four"].estimate.memory_bytes
+    assert needed > PROCESS + large.steps["base"].facts.bytes
+    monkeypatch.setattr(machine, "memory", lambda device: needed)
+    assert too_large(only) == ""
+    monkeypatch.setattr(machine, "memory", lambda device: needed // 2)
+    assert "found four: does not fit" in too_large(only)
+
+
 def test_a_training_that_does_not_fit_the_machine_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
     (tmp_path / "d.txt").write_text("".join(f"text {n}\n" for n in range(200)))
     path = tmp_path / "f.yaml"
     path.write_text(TRAINED)
     whole = make_plan(read_recipe(path), Places(tmp_path / "run")).steps["base"].estimate.memory_bytes
     monkeypatch.setattr(machine, "memory", lambda device: int(whole * 0.7))
-    with pytest.raises(RequestError, match=r"expected trainings that fit into .*base: does not fit.*accumulate: 2"):
+    with pytest.raises(RequestError, match=r"expected models whose making fits into .*base: does not.*accumulate: 2"):
         run(path, tmp_path / "run", device="cpu")
     assert not (tmp_path / "run" / "models").exists()
     assert not list((tmp_path / "run").glob("work/*"))

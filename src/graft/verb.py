@@ -60,6 +60,8 @@ class Estimate:
     memory_bytes: int
     seconds: float | None = None
     note: str = ""
+    parts: Mapping[str, int] = field(default_factory=dict)
+    """Of a training the bytes of memory by what is held; see `training_estimate`."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ class Verb(Generic[S]):
     """Counted up when the same settings give other weights: cached nodes are then made anew."""
     together: ClassVar[bool] = False
     """Whether `run` may be called in several processes at once, started together by a launcher, to share the work."""
+    weighed: ClassVar[bool] = False
+    """Whether its estimate of memory is sure enough to refuse what needs more than there is."""
     comes_first: ClassVar[bool] = False
     """Whether it is done before what takes long, since it may show that its input is no good."""
     options_in: ClassVar[str | None] = None

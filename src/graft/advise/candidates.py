@@ -9,7 +9,7 @@ from typing import Any
 from graft.adapters.point import Point
 from graft.adapters.trial import counter
 from graft.methods import method
-from graft.plan.fit import ways
+from graft.plan.fit import packed, ways
 from graft.settings import Settings
 from graft.verb import Facts, Verb
 from graft.verbs import verb
@@ -96,8 +96,8 @@ def fitted(found: Candidate, facts: Facts, training: Mapping[str, Any], limit: i
     said = _fits(found, tune, settings, facts, limit)
     if not said.why_not or found.method == "full" or facts.stored == "quantised":
         return said
-    packed = _packed(facts)
-    return said if packed is None else replace(_fits(found, tune, settings, packed, limit), packed=True)
+    small = packed(facts)
+    return said if small is None else replace(_fits(found, tune, settings, small, limit), packed=True)
 
 
 def _fits(found: Candidate, tune: Verb[Any], settings: Settings, facts: Facts, limit: int | None) -> Candidate:
@@ -109,10 +109,3 @@ def _fits(found: Candidate, tune: Verb[Any], settings: Settings, facts: Facts, l
         return replace(found, memory_bytes=needed, why_not="it does not fit into the memory, whatever its settings")
     change, size = changes[0]
     return replace(found, memory_bytes=size, changes=dict(change))
-
-
-def _packed(facts: Facts) -> Facts | None:
-    """The facts of the base in 4 bits; None where it cannot be packed here."""
-    quantize: Verb[Any] = verb("quantize")
-    settings = quantize.parse({"from": "base", "bits": 4})
-    return None if quantize.check(settings, {"base": facts}) else quantize.facts(settings, {"base": facts}, "")

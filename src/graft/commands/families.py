@@ -67,6 +67,7 @@ def plan(
         str | None,
         typer.Option(metavar="SIZE", help="Say what fits into this memory, such as 24GB, and what would help."),
     ] = None,
+    memory: Annotated[bool, typer.Option("--memory", help="Say what each training holds in memory.")] = False,
     json_: Json = False,
 ) -> None:
     """Show what a run would do: what is there already; size, memory and time of the rest.
@@ -75,7 +76,7 @@ def plan(
     """
     from graft.api import plan as make
     from graft.plan import fit as room
-    from graft.plan import plain, render
+    from graft.plan import plain, render, render_memory
 
     found = make(recipe, out, only=only or [], force=force or [], verify=verify)
     told = room.fits(found, room.memory_limit(fit)) if fit is not None else []
@@ -83,6 +84,8 @@ def plan(
         typer.echo(json.dumps(plain(found) | ({"fit": [each.plain() for each in told]} if fit is not None else {})))
     else:
         shown(render(found))
+        if memory:
+            shown(render_memory(found))
         if fit is not None:
             typer.echo("\n".join(map(room.told, told)) or "everything is made already: nothing is left to fit anywhere")
     for wrong in filter(None, [*found.damaged, room.too_large(found) if fit is None else ""]):

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from graft.adapters.facts import is_adapted
 from graft.settings import ModelRef, Settings, parse
+from graft.train.memory import PROCESS
 from graft.verb import Estimate, Facts, Job, Verb
 
 
@@ -53,7 +54,7 @@ class Head(Verb[HeadSettings]):
 
     def estimate(self, settings: HeadSettings, models: Mapping[str, Facts]) -> Estimate:
         start = models[settings.from_]
-        return Estimate(start.parameters, start.bytes, start.bytes, 1.0, "no training")
+        return Estimate(start.parameters, start.bytes, PROCESS + start.bytes, 1.0, "no training")
 
     def run(self, job: Job) -> dict[str, Any]:
         from graft import models

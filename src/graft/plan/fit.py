@@ -87,7 +87,8 @@ def fits(plan: Plan, limit: int) -> list[Fit]:
         needed, node = step.estimate.memory_bytes, step.node
         own = {model: facts[model] for model in node.models}
         asked = (node.verb, node.settings, own, limit)
-        changes = [] if needed <= limit else [*ways(*asked), *spread(*asked)]
+        alone = [] if needed <= limit else ways(*asked)
+        changes = [] if needed <= limit else [*alone, *spread(*asked), *([] if alone else fewer(*asked))]
         found.append(Fit(name, needed, needed <= limit, changes))
     return found
 
@@ -97,15 +98,17 @@ SURE = 1.15
 
 
 def too_large(plan: Plan, device: str | None = None) -> str:
-    """Which trainings that are to run need more memory than there is, and what would help; empty where all fit."""
-    steps = [s for s in plan.steps.values() if s.state != "cached" and isinstance(s.node.settings, TrainSettings)]
-    if not steps:
+    """Which trainings and packings that are to run need more memory than there is, and what would help; empty where all
+    fit."""
+    weighed = {name for name, step in plan.steps.items() if step.state != "cached" and step.node.verb.weighed}
+    if not weighed:
         return ""
     there = machine.memory(device)
-    if all(step.estimate.memory_bytes <= SURE * there for step in steps):
+    large = {name for name in weighed if plan.steps[name].estimate.memory_bytes > SURE * there}
+    if not large:
         return ""
-    wrong = [told(found) for found in fits(plan, there) if found.memory_bytes > SURE * there]
-    return f"expected trainings that fit into {machine.size(there)} of memory, found {'; '.join(wrong)}"
+    wrong = [told(found) for found in fits(plan, there) if found.node in large]
+    return f"expected models whose making fits into {machine.size(there)} of memory, found {'; '.join(wrong)}"
 
 
 def ways(
@@ -131,21 +134,66 @@ def ways(
 def spread(
     verb: Verb[Any], settings: Settings, models: Mapping[str, Facts], limit: int
 ) -> list[tuple[Mapping[str, Any], int]]:
-    """The fewest devices over which weights may be spread so that each needs `limit` bytes at most, if so few do."""
+    """The fewest devices over which weights may be spread so that each needs `limit` bytes at most, if so few do: with
+    changes of other settings, where fewer devices do then, and without."""
     if not isinstance(settings, TrainSettings) or settings.parallel is not None:
         return []
+    found: list[tuple[Mapping[str, Any], int]] = []
     for devices in DEVICES:
-        change = {"parallel": {"method": "fsdp", "devices": devices}}
-        try:
-            changed = verb.parse({**settings.plain(), **change})
-        except SettingsError:
-            return []
-        if settings.batch_size % (settings.accumulate * devices) or verb.check(changed, models):
-            return []
-        needed = verb.estimate(changed, models).memory_bytes
-        if needed <= limit:
-            return [(change, needed)]
+        parallel = {"parallel": {"method": "fsdp", "devices": devices}}
+        if (alone := _tried(verb, settings, models, limit, parallel)) is not None:
+            return [*found, (parallel, alone)]
+        for change in () if found else _combinations(settings):
+            if (needed := _tried(verb, settings, models, limit, {**parallel, **change})) is not None:
+                found.append(({**parallel, **change}, needed))
+                break
+    return found
+
+
+def _tried(
+    verb: Verb[Any], settings: TrainSettings, models: Mapping[str, Facts], limit: int, change: Mapping[str, Any]
+) -> int | None:
+    """What the work needs with a change of its settings; None where that is over `limit` or cannot be."""
+    try:
+        changed = verb.parse({**settings.plain(), **change})
+    except SettingsError:
+        return None
+    needed = verb.estimate(changed, models).memory_bytes
+    return needed if needed <= limit and not verb.check(changed, models) else None
+
+
+def fewer(
+    verb: Verb[Any], settings: Settings, models: Mapping[str, Facts], limit: int
+) -> list[tuple[Mapping[str, Any], int]]:
+    """Few trained weights in the place of all, on the model as it is, else on one in 4 bits: what of these fits into
+    `limit` bytes first, with the changes that it takes."""
+    said = settings.plain() if isinstance(settings, TrainSettings) and verb.name == "tune" else {}
+    if not said or said["fold"]:
+        return []
+    method = {"method": "lora"} if "full" in said["method"] else {}
+    start = said["from"]
+    few = verb.parse({**said, **method})
+    in_four = packed(models[start])
+    tried: list[tuple[dict[str, Any], Mapping[str, Facts]]] = [(method, models)] if method else []
+    if in_four is not None:
+        tried.append(({"from": {"quantize": {"from": start, "bits": 4}}, **method}, {**models, start: in_four}))
+    for change, facts in tried:
+        if verb.check(few, facts):
+            continue
+        needed = verb.estimate(few, facts).memory_bytes
+        found = [({}, needed)] if needed <= limit else ways(verb, few, facts, limit)
+        if found:
+            return [({**change, **found[0][0]}, found[0][1])]
     return []
+
+
+def packed(facts: Facts) -> Facts | None:
+    """The facts of a model in 4 bits; None where it cannot be packed here."""
+    from graft.verbs import verb
+
+    quantize: Verb[Any] = verb("quantize")
+    settings = quantize.parse({"from": "base", "bits": 4})
+    return None if quantize.check(settings, {"base": facts}) else quantize.facts(settings, {"base": facts}, "")
 
 
 def _combinations(settings: TrainSettings) -> Iterator[Mapping[str, Any]]:

@@ -38,6 +38,7 @@ def _row(plan: Plan, step: Step) -> dict[str, Any]:
         "memory_bytes": step.estimate.memory_bytes,
         "seconds": step.estimate.seconds,
         "note": step.estimate.note,
+        "memory": dict(step.estimate.parts),
     }
 
 
@@ -58,6 +59,26 @@ def render(plan: Plan) -> Table:
         figures = (count(cost.parameters), size(cost.disk_bytes), size(cost.memory_bytes), seconds)
         table.add_row(step.node.name, made_by, state, *figures)
     table.caption, table.caption_justify = "\n".join([*_notes(plan), *_misread(plan)]), "left"
+    return table
+
+
+def render_memory(plan: Plan) -> Table:
+    """What each training that is to be made holds in memory, as a rich table."""
+    from rich.table import Table
+
+    trained = {name: step.estimate for name, step in plan.steps.items() if _to_make(step) and step.estimate.parts}
+    kinds = list(dict.fromkeys(kind for cost in trained.values() for kind in cost.parts))
+    table = Table(title="memory of each training, of one of its devices", title_justify="left")
+    for head in ("model", *kinds, "at the peak"):
+        table.add_column(head, justify="left" if head == "model" else "right")
+    for name, cost in trained.items():
+        table.add_row(name, *(size(cost.parts[kind]) for kind in kinds), size(cost.memory_bytes))
+    table.caption_justify = "left"
+    table.caption = (
+        "weights: with copies and averages of them; activations: with the weights in 16 bits in half precision. "
+        "Gradients come as activations go, so that the larger of both counts, and their sum where a step is read in "
+        "pieces"
+    )
     return table
 
 

@@ -23,6 +23,7 @@ class Pretrain(Verb[PretrainSettings]):
     name = "pretrain"
     summary = "Train a model from scratch on a data set."
     together = True
+    weighed = True
     version = 2
 
     def types(self) -> Mapping[str, type[Settings]]:

@@ -87,6 +87,10 @@ def training_estimate(
     `activation_bytes`. A token costs 6 floating-point operations a parameter (Kaplan et al. 2020, section 2.1). Budgets
     in epochs have no estimate of time, since that takes reading the data. Where the settings name several devices, the
     memory is that of one of them.
+
+    `parts` are bytes of each kind at most: the process, weights with copies and averages of them, moments, gradients,
+    activations (with casts of weights in half precision), and weights in parts that are whole at a time. Gradients come
+    as activations go.
     """
     step_tokens = settings.batch_size * length
     amount, unit = settings.budget.amount, settings.budget.unit
@@ -113,7 +117,17 @@ def training_estimate(
     notes += [] if known else ["activations by rule of thumb"]
     notes += [f"memory of each of {devices} devices ({spread.method})"] if devices > 1 else []
     notes += [f"and {elsewhere / 1e9:.2f} GB a device in the CPU's memory"] if spread.offload else []
-    return Estimate(parameters, 4 * parameters, int(memory), seconds, "; ".join(notes))
+    moments = 0.0 if spread.offload else states.optimizer
+    held = {
+        "process": PROCESS,
+        "weights": kept - moments,
+        "moments": moments,
+        "gradients": gradients,
+        "activations": activations,
+        "whole at a time": whole,
+    }
+    parts = {name: int(size) for name, size in held.items()}
+    return Estimate(parameters, 4 * parameters, int(memory), seconds, "; ".join(notes), parts)
 
 
 def _kept(spread: Parallel, states: States, average: float, packed: float, copied: float) -> tuple[float, float]:

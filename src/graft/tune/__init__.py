@@ -35,6 +35,7 @@ class Tune(Verb[TuneSettings]):
     summary = "Train a model further on a data set."
     reads = Verb.reads | {"quantised"}
     together = True
+    weighed = True
     options_in = "method"
 
     def types(self) -> Mapping[str, type[Settings]]:
