@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graft import lora
-from graft.checkpoint import ADAPTER, TensorHeader, read_headers
+from graft.checkpoint import ADAPTER, TensorHeader, read_file_headers, read_headers
 from graft.errors import CheckpointError
 from graft.folders import ADAPTED, architecture_of, folders_behind, heads_of, is_quantised, read_config
 from graft.hashing import hash_weights
@@ -55,6 +55,7 @@ def _facts_of(folder: Path) -> Facts:
             return _homeless(folder, config, False)
         if not (folder / ADAPTER).is_file():
             raise CheckpointError(f"{folder}: expected the adapters' weights in {ADAPTER}, found no such file")
+        read_file_headers(folder / ADAPTER)
         found = replace(facts_of(place), config=config, mergeable=False, bytes=_bytes_behind(folder))
         return replace(found, frozen=_below(folder, config))
     headers = read_headers(folder)

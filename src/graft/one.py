@@ -13,6 +13,7 @@ from graft._load import LoadSettings, fetched
 from graft.data import SPLITS, nearest_ref, split_ref
 from graft.data.files import COMPRESSED, SUFFIXES, begins_as_text
 from graft.errors import DataError, RequestError
+from graft.folders import folders_behind
 from graft.lineage import read_manifest
 from graft.models import check_device, nearest_folder
 from graft.plan import make_plan
@@ -60,8 +61,7 @@ def make_one(
     # a folder may be called what no node may: `llama-3.1-merge`
     called = re.sub(r"[^A-Za-z0-9_-]", "-", target.absolute().name).lstrip("-_") or verb
     recipe = one_node(verb, called, settings, data=data or {}, seed=seed, root=Path(root), hub=hub, begin=begin)
-    if used := [ref for ref, folder in recipe.outside.items() if folder.resolve() == target.resolve()]:
-        raise RequestError(f"{target} is {used[0]}, which it is to be made from: choose another folder")
+    _check_free(target, recipe.outside)
     (name,) = recipe.models
     with locked(places, wait=wait, trains=verbs.verb(verb).together):
         plan = make_plan(recipe, places, force=[name] if force else [])
@@ -74,6 +74,18 @@ def make_one(
             )
         execute(plan, executor, device=device)
     return target
+
+
+def _check_free(target: Path, parents: Mapping[str, Path]) -> None:
+    """Raises RequestError where what will be written would take the place of what a parent is loaded from."""
+    place = target.resolve()
+    for ref, folder in parents.items():
+        if folder.resolve() == place:
+            raise RequestError(f"{target} is {ref}, which it is to be made from: choose another folder")
+        if place in folders_behind(folder):
+            raise RequestError(
+                f"{target} holds weights that {ref} is loaded from and would lose: choose another folder"
+            )
 
 
 def told(folder: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """Adapters put together: stacked, weighted, averaged, folded; what does not go together is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from graft.data.tokenizers import train_tokenizer
 from graft.errors import CheckpointError, RecipeError, RequestError, SettingsError, UnknownName
 from graft.facts import facts_of
 from graft.methods import method
+from graft.settings import parse
 from graft.train.memory import PROCESS
 from graft.verb import Facts, Job
 
@@ -299,3 +301,57 @@ def test_folding_twice_and_adapters_of_different_models_are_refused_before_work(
     with pytest.raises(RecipeError, match=r"other and .*one were made for different models"):
         graft.adapt(tmp_path / "no", adapters=[one, other])
     assert not (tmp_path / "no").exists()
+
+
+def test_what_has_no_mean_does_not_meet_or_is_not_there_is_refused_before_work(tmp_path, base):
+    from graft.tune import VERB as TUNE
+
+    low, keys = adapter(base, tmp_path / "low", "lora", rank=2), adapter(base, tmp_path / "keys", "prefix", 1, length=2)
+    facts = {"low": facts_of(low), "keys": facts_of(keys)}
+
+    def problems(**raw):
+        return VERB.check(VERB.parse({"adapters": ["low", "keys"], **raw}), facts)
+
+    assert "expected adapters of one kind and size to average" in problems(how="average")[0]
+    assert "unknown adapter 'kesy' (did you mean 'keys'?)" in problems(without=["kesy"])[0]
+    assert problems(without=["keys"]) == problems() == []
+    run(tmp_path / "both", [low, keys], adapters=["low", "keys"])
+    yet_to_be = VERB.facts(VERB.parse({"adapters": ["low", "keys"]}), facts, "key")
+    for both in (facts_of(tmp_path / "both" / "out"), yet_to_be):
+        fusion = TUNE.parse({"from": "both", "data": "d", "method": "fusion"})
+        assert "do not meet: learned keys are not fused" in TUNE.check(fusion, {"both": both})[0]
+    more = TUNE.parse({"from": "low", "data": "d", "method": {"further": {"adapters": ["lwo"]}}})
+    assert "unknown adapter 'lwo' (did you mean 'low'?)" in TUNE.check(more, facts)[0]
+
+
+def test_adapters_of_the_same_places_fuse_also_before_they_are_made(tmp_path, base):
+    from graft.tune import VERB as TUNE
+
+    parents = [adapter(base, tmp_path / name, "pfeiffer", seed, width=2) for seed, name in enumerate("ab")]
+    parents.insert(0, adapter(base, tmp_path / "keys", "prefix", length=2))
+    facts = {path.name: facts_of(path) for path in parents}
+    both = VERB.facts(VERB.parse({"adapters": list(facts)}), facts, "key")
+    assert TUNE.check(TUNE.parse({"from": "both", "data": "d", "method": "fusion"}), {"both": both}) == []
+
+
+def test_what_an_adapter_is_loaded_from_is_not_written_over(tmp_path, base):
+    home = tmp_path / "home"
+    shutil.copytree(base, home)
+    low = adapter(home, tmp_path / "low", "lora", rank=2)
+    before = (home / "model.safetensors").read_bytes()
+    with pytest.raises(RequestError, match=r"holds weights that .*low is loaded from and would lose"):
+        graft.adapt(home, adapters=[str(low)], fold=True, force=True)
+    assert (home / "model.safetensors").read_bytes() == before
+
+
+def test_a_truncated_adapter_is_a_wrong_request_also_without_a_manifest(tmp_path, base):
+    file = adapter(base, tmp_path / "low", "lora", rank=2) / "adapter.safetensors"
+    (tmp_path / "low" / "graft.json").unlink(missing_ok=True)
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(CheckpointError, match="truncated"):
+        facts_of(tmp_path / "low")
+
+
+def test_no_layers_are_no_layers():
+    with pytest.raises(SettingsError, match="expected blocks such as"):
+        parse(Point, {"form": "linear", "on": ["query"], "size": 2, "layers": []})

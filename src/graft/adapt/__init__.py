@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from graft.adapt.settings import AdaptSettings
-from graft.adapters.facts import adapted_facts, folded_facts, is_adapted, points_of, tasks_in
+from graft.adapters.facts import active_points, adapted_facts, adapter_names, folded_facts, is_adapted, tasks_in
+from graft.adapters.point import Point
 from graft.errors import RequestError, UnknownName
 from graft.folders import ADAPTED
 from graft.lora import CONFIG, named_base
@@ -52,6 +53,30 @@ def _unknown_task(settings: AdaptSettings, models: Mapping[str, Facts]) -> list[
             "by {peft: {peft_type: POLY, …}} on `tasks`"
         ]
     return [] if settings.task in known else [str(UnknownName(f"task of {settings.start}", settings.task, known))]
+
+
+def _unequal(settings: AdaptSettings, models: Mapping[str, Facts]) -> list[str]:
+    """Which adapters have no mean, as far as their points are known."""
+    if settings.how != "average" or settings.without:
+        return []
+    kinds = [
+        (name, [parse(Point, raw) for raw in held]) for name in settings.names for held in active_points(models[name])
+    ]
+    return [
+        f"expected adapters of one kind and size to average, found that {name} and {kinds[0][0]} differ: use `how: "
+        "stack`, which adds their changes"
+        for name, points in kinds[1:]
+        if points != kinds[0][1]
+    ][:1]
+
+
+def _not_there(settings: AdaptSettings, models: Mapping[str, Facts]) -> list[str]:
+    """Names to leave out that the models do not have, where all of them are finished."""
+    each = [adapter_names(models[name]) for name in settings.names]
+    if None in each:
+        return []
+    there = list(dict.fromkeys(name for names in each for name in names or []))
+    return [str(UnknownName("adapter", name, there)) for name in settings.without if name not in there][:1]
 
 
 def _base_hash(model: Facts) -> str:
@@ -122,6 +147,7 @@ class Adapt(Verb[AdaptSettings]):
         if settings.from_ is not None and is_adapted(models[settings.from_]):
             return [f"{settings.from_} has adapters of its own: expected the frozen model that peft's was made for"]
         found = _unlike(settings, models) + _alone(settings, models)
+        found += _unequal(settings, models) + _not_there(settings, models)
         if settings.fold and models[settings.start].stored == "quantised":
             found.append(
                 f"{settings.start} stands on a quantised model, into which nothing folds: leave the adapters apart "
@@ -136,8 +162,10 @@ class Adapt(Verb[AdaptSettings]):
 
     def facts(self, settings: AdaptSettings, models: Mapping[str, Facts], key: str) -> Facts:
         first = models[settings.start]
-        others = [point for name in settings.names[1:] for point in points_of(models[name], settings.without)]
-        made = folded_facts(first) if settings.fold else adapted_facts(first, others)
+        made = folded_facts(first) if settings.fold else adapted_facts(first)
+        for name in settings.names[1:] if settings.how == "stack" and not settings.fold else []:
+            for points in active_points(models[name], settings.without):
+                made = adapted_facts(made, points)
         return replace(made, trained_on=frozenset().union(*(facts.trained_on for facts in models.values())))
 
     def estimate(self, settings: AdaptSettings, models: Mapping[str, Facts]) -> Estimate:

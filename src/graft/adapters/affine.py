@@ -202,7 +202,10 @@ def _scale(held: Lora, site: Site) -> float:
 
 
 def _factors(held: Lora, a: str, b: str, scale: float, turned: bool) -> Factors:
-    return Factors(_there(held, a), _there(held, b), held.headers[a].shape[0], scale, turned)
+    inner, outer = held.headers[_there(held, a)].shape, held.headers[_there(held, b)].shape
+    if inner[0] != outer[1]:
+        raise CheckpointError(f"{held.folder / ADAPTER}: expected one rank in {a} {inner} and {b} {outer}, found two")
+    return Factors(a, b, inner[0], scale, turned)
 
 
 def _there(held: Lora, name: str) -> str:

@@ -38,7 +38,7 @@ def adapted_facts(
     if tasks:
         inner["tasks"] = {"names": list(tasks), "chosen": tasks[0]}
     if said := list(points):
-        name = f"adapter {len(known.get('adapters', {})) + 1}"
+        name = f"{YET}{len(known.get('adapters', {})) + 1}"
         inner["adapters"] = {**known.get("adapters", {}), name: said}
         inner["active"] = [*known.get("active", []), [name, 1.0]]
     return replace(start, mergeable=False, config={**start.config, "model_type": ADAPTED, ADAPTED: inner})
@@ -52,8 +52,22 @@ def tasks_in(facts: Facts) -> list[str] | None:
 
 def points_of(facts: Facts, without: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The points of a model's active adapters, as plain values, where they are known, but for those named."""
-    entry = facts.config.get(ADAPTED, {})
-    return [point for name, points in _active(entry) if name not in without for point in points]
+    return [point for points in active_points(facts, without) for point in points]
+
+
+def active_points(facts: Facts, without: Sequence[str] = ()) -> list[list[dict[str, Any]]]:
+    """The points of each of a model's active adapters, as plain values, where they are known, but for those named."""
+    return [points for name, points in _active(facts.config.get(ADAPTED, {})) if name not in without]
+
+
+def adapter_names(facts: Facts) -> list[str] | None:
+    """The names of a model's adapters; None where one is yet to be made, which has no name before."""
+    names = list(facts.config.get(ADAPTED, {}).get("adapters", {}))
+    return None if any(name.startswith(YET) for name in names) else names
+
+
+YET = "adapter "
+"""How the names of adapters that are not made yet begin; those of finished ones have no space."""
 
 
 def _active(entry: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:

@@ -53,6 +53,8 @@ def beyond(layers: str | list[int] | None, count: int) -> bool:
 
 
 def _readable(layers: Any) -> Any:
+    if layers == []:
+        raise ValueError("expected blocks such as [0, 5], found none; leave `layers` out for all of them")
     chosen(layers, 1)
     return layers
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graft.adapters.facts import frozen_config, points_of
-from graft.adapters.point import Point
+from graft.adapters.point import JOINING, Point
 from graft.errors import RequestError
 from graft.folders import ADAPTED
 from graft.settings import parse
@@ -55,6 +55,28 @@ def unfoldable_in(model: Facts, without: Sequence[str] = ()) -> list[str]:
     if not points or not model.config.get("architectures") or any(point.form == "fusion" for point in points):
         return []
     return problems(model.config, points, fold=True)
+
+
+def unfusable(start: Facts, names: Sequence[str]) -> list[str]:
+    """Why these adapters of a model (none named: all that are active) do not fuse, tried on its skeleton; empty if
+    nothing is known to speak against it."""
+    from graft.adapters.stack import adopt
+
+    entry, model = start.config[ADAPTED], skeleton(start.config)
+    each = {name: [parse(Point, raw) for raw in held] for name, held in entry.get("adapters", {}).items()}
+    joined = any(point.form in JOINING for points in each.values() for point in points)
+    if model is None or "peft" in entry or not each or joined or not set(names) <= set(each):
+        return []
+    try:
+        for name, points in each.items():
+            stack = adopt(model, points, name)
+        stack.use([name for name, _ in entry["active"]])
+        adopt(model, [Point(form="fusion", on=["adapters"], of=list(names))], "fusion of them")
+    except RequestError as error:
+        return [str(error)]
+    except (RuntimeError, NotImplementedError):
+        return []
+    return []
 
 
 def problems(config: Mapping[str, Any], points: Sequence[Point], *, fold: bool = False) -> list[str]:

@@ -9,10 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from graft.adapters.facts import adapted_facts, folded_facts, is_adapted
+from graft.adapters.facts import adapted_facts, adapter_names, folded_facts, is_adapted
 from graft.adapters.foreign_tasks import is_tasked, names_of, with_tasks
 from graft.adapters.point import JOINING, Point
-from graft.errors import CannotCombine, Problem, RequestError, SettingsError
+from graft.errors import CannotCombine, Problem, RequestError, SettingsError, UnknownName
 from graft.methods import method, method_names
 from graft.settings import Settings, parse
 from graft.train.memory import Dimensions
@@ -149,6 +149,12 @@ class Tune(Verb[TuneSettings]):
                     "layers that are computed again are not told the task of their rows"
                 ]
             return [] if is_adapted(start) or experts_of(settings) else tried(start.config, options["config"])[0]
+        if wrong := _not_among(start, options.get("adapters", []) if name in ("further", *JOINING) else []):
+            return wrong
+        if name == "fusion":
+            from graft.adapters.trial import unfusable
+
+            return unfusable(start, options["adapters"])
         if name in JOINING or not hasattr(chosen, "points"):
             return []
         return problems(start.config, chosen.points(chosen.Settings(**options)), fold=settings.fold)
@@ -224,6 +230,12 @@ class Tune(Verb[TuneSettings]):
         from graft.tune.work import run
 
         return run(job)
+
+
+def _not_among(start: Facts, names: Sequence[str]) -> list[str]:
+    """Which adapters a finished model does not have."""
+    there = adapter_names(start)
+    return [str(UnknownName("adapter", name, there)) for name in names if there is not None and name not in there][:1]
 
 
 def _too_long(settings: TuneSettings, start: Facts) -> list[str]:
