@@ -91,6 +91,15 @@ def test_the_help_of_a_merge_lists_all_methods_and_the_settings_of_the_one_that_
         assert not [field for field in settings.model_fields if f"{field.replace('_', '-')}" not in shown]
 
 
+def test_the_settings_of_a_method_come_first_and_those_of_a_point_are_listed():
+    shown = invoke("tune", "lora", "--help").stdout
+    assert shown.index("--method.lora.rank") < shown.index("--batch-size")
+    assert "[default: 8]" in shown
+    shown = invoke("tune", "point", "--help").stdout
+    assert shown.index("Each of points") < shown.index("insertion") < shown.index("--batch-size")
+    assert "on: [attention], size: 32" in " ".join(shown.split())
+
+
 @pytest.fixture
 def family(tmp_path, growing):
     recipe = tmp_path / "family.yaml"

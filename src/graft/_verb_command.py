@@ -114,18 +114,30 @@ def _tables(verb: str, words: Sequence[str], own: Collection[str]) -> Iterator[T
     whole = methods.pop(verb, None)
     said = {word.rpartition("=")[2] for word in words}
     named = {name: settings for name, settings in methods.items() if name in said}
+    for name, settings in named.items():
+        within = f"{find(verb).options_in}.{name}." if find(verb).options_in else ""
+        yield _settings(f"Settings of {name}", settings.model_fields, own, within)
+        for field, each in _listed(settings):
+            yield _settings(f"Each of {field}, as {{KEY: VALUE}}", each.model_fields, (), None)
     if whole is not None:
         yield _settings("Settings, each also as --set KEY=VALUE", whole.model_fields, own)
     elif not named:
         yield _settings("Settings of every method, each also as --set KEY=VALUE", _shared(list(methods.values())), own)
-    for name, settings in named.items():
-        within = f"{find(verb).options_in}.{name}." if find(verb).options_in else ""
-        yield _settings(f"Settings of {name}", settings.model_fields, own, within)
     if methods and not named:
         table = _table(f"\nMethods; `graft {verb} NAME --help` shows the settings of one")
         for name, settings in methods.items():
             table.add_row(name, escape(said_first(settings).replace("`", "")))
         yield table
+
+
+def _listed(settings: type[Settings]) -> Iterator[tuple[str, type[Settings]]]:
+    """Fields that hold a list of settings, with the type of these."""
+    from graft.settings import Settings as Base
+
+    for name, field in settings.model_fields.items():
+        for inside in typing.get_args(field.annotation):
+            if typing.get_origin(field.annotation) is list and isinstance(inside, type) and issubclass(inside, Base):
+                yield name, inside
 
 
 def _shared(types: Sequence[type[Settings]]) -> dict[str, FieldInfo]:
@@ -142,19 +154,22 @@ def _usual(fields: Sequence[FieldInfo]) -> FieldInfo:
     return fields[descriptions.index(max(descriptions, key=descriptions.count))]
 
 
-def _settings(title: str, fields: Mapping[str, FieldInfo], own: Collection[str], within: str = "") -> Table:
+def _settings(title: str, fields: Mapping[str, FieldInfo], own: Collection[str], within: str | None = "") -> Table:
     """A row a setting. One whose name is an option of the command itself can only be said with --set.
 
-    `within` is what stands before each name, `method.lora.`, where they stand inside another setting.
+    `within` is what stands before each name, `method.lora.`, where they stand inside another setting; None where they
+    are keys of a mapping, and no options.
     """
     from rich.markup import escape
 
     table = _table(title)
     for name, field in fields.items():
-        option = f"--{within}{(field.alias or name).replace('_', '-')}"
-        default = "required" if field.is_required() else _words(field.get_default(call_default_factory=True))
-        shown = f"--set {option[2:]}=…" if option in own else option
-        table.add_row(shown, escape(field.description or ""), f"[dim]{escape(default)}[/dim]")
+        key = field.alias or name
+        option = f"--{within}{key.replace('_', '-')}"
+        shown = key if within is None else f"--set {option[2:]}=…" if option in own else option
+        default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
+        about = escape(field.description or "")
+        table.add_row(shown, f"{about} [dim]{escape(f'[{default}]')}[/dim]" if default else about)
     return table
 
 
@@ -164,8 +179,22 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=None, show_header=False)
 
 
-def _words(value: Any) -> str:
-    return "" if value is None or value == {} or value == [] else str(value)[:40]
+def _default(value: Any) -> str:
+    from graft.settings import Settings as Base
+
+    plain = value.plain() if isinstance(value, Base) else value
+    return "" if plain is None or plain == {} or plain == [] else f"default: {_written(plain)}"
+
+
+def _written(value: Any) -> str:
+    """A value as it is written in a recipe; what has no value inside of settings is left out."""
+    if isinstance(value, Mapping):
+        said = {key: inside for key, inside in value.items() if inside is not None}
+        bare = len(said) == 1 and next(iter(said.values())) == {}
+        return next(iter(said)) if bare else f"{{{', '.join(f'{key}: {_written(one)}' for key, one in said.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_written, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def fields_of(verb: str, raw: Mapping[str, Any] | None = None) -> dict[str, FieldInfo]:
@@ -191,6 +220,13 @@ def methods_of(verb: str, words: Sequence[str]) -> list[dict[str, str]]:
     return find(verb).methods(settings)
 
 
+def legend_of(verb: str) -> str:
+    """What the letters in the table of a verb's methods stand for; empty where it has none."""
+    from graft.verbs import verb as find
+
+    return find(verb).legend
+
+
 def rows_table(rows: Sequence[Mapping[str, str]]) -> Table:
     """Rows with the same keys as a table of `rich`."""
     from rich.markup import escape
@@ -198,7 +234,7 @@ def rows_table(rows: Sequence[Mapping[str, str]]) -> Table:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in rows[0]:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=name == "method")
     for row in rows:
         table.add_row(*map(escape, row.values()))
     return table

@@ -127,6 +127,9 @@ class Verb(Generic[S]):
         """The settings type of each method (key: the method's name, or the verb's name where it has one form only)."""
         raise NotImplementedError
 
+    legend: ClassVar[str] = ""
+    """What the letters of the table of methods stand for."""
+
     def methods(self, settings: Mapping[str, Any]) -> list[dict[str, str]]:
         """A table of the methods, a row each; `settings` may say on which model. Raises RequestError where it may not.
 

@@ -298,6 +298,8 @@ def test_methods_prints_the_table_of_the_design_space(base):  # noqa: F811
     assert here["bitfit"].startswith("not here: expected layers with biases")
     shown = CliRunner().invoke(app, ["tune", "--methods"]).output
     assert "mix_and_match" in shown
+    assert "k channels of keys" in shown
+    assert {row["method"] for row in rows if row["folds"] == "yes"} == {"bitfit", "ia3", "lora"}
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from graft.adapters.point import Point
+from graft.adapters.point import SUBLAYERS, Point
 
 FORMS = {
     "linear": "x Wdown Wup",
@@ -31,7 +31,16 @@ PARAMETERS = {
     "fusion": "3·o²",
     "mixture": "(d+1)·n in all",
 }
-"""Numbers at one place: r the size, i and o channels in and out, k channels of keys, d of the model."""
+"""Numbers at one place."""
+
+LEGEND = (
+    "x: what a module reads; h: what it gives; Δh: what the adapter makes of them; composition: how it joins h.\n"
+    "Parameters at one place: r the size, i and o channels in and out, k channels of keys, d of the model, "
+    "n adapters.\n"
+    "s: scale, g: learned gate (0 at first), λ: attention's share on learned keys.\n"
+    "folds: whether it can become part of the weights (`fold: true`)."
+)
+"""What the letters stand for."""
 
 
 def rows(methods: Mapping[str, Sequence[Point]], model: Any = None) -> list[dict[str, str]]:
@@ -47,8 +56,15 @@ def _row(name: str, point: Point, model: Any) -> dict[str, str]:
         "at": ", ".join(point.on),
         "composition": _composition(point),
         "parameters": _parameters(point),
+        "folds": "yes" if folds(point) else "no",
     }
     return row | ({"in this model": counted(model, [point])} if model is not None else {})
+
+
+def folds(point: Point) -> bool:
+    """Whether the point is a change of the weights and biases of single layers."""
+    spans = any(word in SUBLAYERS for place in point.on for word in place.split("|"))
+    return point.form in ("linear", "scale", "bias") and not spans
 
 
 def _form(point: Point) -> str:

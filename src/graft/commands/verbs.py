@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from graft._telling import tidy
-from graft._verb_command import methods_of, requested, rows_table
+from graft._verb_command import legend_of, methods_of, requested, rows_table
 from graft.commands.options import Device, Json, Launch, Wait, shown
 from graft.errors import RequestError
 
@@ -21,6 +21,9 @@ WORDS = {
     "With settings of the data, as in a recipe: [bold]--data '{path: books.jsonl, splits: {test: 0}}'[/bold]",
     "tune": "Train a model further.\n\n"
     "Example: [bold]graft tune models/coder --from models/base --data code.jsonl --learning-rate 1e-4[/bold]\n\n"
+    "Few weights on a frozen model: [bold]graft tune models/low --from models/base --data code.jsonl --method lora "
+    "--method.lora.rank 16 --learning-rate 2e-3[/bold]; `--method '{point: {form: bottleneck, on: \\[attention], "
+    "size: 32}}'` takes a point of the design space, and `graft tune lora --help` shows a method's settings\n\n"
     "With settings of the data, as in a recipe: [bold]--data '{train: code.jsonl, dev: held-out.jsonl}'[/bold]",
     "adapt": "Put finished adapters together on their model: stacked, averaged, from peft, folded.\n\n"
     "Example: [bold]graft adapt models/both models/language models/task[/bold]",
@@ -63,7 +66,11 @@ def command_of(name: str) -> Callable[..., None]:
         hub: Annotated[bool, typer.Option("--hub", help="Allow the network: models may be ids on the hub.")] = False,
         methods: Annotated[
             bool,
-            typer.Option("--methods", help="Print the methods as a table and stop; of tune with --from on that model."),
+            typer.Option(
+                "--methods",
+                help="Print the methods as a table and stop; `tune --methods --from MODEL` counts their parameters in "
+                "that model.",
+            ),
         ] = False,
         wait: Wait = True,
         launch: Launch = None,
@@ -75,6 +82,8 @@ def command_of(name: str) -> Callable[..., None]:
         if methods:
             rows = methods_of(name, context.args)
             typer.echo(json.dumps(rows)) if json_ else shown(rows_table(rows))
+            if not json_ and (legend := legend_of(name)):
+                typer.echo(f"\n{legend}")
             return
         if name == "merge" and "--explain" in context.args:
             _explain([word for word in context.args if word != "--explain"], settings or [], json_)

@@ -12,6 +12,7 @@ from typing import Any
 from graft.adapters.facts import adapted_facts, adapter_names, folded_facts, is_adapted
 from graft.adapters.foreign_tasks import is_tasked, names_of, with_tasks
 from graft.adapters.point import JOINING, Point
+from graft.adapters.table import LEGEND
 from graft.errors import CannotCombine, Problem, RequestError, SettingsError, UnknownName
 from graft.methods import method, method_names
 from graft.settings import Settings, parse
@@ -37,6 +38,7 @@ class Tune(Verb[TuneSettings]):
     together = True
     weighed = True
     options_in = "method"
+    legend = LEGEND
 
     def types(self) -> Mapping[str, type[Settings]]:
         return {
