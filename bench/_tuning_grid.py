@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from _tuning_runs import Sample, Task, Tuned, kept, named, points_of, runs, sample, started, tuned
-from _tuning_table import Cell, Method, Panel, Seeds, differences, table
+from _tuning_table import Cell, Method, Panel, Seeds, differences, less, table
 from graft.adapters.point import Point
 from graft.adapters.trial import trained
 from graft.evaluate import metrics
@@ -277,6 +277,12 @@ class Grid:
         trained = Counter(rates for rates, _ in dev)
         return max(tried, key=lambda rates: (self.sign * sum(dev[rates, seed] for seed in wanted), trained[rates]))
 
+    def scored(self, rows: Iterable[Mapping[str, Any]], rates: Rates) -> Seeds:
+        """The scores at these rates on the seeds of the search."""
+        tests = {row["seed"]: row["test"][self.task.metric] for row in rows if rates_in(row) == rates}
+        statistics = np.array([tests[seed] for seed in self.searching])
+        return Seeds(metrics.metric_of(self.task.metric, statistics.shape[-1]), statistics)
+
     def show(self) -> tuple[list[str], Panel | None]:
         """The tables, and the panel of the picture."""
         lines: list[str] = []
@@ -311,15 +317,26 @@ def rates_in(row: Mapping[str, Any]) -> Rates:
     return Rates(row["rate"], row.get("head_rate"))
 
 
-def heads(searched: Grid, fixed: Grid) -> list[str]:
-    """Where the head learns at its method's own rate, less where it learns at the same beside all."""
-    both = [grid.cells(grid.task.metric) for grid in (searched, fixed)]
-    rows = [{name: found for name, found in one.items() if name not in (HEAD, NONE)} for one in both]
-    others = {name: {share: cell.scores for share, cell in found.items()} for name, found in rows[1].items()}
-    lines = differences(rows[0], others, (0.0, *SHARES))
-    return [
-        f"**{searched.task.name}**: each head at its own rate, less all at {fixed.given.head_rate:g}.",
-        "",
-        *lines,
-        "",
-    ]
+def heads(grids: Sequence[Grid]) -> list[str]:
+    """Markdown: on the test split and the seeds of the search, each method where its head learns at the rate found for
+    it, less where it learns at the one that is best for the head alone; at the size where both were tried."""
+    found = {grid.task.name: _own_heads(grid) for grid in grids if grid.task.kind != "text"}
+    names = [name for name in (FULL, *METHODS) if any(name in own for own in found.values())]
+    lines = [f"| method | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
+    return lines + [f"| {name} | {' | '.join(own.get(name, '') for own in found.values())} |" for name in names]
+
+
+def _own_heads(grid: Grid) -> dict[str, str]:
+    """By method, the rate of its head and what that gains."""
+    cells = grid.cells(grid.task.metric)
+    alone = cells[HEAD][0.0].rates[0]
+    told = {}
+    for name, own in cells.items():
+        share = next((share for share in (0.0, SEARCHED_AT, *SHARES) if share in own), None)
+        if name == HEAD or share is None:
+            continue
+        body, head = own[share].rates
+        rows = [row for row in grid.results.rows if (row["method"], row["share"] or 0.0) == (name, share)]
+        both = [grid.scored(rows, Rates(body, rate)) for rate in (head, alone)]
+        told[name] = f"{head:g}: {less(*both)}" if head != alone else f"{head:g}, as alone"
+    return told

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=4 python bench/family.py recipes/domains.yaml
     OMP_NUM_THREADS=1 python bench/tuning_help.py encoder
     OMP_NUM_THREADS=1 python bench/tuning_help.py grid
-    OMP_NUM_THREADS=1 python bench/tuning_help.py domains
+    OMP_NUM_THREADS=1 python bench/tuning_help.py domains --search-seeds 2
     OMP_NUM_THREADS=1 python bench/tuning_help.py directions --search-seeds 2
     OMP_NUM_THREADS=1 python bench/tuning_help.py tasks
 
@@ -11,8 +11,8 @@
 entities (CrossNER), polarity, summaries (SciTLDR) and translation (Tatoeba), from small pretrained models: the decoder
 of the domains family, or with `--on encoder` one that `encoder` pretrains by masked LM. The learning rate is searched
 for each method at its middle size on the dev split with the first seed (`--search-seeds`: several), and from there on
-at its other sizes; that of a fresh head at the best rate of its method, from where the head alone is best. `--head-rate
-5e-3`: all heads learn at one rate, and `heads` shows what that costs. `--longer` beside `--steps`: bodies' rates are
+at its other sizes; that of a fresh head at the best rate of its method, from where the head alone is best: `heads`
+shows what that gains. `--head-rate 5e-3`: all heads learn at one rate. `--longer` beside `--steps`: bodies' rates are
 searched downwards from those that are kept of the task's own number of steps. `domains`: AdapterFusion and MAD-X on
 named entities of five domains. `directions`: the same between directions of translation. `tasks`: a task alone, with
 another one, and after it. Every part goes on where it was cut short, and takes nothing that was trained from another
@@ -34,7 +34,7 @@ from _help import source_line
 from _tuning_directions import Directions
 from _tuning_domains import Domains
 from _tuning_grid import METHODS, SHARES, Grid, heads
-from _tuning_runs import HEAD_RATE, WORK, Task, keep, sample
+from _tuning_runs import WORK, Task, keep, sample
 from _tuning_several import several
 from _tuning_table import drawing
 from _tuning_tasks import TASKS, entities
@@ -97,11 +97,8 @@ def keep_runs(given: argparse.Namespace) -> list[str]:
 
 
 def compare_heads(given: argparse.Namespace) -> list[str]:
-    """Heads at searched rates less heads at one rate, as far as both are there."""
-    fixed = argparse.Namespace(**{**vars(given), "head_rate": given.head_rate or HEAD_RATE})
-    searched = argparse.Namespace(**{**vars(given), "head_rate": None})
-    pairs = zip(grids(searched), grids(fixed), strict=True)
-    return [line for pair in pairs for line in heads(*pair)]
+    """What a search for the rates of heads gained in the grids that are there."""
+    return heads(grids(given))
 
 
 def directions(given: argparse.Namespace) -> list[str]:

@@ -152,13 +152,17 @@ def test_less_is_better_for_bits_and_text_has_no_head(grids, tmp_path):
     assert found(grid)[("untuned", 0.0)] == (1e-3, None)
 
 
-def test_heads_are_compared_where_both_were_trained(grids, tmp_path):
-    both = [grid_of(grids, tmp_path / str(rate), head_rate=rate) for rate in (None, 5e-3)]
-    for grid in both:
-        grid.fill()
-    lines = grids.heads(*both)
-    assert lines[2] == "| method | all | about 0.1 % | about 1 % | about 5 % |"
-    assert [line.split(" | ")[0] for line in lines[4:6]] == ["| full", "| lora"]
+def test_a_head_at_its_own_rate_is_compared_with_one_at_that_of_the_head_alone(grids, tmp_path):
+    grid = grid_of(grids, tmp_path, best=BEST | {"pfeiffer": (1e-3, 3e-2)})
+    grid.given.methods = ["lora", "pfeiffer"]
+    grid.fill()
+    words = grids.heads([grid, grid_of(grids, tmp_path / "text", kind="text")])
+    assert words[0] == "| method | made |"
+    assert words[2:] == [
+        "| full | 0.01: +0.100 (+0.100 to +0.100), p = 0.12 |",
+        "| lora | 0.1: +0.100 (+0.100 to +0.100), p = 0.12 |",
+        "| pfeiffer | 0.03, as alone |",
+    ]
 
 
 def test_pairs_are_compared_where_both_are_there(grids):
