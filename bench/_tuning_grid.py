@@ -112,7 +112,7 @@ class Grid:
     """Every method on one task from one model; each training is noted at once, none is done twice.
 
     `given.head_rate`: that of all fresh heads; None: each method's is searched, from where the head alone is best.
-    `given.longer`: rates are searched downwards from those that are kept of the task's own number of steps.
+    `given.longer`: rates are searched from those on that are kept of the task's own number of steps.
     """
 
     def __init__(self, task: Task, base: Path, given: Namespace):
@@ -208,7 +208,7 @@ class Grid:
         """The rates of a method at a size: searched at the middle one; from there on lower for larger adapters, higher
         for smaller ones, as long as that is better on the dev split. The head keeps its rate of the middle size."""
         if self.given.longer and name != NONE:
-            return self._lower(name, share)
+            return self._onward(name, share)
         if name in (HEAD, NONE):
             return Rates(climbed(lambda rate: self._dev(name, None, Rates(rate)), 1e-2) if name == HEAD else 1e-3)
         sizes = self.sizes(name) if share is not None else {}
@@ -221,13 +221,18 @@ class Grid:
             body=walked(lambda rate: self._dev(name, share, Rates(rate, rates.head)), rates.body, way)
         )
 
-    def _lower(self, name: str, share: float | None) -> Rates:
-        """From the rates of the shorter training downwards as long as that is better; the head keeps its own."""
+    def _onward(self, name: str, share: float | None) -> Rates:
+        """From the rates of the shorter training down or, if that is no better, up; the head keeps its own."""
         rows = [row for row in self.shorter if (row["method"], row["share"]) == (name, share)]
         if not rows:
             raise SystemExit(f"{self.task.name}: no training of {name} at {share} is kept; fill that grid and keep it")
         rates = self._found(rows, range(len({row["seed"] for row in rows})))
-        return rates._replace(body=walked(lambda rate: self._dev(name, share, Rates(rate, rates.head)), rates.body, -1))
+
+        def score(rate: float) -> float:
+            return self._dev(name, share, Rates(rate, rates.head))
+
+        lower = walked(score, rates.body, -1)
+        return rates._replace(body=lower if lower != rates.body else walked(score, rates.body, 1))
 
     @cached_property
     def shorter(self) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ of the domains family, or with `--on encoder` one that `encoder` pretrains by ma
 for each method at its middle size on the dev split with the first seed (`--search-seeds`: several), and from there on
 at its other sizes; that of a fresh head at the best rate of its method, from where the head alone is best: `heads`
 shows what that gains. `--head-rate 5e-3`: all heads learn at one rate. `--longer` beside `--steps`: bodies' rates are
-searched downwards from those that are kept of the task's own number of steps. `domains`: AdapterFusion and MAD-X on
+searched from those on that are kept of the task's own number of steps. `domains`: AdapterFusion and MAD-X on
 named entities of five domains. `directions`: the same between directions of translation. `tasks`: a task alone, with
 another one, and after it. Every part goes on where it was cut short, and takes nothing that was trained from another
 model; `show` prints the tables of the grid as far as it is there and draws the picture, `keep` puts its trainings into
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="of the grid; all, if none is named")
     parser.add_argument("--shares", nargs="+", type=float, choices=SHARES, default=SHARES, help="of the grid")
     parser.add_argument("--steps", type=int, help="of each training; as many as the task has, if it is not said")
-    parser.add_argument("--longer", action="store_true", help="search rates below those that the task's steps found")
+    parser.add_argument("--longer", action="store_true", help="search rates from those on that the task's steps found")
     parser.add_argument("--train", type=int, default=2000, help="records to train on, at most")
     parser.add_argument("--limit", type=int, default=200, help="records of test; half as many of dev")
     parser.add_argument("--generate", type=int, default=0, help="commands that are written out, of those")

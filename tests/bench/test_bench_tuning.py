@@ -108,15 +108,15 @@ def test_a_grid_goes_on_where_it_stood(grids, tmp_path):
     assert found(again) == found(first)
 
 
-def test_a_longer_training_searches_downwards_from_the_rates_of_the_shorter_one(grids, tmp_path):
+def test_a_longer_training_searches_from_the_rates_of_the_shorter_one_down_or_up(grids, tmp_path):
     shorter = grid_of(grids, tmp_path / "shorter")
     shorter.fill()
-    longer = grid_of(grids, tmp_path / "longer", best={"head alone": (3e-2, None), "full": (1e-4, 1e-2)})
+    longer = grid_of(grids, tmp_path / "longer", best={"head alone": (1e-1, None), "full": (1e-4, 1e-2)})
     longer.given.longer, longer.given.shares, longer.searching = True, [0.01], range(1)
     longer.shorter = shorter.results.rows
     longer.fill()
     assert found(longer) == {
-        ("head alone", 0.0): (3e-2, None), ("full", 0.0): (1e-4, 1e-2), ("lora", 0.01): (3e-3, 1e-1),
+        ("head alone", 0.0): (1e-1, None), ("full", 0.0): (1e-4, 1e-2), ("lora", 0.01): (3e-3, 1e-1),
     }  # fmt: skip
     tried = {row["rate"] for row in longer.results.rows if row["method"] == "lora"}
     assert tried == {1e-2, 3e-3, 1e-3}
