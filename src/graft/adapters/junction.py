@@ -125,14 +125,15 @@ class Light:
     """
 
     def __init__(self, site: LowRank, scale: float):
-        self.weights, self.scale = site._parameters, scale
+        self.site, self.scale = site, scale
         self.up: torch.Tensor | None = None
         self.place = 0
         self.turned: torch.Tensor = site.up
 
     def held(self) -> tuple[torch.Tensor, torch.Tensor]:
         """down `[rank, inputs]` and up `[outputs, rank]`, as they are now."""
-        down, up = self.weights["down"], self.weights["up"]
+        weights = self.site._parameters  # which DeepSpeed replaces by others
+        down, up = weights["down"], weights["up"]
         assert down is not None
         assert up is not None
         return down, up

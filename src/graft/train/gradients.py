@@ -1,7 +1,7 @@
 """Gradients beside those that a training takes for itself, of weights that each process holds whole or in parts.
 
-Where a process holds parts (FSDP2, tensor parallelism), so it does of a gradient: steps go elementwise on the parts,
-dot products are sums over processes. Where it holds all (one process, DDP, ZeRO 1 and 2), nothing is exchanged.
+Where a process holds parts (FSDP2, tensor parallelism, ZeRO 3), so it does of a gradient: steps go elementwise on the
+parts, dot products are sums over processes. Where it holds all (one process, DDP, ZeRO 1 and 2), nothing is exchanged.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from graft.data.turns import by_task, named
 from graft.train.attention import Batch
 from graft.train.multitask import without_labels
 from graft.train.shards import average, copies, local, processes_of, settle
+from graft.train.zero_parts import by_zero, gradient_by_zero, leaf_of
 
 Gradient = list[torch.Tensor | None]
 """This process's parts of the gradients of parameters; None for those that a loss does not reach."""
@@ -34,6 +35,8 @@ def mean_loss(model: nn.Module, batch: Batch, weight: float, **options: Any) -> 
 
 def _share(model: nn.Module) -> tuple[int, int]:
     """(which it is, how many there are) of those that hold a model in parts and need not read the same rows."""
+    if any(by_zero(p) for p in model.parameters()):
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
     mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
     return (0, 1) if mesh is None else (mesh.get_local_rank("data"), mesh["data"].size())
 
@@ -57,6 +60,8 @@ def loss_and_gradient(
     in_parts = any(isinstance(p, DTensor) for p in model.parameters())
     with _held_back(model) if in_parts else nullcontext() as trained, torch.enable_grad():
         loss = mean_loss(model, batch, weight, **options)
+        if any(by_zero(p) for p in parameters):
+            return loss.detach(), gradient_by_zero(loss, parameters)
         if trained is None:
             return loss.detach(), list(torch.autograd.grad(loss, parameters, allow_unused=True))
         # FSDP gives each process its parts in backward passes alone
@@ -123,7 +128,14 @@ def put_back(parameters: Sequence[nn.Parameter], model: nn.Module) -> Iterator[l
 
 def with_gradient(value: torch.Tensor, parts: Gradient, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
     """`value`, a scalar, as a function of `parameters` that has this gradient."""
-    return _Given.apply(value, parts, *(p.to_local() if isinstance(p, DTensor) else p for p in parameters))
+    return _Given.apply(value, parts, *(_own(p) for p in parameters))
+
+
+def _own(parameter: nn.Parameter) -> torch.Tensor:
+    """What takes this process's part of a parameter's gradient."""
+    if by_zero(parameter):
+        return leaf_of(parameter)
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 class _Given(torch.autograd.Function):

@@ -57,7 +57,8 @@ class Place:
         given = torch.device(device) if device and not several else None
         self.device: torch.device = given or self.accelerator.device
         self._check_processes()
-        alike = self.world if moves and self.parallel.method == "fsdp" else self.parallel.tensor
+        in_parts = self.parallel.method == "fsdp" or self.parallel.spread == 3
+        alike = self.world if moves and in_parts else self.parallel.tensor
         self.shares, self.share = self.world // alike, self.rank // alike
         self.group = self.rank // self.parallel.tensor
         self.sharded: Sharded | Zero | None = None
@@ -84,7 +85,7 @@ class Place:
             self.sharded = Sharded(model, self.device.type, self.world, self.parallel)
             return model
         if self.parallel.method == "zero":
-            self.sharded = Zero(model, self.parallel, settings)
+            self.sharded = Zero(model, self.parallel, settings, self.moves)
             return model
         model.to(self.device)
         if self.world == 1 or self.moves:

@@ -1,6 +1,7 @@
 """Tensors that several processes hold in parts (DTensor), beside those that each holds whole.
 
-Everything here takes both. What is written to disk is whole, so that a training goes on under any other placement.
+Everything here takes both; `local`, `copies` and `summed` also parameters that DeepSpeed spreads (`zero_parts.py`).
+What is written to disk is whole, so that a training goes on under any other placement.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from graft.train.eight_bits import SCALES, each
 from graft.train.optimizer import moments, set_moments
+from graft.train.zero_parts import by_zero, part_by_zero, settle_by_zero
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part, which shares its memory with `tensor`; the tensor itself where it is whole."""
+    if by_zero(tensor):
+        return part_by_zero(tensor)
     if not isinstance(tensor, DTensor):
         return tensor
     with torch.no_grad():
@@ -79,15 +83,19 @@ def settle(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+    settle_by_zero(model.parameters())
 
 
 def processes_of(parameters: Sequence[torch.Tensor]) -> int:
     """How many processes hold parameters together; 1 where each holds them whole."""
-    return torch.distributed.get_world_size() if any(isinstance(p, DTensor) for p in parameters) else 1
+    in_parts = any(isinstance(p, DTensor) or by_zero(p) for p in parameters)
+    return torch.distributed.get_world_size() if in_parts else 1
 
 
 def copies(parameter: torch.Tensor, processes: int) -> float:
     """How many of `processes`, which hold a model together, hold what this one does of a parameter."""
+    if by_zero(parameter):
+        return 1
     if not isinstance(parameter, DTensor):
         return processes
     mesh = parameter.device_mesh
@@ -97,7 +105,12 @@ def copies(parameter: torch.Tensor, processes: int) -> float:
 
 def _meeting(parameters: Sequence[torch.Tensor]) -> str | None:
     """The kind of device on which processes meet that hold parameters in parts; None where each holds them whole."""
-    return next((p.device_mesh.device_type for p in parameters if isinstance(p, DTensor)), None)
+    for parameter in parameters:
+        if by_zero(parameter):
+            return parameter.device.type
+        if isinstance(parameter, DTensor):
+            return parameter.device_mesh.device_type
+    return None
 
 
 def summed(parts: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 from graft.errors import RequestError
 from graft.train.parallel import TOGETHER, Parallel
 from graft.train.settings import TrainSettings
+from graft.train.zero_parts import hand_over, make_leaves
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -46,8 +47,10 @@ def configuration(parallel: Parallel, settings: TrainSettings) -> dict[str, Any]
 class Zero:
     """A model under DeepSpeed, which also averages gradients, clips and steps."""
 
-    def __init__(self, model: nn.Module, parallel: Parallel, settings: TrainSettings):
+    def __init__(self, model: nn.Module, parallel: Parallel, settings: TrainSettings, moves: bool = False):
         self.model, self.pieces = model, settings.accumulate
+        self.by_hand = moves and parallel.spread == 3
+        """Whether this process is given its parts of gradients, rather than DeepSpeed whole ones."""
         self.config = configuration(parallel, settings)
         self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if single := [name for name, p in model.named_parameters() if p.ndim == 0]:
@@ -71,6 +74,8 @@ class Zero:
             model=self.model, optimizer=optimizer, config=self.config, dist_init_required=False
         )
         self._put(moments)
+        if self.by_hand:
+            make_leaves(self.numbered)
         return self.engine
 
     def _put(self, moments: Mapping[str, torch.Tensor]) -> None:
@@ -110,6 +115,8 @@ class Zero:
         """The gradients of `loss`, of which a mean over the processes is taken; behind the last piece, the step."""
         # DeepSpeed takes the mean over the pieces of a step, the loop their sum
         self.engine.backward(loss * self.pieces)
+        if self.by_hand and self.engine.is_gradient_accumulation_boundary():
+            hand_over(self.numbered)
         self.engine.step()
 
     def norm(self) -> torch.Tensor:

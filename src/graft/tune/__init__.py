@@ -272,12 +272,6 @@ def _not_by_zero(settings: TuneSettings, parallel: Parallel) -> list[str]:
             "heads that a step does not reach stay as they are, but DeepSpeed would move them on by their momentum: "
             "use `parallel: fsdp`, or give all tasks `head: text`"
         )
-    found += [
-        f"`mixing.{name}` takes gradients beside the training's own, which DeepSpeed gives in stages 1 and 2 alone: "
-        "use one of these, or `parallel: fsdp`, which spreads weights too"
-        for name in ("learn", "meta")
-        if parallel.spread == 3 and getattr(settings.mixing, name) is not None
-    ]
     if any(point.composition == "gated" or point.scale == "learned" for point in points):
         found.append("DeepSpeed cannot spread single numbers, such as a learned gate or scale: use `parallel: fsdp`")
     if any(point.form == "tokens" for point in points) and parallel.spread == 3:
