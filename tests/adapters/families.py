@@ -29,7 +29,27 @@ CLASSES = {
             {"vocab_size": 60, "d_model": 16, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
     "mamba": (hf.MambaForCausalLM, hf.MambaConfig,
               {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, **IDS}),
+    "afmoe": (hf.AfmoeForCausalLM, hf.AfmoeConfig,
+              {**WIDE, "num_key_value_heads": 2, "head_dim": 4, "moe_intermediate_size": 8, "num_experts": 2,
+               "num_experts_per_tok": 1, "num_dense_layers": 1}),
+    "deepseek": (hf.DeepseekV3ForCausalLM, hf.DeepseekV3Config,
+                 {**WIDE, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+                  "v_head_dim": 4, "head_dim": 4, "moe_intermediate_size": 8, "n_routed_experts": 2, "n_group": 1,
+                  "topk_group": 1, "num_experts_per_tok": 1, "first_k_dense_replace": 1, "n_shared_experts": 1}),
+    "dbrx": (hf.DbrxForCausalLM, hf.DbrxConfig,
+             {"vocab_size": 60, "d_model": 16, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, **IDS,
+              "ffn_config": {"ffn_hidden_size": 8, "moe_num_experts": 2, "moe_top_k": 1},
+              "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}}),
+    "qwen3_next": (hf.Qwen3NextForCausalLM, hf.Qwen3NextConfig,
+                   {**WIDE, "num_key_value_heads": 2, "head_dim": 4, "num_experts": 2, "num_experts_per_tok": 1,
+                    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+                    "linear_num_value_heads": 4, "linear_key_head_dim": 4, "linear_value_head_dim": 4,
+                    "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}),
+    "llama4": (hf.Llama4ForCausalLM, hf.Llama4TextConfig,
+               {**WIDE, "num_key_value_heads": 2, "head_dim": 4, "intermediate_size_mlp": 24, "num_local_experts": 2}),
     "bert": (hf.BertForMaskedLM, hf.BertConfig, {**WIDE, "max_position_embeddings": 64}),
+    "roberta": (hf.RobertaForMaskedLM, hf.RobertaConfig,
+                {**WIDE, "pad_token_id": 1, "bos_token_id": 0, "max_position_embeddings": 64}),
     "modernbert": (hf.ModernBertForMaskedLM, hf.ModernBertConfig,
                    {**WIDE, "cls_token_id": 1, "sep_token_id": 2, "reference_compile": False}),
     "albert": (hf.AlbertForMaskedLM, hf.AlbertConfig, {**WIDE, "embedding_size": 8, "max_position_embeddings": 64}),
@@ -38,7 +58,11 @@ CLASSES = {
             "decoder_start_token_id": 0}),
     "bart": (hf.BartForConditionalGeneration, hf.BartConfig, TRANSLATOR),
 }  # fmt: skip
-"""Decoders with linear layers apart and fused, with and without biases, with experts; encoders; translators."""
+"""Decoders with linear layers apart and fused, with and without biases, with experts; encoders; translators.
+
+The attention of `afmoe` has a gate as wide as its output, that of `deepseek` goes through few channels, and of
+`qwen3_next` one block is recurrent; the first block of `afmoe` and `deepseek` is dense, a router of `dbrx` is linear.
+"""
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers as hf
 
 from graft import models
 from graft.adapters import adapters_of, adopt, fold
@@ -98,6 +99,13 @@ def test_what_does_not_meet_is_not_fused():
         adopt(model, [point(**FUSION)], "fused")
     with pytest.raises(SettingsError, match="goes with `on: \\[adapters\\]`"):
         point(form="fusion", on=["query"])
+
+
+def test_a_head_that_reads_other_channels_than_embeddings_give_is_refused():
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = hf.RemBertConfig(**sizes, input_embedding_size=8, output_embedding_size=24, intermediate_size=24)
+    with pytest.raises(RequestError, match=r"as many channels as embeddings give, found 24 and 8: use pfeiffer"):
+        adopt(hf.RemBertForMaskedLM(config), points("mad_x"))
 
 
 @pytest.mark.parametrize("model_name", ["llama", "gpt2", "bert", "t5", "bart"])

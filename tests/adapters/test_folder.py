@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 
 from graft import lineage, models
 from graft.adapters import adapters_of, adopt
+from graft.adapters.configuration import AdaptedConfig
 from graft.adapters.folder import load
 from graft.errors import CheckpointError, RequestError
 from graft.tune import named_points
@@ -185,3 +186,8 @@ def test_weights_of_an_adapter_are_no_whole_models(made):
 
     with pytest.raises(CheckpointError, match=r"found an adapter.*fold: true"):
         read_headers(folder)
+
+
+def test_layers_of_types_that_only_the_frozen_model_has_are_kept():
+    said = {"layer_types": ["full_attention"], "mlp_layer_types": ["hash_moe"], "num_hidden_layers": 1}
+    assert said.items() <= AdaptedConfig(**said).to_dict().items()

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import transformers as hf
 from torch.nn import functional
 
 from graft.adapters import adapters_of, adopt, fold
 from graft.adapters.folding import remove
 from graft.adapters.keys import IMPLEMENTATION, KeySite, Shapes, attention
+from graft.adapters.positions import positions_in
 from graft.errors import RequestError
 from graft.train.attention import keeps_apart
 
@@ -156,6 +158,31 @@ def test_models_that_compute_attention_themselves_are_refused():
         adopt(model, points("prefix"))
     with pytest.raises(RequestError, match="expected attention at cross_attention"):
         adopt(family("llama"), [point(form="softmax", on=["cross_attention"], size=2)])
+
+
+def test_a_model_that_keeps_its_state_in_its_modules_takes_keys_that_move_nothing():
+    sizes = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 48, "num_attention_heads": 4, "lru_width": 16}
+    config = hf.RecurrentGemmaConfig(**sizes, num_hidden_layers=3, head_dim=4, attention_window_size=8)
+    model = hf.RecurrentGemmaForCausalLM(config).eval()
+    for method, options in (("prompt", {}), ("prefix", {"gate": False})):
+        with pytest.raises(RequestError, match="keeps what it has read in its own modules"):
+            adopt(model, points(method, **options))
+    assert adopt(model, points("prefix")).count("adapter")
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_positions_that_begin_behind_padding_stay_so(name):
+    """RoBERTa's first token is at position 2, and padding at 1."""
+    model = family("roberta")
+    stack = adopt(model, points(name, gate=False, length=4))
+    ids = functional.pad(inputs(model)["input_ids"], (0, 2), value=1)
+    with torch.no_grad():
+        plain = family("roberta")(ids).logits
+        with stack.each_row(["adapter", None]):
+            rows = model(ids).logits
+        assert torch.allclose(rows[0], model(ids).logits[0], atol=1e-6)
+    assert torch.allclose(rows[1], plain[1], atol=1e-6)
+    assert positions_in(model, model.config.to_dict()) == 62
 
 
 def test_keys_of_a_site_have_the_shapes_of_the_module():

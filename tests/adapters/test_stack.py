@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers as hf
 
 from graft import models
 from graft.adapters import adapters_of, adopt
@@ -83,7 +84,7 @@ def test_averaged_adapters_are_the_mean_of_their_changes(many):
     assert torch.allclose(outputs["mean"], (outputs["a"] + outputs["b"]) / 2, atol=1e-6)
 
 
-@pytest.mark.parametrize("model_name", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("model_name", ["llama", "gpt2", "t5", "llama4", "deepseek"])
 def test_each_row_of_a_batch_has_its_own_adapter(many, model_name):
     model = many(model_name)
     names = ["low", None, "keys", "wide", "tokens", "low", "factors"]
@@ -129,6 +130,33 @@ def test_rows_of_low_rank_are_read_at_once_whatever_their_ranks(many, model_name
 def test_rows_must_fit_the_names(many):
     model = many(kinds={"a": "lora"})
     with adapters_of(model).each_row(["a", None, "a"]), pytest.raises(RequestError, match="batch of 3 rows"):
+        logits(model)
+
+
+def test_a_layer_that_orders_rows_and_tokens_otherwise_is_told():
+    """In Longformer queries are made from tokens of rows, and outputs are rows of tokens."""
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = hf.LongformerConfig(**sizes, intermediate_size=24, max_position_embeddings=64, attention_window=[4])
+    model = hf.LongformerForMaskedLM(config).eval()
+    adopt(model, points("houlsby"))
+    logits(model)
+    adopt(model, points("parallel_adapter", on=["attention"]), "beside")
+    with pytest.raises(RequestError, match="in one order of rows and tokens"):
+        logits(model)
+
+
+def test_rows_are_not_told_apart_by_single_experts():
+    sizes = {"vocab_size": 60, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+             "decoder_attention_heads": 4, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}  # fmt: skip
+    model = hf.NllbMoeForConditionalGeneration(hf.NllbMoeConfig(**sizes, encoder_sparse_step=1, num_experts=2)).eval()
+    stack = adopt(model, points("lora"), "low")
+    with (
+        pytest.raises(RequestError, match=r"experts\.expert_0\.fc1, an expert, which reads tokens of all rows"),
+        stack.each_row(["low", None]),
+    ):
+        pass
+    adopt(model, points("pfeiffer"), "wide")
+    with torch.no_grad(), stack.each_row(["wide", None]):
         logits(model)
 
 

@@ -1,5 +1,7 @@
 """Adapters tried on a skeleton: what no call of the model reaches is told, and what is called is counted."""
 
+import json
+
 import pytest
 import torch
 import transformers as hf
@@ -50,8 +52,33 @@ def test_learned_keys_are_counted_where_ids_are_looked_through_for_padding(name)
     assert trained(config_of(name), points("prefix")) == adopt(whole, points("prefix")).count("adapter")
 
 
+@pytest.mark.parametrize("options", [{"dora": True}, {"pissa": True}, {"dora": True, "rank": 99}])
+def test_what_starts_from_weights_is_tried_without_them(options):
+    config, chosen = config_of("llama"), points("lora", **options)
+    if options.get("rank") == 99:
+        assert "expected a rank of at most 16" in problems(config, chosen)[0]
+        return
+    assert problems(config, chosen, fold=True) == []
+    assert trained(config, chosen) == adopt(family("llama"), chosen).count("adapter")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek", "afmoe"])
+def test_a_skeleton_of_experts_is_called(name):
+    for method in ("prefix", "prompt"):
+        assert trained(config_of(name), points(method)) == adopt(family(name), points(method)).count("adapter")
+    assert "learned keys" in problems(config_of(name), points("prefix"), fold=True)[0]
+
+
+def test_a_configuration_is_read_as_it_lies_on_disk():
+    """A Mamba-2 has an infinity in it, for which JSON has no word."""
+    config = hf.Mamba2Config(hidden_size=16, num_heads=4, head_dim=8, num_hidden_layers=2, vocab_size=60, state_size=4)
+    said = json.loads(config.to_json_string()) | {"architectures": ["Mamba2ForCausalLM"]}
+    assert problems(said, low_on("*.in_proj")) == []
+    assert trained(said, low_on("*.in_proj")) is not None
+
+
 def test_what_cannot_be_tried_without_weights_is_told_later():
-    assert problems(config_of("mixtral"), points("prefix")) == []
+    assert problems(config_of("dbrx"), points("prefix")) == []
     with torch.device("meta"):
-        model = hf.MixtralForCausalLM(CLASSES["mixtral"][1](**CLASSES["mixtral"][2]))
+        model = hf.DbrxForCausalLM(CLASSES["dbrx"][1](**CLASSES["dbrx"][2]))
     assert counted(model, points("prefix")) == "told once its weights are loaded"

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from graft.adapters.forms import ACTIVATIONS, Site
-from graft.adapters.places import Layout, Place
+from graft.adapters.places import Layout, Place, sizes
 from graft.adapters.point import Point
 from graft.errors import RequestError
 
@@ -137,5 +137,11 @@ def ends(layout: Layout) -> tuple[list[Place], Place]:
     size = table.weight.shape[-1]
     same = [module for module in layout.modules.values() if isinstance(module, nn.Embedding)]
     tables = [table, *(module for module in same if module.weight is table.weight and module is not table)]
+    read = sizes(head)
+    if read is not None and read[0] != size:
+        raise RequestError(
+            f"{type(model).__name__}: an invertible adapter needs a head that reads as many channels as embeddings "
+            f"give, found {read[0]} and {size}: use pfeiffer"
+        )
     inside = [Place(path, path, path, size, size) for path in (paths[id(module)] for module in tables)]
     return inside, Place(outside, outside, outside, size, size, before=True)

@@ -16,7 +16,11 @@ class AdaptedConfig(PretrainedConfig):
 
     def __init__(self, graft_adapted: dict[str, Any] | None = None, **kwargs: Any):
         self.graft_adapted = dict(graft_adapted or {})
+        # types that only the frozen model has are checked where that is made
+        types = kwargs.pop("mlp_layer_types", None)
         super().__init__(**kwargs)
+        if types is not None:
+            self.mlp_layer_types = types
 
 
 AutoConfig.register(ADAPTED, AdaptedConfig, exist_ok=True)

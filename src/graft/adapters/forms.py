@@ -146,10 +146,12 @@ class LowRank(Site):
     def _largest(self) -> None:
         """`down` and `up` from the largest singular values, with scale: s·up·down = their part of the weight."""
         rank, scale = self.down.shape[0], float(self.scale) if self.point.scale != "learned" else 1.0
-        u, values, v = torch.linalg.svd(self.weight(), full_matrices=False)
-        root = (values[:rank] / abs(scale)).sqrt()
-        self.down.copy_(root[:, None] * v[:rank])
-        self.up.copy_(math.copysign(1.0, scale) * u[:, :rank] * root)
+        weight = self.weight()
+        if not weight.is_meta:  # a skeleton has no values, but as many of them
+            u, values, v = torch.linalg.svd(weight, full_matrices=False)
+            root = (values[:rank] / abs(scale)).sqrt()
+            self.down.copy_(root[:, None] * v[:rank])
+            self.up.copy_(math.copysign(1.0, scale) * u[:, :rank] * root)
         self.register_buffer("first_down", self.down.detach().clone())
         self.register_buffer("first_up", self.up.detach().clone())
 
@@ -180,8 +182,10 @@ class LowRank(Site):
     def _lengths(self) -> torch.Tensor:
         """Lengths of the rows of W + s·up·down `[outputs]`; no gradient goes through them (DoRA, section 4.3)."""
         with torch.no_grad():
-            weight = self.weight() + float(self.scale) * self.product().float()
-            return weight.norm(dim=1).to(self.up.dtype)
+            weight = self.weight()
+            # a fresh site is made beside a model that may lie on another device, or on none
+            turned = weight + float(self.scale) * self.product().float().to(weight.device)
+            return turned.norm(dim=1).to(self.up.dtype)
 
     def _turned(self, h: torch.Tensor, x: torch.Tensor | None, weight: float) -> torch.Tensor:
         """m / |W + s·ΔW| · (W + s·ΔW) x, beside the bias. With m as it was, the factor is one to the bit."""

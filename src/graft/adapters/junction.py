@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from graft.adapters.forms import LowRank, Site
 from graft.adapters.low_rank import bare, beside
 from graft.adapters.places import Place
+from graft.errors import RequestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,9 +67,29 @@ class Junction:
                 return beside(output, args[0], module.weight, *site.held(), site.scale)  # type: ignore[arg-type]
         x = self.x if self.apart else args[0] if args else None
         self.x = None
-        if isinstance(output, tuple):
-            return (self.joined(output[0], x), *output[1:])
-        return self.joined(output, x)
+        h = output[0] if isinstance(output, tuple) else output
+        if x is None or x.shape[:-1] == h.shape[:-1] or not x.is_floating_point():
+            joined = self.joined(h, x)
+        elif not self._reads():
+            joined = self.joined(h, None)
+        else:
+            x = self._in_order(x, h)
+            joined = self.joined(h.reshape(*x.shape[:-1], -1), x).reshape(h.shape)
+        return (joined, *output[1:]) if isinstance(output, tuple) else joined
+
+    def _reads(self) -> bool:
+        """Whether a site here is made from x."""
+        return any(not getattr(site, "after", True) for sites in self.sites.values() for site in sites)
+
+    def _in_order(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """x by rows and tokens, where h has all tokens of all rows in a row. Raises RequestError for another order."""
+        if x.dim() == h.dim() or x[..., 0].numel() != h[..., 0].numel():
+            raise RequestError(
+                f"{self.place.path}: expected what goes in and what comes out in one order of rows and tokens, found "
+                f"{list(x.shape[:-1])} at {self.place.source} and {list(h.shape[:-1])} at {self.place.target}: use "
+                "lora, or an adapter at another place"
+            )
+        return x if x.dim() > h.dim() else x.reshape(*h.shape[:-1], -1)
 
     def _prepare(self) -> None:
         """Whether the active sites may run without more ado: plain low-rank ones of one type beside a linear layer."""
@@ -82,7 +103,11 @@ class Junction:
 
     def _applies(self, output: Any) -> bool:
         """Whether the layer computed in the type of the sites, for all rows alike, and nothing is dropped now."""
-        return output.dtype is self.type and self.stack.rows is None and not any(site.drops for site in self.of)
+        return (
+            getattr(output, "dtype", None) is self.type
+            and self.stack.rows is None
+            and not any(site.drops for site in self.of)
+        )
 
     def _first(self, module: nn.Module) -> bool:
         """Whether no other hook saw the output before."""

@@ -26,8 +26,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from graft.adapters.forms import closed_gate
-from graft.adapters.places import CROSS, Layout, call_briefly
+from graft.adapters.naming import CROSS
+from graft.adapters.places import Layout, call_briefly
 from graft.adapters.point import Point, chosen
+from graft.adapters.positions import first_in, tables_of
 from graft.errors import RequestError
 
 if TYPE_CHECKING:
@@ -212,17 +214,19 @@ class _Probe:
         return sdpa_attention_forward(module, q, k, v, mask, **how)[0]
 
 
-def attention_modules(model: PreTrainedModel) -> dict[str, Shapes]:
+def attention_modules(model: PreTrainedModel, *, moving: bool = False) -> dict[str, Shapes]:
     """The modules that compute attention through the interface of `transformers`, by trying, in the model's order.
 
-    Raises RequestError where the model has none, or one that is not scaled dot-product attention.
+    `moving`: whether tokens are to be read apart, or the text's positions to be moved. Raises RequestError where the
+    model has no such modules, one that is not scaled dot-product attention, or where it cannot be moved.
     """
     name = type(model).__name__
+    own = (
+        f"{name}: expected attention through the interface of transformers (sdpa), which learned keys join; this "
+        "model computes its own: use lora, ia3 or an adapter"
+    )
     if not getattr(model, "_supports_sdpa", False):
-        raise RequestError(
-            f"{name}: expected attention through the interface of transformers (sdpa), which learned keys join; this "
-            "model computes its own: use lora, ia3 or an adapter"
-        )
+        raise RequestError(own)
     if model.config._attn_implementation not in ("sdpa", IMPLEMENTATION):
         raise RequestError(
             f"{name}: learned keys join sdpa attention, found {model.config._attn_implementation}: load it with "
@@ -234,7 +238,7 @@ def attention_modules(model: PreTrainedModel) -> dict[str, Shapes]:
     try:
         for module in held:
             module.__dict__[SLOT] = probe
-        call_briefly(model)
+        given = call_briefly(model)
     finally:
         for module, before in held.items():
             if before is None:
@@ -243,7 +247,12 @@ def attention_modules(model: PreTrainedModel) -> dict[str, Shapes]:
                 module.__dict__[SLOT] = before
     found = {path: probe.found[id(module)] for path, module in model.named_modules() if id(module) in probe.found}
     if not found:
-        raise RequestError(f"{name}: found no module that computes attention: use lora, ia3 or an adapter")
+        raise RequestError(own)
+    if moving and getattr(model, "_is_stateful", False) and not hasattr(given, "past_key_values"):
+        raise RequestError(
+            f"{name}: keeps what it has read in its own modules, which learned tokens, or keys that take positions, "
+            "would change: use a prefix with a gate, lora, ia3 or an adapter"
+        )
     return found
 
 
@@ -292,12 +301,19 @@ class Reader:
         if shift is None or self.translates or "position_ids" not in inspect.signature(type(module).forward).parameters:
             return args, kwargs
         positions = kwargs.get("position_ids")
-        if positions is None:
-            source = _source(args, kwargs)
-            cache = kwargs.get("past_key_values")
-            past = cache.get_seq_length() if cache is not None else 0
-            positions = (torch.arange(source.shape[1], device=source.device) + past)[None]
-        return args, {**kwargs, "position_ids": positions + shift}
+        return args, {**kwargs, "position_ids": (self._own(args, kwargs) if positions is None else positions) + shift}
+
+    def _own(self, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Positions that the model would give the text by itself."""
+        source, cache = _source(args, kwargs), kwargs.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None else 0
+        table = next(iter(tables_of(self.model)), None)
+        padding = None if table is None else table.padding_idx
+        if padding is None or source.is_floating_point():
+            first = 0 if table is None else first_in(table)
+            return (torch.arange(source.shape[1], device=source.device) + past + first)[None]
+        there = (source != padding).long()
+        return (there.cumsum(1) + past) * there + padding
 
     def _shift(self, args: Any, kwargs: dict[str, Any]) -> torch.Tensor | int | None:
         """Positions that are taken, for all rows or for each; None where nothing is."""
@@ -309,6 +325,19 @@ class Reader:
         times = len(source) // len(each)
         shift = torch.tensor(each, device=source.device).repeat_interleave(times)[:, None]
         return shift if any(each) else None
+
+    @torch.no_grad()
+    def check(self, name: str, site: TokenSite) -> None:
+        """Raises RequestError where the model cannot read embeddings that are no token's; a skeleton is not asked."""
+        if self.model.device.type == "meta":
+            return
+        try:
+            self.read(name, site)
+        except RuntimeError as error:
+            raise RequestError(
+                f"{type(self.model).__name__}: expected a model that reads embeddings alone, as learned tokens are, "
+                f"found that it does not ({str(error).partition('.')[0]}): use prefix, lora, ia3 or an adapter"
+            ) from None
 
     def read(self, name: str, site: TokenSite) -> None:
         """Run the frozen model on the tokens alone and keep the keys and values of every attention module."""
@@ -323,7 +352,8 @@ class Reader:
             for m, _ in held:
                 m.gradient_checkpointing = False
             extra = {"use_cache": False} if "use_cache" in inspect.signature(type(body).forward).parameters else {}
-            body(inputs_embeds=site.embeddings[None].to(self.model.dtype), **extra)
+            # a copy: some models multiply what they read in place
+            body(inputs_embeds=site.embeddings[None].to(self.model.dtype, copy=True), **extra)
             site.read = [(k[0], v[0]) for k, v in (slot.seen for slot in slots if slot.seen is not None)]
         finally:
             self.stack.rows, self.stack.active, self.reading = rows, active, False

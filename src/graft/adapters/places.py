@@ -1,48 +1,28 @@
 """Where in a model adapters go: blocks, their attention, feed-forward and linear layers, from types and names.
 
-No architecture is known by name. Blocks are the elements of the outermost module lists that hold linear layers. A
-linear layer belongs to attention where a module around it says so in its name or type, to the feed-forward where its
-own name or one around it does. Roles follow from names (`q_proj`, `query`, `wq`) and sizes.
+No architecture is known by name. Blocks are the elements of the outermost module lists that hold linear layers. What a
+linear layer belongs to is told by the innermost module around it whose name or type says so: attention or feed-forward;
+else by its own name. Roles follow from names (`q_proj`, `query`, `wq`) and sizes. A feed-forward of experts is one
+module; what chooses between experts or tokens is no part of what it chooses for.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from graft.adapters.naming import ATTENTION, CHOOSER, CHOOSING, FEED_FORWARD, Linear, block_linears
+from graft.adapters.packed import is_packed
 from graft.adapters.point import LINEARS, ROLES, SUBLAYERS, Point, beyond, chosen
 from graft.errors import RequestError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-CROSS = re.compile(r"cross|encoder_attn|encdec|encoder_decoder", re.IGNORECASE)
-FEED_FORWARD = re.compile(
-    r"mlp|ffn|feed_?forward|dense|intermediate|^output$|^ff|^fc\d?$|c_fc|^lin\d$|^w[io](_\d)?$|^w[123]$|up_proj|down_proj",
-    re.IGNORECASE,
-)
-MARKS = {"query": {"q", "query", "wq"}, "key": {"k", "key", "wk"}, "value": {"v", "value", "wv"}}
-"""Parts of a linear layer's name, between underscores, that say what it makes in attention."""
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear layer in a block: its path, the block it stands in, part (`attention`, …) and role (`query`, …)."""
-
-    path: str
-    stack: str
-    layer: int
-    part: str
-    role: str
-    inputs: int
-    outputs: int
 
 
 @dataclass(frozen=True)
@@ -68,7 +48,7 @@ class Layout:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.modules = dict(model.named_modules())
-        self.every = {path: module for path, module in self.modules.items() if sizes(module) is not None}
+        self.every = {path: module for path, module in self.modules.items() if _multiplies(module)}
         self.stacks: dict[str, int] = {}
         self.linears: list[Linear] = []
         self.width = width_of(model)
@@ -77,43 +57,17 @@ class Layout:
             if isinstance(module, nn.ModuleList) and not inside and self._are_blocks(path, module):
                 self.stacks[path] = len(module)
                 for number in range(len(module)):
-                    self.linears += self._block(path, number)
+                    self.linears += block_linears(path, number, self.modules, self._sizes(path, number), self.width)
+        self.named = {one.path: one for one in self.linears}
 
     def _are_blocks(self, path: str, module: nn.ModuleList) -> bool:
         below = [name for name in self.every if name.startswith(f"{path}.")]
         return bool(below) and all(any(name.startswith(f"{path}.{i}.") for name in below) for i in range(len(module)))
 
-    def _block(self, stack: str, number: int) -> Iterator[Linear]:
+    def _sizes(self, stack: str, number: int) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of the linear layers of a block, by path."""
         start = f"{stack}.{number}."
-        paths = [path for path in self.every if path.startswith(start)]
-        parts = {path: self._part(path, start) for path in paths}
-        for path in paths:
-            mates = [p for p in paths if parts[p] == parts[path]]
-            inputs, outputs = sizes(self.every[path]) or (0, 0)
-            yield Linear(path, stack, number, parts[path], self._role(path, parts[path], mates), inputs, outputs)
-
-    def _part(self, path: str, start: str) -> str:
-        words = path[len(start) :].split(".")
-        around = [self.modules[f"{start}{'.'.join(words[: i + 1])}"] for i in range(len(words) - 1)]
-        names = [*words[:-1], *(type(module).__name__ for module in around)]
-        if any(ATTENTION.search(name) for name in names):
-            return "cross_attention" if any(CROSS.search(name) for name in names) else "attention"
-        return "feed_forward" if any(FEED_FORWARD.search(name) for name in words) else words[0]
-
-    def _role(self, path: str, part: str, mates: Sequence[str]) -> str:
-        marks = {mate: _marked(mate) for mate in mates}
-        if part.endswith("attention"):
-            last = next((mate for mate in reversed(mates) if not marks[mate] and self._ends(mate)), None)
-            fused = "qkv" if "query" not in marks.values() else "other"
-            return marks[path] or ("output" if path == last else fused)
-        if part == "feed_forward":
-            last = next((mate for mate in reversed(mates) if self._ends(mate)), mates[-1])
-            return "down" if path == last else "up"
-        return "other"
-
-    def _ends(self, path: str) -> bool:
-        """Whether the layer gives what the block passes on."""
-        return (sizes(self.every[path]) or (0, 0))[1] == self.width
+        return {path: sizes(module) or (0, 0) for path, module in self.every.items() if path.startswith(start)}
 
     def places(self, point: Point) -> list[Place]:
         """Every place that the point names, in the model's order, each once.
@@ -127,11 +81,22 @@ class Layout:
                 f"{type(self.model).__name__}: expected layers of its blocks 0 to {deepest - 1}, found {point.layers}"
             )
         for word in point.on:
-            here = next((some for one in word.split("|") if (some := list(self._named(one, point)))), None)
-            if here is None:
+            here = self._first_there(word.split("|"), point)
+            if not here:
                 raise RequestError(self._nothing(word.split("|")[0]))
             found.update({place.path: place for place in here})
         return list(found.values())
+
+    def _first_there(self, words: list[str], point: Point) -> list[Place]:
+        """In each part of each block the places of the first of `words` that is there."""
+        found: dict[Any, list[Place]] = {}
+        for word in words:
+            fresh: dict[Any, list[Place]] = {}
+            for place in self._named(word, point):
+                one = self.named.get(place.target)
+                fresh.setdefault((one.stack, one.layer, one.part) if one else None, []).append(place)
+            found = {**fresh, **found}
+        return [place for places in found.values() for place in places]
 
     def _named(self, word: str, point: Point) -> Iterator[Place]:
         if word == "biases":
@@ -146,7 +111,7 @@ class Layout:
                     yield Place(place.path, place.path, place.path, place.inputs, place.inputs, before=True)
         elif word in LINEARS:
             part = word.removesuffix("linears").removesuffix("_")
-            yield from map(_single, self._wanted(point, lambda one: not part or one.part == part))
+            yield from map(_single, self._wanted(point, lambda one: one.part == part if part else one.part != CHOOSING))
         elif word in ROLES:
             found = self._wanted(point, lambda one: one.role == word)
             yield from map(_single, found)
@@ -159,34 +124,45 @@ class Layout:
 
     def _sublayers(self, part: str, point: Point) -> Iterator[Place]:
         """From what the first linear layer of a block's attention or feed-forward reads to what the last one gives."""
-        chosen_ones = self._wanted(point, lambda one: one.part == part)
-        for block in dict.fromkeys((one.stack, one.layer) for one in chosen_ones):
-            inside = [one for one in chosen_ones if (one.stack, one.layer) == block]
-            last = next((one for one in inside if one.role in ("output", "down")), None)
-            starts = [one for one in inside if one.inputs == self.width and one is not last]
-            # in cross-attention only the query reads what the block does
-            first = next((one for one in starts if one.role in ("query", "qkv")), next(iter(starts), None))
-            if first is not None and last is not None:
-                name = f"{block[0]}.{block[1]}.{part}"
-                yield Place(name, first.path, last.path, first.inputs, last.outputs)
-        if not chosen_ones and part == "feed_forward":
-            yield from self._whole_feed_forwards(point)
-
-    def _whole_feed_forwards(self, point: Point) -> Iterator[Place]:
-        """Modules that are a block's feed-forward by name and hold no linear layers (fused experts)."""
         for stack, count in self.stacks.items():
             for layer in chosen(point.layers, count):
-                for name, module in self.modules[f"{stack}.{layer}"].named_children():
-                    if FEED_FORWARD.search(name) or "moe" in name:
-                        path = f"{stack}.{layer}.{name}"
-                        if next(module.parameters(), None) is not None:
-                            yield Place(path, path, path, self.width, self.width)
+                inside = [one for one in self.linears if (one.stack, one.layer, one.part) == (stack, layer, part)]
+                found = list(self._spans(f"{stack}.{layer}.{part}", inside))
+                yield from self._whole_feed_forwards(f"{stack}.{layer}", found) if part == "feed_forward" else found
+
+    def _spans(self, name: str, inside: list[Linear]) -> Iterator[Place]:
+        """A place for each attention, or feed-forward, that these linear layers of a block make up."""
+        free = name
+        for group in dict.fromkeys(one.group for one in inside):
+            mates = [one for one in inside if one.group == group]
+            last = next((one for one in mates if one.role in ("output", "down")), None)
+            starts = [one for one in mates if one.inputs == self.width and one is not last]
+            # in cross-attention only the query reads what the block does; some attention reads more than that
+            asking = [one for one in (*starts, *mates) if one.role in ("query", "qkv")]
+            first = next(iter((*asking, *starts)), None)
+            if first is not None and last is not None:
+                yield Place(free or f"{name}:{group}", first.path, last.path, first.inputs, last.outputs)
+                free = ""
+
+    def _whole_feed_forwards(self, block: str, spans: list[Place]) -> list[Place]:
+        """The feed-forwards of a block: modules that hold experts, what no linear layers make up, and spans of such."""
+        below = [path for path in self.modules if path.startswith(f"{block}.")]
+        holding = [path.rpartition(".")[0] for path in below if path.endswith(".experts")]
+        whole = [path for path in holding if path != block and not ATTENTION.search(path[len(block) :])]
+        if not whole and not spans:
+            children = [name for name, _ in self.modules[block].named_children()]
+            named = [f"{block}.{name}" for name in children if FEED_FORWARD.search(name) or "moe" in name]
+            whole = [path for path in named if next(self.modules[path].parameters(), None) is not None]
+        apart = [span for span in spans if not any(span.target.startswith(f"{path}.") for path in whole)]
+        return [*(Place(path, path, path, self.width, self.width) for path in whole), *apart]
 
     def _biases(self, point: Point) -> Iterator[Place]:
         blocks = {f"{stack}.{i}." for stack, count in self.stacks.items() for i in chosen(point.layers, count)}
         for path, module in self.modules.items():
-            bias = getattr(module, "bias", None) if hasattr(module, "weight") else None
+            bias = getattr(module, "bias", None) if path in self.every or _is_norm(module) else None
             in_block = any(path.startswith(block) for block in blocks)
+            if any(CHOOSER.search(word) for word in path.split(".")):
+                continue
             if isinstance(bias, nn.Parameter) and bias.dim() == 1 and (point.layers is None or in_block):
                 yield Place(path, path, path, bias.shape[0], bias.shape[0], single=True)
 
@@ -208,21 +184,19 @@ class Layout:
             return f"{name}: expected blocks (a list of modules with linear layers), found {', '.join(lists) or 'none'}"
         if word == "biases":
             return f"{name}: expected layers with biases, found none; use lora or ia3 on {', '.join(words)}"
-        hint = nearest(word.strip("*."), [*leaves, *words])
+        hint = "" if word in words else nearest(word.strip("*."), [*leaves, *words])
         return (
             f"{name}: expected a place {word!r}, found none{hint}; there are {', '.join(words) or 'no known places'}, "
             f"and linear layers named {', '.join(leaves[:16])}"
         )
 
     def _has(self, word: str) -> bool:
-        if word in SUBLAYERS:
-            return any(one.part == word for one in self.linears)
-        return any(one.role == word for one in self.linears)
+        return next(self._named(word, Point(form="scale", on=[word], insertion="after")), None) is not None
 
 
 @torch.no_grad()
-def call_briefly(model: PreTrainedModel) -> None:
-    """Call the model on two tokens, as in evaluation, for what its modules' hooks are to see; a skeleton too.
+def call_briefly(model: PreTrainedModel) -> Any:
+    """What the model gives for two tokens, as in evaluation; its modules' hooks see it called. A skeleton's too.
 
     Raises RuntimeError or NotImplementedError where a skeleton cannot be called, such as for experts that are chosen.
     """
@@ -230,13 +204,13 @@ def call_briefly(model: PreTrainedModel) -> None:
     more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     model.eval()
     try:
-        model(input_ids=ids, **more)
+        return model(input_ids=ids, **more)
     except RuntimeError:
         if model.device.type != "meta":
             raise
         # ids are looked through for padding, which those of a skeleton cannot be
         table: Any = model.get_input_embeddings()
-        model(inputs_embeds=table(ids), **more)
+        return model(inputs_embeds=table(ids), **more)
     finally:
         model.train(training)
 
@@ -252,11 +226,25 @@ def _single(linear: Linear) -> Place:
     return Place(linear.path, linear.path, linear.path, linear.inputs, linear.outputs, single=True)
 
 
-def _marked(path: str) -> str:
-    """`query`, `key` or `value` where the name of a layer says so, else nothing."""
-    words = set(path.rpartition(".")[2].lower().split("_"))
-    found = [role for role, marks in MARKS.items() if words & marks]
-    return found[0] if len(found) == 1 else ""
+def _multiplies(module: nn.Module) -> bool:
+    """Whether it is a linear layer that gives W x + b and nothing else: not a router, not one of several in a row."""
+    size = sizes(module)
+    usual = size is None or not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward
+    if size is None or usual or is_packed(module):
+        return size is not None
+    weight: Any = module.weight
+    with torch.no_grad():
+        try:
+            given: Any = type(module).forward(module, weight.new_zeros(2, size[0]))
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return False
+    return isinstance(given, torch.Tensor) and tuple(given.shape) == (2, size[1])
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it multiplies channels and adds to them."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dim() == 1
 
 
 def sizes(module: nn.Module) -> tuple[int, int] | None:

@@ -23,7 +23,7 @@ JOINING = ("fusion", "mixture")
 
 SUBLAYERS = ("attention", "cross_attention", "feed_forward")
 LINEARS = ("linears", "attention_linears", "cross_attention_linears", "feed_forward_linears")
-ROLES = ("query", "key", "value", "qkv", "output", "up", "down")
+ROLES = ("query", "key", "value", "kv", "qkv", "output", "up", "down")
 WORDS = (*SUBLAYERS, *LINEARS, *ROLES, "intermediate", "biases", "input")
 """Places that every model is searched for; anything else is a pattern of names of linear layers."""
 
@@ -105,11 +105,11 @@ class Point(Settings):
         Field(
             min_length=1,
             description="Places. Sublayers: `attention`, `cross_attention`, `feed_forward`. Single linear layers: "
-            "`query`, `key`, `value`, `qkv`, `output`, `up`, `down`, `linears` (all in the blocks), "
+            "`query`, `key`, `value`, `kv`, `qkv`, `output`, `up`, `down`, `linears` (all in the blocks but routers), "
             "`attention_linears`, `cross_attention_linears`, `feed_forward_linears`. `intermediate`: what the "
             "feed-forward's last layer reads; `biases`: every layer that has one; `input`: before the first token. "
-            "Or patterns of names such as `*.q_proj`. `before NAME`: what such a layer reads; `key|qkv`: the second "
-            "where the first is not there.",
+            "Or patterns of names such as `*.q_proj`. `before NAME`: what such a layer reads; `key|kv|qkv`: the first "
+            "that a block has.",
         ),
     ]
     layers: Layers = None

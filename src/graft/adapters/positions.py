@@ -16,13 +16,23 @@ TABLES = re.compile(r"(?<!relative_)(wpe|position)[^.]*$")
 
 def positions_in(model: Any, config: Mapping[str, Any]) -> int | None:
     """For how many tokens a model of this configuration has positions in a table; None where they are computed."""
-    from torch import nn
-
-    tables = [part for name, part in model.named_modules() if TABLES.search(name)]
-    found = [table.num_embeddings for table in tables if isinstance(table, nn.Embedding)]
     # some tables have rows before the first position
+    found = [table.num_embeddings - first_in(table) for table in tables_of(model)]
     named = [size for name in CONTEXTS if isinstance(size := config.get(name), int) and size > 0]
     return min([*found, *named]) if found else None
+
+
+def tables_of(model: Any) -> list[Any]:
+    """Tables of learned positions."""
+    from torch import nn
+
+    named = [part for name, part in model.named_modules() if TABLES.search(name)]
+    return [table for table in named if isinstance(table, nn.Embedding)]
+
+
+def first_in(table: Any) -> int:
+    """The row of the first token: behind that of padding where there is one, as in RoBERTa's."""
+    return 0 if table.padding_idx is None else int(table.padding_idx) + 1
 
 
 def taken_by(points: Iterable[Point]) -> int:

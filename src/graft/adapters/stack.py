@@ -162,7 +162,8 @@ class Adapters(nn.Module):
         if self.was is None:
             self.was = model.config._attn_implementation
         bodies = model.get_encoder() if model.config.is_encoder_decoder else model
-        chosen = wanted(attention_modules(model), layout, point)
+        found = attention_modules(model, moving=point.shift or point.form == "tokens")
+        chosen = wanted(found, layout, point)
         fronts: list[Any]
         if point.form == "tokens":
             inside = {id(module) for module in bodies.modules()}
@@ -181,6 +182,8 @@ class Adapters(nn.Module):
             self.slots[path] = held[SLOT]
         if self.reader is None:
             self.reader = Reader(self, model)
+        if point.form == "tokens":
+            self.reader.check(name, site.to(model.device))
 
     def _hang(self, model: PreTrainedModel, name: str, site: Any) -> None:
         place = site.place
@@ -226,10 +229,14 @@ class Adapters(nn.Module):
 
     @contextmanager
     def each_row(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Inside, row i of a batch is read with the adapter `names[i]` (None: without any), products as in training."""
+        """Inside, row i of a batch is read with the adapter `names[i]` (None: without any), products as in training.
+
+        Raises UnknownName for an adapter that is not there, RequestError for one on single experts.
+        """
         for name in names:
             if name is not None:
                 self._check(name)
+                self._check_rows(name)
         before, self.rows = self.rows, list(names)
         try:
             with quick_layers():
@@ -238,6 +245,16 @@ class Adapters(nn.Module):
             self.rows = before
             for junction in self.junctions.values():
                 junction.gathered = None
+
+    def _check_rows(self, name: str) -> None:
+        """Raises RequestError for an adapter on single experts, which read tokens of all rows together."""
+        for junction in self.junctions.values():
+            if name in junction.sites and ".experts." in junction.place.target:
+                raise RequestError(
+                    f"{name} changes {junction.place.target}, an expert, which reads tokens of all rows together: "
+                    "expected adapters that know a token's row; put them beside whole layers (feed_forward, "
+                    "attention_linears), or read the rows of one adapter at a time (`use`)"
+                )
 
     def train_only(self, model: PreTrainedModel, name: str | None) -> None:
         """Freeze everything but the adapter `name` (None: everything), and the experts that it trains."""

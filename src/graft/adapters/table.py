@@ -97,11 +97,12 @@ def counted(model: Any, points: Sequence[Point]) -> str:
     tried = copy.deepcopy(model)
     try:
         stack = adopt(tried, points)
+        passed = passed_by(tried, stack)
     except RequestError as error:
         return f"not here: {str(error).partition(': ')[2].partition(';')[0]}"
     except (RuntimeError, NotImplementedError):  # a skeleton of experts cannot be called
         return "told once its weights are loaded"
-    if passed := passed_by(tried, stack):
+    if passed:
         return f"not here: the model takes the weight of {passed[0]} without calling it"
     whole = sum(p.numel() for p in model.parameters())
     count = stack.count("adapter")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def skeleton(config: Mapping[str, Any]) -> Any:
     """The model that a configuration (as in `config.json`) names, without weights; None where it names none here."""
     import torch
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING
 
     from graft.models import model_class
 
@@ -29,10 +29,22 @@ def skeleton(config: Mapping[str, Any]) -> Any:
     plain.pop("quantization_config", None)
     if kind not in CONFIG_MAPPING:
         return None
-    made = AutoConfig.for_model(kind, **plain)
+    made = CONFIG_MAPPING[kind].from_dict(_numbers(plain))
     cls = model_class(made)
     with torch.device("meta"):
-        return cls.from_config(made) if hasattr(cls, "from_config") else cls(made)
+        model = cls.from_config(made) if hasattr(cls, "from_config") else cls(made)
+    if hasattr(model, "set_experts_implementation"):  # tokens without values cannot be sorted by their experts
+        model.set_experts_implementation("batched_mm")
+    return model
+
+
+def _numbers(said: Any) -> Any:
+    """What a configuration says, with the infinities for which JSON has no word, as `transformers` writes them."""
+    if isinstance(said, list):
+        return [_numbers(one) for one in said]
+    if not isinstance(said, dict):
+        return said
+    return float(said["__float__"]) if set(said) == {"__float__"} else {key: _numbers(one) for key, one in said.items()}
 
 
 def learned_positions(config: Mapping[str, Any]) -> int | None:
@@ -93,10 +105,15 @@ def problems(config: Mapping[str, Any], points: Sequence[Point], *, fold: bool =
         return [str(error)]
     except (RuntimeError, NotImplementedError):  # a model that cannot be tried without weights is tried with them
         return []
-    if passed := passed_by(model, stack):
+    try:
+        passed = passed_by(model, stack)
+    except RequestError as error:  # said where sites are called
+        return [str(error)]
+    if passed:
         return [
             f"{type(model).__name__} takes the weights of {', '.join(passed[:4])}{' …' if len(passed) > 4 else ''} "
-            "without calling these layers, so that an adapter there would learn nothing: name other places (`on`)"
+            "without calling these layers, so that an adapter there would learn nothing: name other places "
+            f"(`on`), such as {', '.join(_others(model, passed))}"
         ]
     wrong = unfoldable(model, stack) if fold else []
     return [f"the adapter does not fold: {wrong[0]}; say `fold: false`"] if wrong else []
@@ -131,6 +148,15 @@ def passed_by(model: Any, stack: Adapters) -> list[str]:
         for path in inside
         if id(model.get_submodule(path)) not in called and not isinstance(model.get_submodule(path), nn.Embedding)
     ]
+
+
+def _others(model: Any, passed: Sequence[str]) -> list[str]:
+    """Patterns of names of linear layers in the blocks that are not passed by."""
+    from graft.adapters.places import Layout
+
+    leaves = dict.fromkeys(f"*.{one.path.rpartition('.')[2]}" for one in Layout(model).linears)
+    gone = {f"*.{path.rpartition('.')[2]}" for path in passed}
+    return [leaf for leaf in leaves if leaf not in gone]
 
 
 def trained(config: Mapping[str, Any], points: Sequence[Point]) -> int | None:

@@ -18,7 +18,7 @@ def points(settings: Settings) -> list[Point]:
         Point(
             form="scale",
             insertion="after",
-            on=["key|qkv", "value|qkv", "intermediate"],
+            on=["key|kv|qkv", "value|kv|qkv", "intermediate"],
             layers=settings.layers,
         )
     ]
