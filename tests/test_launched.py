@@ -10,7 +10,7 @@ import torch
 import graft
 from graft import machine
 from graft.errors import RecipeError, RequestError
-from graft.executors import Launched, misplaced, processes_of, spelt_out
+from graft.executors import Here, Launched, misplaced, processes_of, spelt_out
 from graft.lineage import read_manifest
 from graft.plan.fit import launched
 from graft.run import NodesFailed
@@ -184,6 +184,14 @@ def test_a_launcher_of_another_number_of_processes_is_found_before_they_start(re
     split = VERB.parse({"from": "b", "data": "d", "parallel": {"tensor": 4}})
     words = "expected processes in groups of 4 (`parallel.tensor`), found a launcher of 2"
     assert misplaced(Launched(launcher()), "m", split) == f"m: {words}"
+
+
+def test_more_processes_than_a_machine_can_have_are_refused():
+    most = {"batch_size": 9999, "parallel": {"method": "fsdp", "devices": 9999}}
+    many = VERB.parse({"from": "b", "data": "d", **most})
+    assert "m: expected at most" in misplaced(Here(), "m", many)
+    two = VERB.parse({"from": "b", "data": "d", "parallel": {"method": "fsdp", "devices": 2}})
+    assert misplaced(Here(), "m", two) is None
 
 
 def test_a_launcher_that_dies_is_said(recipe, tmp_path):

@@ -91,9 +91,9 @@ def test_a_damaged_manifest_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        ({"seed": "x"}, "seed: expected a valid integer, found 'x'"),
-        ({"key": 3, "hash": None}, "key: expected a valid string, found 3, and 1 more"),
-        ({"files": {"a": ["b", 0]}}, "files.a.0: expected a valid integer, found 'b'"),
+        ({"seed": "x"}, "seed: expected a whole number, found 'x'"),
+        ({"key": 3, "hash": None}, "key: expected text, found 3, and 1 more"),
+        ({"files": {"a": ["b", 0]}}, "files.a.0: expected a whole number, found 'b'"),
         (None, "Invalid JSON: EOF while parsing .*"),
         ([], "expected a mapping with format, name, .*, found \\[\\]"),
     ],

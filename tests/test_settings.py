@@ -115,14 +115,14 @@ class Either(Settings):
             ["a.tokenizer: expected a mapping with algorithm, size or a mapping with of, found {"],
         ),
         ({"tokenizer": 512}, ["a.tokenizer: expected a mapping with algorithm, size or a mapping with of, found 512"]),
-        ({"tokenizer": {"of": 3}}, ["a.tokenizer.of: expected a valid string, found 3"]),
+        ({"tokenizer": {"of": 3}}, ["a.tokenizer.of: expected text, found 3"]),
         (
             {"weights": {"coder": "half"}},
-            ["a.weights.coder: expected a valid number"],
+            ["a.weights.coder: expected a number"],
         ),
         (
             {"weights": "half"},
-            ["a.weights: expected a valid dictionary or a mapping with of or a valid number"],
+            ["a.weights: expected a mapping or a mapping with of or a number"],
         ),
         ({"rules": [{"size": 512}, {"sise": 512}]}, ["a.rules.1.sise: unknown key (did you mean 'size'?)"]),
         ({"by": {"kind": "nmaed"}}, ["a.by: unknown kind 'nmaed' (did you mean 'named'?); there are: named, nameless"]),

@@ -208,7 +208,16 @@ def misplaced(executor: Executor, name: str, settings: Settings) -> str | None:
             f"{name}: `parallel: {parallel.method}` needs several processes: say how many on this machine "
             "(`parallel.devices: 2`), or what starts them (`launch='torchrun --nproc-per-node 2'`, --launch)"
         )
+    if alone and (parallel.devices or 1) > (most := max(SIDE_BY_SIDE, os.cpu_count() or 1)):
+        return (
+            f"{name}: expected at most {most} processes on this machine, found `parallel.devices: {parallel.devices}`: "
+            "more machines are told to a launcher (`launch`, --launch)"
+        )
     return None
+
+
+SIDE_BY_SIDE = 8
+"""Guess: so many processes train beside each other even on a machine of fewer cores."""
 
 
 def _miscounted(processes: int | None, parallel: Parallel) -> str:

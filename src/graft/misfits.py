@@ -21,6 +21,15 @@ Where = tuple[str | int, ...]
 
 
 INPUT = "Input should be "
+WORDS = {
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid string": "text",
+    "a valid boolean": "true or false",
+    "a valid dictionary": "a mapping",
+    "a valid list": "a list",
+    "a valid tuple": "a list",
+}
 """How pydantic begins to say what it expects."""
 
 
@@ -193,7 +202,12 @@ def _wanted(fault: _Fault, name: str, one: Any) -> str:
     if not said.startswith(INPUT):
         return name
     wanted = said.removeprefix(INPUT)
-    return wanted if fault.error["type"] == "literal_error" else wanted.partition(",")[0]
+    return wanted if fault.error["type"] == "literal_error" else _in_words(wanted.partition(",")[0])
+
+
+def _in_words(wanted: str) -> str:
+    """What pydantic wants, as people who write YAML say it."""
+    return WORDS.get(wanted, wanted)
 
 
 def _mapping(settings: type[BaseModel]) -> str:
@@ -230,5 +244,8 @@ def _sentence(fault: _Fault) -> str:
         number = "a number " if error["type"].startswith(("greater_than", "less_than")) else ""
         wanted = message.removeprefix(INPUT)
         wanted = wanted.partition(", ")[0] if error["type"].endswith("_parsing") else wanted
-        return f"expected {number}{wanted}, found {error['input']!r}"
+        close = (
+            nearest(str(error["input"]), re.findall(r"'([^']*)'", wanted)) if error["type"] == "literal_error" else ""
+        )
+        return f"expected {number}{_in_words(wanted)}, found {error['input']!r}{close}"
     return f"{message[0].lower()}{message[1:]}, found {error['input']!r}"

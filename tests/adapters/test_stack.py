@@ -244,3 +244,27 @@ def test_other_types_than_the_layers_take_the_long_way():
         short = model(**inputs(model)).logits
     torch.testing.assert_close(short, with_gradient(model), rtol=1e-2, atol=1e-2)
     assert short.dtype == torch.bfloat16
+
+
+def test_what_is_no_adapter_no_weight_and_no_list_of_rows_is_told(many):
+    model = many(kinds={"low": "lora"})
+    stack = adapters_of(model)
+    for weight in (float("nan"), "half"):
+        with pytest.raises(RequestError, match="expected a finite number as the weight of low, found"):
+            stack.use({"low": weight})
+    with (
+        pytest.raises(RequestError, match="expected a list with a name for each row, found 'low'"),
+        stack.each_row("low"),
+    ):
+        pass
+    with pytest.raises(RequestError, match="expected a point or more for the adapter 'more', found none"):
+        adopt(model, [], "more")
+    with pytest.raises(RequestError, match="without dots and slashes for an adapter, found 'a/b'"):
+        adopt(model, points("lora"), "a/b")
+    assert stack.active == []
+
+
+def test_a_folder_of_adapters_says_nowhere_on_which_machine_it_was_made(many, tmp_path):
+    model = many(kinds={"low": "lora"})
+    model.save_pretrained(tmp_path / "low")
+    assert str(tmp_path) not in (tmp_path / "low" / "config.json").read_text()

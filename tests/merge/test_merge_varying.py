@@ -136,7 +136,7 @@ TIES = {"method": "ties", "base": "x", "models": {"a": 1, "b": 1}}
         ({"density": []}, "density: expected a number, a gradient such as [0, 0.5, 1] or rules"),
         ({"density": ["x"]}, "expected a number, a gradient"),
         ({"models": {"a": [True], "b": 1}}, "models.a: expected a number, a gradient"),
-        ({"normalise": [True, False]}, "normalise: expected a valid boolean"),
+        ({"normalise": [True, False]}, "normalise: expected true or false"),
         ({"trim": "model", "density": [0.1, 0.2]}, "density: expected one number, as it is measured over the whole"),
     ],
 )

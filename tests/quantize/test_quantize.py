@@ -11,9 +11,10 @@ import graft
 from graft import models
 from graft.adapters import adapters_of
 from graft.adapters.packed import is_packed, plain_weight
-from graft.errors import CannotCombine, RecipeError, RequestError
+from graft.errors import CannotCombine, RecipeError, RequestError, SettingsError
 from graft.facts import facts_of
 from graft.lineage import read_manifest
+from graft.quantize import VERB
 from graft.run import NodesFailed
 
 CODE = {"source": "python-library", "packages": ["json", "email"], "keep": "code", "pieces": 500}
@@ -140,6 +141,13 @@ def test_packed_weights_are_neither_tuned_nor_folded_into(family, tmp_path, sett
 def test_what_cannot_be_packed_is_said(family, tmp_path, model, bits, message):
     with pytest.raises(RecipeError, match=message):
         graft.quantize(tmp_path / "no", from_=family.folder / "models" / model, bits=bits)
+
+
+def test_what_is_said_of_4_bits_is_refused_beside_others():
+    for bits, more in ((8, {"kind": "fp4"}), (16, {"double": False})):
+        with pytest.raises(SettingsError, match=f"beside 4 bits, found it beside {bits}"):
+            VERB.parse({"from": "a", "bits": bits, **more})
+    assert VERB.parse(VERB.parse({"from": "a", "bits": 8}).plain()).bits == 8
 
 
 def test_an_adapter_on_packed_weights_is_folded_into_what_they_stand_for(family, tmp_path):

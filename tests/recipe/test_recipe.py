@@ -54,7 +54,7 @@ def test_all_problems_are_reported_at_once_each_with_its_line(recipe):
         "fails, kind, journal",
         "line 8: models.c.grow.parents.0: unknown model 'bb' (did you mean 'b'?); there are: a, b, c, d",
         "line 8: models.c.grow.data: unknown data set 'note' (did you mean 'notes'?); there are: notes",
-        "line 11: models.d.grow.steps: expected a valid integer, found 'many'",
+        "line 11: models.d.grow.steps: expected a whole number, found 'many'",
     ]
 
 
@@ -99,7 +99,7 @@ def test_a_misspelt_section_is_read_as_the_one_it_is_nearest_to(recipe):
     ) == [
         "line 2: models: this key is required and missing",
         "line 2: models.a.grow.parents.0: unknown model 'x'; there are: a",
-        "line 3: seed: expected a valid integer, found 'many'",
+        "line 3: seed: expected a whole number, found 'many'",
         f"line 4: {MISSPELT}",
     ]
 
@@ -264,6 +264,6 @@ def test_what_does_not_go_together_is_told_beside_what_is_wrong_alone(on_lines):
         ("models.b.pretrain.data", "unknown data set 'dd' (did you mean 'd'?); there are: d"),
         (
             "models.c.pretrain.accumulate",
-            "expected a valid integer",
+            "expected a whole number",
         ),
     ]

@@ -274,6 +274,15 @@ def test_tensorboard_gets_the_losses_of_the_log(tmp_path):
     assert [event.step for event in told.Scalars("loss")] == [1, 2, 3, 4]
 
 
+def test_a_training_that_goes_on_says_from_where(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("GRAFT_QUIET", raising=False)
+    with pytest.raises(Stops):
+        run(tmp_path, {"checkpoint_every": "2 steps"}, objective=Scored([], stop=4))
+    assert "going on" not in capsys.readouterr().err
+    run(tmp_path, {"checkpoint_every": "2 steps"})
+    assert "going on from step 2 of 6" in capsys.readouterr().err
+
+
 def test_tensorboard_is_told_every_step_once_though_a_killed_run_was_ahead_of_its_state(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -65,6 +65,7 @@ def save(model: PreTrainedModel, folder: Path, *, seen_from: Path | None = None)
     added = is_added(model, base)
     own = read_config(base) if added else {**model.config.to_dict(), "architectures": [type(model).__name__]}
     config = {**own, "model_type": ADAPTED, ADAPTED: entry}
+    config.pop("_name_or_path", None)  # where it lay on this machine; the entry says it relatively
     folder.mkdir(parents=True, exist_ok=True)
     with disk_errors(folder):
         held = weights_of(stack) if stack is not None else foreign_weights(model)

@@ -5,11 +5,15 @@ A frozen module computes h from x. A point says which Δh is worked out from whi
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from graft.errors import RequestError
 from graft.settings import Settings
 
 Form = Literal["linear", "bottleneck", "softmax", "scale", "bias", "tokens", "invertible", "fusion", "mixture"]
@@ -28,6 +32,17 @@ WORDS = (*SUBLAYERS, *LINEARS, *ROLES, "intermediate", "biases", "input")
 """Places that every model is searched for; anything else is a pattern of names of linear layers."""
 
 _RANGE = re.compile(r"(-?\d*):(-?\d*)")
+
+
+def with_weights(active: str | Sequence[str] | Mapping[str, float] | None) -> list[tuple[str, float]]:
+    """A name, several, names with weights, or none, as names with weights. Raises RequestError for other weights than
+    finite numbers."""
+    names = [active] if isinstance(active, str) else active or []
+    pairs = list(names.items()) if isinstance(names, Mapping) else [(name, 1.0) for name in names]
+    for name, weight in pairs:
+        if not isinstance(weight, Real) or not math.isfinite(weight):
+            raise RequestError(f"expected a finite number as the weight of {name}, found {weight!r}")
+    return [(name, float(weight)) for name, weight in pairs]
 
 
 def chosen(layers: str | list[int] | None, count: int) -> list[int]:

@@ -21,7 +21,7 @@ from graft.adapters.forms import FORMS, Site
 from graft.adapters.junction import Junction
 from graft.adapters.mixture import Mixed, Mixer, Twice, mixed
 from graft.adapters.places import Layout, Place
-from graft.adapters.point import JOINING, Point
+from graft.adapters.point import JOINING, Point, with_weights
 from graft.adapters.positions import check_positions, taken_by
 from graft.errors import RequestError, UnknownName
 from graft.products import quick_layers
@@ -92,8 +92,10 @@ class Adapters(nn.Module):
         Raises RequestError for a place that is not there, a rank above a layer's size, more learned tokens than the
         model has positions for, or a name that is taken.
         """
-        if name in self.points or not name or "." in name:
-            raise RequestError(f"expected a new name without dots for an adapter, found {name!r}")
+        if name in self.points or not name or "." in name or "/" in name:
+            raise RequestError(f"expected a new name without dots and slashes for an adapter, found {name!r}")
+        if not points:
+            raise RequestError(f"expected a point or more for the adapter {name!r}, found none")
         layout = Layout(model)
         points = [self._resolved(point) for point in points]
         check_positions(model, points)
@@ -193,15 +195,15 @@ class Adapters(nn.Module):
         self.junctions[key].sites.setdefault(name, []).append(site)
 
     def use(self, active: Active) -> None:
-        """Switch: a name, several (stacked, in this order), names with weights (averaged), or None for the bare model.
+        """Switch: a name, several (stacked, in this order), names with weights (each change times its weight), or None
+        for the bare model.
 
-        Raises UnknownName for an adapter that is not there.
+        Raises UnknownName for an adapter that is not there, RequestError for weights that are no numbers.
         """
-        names = [active] if isinstance(active, str) else active or []
-        pairs = list(names.items()) if isinstance(names, Mapping) else [(name, 1.0) for name in names]
+        pairs = with_weights(active)
         for name, _ in pairs:
             self._check(name)
-        self.active, self.rows = [(name, float(weight)) for name, weight in pairs], None
+        self.active, self.rows = pairs, None
 
     def _check(self, name: str) -> None:
         if name not in self.points:
@@ -231,8 +233,11 @@ class Adapters(nn.Module):
     def each_row(self, names: Sequence[str | None]) -> Iterator[None]:
         """Inside, row i of a batch is read with the adapter `names[i]` (None: without any), products as in training.
 
-        Raises UnknownName for an adapter that is not there, RequestError for one on single experts.
+        Raises UnknownName for an adapter that is not there, RequestError for one on single experts, and for one name in
+        the place of a list.
         """
+        if isinstance(names, str):
+            raise RequestError(f"expected a list with a name for each row, found {names!r}")
         for name in names:
             if name is not None:
                 self._check(name)

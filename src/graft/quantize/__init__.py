@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from graft.adapters.facts import folded_facts, is_adapted
 from graft.errors import nearest
@@ -47,6 +47,13 @@ class QuantizeSettings(Settings):
         Literal["float32", "bfloat16", "float16"],
         Field(description="Of what is not quantised, and of the arithmetic with 4 bits."),
     ] = "float32"
+
+    @model_validator(mode="after")
+    def _of_4_bits(self) -> QuantizeSettings:
+        said = {"kind": self.kind} if self.kind != "nf4" else {} if self.double else {"double": self.double}
+        for name, value in said.items() if self.bits != 4 else ():
+            raise ValueError(f"expected `{name}: {str(value).lower()}` beside 4 bits, found it beside {self.bits}")
+        return self
 
 
 class Quantize(Verb[QuantizeSettings]):

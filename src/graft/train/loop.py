@@ -194,6 +194,8 @@ class Training:
         self.learner.begin(state.tensors)
         self.learner.scaler.load_state_dict(state.facts["scaler"])
         self.at = Position(**state.facts["at"])
+        if self.place.main:
+            say(f"going on from step {self.at.step:,} of {self.steps:,}")
         self.kept_before = {int(step): score for step, score in state.facts["kept"].items()}
         states = state.facts["random"]
         if len(states) == self.place.world:
