@@ -194,8 +194,10 @@ class Twice:
 
     def __init__(self, stack: Adapters, model: PreTrainedModel):
         self.stack = stack
-        # some models call parts of their body only
-        self.body: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+        whole: Any = model.base_model
+        decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else whole
+        # some models call this part of their body only; others call something else so
+        self.body = decoder if any(module is decoder for module in whole.modules()) else whole
         self.channels = self._channels(model)
         self.parameters = list(inspect.signature(self.body.forward).parameters)
         self.second: Any = None
