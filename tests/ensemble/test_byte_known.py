@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_bytes import LEFT, RIGHT, brute, member, tokenizer
-from tiny_members import gpt2, mistral
+from tiny_members import gpt2, mistral, mixed
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -53,6 +53,12 @@ def test_known_texts_are_what_following_them_gives(cover, limit, seed):
 def test_other_models_too(make):
     model, words = make()
     reader = ByteModel(model, words, SOME)
+    assert known.serves(reader)
+    same(score(reader, TEXTS), followed(reader, TEXTS))
+
+
+def test_both_readings_of_a_mixture_of_experts_are_moved():
+    reader = ByteModel(mixed(gpt2(3)).double(), LEFT, Cover(drop=0.2, join=0.0))
     assert known.serves(reader)
     same(score(reader, TEXTS), followed(reader, TEXTS))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_byte_known import home
 from tiny_bytes import LEFT, RIGHT, member, pair
-from tiny_members import gpt2
+from tiny_members import gpt2, mixed
 
 from graft.ensemble.byte_level import prompts
 from graft.ensemble.byte_level.byte_model import ByteModel, Cover
@@ -41,7 +41,9 @@ def behind(reader, forest, state, data):
     [SOME, Cover(drop=0.0, join=0.0, most=2), Cover(drop=0.2, join=0.1), Cover(drop=0.4, join=0.0)],
     ids=str,
 )
-@pytest.mark.parametrize("make", [lambda: member(1, LEFT, 2), lambda: member(6, LEFT), lambda: gpt2(3)])
+@pytest.mark.parametrize(
+    "make", [lambda: member(1, LEFT, 2), lambda: member(6, LEFT), lambda: gpt2(3), lambda: mixed(gpt2(3))]
+)
 def test_a_state_is_the_one_that_following_gives_and_goes_on_as_it_does(cover, make):
     reader = ByteModel(make(), LEFT, cover)
     forest, other = Forest(reader.reader), Forest(reader.reader, len(TEXTS))

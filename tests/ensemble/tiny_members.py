@@ -14,6 +14,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from graft.adapters import adapters_of, adopt
+from graft.adapters.point import Mixture, Point
+from graft.tune import lora
+
 TOKENS = 37
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
@@ -79,3 +83,15 @@ def greedy(probabilities, ids, steps):
     for _ in range(steps):
         ids = torch.cat([ids, probabilities(ids).argmax(-1)[:, None]], 1)
     return ids
+
+
+def mixed(model, seed=0):
+    """`model` with two random experts, mixed by a random classifier that sees a difference between tokens."""
+    torch.manual_seed(seed)
+    for name in "ab":
+        adopt(model, lora.points(lora.Settings(rank=2)), name)
+    adopt(model, [Point(form="mixture", on=["adapters"], of=["a", "b"], mixture=Mixture(layerwise=True))], "mix")
+    with torch.no_grad():
+        for weight in adapters_of(model).parameters():
+            weight.normal_(std=0.4)
+    return model.eval()

@@ -7,6 +7,7 @@ both, whichever cache holds it, and looks to everybody else as it did before.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -56,6 +57,15 @@ def _paired_class(cls: type) -> type:
 def readings(layer: Any) -> list[Any]:
     """A layer of a cache and, where it has one, that of the second reading."""
     return [layer, layer.second] if isinstance(layer, Paired) else [layer]
+
+
+def both(cache: Cache, others: Cache) -> Iterator[tuple[Any, Any]]:
+    """Layers of two caches that have the same place in them, and of the same reading; `cache` gets a second reading
+    where the others have one."""
+    for layer, other in zip(cache.layers, others.layers, strict=True):
+        if isinstance(other, Paired) and not isinstance(layer, Paired):
+            pair(layer, copy.deepcopy(layer))
+        yield from zip(readings(layer), readings(other), strict=False)
 
 
 def pair(layer: Any, second: Any) -> None:

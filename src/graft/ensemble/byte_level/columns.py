@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from graft.adapters.second_cache import both
 from graft.ensemble.byte_level.packed import Blocks
 
 ROOM = 64
@@ -29,6 +30,9 @@ class Places:
         self.batch = self.slots = self.trees = self.columns = torch.zeros(0, dtype=torch.long)
         self.packed: Blocks | None = None
         self._lines: tuple[tuple[int, int], torch.Tensor] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Places:
+        return self  # a copy of a layer stands in the same cache and looks here as well
 
     def set(
         self, rows: Sequence[int], count: int, width: int, tokens: Sequence[tuple[int, int, int]], device: torch.device
@@ -129,7 +133,7 @@ def adopt(place: tuple[Any, int, int, int], source: tuple[Any, int, torch.Tensor
     number of trees, the tree, and the first of its columns that they become."""
     (cache, count, row, begin), (others, tree, columns) = place, source
     end = begin + len(columns)
-    for layer, other in zip(cache.layers, others.layers, strict=True):
+    for layer, other in both(cache, others):
         layer.keys, layer.values = (_roomy(kept, count, end, kept) for kept in (layer.keys, layer.values))
         layer.keys[row, :, begin:end] = other.keys[tree].index_select(1, columns)
         layer.values[row, :, begin:end] = other.values[tree].index_select(1, columns)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from graft.adapters.second_cache import readings
 from graft.ensemble.byte_level import _layout as at
 from graft.ensemble.byte_level.arrays import address, kernels
 from graft.ensemble.byte_level.columns import Columns, Places, cache_of, move
@@ -87,7 +88,8 @@ class Rows:
             return
         trees = np.repeat([tree for tree, _ in kept], [len(places) for places in moved])
         columns = np.concatenate([each[places] for (_, each), places in zip(kept, moved, strict=True)])
-        layers = [layer for layer in self.cache.layers if isinstance(layer, Columns)]
+        every = [reading for layer in self.cache.layers for reading in readings(layer)]
+        layers = [layer for layer in every if isinstance(layer, Columns)]
         tables = (trees, columns, np.concatenate(moved))
         move(layers, *(torch.from_numpy(each).to(self.reader.device) for each in tables))
 
