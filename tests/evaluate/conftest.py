@@ -29,7 +29,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from graft.adapters import adapters_of, adopt
+from graft.adapters.point import Mixture, Point
 from graft.ensemble.model import ensemble_of
+from graft.tune import lora
 
 SIZE = 259
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -59,6 +62,15 @@ def make(kind):
     small = {"vocab_size": SIZE, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, **IDS}
     if kind == "llama":
         return _louder(LlamaForCausalLM(LlamaConfig(**small, num_hidden_layers=2, max_position_embeddings=400)))
+    if kind == "mixture":  # reads each text twice
+        model = make("llama")
+        for name in "ab":
+            adopt(model, lora.points(lora.Settings(rank=2)), name)
+        adopt(model, [Point(form="mixture", on=["adapters"], of=["a", "b"], mixture=Mixture(layerwise=True))], "mix")
+        with torch.no_grad():
+            for weight in adapters_of(model).parameters():
+                weight.normal_(std=0.1)
+        return model.eval()
     if kind == "gpt2":
         return _louder(
             GPT2LMHeadModel(GPT2Config(vocab_size=SIZE, n_embd=24, n_layer=2, n_head=2, n_positions=400, **IDS))

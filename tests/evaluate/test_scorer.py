@@ -16,7 +16,7 @@ from graft.evaluate.scorer import Scorer, _windows
 
 FEW_SHOT = "Question: what is up? Answer: the sky.\n\n" * 3
 DECODERS = (
-    *("llama", "gpt2", "sliding", "bloom", "mpt", "ensemble"),
+    *("llama", "gpt2", "sliding", "bloom", "mpt", "ensemble", "mixture"),
     *("gptj", "gptneo", "mamba", "convolution", "gpt1"),
 )
 
@@ -59,7 +59,7 @@ def test_shared_reading_gives_what_one_request_alone_gives(kind, model_of, token
 @pytest.mark.parametrize(
     ("kind", "style"),
     [
-        *(("llama", "bool"), ("gpt2", "bool"), ("ensemble", "bool"), ("gptj", "additive")),
+        *(("llama", "bool"), ("gpt2", "bool"), ("ensemble", "bool"), ("gptj", "additive"), ("mixture", "bool")),
         *(("bloom", "plain"), ("mpt", "plain"), ("gpt1", "plain"), ("mamba", "plain"), ("convolution", "plain")),
     ],
 )
@@ -118,7 +118,7 @@ def test_few_logits_are_summed_at_a_time_on_a_processor(model_of, monkeypatch):
     assert torch.equal(reader.log_probs(half, wanted), reader.log_probs(half.float(), wanted))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "ensemble", "mpt"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "ensemble", "mpt", "mixture"])
 def test_a_document_within_the_context_is_scored_in_one_go(kind, model_of, tokenizer):
     text = "It was a bright cold day in April."
     ids = tokenizer(text)["input_ids"]
