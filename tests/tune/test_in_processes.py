@@ -24,6 +24,7 @@ from .test_full import base, tokenizer_and_ids  # noqa: F401  (a fixture)
 from .test_peft_types import ADALORA
 from .test_poly import POLY
 from .test_several import TASKS, assert_close, encoder, weights  # noqa: F401
+from .test_x_lora import XLORA, experts  # noqa: F401
 
 FSDP, OFFLOAD = {"parallel": "fsdp"}, {"parallel": {"method": "fsdp", "offload": "cpu"}}
 GATED = {"form": "bottleneck", "insertion": "parallel", "on": ["feed_forward"], "size": 4, "composition": "gated"}
@@ -72,14 +73,27 @@ if importlib.util.find_spec("peft") is not None:
     MULTI["poly in parts"] = {**MULTI["poly"], "given": {**MULTI["poly"]["given"], **FSDP}}
 
 
+MIXED = {}
+"""Mixtures of experts, which read each text twice."""
+if importlib.util.find_spec("peft") is not None:
+    TRAINED = {**XLORA, "use_trainable_adapters": True, "xlora_depth": 2, "xlora_size": 8, "xlora_dropout_p": 0.0}
+    MIXED = {
+        "mixture": {"method": {"peft": XLORA}, "accumulate": 2},
+        "mixture in parts": {"method": {"peft": XLORA}, "gradient_checkpointing": True, **FSDP},
+        "trained mixture in parts": {"method": {"peft": TRAINED}, **OFFLOAD},
+    }
+
+
 @pytest.fixture(scope="module")
-def cases(base, encoder, tmp_path_factory):  # noqa: F811
+def cases(base, encoder, experts, tmp_path_factory):  # noqa: F811
     """All of them, with what each starts from."""
     starts = {name: str(base) for name in ADAPTERS}
     if importlib.util.find_spec("bitsandbytes") is not None:
         folder = tmp_path_factory.mktemp("packed")
         starts |= {f"on {b} bits": str(graft.quantize(folder / str(b), from_=base, bits=b)) for b in (4, 8)}
     adapters = {name: {"given": ADAPTERS.get(name, PACKED), "start": start} for name, start in starts.items()}
+    places = {name: str(place) for name, place in experts.items()}
+    adapters |= {name: {"given": {**given, "experts": places}, "start": str(base)} for name, given in MIXED.items()}
     on = {"learned, split": base}  # there is no plan for splitting the encoder
     return adapters | {name: {**case, "start": str(on.get(name, encoder))} for name, case in (MULTI | WHOLE).items()}
 
@@ -139,6 +153,26 @@ def test_few_weights_on_a_model_in_parts_are_those_that_one_process_learns(two, 
     if name == "mix":
         kept = models.load(two / name / "0" / "out" / "checkpoints" / "step-4")
         assert torch.equal(kept(ids).logits, models.load(two / name / "0" / "out")(ids).logits)
+
+
+@pytest.mark.parametrize("name", list(MIXED))
+def test_a_mixture_of_experts_is_the_one_that_one_process_learns(two, one, name):
+    alone, ids = one(name) / "out", torch.arange(3, 30)[None]
+    wanted = models.load(alone)(ids).logits
+    losses = [row["loss"] for row in logged(alone)]
+    assert len(set(losses)) == len(losses)
+    for rank in ("0", "1"):
+        out = two / name / rank / "out"
+        torch.testing.assert_close(models.load(out)(ids).logits, wanted, rtol=1e-3, atol=1e-4)
+        held, expected = (load_file(folder / "adapter.safetensors") for folder in (out, alone))
+        assert_close(held, expected, rtol=1e-3, atol=2e-5)
+    assert [row["loss"] for row in logged(two / name / "0" / "out")] == pytest.approx(losses, rel=1e-5)
+
+
+def logged(folder):
+    """What a training said of its steps."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
 
 
 @pytest.mark.parametrize("name", list(MULTI))

@@ -1,6 +1,8 @@
 """X-LoRA: LoRA adapters mixed by a classifier of the frozen model's hidden states; trained, saved, called as others."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,10 @@ from safetensors.torch import load_file
 import graft
 from graft import models
 from graft.adapters import adapters_of
-from graft.errors import RequestError
+from graft.errors import CheckpointError, RequestError
+from graft.facts import facts_of
+from graft.lineage import read_manifest
+from graft.tune import VERB
 
 from .test_full import base, goes_on_with_the_same_bytes, run  # noqa: F401  (a fixture)
 
@@ -194,3 +199,143 @@ def test_a_mixture_of_peft_is_read_and_computes_the_same(tmp_path, base, experts
         expected = made(LARGE).logits
         assert torch.allclose(ours(LARGE).logits, expected, atol=1e-5)
         assert not torch.allclose(models.load(base)(LARGE).logits, expected, atol=1e-3)
+
+
+def made(folder, base, novels, medicine, **more):  # noqa: F811
+    """A mixture as the command makes it, by folders."""
+    folder.mkdir(parents=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": f"count {n}: {n + 1}"}) + "\n" for n in range(30)))
+    adapters = {"novels": str(novels), "medicine": str(medicine)}
+    given = {"budget": "2 steps", "batch_size": 4, "method": {"peft": {"peft_type": "XLORA", "adapters": adapters}}}
+    return graft.tune(folder / "mix", from_=str(base), data=str(folder / "rows.jsonl"), **{**given, **more})
+
+
+def test_experts_of_peft_and_of_graft_are_parents_of_a_mixture_that_needs_them_no_more(tmp_path, base, experts):  # noqa: F811
+    pytest.importorskip("peft")
+    start = shutil.copytree(base, tmp_path / "base")
+    novels = shutil.copytree(experts["novelist"], tmp_path / "novels")
+    config = json.loads((novels / "config.json").read_text())
+    config["graft_adapted"]["base"]["path"] = "../base"
+    (novels / "config.json").write_text(json.dumps(config))
+    medicine = graft.adapt(tmp_path / "written", adapters=[str(experts["doctor"])], export="peft") / "peft"
+    folder = made(tmp_path / "made", start, novels, medicine)
+    parents = [parent.name for parent in read_manifest(folder).parents]
+    assert parents == [str(start), str(novels), str(medicine)]
+    shutil.rmtree(novels)
+    shutil.rmtree(tmp_path / "written")
+    again = made(tmp_path / "again", base, experts["novelist"], experts["doctor"])
+    with torch.no_grad():
+        assert torch.allclose(models.load(again)(LARGE).logits, models.load(folder)(LARGE).logits, atol=1e-5)
+
+
+def test_what_is_wrong_with_a_mixture_is_said_before_anything_runs(tmp_path, base, experts, mixture):  # noqa: F811
+    pytest.importorskip("peft")
+    run(tmp_path / "tuned", base, budget="1 steps")
+    run(tmp_path / "other", tmp_path / "tuned" / "out", method="lora", budget="1 steps")
+    run(tmp_path / "wide", base, method="houlsby", budget="1 steps")
+    places = {**experts, "other": tmp_path / "other" / "out", "wide": tmp_path / "wide" / "out", "mix": mixture[0]}
+    known = {"base": facts_of(base), **{name: facts_of(place) for name, place in places.items()}}
+
+    def problem(first="novelist", second="doctor", **raw):
+        config = {"peft_type": "XLORA", "adapters": {"a": first, "b": second}, **raw.pop("config", {})}
+        settings = VERB.parse({"from": "base", "data": "d", "method": {"peft": config}, **raw})
+        return " ".join(VERB.check(settings, known))
+
+    assert problem() == ""
+    assert "expected a LoRA adapter as an expert, found the form bottleneck" in problem(second="wide")
+    assert "other was made for another model than base" in problem(second="other")
+    assert "base is no LoRA adapter: expected as the expert b" in problem(second="base")
+    assert "mix: expected one LoRA adapter as the expert b, found several" in problem(second="mix")
+    known["packed"] = replace(known["base"], stored="quantised", folder="")
+    assert "novelist was made for another model than packed" in problem(**{"from": "packed"})
+    assert "does not fold" in problem(fold=True)
+    assert "`compile` does not follow it" in problem(compile=True)
+    assert "novelist has adapters: expected the frozen model" in problem(**{"from": "novelist"})
+    assert "a `hidden_size` of 32, that of the last hidden states, found 64" in problem(config={"hidden_size": 64})
+    assert "did you mean 'xlora_depth'?" in problem(config={"xlora_deep": 2})
+    assert "softmax_temperature: expected a number greater than 0" in problem(config={"softmax_temperature": 0})
+    assert "a `top_k` of at most 2" in problem(config={"top_k_lora": 3})
+    for adapters in (None, ["novelist"], {"a": "novelist"}, {"a.b": "novelist", "c": "doctor"}):
+        with pytest.raises(RequestError, match="XLORA expected `adapters`, two LoRA adapters or more by name"):
+            problem(config={"adapters": adapters})
+
+
+def test_the_numbers_of_a_mixture_are_known_before_it_is_made(base, experts, mixture):  # noqa: F811
+    pytest.importorskip("peft")
+    known = {"base": facts_of(base), **{name: facts_of(place) for name, place in experts.items()}}
+    settings = VERB.parse({"from": "base", "data": "rows", **HOW_TO_MIX})
+    estimate = VERB.estimate(settings, known)
+    held = sum(value.numel() for value in load_file(mixture[0] / "adapter.safetensors").values())
+    assert (estimate.disk_bytes, estimate.parameters) == (4 * held, known["base"].parameters + held)
+    facts = VERB.facts(settings, known, "key")
+    assert not facts.mergeable
+    assert facts.config["graft_adapted"]["adapters"]["adapter 1"][0]["of"] == ["novels", "medicine"]
+
+
+def test_a_mixture_is_folded_by_nothing(tmp_path, base, experts, mixture):  # noqa: F811
+    with pytest.raises(RequestError, match="does not fold"):
+        graft.adapt(tmp_path / "whole", adapters=[str(mixture[0])], fold=True)
+    with pytest.raises(RequestError, match="does not fold"):
+        made(tmp_path / "made", base, experts["novelist"], experts["doctor"], fold=True)
+
+
+def test_an_expert_of_another_base_that_only_its_weights_tell_is_refused(tmp_path, base, experts):  # noqa: F811
+    """Where nothing is known before: in memory."""
+    from graft.adapters.experts import add_expert
+
+    run(tmp_path / "tuned", base, budget="1 steps")
+    model = models.load(tmp_path / "tuned" / "out")
+    with pytest.raises(CheckpointError, match="made for another base"):
+        add_expert(model, experts["novelist"], "novels", tmp_path / "tuned" / "out")
+    with pytest.raises(RequestError, match="expected the folder of a LoRA adapter as the expert novels"):
+        add_expert(model, base, "novels", base)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_mixture_on_packed_weights_learns_and_writes(tmp_path, base, bits):  # noqa: F811
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    packed = graft.quantize(tmp_path / "packed", from_=base, bits=bits)
+    how = {"learning_rate": 0.05, "budget": "6 steps"}
+    for name, rank in (("novelist", 2), ("doctor", 3)):
+        run(tmp_path / name, packed, method={"lora": {"rank": rank}}, **how)
+    places = {name: tmp_path / name / "out" for name in ("novelist", "doctor")}
+    run(tmp_path / "mix", packed, experts=places, **HOW_TO_MIX)
+    loaded = models.load(tmp_path / "mix" / "out")
+    log = [json.loads(line) for line in (tmp_path / "mix" / "out" / "log.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in log if "loss" in row]
+    assert losses[-1] < losses[0]
+    how = {"max_new_tokens": 6, "do_sample": False, "attention_mask": PADDED}
+    written = loaded.generate(SEVERAL, **how)
+    assert torch.equal(written, loaded.generate(SEVERAL, use_cache=False, **how))
+
+
+def test_a_mixture_is_scored_and_is_a_member(tmp_path, base, mixture):  # noqa: F811
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": f"plain text number {n}"}) + "\n" for n in range(30))
+    )
+    sets = {"rows": {"source": "jsonl", "path": "rows.jsonl", "splits": {"dev": 0.2}}}
+    measures = [{"measure": "bits_per_byte", "on": ["rows.dev"]}]
+    where = {"out": tmp_path / "results", "root": tmp_path, "device": "cpu", "data_sets": sets}
+    duo = graft.ensemble(tmp_path / "duo", members=[str(mixture[0]), str(base)])
+    found = graft.evaluate({"mix": mixture[0], "base": base, "duo": duo}, measures, **where)
+    mix, frozen, both = (next(row["value"] for row in found if row["model"] == name) for name in ("mix", "base", "duo"))
+    assert mix < frozen
+    assert mix - 1e-6 <= both <= frozen + 1e-6
+    model = models.load(duo)
+    how = {"max_new_tokens": 6, "do_sample": False, "attention_mask": PADDED}
+    assert torch.equal(model.generate(SEVERAL, **how), model.generate(SEVERAL, use_cache=False, **how))
+
+
+def test_a_mixture_is_trained_further_and_below_another_adapter(tmp_path, base, mixture):  # noqa: F811
+    """The classifier alone; then something on top of it."""
+    before = load_file(mixture[0] / "adapter.safetensors")
+    run(tmp_path / "further", mixture[0], method="further", budget="2 steps", learning_rate=0.03)
+    after = load_file(tmp_path / "further" / "out" / "adapter.safetensors")
+    changed = {key.partition(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {"m"}
+    run(tmp_path / "top", mixture[0], method={"lora": {"rank": 2}}, budget="2 steps", learning_rate=0.03)
+    stack = adapters_of(models.load(tmp_path / "top" / "out"))
+    assert [name for name, _ in stack.active] == ["m", "m-2"]
+    top = load_file(tmp_path / "top" / "out" / "adapter.safetensors")
+    assert all(torch.equal(top[key], before[key]) for key in before)

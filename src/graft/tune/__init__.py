@@ -104,7 +104,7 @@ class Tune(Verb[TuneSettings]):
             objective_for(start.architecture, settings.objective, start.config)
         except CannotCombine as error:
             return [str(error)]
-        if (settings.compile or settings.fold) and ("mixture" in settings.method or experts_of(settings)):
+        if (settings.compile or settings.fold) and _mixes(settings):
             return [
                 "a mixture of experts has scalings that differ between tokens and reads each text twice: it does not "
                 "fold, and `compile` does not follow it; leave both out"
@@ -274,12 +274,22 @@ def _not_by_zero(settings: TuneSettings, parallel: Parallel) -> list[str]:
         )
     if any(point.composition == "gated" or point.scale == "learned" for point in points):
         found.append("DeepSpeed cannot spread single numbers, such as a learned gate or scale: use `parallel: fsdp`")
+    if _mixes(settings) and parallel.spread == 3:
+        found.append(
+            "experts are read by the layers that they stand beside, not by themselves, as DeepSpeed would put their "
+            "weights together in stage 3: use `parallel: fsdp`, or stage 1 or 2"
+        )
     if any(point.form == "tokens" for point in points) and parallel.spread == 3:
         found.append(
             "learned tokens are read before DeepSpeed puts the weights together that it spreads in stage 3: use "
             "`parallel: fsdp`, or stage 1 or 2"
         )
     return found
+
+
+def _mixes(settings: TuneSettings) -> bool:
+    """Whether a mixture of experts is trained."""
+    return "mixture" in settings.method or bool(experts_of(settings))
 
 
 def _chosen_points(chosen: tuple[str, dict[str, Any]]) -> list[Point]:

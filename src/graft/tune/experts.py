@@ -55,9 +55,10 @@ def _unfit(name: str, ref: str, expert: Facts, settings: TuneSettings, start: Fa
     if not is_adapted(expert) and expert.stored != "adapter":
         return f"{ref} is no LoRA adapter: expected as the expert {name} a node tuned with lora and without `fold`"
     entry = expert.config.get(ADAPTED, {}) if is_adapted(expert) else {}
-    if "peft" in entry or len(entry.get("active", [0])) != 1:
+    if "peft" in entry or any(len(entry.get(part, [0])) != 1 for part in ("active", "adapters")):
         return f"{ref}: expected one LoRA adapter as the expert {name}, found several or one of peft's own types"
-    if expert.initialisation != start.initialisation or _for_another(expert, start, settings.from_):
+    other = expert.initialisation != start.initialisation or (is_adapted(expert) and expert.stored != start.stored)
+    if other or _for_another(expert, start, settings.from_):
         return f"{ref} was made for another model than {settings.from_}: the experts of a mixture are of one base"
     return ""
 
@@ -67,9 +68,10 @@ def _for_another(expert: Facts, start: Facts, name: str) -> bool:
     below = start.folder or name
     if not expert.frozen or expert.frozen == below:
         return False
-    if not start.folder or not Path(expert.frozen).is_dir():
+    if not Path(expert.frozen).is_absolute():  # a node that is yet to be made
         return True
-    return known_hash(Path(expert.frozen)) != known_hash(Path(start.folder))
+    # what stands where a node will be made is compared with it when the expert is loaded
+    return bool(start.folder) and known_hash(Path(expert.frozen)) != known_hash(Path(start.folder))
 
 
 def tried(settings: TuneSettings, models: Mapping[str, Facts]) -> Tried:
