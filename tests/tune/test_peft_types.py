@@ -140,10 +140,14 @@ def test_types_of_peft_inside_the_model_are_trained_saved_loaded_and_folded_or_s
     if kind not in {str(getattr(name, "value", name)) for name in peft.PEFT_TYPE_TO_CONFIG_MAPPING}:
         pytest.skip(f"the peft that is installed has no {kind}")
     how, ids = {"peft": {"peft_type": kind, **INSIDE[kind]}}, torch.arange(3, 30)[None]
-    run(tmp_path / "apart", base, method=how, learning_rate=0.03, budget="6 steps")
+    fresh = run(tmp_path / "apart", base, method=how, learning_rate=0.03, budget="6 steps")
     with torch.no_grad():
         changed = models.load(tmp_path / "apart" / "out")(ids).logits
         assert not torch.allclose(changed, models.load(base)(ids).logits, atol=1e-5)
+    again = run(tmp_path / "more", tmp_path / "apart" / "out", method="further", learning_rate=0.03, budget="2 steps")
+    assert again["trained_parameters"] == fresh["trained_parameters"]
+    with torch.no_grad():
+        assert not torch.allclose(models.load(tmp_path / "more" / "out")(ids).logits, changed, atol=1e-6)
     try:
         run(tmp_path / "whole", base, method=how, learning_rate=0.03, budget="6 steps", fold=True)
     except RequestError as error:
@@ -204,6 +208,13 @@ def test_adalora_loses_ranks_down_to_its_budget_and_is_saved_loaded_folded_and_e
     run(tmp_path / "b", base, method=how, learning_rate=0.03, budget="12 steps", fold=True)
     with torch.no_grad():
         assert torch.allclose(models.load(tmp_path / "b" / "out")(ids).logits, changed, atol=1e-5)
+
+
+def test_what_adalora_left_is_not_trained_further(tmp_path, base):  # noqa: F811
+    pytest.importorskip("peft")
+    run(tmp_path / "a", base, method={"peft": ADALORA}, budget="12 steps")
+    with pytest.raises(RequestError, match="ADALORA has given its ranks away"):
+        run(tmp_path / "b", tmp_path / "a" / "out", method="further")
 
 
 def test_adalora_takes_the_steps_of_the_training_where_none_are_given(tmp_path, base):  # noqa: F811

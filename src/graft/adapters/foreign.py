@@ -37,12 +37,13 @@ MIXED = "XLORA"
 
 class Held(NamedTuple):
     """What a model with peft's adapter holds: peft's wrapper around it, the folder of the frozen weights, peft's
-    settings, and the tasks of its rows where the adapter mixes by them."""
+    settings, the tasks of its rows where the adapter mixes by them, and the parameters that peft trains."""
 
     wrapper: Any
     base: Path | None
     said: dict[str, Any]
     tasks: RowTasks | None
+    trained: frozenset[str]
 
 
 def peft_config(settings: Mapping[str, Any]) -> Any:
@@ -109,7 +110,8 @@ def wrap(
     except (TypeError, ValueError, NotImplementedError) as error:
         raise RequestError(f"peft: {error}") from error
     said = dict(settings)
-    model.__dict__[HOLDER] = Held(wrapper, base, said, tell_tasks(wrapper) if is_tasked(said) else None)
+    trained = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    model.__dict__[HOLDER] = Held(wrapper, base, said, tell_tasks(wrapper) if is_tasked(said) else None, trained)
     _check_packed(model, config)
     if _is_ranked(wrapper):
         model.add_module(NAME, Ranks(wrapper, said))
@@ -165,6 +167,24 @@ def foreign_base(model: PreTrainedModel) -> Path | None:
     return held.base if held else None
 
 
+def train_foreign(model: PreTrainedModel) -> bool:
+    """Let peft's adapter in `model`, and nothing else, be trained, as a fresh one is; whether there is one.
+
+    Raises RequestError for AdaLoRA, of which only the ranks that are left were saved.
+    """
+    held = model.__dict__.get(HOLDER)
+    if held is None:
+        return False
+    if _is_ranked(held.wrapper):
+        raise RequestError(
+            "peft: ADALORA has given its ranks away, and an adapter that is loaded has those alone that were left: "
+            "fold it (`fold: true`) and train an adapter on what comes out"
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in held.trained)
+    return True
+
+
 def tasks_of(model: Any) -> RowTasks | None:
     """The tasks that an adapter of peft's mixes by in `model`; None where it has no such adapter."""
     held = model.__dict__.get(HOLDER)
@@ -203,7 +223,7 @@ def load_foreign(
     from peft import set_peft_model_state_dict
 
     settings = entry["peft"]
-    wrapper, _, _, tasks = wrap(model, settings, base).__dict__[HOLDER]
+    wrapper, _, _, tasks, _ = wrap(model, settings, base).__dict__[HOLDER]
     if tasks is not None and "tasks" in entry:
         tasks.take(entry["tasks"], base)
     if _is_ranked(wrapper):

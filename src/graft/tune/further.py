@@ -20,10 +20,14 @@ class Settings(Base):
 
 
 def apply(model: PreTrainedModel, settings: Settings) -> PreTrainedModel:
-    """The model with `requires_grad` set on its adapters. Raises RequestError where it has none."""
+    """The model with `requires_grad` set on its adapters. Raises RequestError where it has none,
+    or AdaLoRA."""
+    from graft.adapters.foreign import train_foreign
     from graft.adapters.stack import adapters_of
 
     stack = adapters_of(model)
+    if stack is None and train_foreign(model):
+        return model
     if stack is None:
         raise RequestError("expected a model with adapters to train further, found none: choose a method such as lora")
     model.requires_grad_(False)
