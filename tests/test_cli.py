@@ -496,3 +496,16 @@ def test_an_option_that_a_verb_does_not_have_is_shown_with_the_nearest(tmp_path,
     result = invoke("pretrain", "out", "--data", "x.jsonl", "--lerning-rate", "1")
     assert result.exit_code == 2
     assert "lerning_rate: unknown key (did you mean 'learning_rate'?)" in result.stderr
+
+
+def test_an_answer_that_nobody_reads_is_no_defect(tmp_path):
+    (tmp_path / "d.txt").write_text("".join(f"text {n}\n" for n in range(200)))
+    recipe = tmp_path / "f.yaml"
+    recipe.write_text("family: f\ndata: {d: {source: text, document: line, path: d.txt}}\nmodels:\n")
+    with recipe.open("a") as more:
+        more.writelines(f"  m{n}: {{pretrain: {{data: d, hidden: 16, layers: 1}}}}\n" for n in range(3))
+    command = [sys.executable, "-m", "graft", "plan", str(recipe)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (1, "")

@@ -70,6 +70,8 @@ def tidy(command: F) -> F:
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:  # noqa: BLE001  (said in one line, with the way to see more)
+            if _unread():
+                raise typer.Exit(1) from None
             told = _told(error)
             told.__cause__ = error
             _show_error(told, as_json)
@@ -79,6 +81,16 @@ def tidy(command: F) -> F:
             raise typer.Exit(130) from None
 
     return run  # type: ignore[return-value]
+
+
+def _unread() -> bool:
+    """Whether stdout is a pipe that nobody reads any more (`… | head`); the rest of the answer is dropped."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _told(error: Exception) -> GraftError:

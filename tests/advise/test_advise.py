@@ -242,6 +242,16 @@ def test_advice_within_a_memory_is_what_the_plan_calls_fitting(tmp_path, base):
         advised(tmp_path, base, fit="1MB")
 
 
+def test_of_packed_weights_adapters_alone_are_advised_and_compared(tmp_path, base):
+    pytest.importorskip("bitsandbytes")
+    four = graft.quantize(tmp_path / "four", from_=base, bits=4)
+    found = advised(tmp_path, four, kind="labelled")
+    (whole,) = [each for each in found.candidates if each.method == "full"]
+    assert whole.why_not.startswith("its weights are packed, and full tuning needs plain ones")
+    assert found.method != "full"
+    assert "full" not in found.recipe["models"]
+
+
 def test_what_cannot_be_advised_on_is_refused(tmp_path, base):
     path = tmp_path / "odd.jsonl"
     path.write_text('{"thing": 1}\n')

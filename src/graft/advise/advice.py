@@ -196,7 +196,8 @@ def _strength(studies: Sequence[Study], task: str, stood: Standing | None, facts
     if all(study.task != task for study in studies):
         said.append(f"none of them is of {task}: those of generation stand in")
     if all(study.architecture != facts.architecture for study in studies):
-        said.append(f"none with a {facts.architecture}")
+        article = "a" if facts.architecture == "decoder" else "an"
+        said.append(f"none with {article} {facts.architecture}")
     if stood is not None and stood.far:
         said.append("figures of the advised method are at other shares of the parameters")
     return "; ".join([*said, f"this model has {count(facts.parameters)} parameters: a place to start, no more"])

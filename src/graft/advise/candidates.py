@@ -93,6 +93,8 @@ def fitted(found: Candidate, facts: Facts, training: Mapping[str, Any], limit: i
         return found
     tune: Verb[Any] = verb("tune")
     settings = tune.parse({"from": "base", "method": {found.method: found.options}, **training})
+    if found.method == "full" and (wrong := tune.check(settings, {"base": facts})):
+        return replace(found, why_not=wrong[0].replace("base is quantised", "its weights are packed", 1))
     said = _fits(found, tune, settings, facts, limit)
     if not said.why_not or found.method == "full" or facts.stored == "quantised":
         return said
