@@ -258,14 +258,15 @@ class Grid:
             for seed in range(1 if name == NONE else self.given.seeds):
                 self.run(name, share, rates, seed)
 
-    def cells(self, metric: str) -> dict[str, Method]:
-        """What is there of each method, at the rates that were found for it."""
-        rows = [row for row in self.results.rows if metric in row["test"]]
+    def cells(self, metric: str, shorter: bool = False) -> dict[str, Method]:
+        """What is there of each method, at the rates that were found for it; `shorter`: of the shorter trainings."""
+        rows = [row for row in (self.shorter if shorter else self.results.rows) if metric in row["test"]]
+        searching = range(len({row["seed"] for row in rows})) if shorter else self.searching
         found: dict[str, dict[float, Cell]] = {}
         for name in dict.fromkeys(row["method"] for row in rows):
             own = [row for row in rows if row["method"] == name]
             for share in dict.fromkeys(row["share"] for row in own):
-                at = self._found([row for row in own if row["share"] == share], self.searching)
+                at = self._found([row for row in own if row["share"] == share], searching)
                 here = [row for row in own if row["share"] == share and rates_in(row) == at]
                 statistics = np.array([row["test"][metric] for row in sorted(here, key=lambda row: row["seed"])])
                 scores = Seeds(metrics.metric_of(metric, statistics.shape[-1]), statistics)
@@ -294,6 +295,7 @@ class Grid:
         panel = None
         for metric in dict.fromkeys(name for row in self.results.rows for name in row["test"]):
             methods = self.cells(metric)
+            onward = self._gained(methods, metric) if self.given.longer else []
             levels = {name: methods.pop(name)[0.0].scores for name in (NONE, HEAD, FULL) if name in methods}
             said = "; ".join(f"{name} {own.value:.3f} ± {own.half():.3f}" for name, own in levels.items())
             lines += [f"**{self.task.name}**, {metric}, from {named(self.base)}: {said}.", ""]
@@ -302,9 +304,21 @@ class Grid:
                 for level in (name for name in (FULL, HEAD) if name in levels):
                     every = {name: dict.fromkeys(SHARES, levels[level]) for name in methods}
                     lines += [f"Less {level}:", "", *differences(methods, every, SHARES), ""]
-                lines += [*compared(methods), ""]
+                lines += [*compared(methods), "", *onward]
                 panel = Panel(f"{self.task.name}, {metric.replace('_', ' ')}", methods, levels)
         return lines, panel
+
+    def _gained(self, methods: Mapping[str, Method], metric: str) -> list[str]:
+        """Markdown: what is there less itself and full tuning in the shorter trainings, where items are the same."""
+        before, steps = self.cells(metric, shorter=True), f"with {self.task.steps} steps"
+        lines = [f"| method | share | less itself {steps} | less {FULL} {steps} |", "|---|---|---|---|"]
+        cells = [(name, *each) for name, own in methods.items() if name != NONE for each in own.items()]
+        for name, share, cell in cells:
+            others = [before.get(name, {}).get(share), before[FULL][0.0]]
+            told = [less(cell.scores, other and other.scores) for other in others]
+            if any(told):
+                lines.append(f"| {name} | {100 * share or 100:g} % | {' | '.join(told)} |")
+        return [*lines, ""]
 
 
 def compared(methods: Mapping[str, Method]) -> list[str]:

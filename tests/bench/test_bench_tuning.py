@@ -54,7 +54,7 @@ BEST = {"head alone": (3e-2, None), "full": (1e-3, 1e-2), "lora": (1e-2, 1e-1)}
 def grid_of(grids, folder, kind="classification", head_rate=None, base="base-1", best=BEST):
     """A grid of LoRA whose trainings are made up: best at BEST, larger adapters a step lower."""
     metric = {"classification": "accuracy", "text": "bits_per_byte"}[kind]
-    task = Namespace(name="made", kind=kind, metric=metric)
+    task = Namespace(name="made", kind=kind, metric=metric, steps=10)
 
     class MadeUp(grids.Grid):
         def __init__(self):
@@ -120,6 +120,21 @@ def test_a_longer_training_searches_from_the_rates_of_the_shorter_one_down_or_up
     }  # fmt: skip
     tried = {row["rate"] for row in longer.results.rows if row["method"] == "lora"}
     assert tried == {1e-2, 3e-3, 1e-3}
+
+
+def test_a_longer_training_is_compared_with_the_shorter_one(grids, tmp_path):
+    shorter, longer = (grid_of(grids, tmp_path / name) for name in ("shorter", "longer"))
+    shorter.fill()
+    longer.given.longer, longer.shorter = (
+        True,
+        [{**row, "test": {"accuracy": [[0.5, 1.0]] * 4}} for row in shorter.results.rows],
+    )
+    longer.fill()
+    told = longer._gained(longer.cells("accuracy"), "accuracy")
+    assert [line.split(" | ")[:2] for line in told[2:4]] == [["| head alone", "100 %"], ["| full", "100 %"]]
+    assert told[4].startswith("| lora | 1 % | +0.501 (+0.500 to +0.502)")
+    longer.shorter = [{**row, "test": {"accuracy": [[0.5, 1.0]] * 3}} for row in shorter.results.rows]
+    assert len(longer._gained(longer.cells("accuracy"), "accuracy")) == 3
 
 
 def test_a_longer_training_needs_the_shorter_one(grids, tmp_path):
