@@ -92,8 +92,10 @@ def fill(given: argparse.Namespace) -> list[str]:
 
 
 def keep_runs(given: argparse.Namespace) -> list[str]:
-    """What the tables were made of, into the checkout."""
-    return [f"{keep(grid.results)}: {len(grid.results.rows)} trainings" for grid in grids(given)]
+    """What the tables were made of, into the checkout: grids and, where they are there, domains."""
+    found = [grid.results for grid in grids(given)]
+    found += [domains for domains in (Domains(body(given), given).results,) if domains.rows]
+    return [f"{keep(results)}: {len(results.rows)} rows" for results in found]
 
 
 def compare_heads(given: argparse.Namespace) -> list[str]:
