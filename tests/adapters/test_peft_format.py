@@ -88,6 +88,45 @@ def test_peft_reads_what_graft_wrote(tmp_path, base, name, model_name):
     assert torch.allclose(logits(again), logits(model), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("model_name", "config"),
+    [
+        ("llama", {"r": 12, "lora_alpha": 5, "target_modules": "all-linear"}),  # keys are eight channels
+        ("phi3", {"r": 2, "target_modules": ["qkv_proj", "gate_up_proj"]}),
+        ("neox", {"r": 2}),
+        ("deepseek", {"r": 2, "target_modules": ["q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"]}),
+        ("t5", {"r": 2, "target_modules": "all-linear", "use_dora": True}),
+    ],
+)
+def test_lora_of_peft_is_read_whatever_the_layers_are_called(tmp_path, base, model_name, config):
+    folder = base(model_name)
+    torch.manual_seed(0)
+    made = peft.get_peft_model(models.load(folder), peft.LoraConfig(**config)).eval()
+    moved(made)
+    made.save_pretrained(tmp_path / "theirs")
+    assert torch.allclose(logits(load_peft(tmp_path / "theirs", base=folder)), theirs(made, "lora"), atol=1e-5)
+
+
+@pytest.mark.parametrize("model_name", ["deepseek", "qwen3_next", "phi3", "neox", "bert", "bart"])
+def test_lora_of_graft_is_read_by_peft_whatever_the_layers_are_called(tmp_path, base, model_name):
+    """peft takes layers of a name that experts once had for those, which are one tensor now."""
+    folder = base(model_name)
+    model = models.load(folder)
+    adopt(model, points("lora", rank=2), base=folder)
+    moved(model)
+    save_peft(model, tmp_path / "theirs")
+    loaded = peft.PeftModel.from_pretrained(models.load(folder), tmp_path / "theirs").eval()
+    assert torch.allclose(theirs(loaded, "lora"), logits(model), atol=1e-5)
+    assert torch.allclose(logits(load_peft(tmp_path / "theirs")), logits(model), atol=1e-5)
+
+
+def test_changes_of_fused_experts_are_not_read(tmp_path, base):
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"])
+    peft.get_peft_model(models.load(base("deepseek")), config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(RequestError, match=r"no linear layer holds, such as fused experts \(mlp\.experts\.down_proj\)"):
+        load_peft(tmp_path / "theirs", base=tmp_path / "base")
+
+
 def test_both_generate_the_same_with_a_prefix(tmp_path, base):
     folder = base("llama")
     model = models.load(folder)
@@ -104,6 +143,21 @@ def test_what_peft_has_no_type_for_is_refused(tmp_path, base):
     for name, words in (("houlsby", "bottleneck after"), ("prefix", "softmax parallel"), ("bitfit", "bias after")):
         model = family("gpt2")
         adopt(model, points(name))
+        with pytest.raises(RequestError, match=words):
+            save_peft(model, tmp_path / "theirs")
+    keys = points("prefix", gate=False)
+    for name, chosen, words in (
+        ("deepseek", keys, r"of one shape in each of 2 layers.*found them in 2, of \[4, 16, 4\], \[4, 16, 8\]"),
+        ("llama", points("prefix", gate=False, layers="1:"), "in each of 2 layers.*found them in 1"),
+        ("bert", keys, "softmax parallel on BertForMaskedLM"),
+        (
+            "deepseek",
+            points("lora", dora=True),
+            r"peft has none at model\.layers\.0\.mlp\.gate_proj in a model of experts",
+        ),
+    ):
+        model = family(name)
+        adopt(model, chosen)
         with pytest.raises(RequestError, match=words):
             save_peft(model, tmp_path / "theirs")
 

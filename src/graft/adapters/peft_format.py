@@ -23,6 +23,7 @@ from graft.adapters.keys import KeySite, TokenSite
 from graft.adapters.mixture import Mixer
 from graft.adapters.peft_files import CONFIG, WEIGHTS, Weights, read_settings, read_weights
 from graft.adapters.peft_mixture import read_mixture, written
+from graft.adapters.places import sizes
 from graft.adapters.point import Point
 from graft.adapters.stack import Adapters, adapters_of, adopt
 from graft.checkpoint import read_file_headers
@@ -124,10 +125,17 @@ def _read_lora(model: Any, config: Mapping[str, Any], raw: Weights, folder: Path
             f"{config.get('bias')!r}, modules_to_save {config.get('modules_to_save')!r}: convert it with peft first"
         )
     _known(raw, (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"), folder)
+    modules = dict(model.named_modules())
+    linear = all(path in modules and sizes(modules[path]) for path in _modules(raw, ".lora_A.weight", folder))
+    if config.get("target_parameters") and not linear:
+        raise RequestError(
+            f"{folder}: expected LoRA on linear layers, found it on parameters that no linear layer holds, such as "
+            f"fused experts ({', '.join(map(str, config['target_parameters'][:3]))}): use peft, or fold it there"
+        )
     groups: dict[tuple[int, float], list[str]] = {}
     for path, tensor in _modules(raw, ".lora_A.weight", folder).items():
-        rank = tensor.shape[0]
-        groups.setdefault((rank, scale_of(config, path, rank)), []).append(path)
+        scale, raw = scale_of(config, path, tensor.shape[0]), _no_wider(raw, f"{PREFIX}{path}")
+        groups.setdefault((len(raw[f"{PREFIX}{path}.lora_A.weight"]), scale), []).append(path)
     points = [
         Point(form="linear", on=paths, composition="scaled", scale=scale, size=rank,
               directions=bool(config.get("use_dora")), dropout=float(config.get("lora_dropout") or 0.0))
@@ -141,6 +149,17 @@ def _read_lora(model: Any, config: Mapping[str, Any], raw: Weights, folder: Path
         if name.endswith(theirs)
     }
     return points, lambda sites: renamed
+
+
+def _no_wider(raw: Weights, path: str) -> Weights:
+    """The weights with the change at `path` in as many ranks as its layer is wide, where peft gave it more."""
+    a, b = (raw.get(f"{path}.lora_{part}.weight") for part in "AB")
+    if a is None or b is None or len(a) <= min(a.shape[1], len(b)):
+        return raw
+    product = b.float() @ a.float()
+    eye = torch.eye(min(product.shape))
+    pair = (product, eye) if len(b) < a.shape[1] else (eye, product)
+    return {**raw, f"{path}.lora_A.weight": pair[0].to(a.dtype), f"{path}.lora_B.weight": pair[1].to(b.dtype)}
 
 
 def _read_ia3(model: Any, config: Mapping[str, Any], raw: Weights, folder: Path) -> Any:
@@ -215,7 +234,7 @@ def save_peft(
     if mixers:
         for number, expert in enumerate(mixers[0].point.of):
             save_peft(model, folder / str(number), expert)
-    config, weights = written(mixers[0], seen_from or folder) if mixers else _written(stack, names[0])
+    config, weights = written(mixers[0], seen_from or folder) if mixers else _written(model, stack, names[0])
     kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     usual = {
         "base_model_name_or_path": str(stack.base.resolve()) if stack.base else None,
@@ -229,24 +248,25 @@ def save_peft(
     atomic_write(folder / CONFIG, json.dumps({**usual, **config}, indent=2, sort_keys=True) + "\n")
 
 
-def _written(stack: Adapters, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _written(model: PreTrainedModel, stack: Adapters, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     sites: Any = list(stack.sites[name].values())
     points = stack.points[name]
     if all(isinstance(site, LowRank) and _is_lora(site) for site in sites):
-        return _write_lora(sites)
+        return _write_lora(sites, _taken_for_experts(model, [site.place.path for site in sites]))
     if all(point.form == "scale" and point.composition == "add" for point in points):
         return _write_ia3(sites)
-    if len(points) == 1 and isinstance(sites[0], KeySite) and not points[0].gate and points[0].shift:
-        return _write_prefix(sites, points[0])
-    if len(points) == 1 and isinstance(sites[0], TokenSite) and not points[0].gate:
+    decodes = getattr(model, "can_generate", lambda: False)() and not model.config.is_encoder_decoder
+    if decodes and len(points) == 1 and isinstance(sites[0], KeySite) and not points[0].gate and points[0].shift:
+        return _write_prefix(model, sites)
+    if decodes and len(points) == 1 and isinstance(sites[0], TokenSite) and not points[0].gate:
         table = sites[0].embeddings
         config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": len(table), "token_dim": table.shape[1],
                   "num_transformer_submodules": 1}  # fmt: skip
         return config, {"prompt_embeddings": table}
     forms = ", ".join(sorted({f"{p.form} {p.insertion}" for p in points}))
     raise RequestError(
-        f"{name}: expected LoRA, (IA)³, or prefix or prompt tuning with `gate: false`, which peft has, found {forms}: "
-        "keep graft's own folder, or fold it"
+        f"{name}: expected LoRA, (IA)³, or on a decoder prefix or prompt tuning with `gate: false`, which peft has, "
+        f"found {forms} on {type(model).__name__}: keep graft's own folder, or fold it"
     )
 
 
@@ -256,7 +276,22 @@ def _is_lora(site: Site) -> bool:
     return plain and site.place.single
 
 
-def _write_lora(sites: list[LowRank]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+ONCE_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""Names that layers of experts had before they were fused into one tensor."""
+
+
+def _taken_for_experts(model: PreTrainedModel, paths: list[str]) -> list[str]:
+    """Layers that peft would take for those of experts, by their names, where a model's experts are fused."""
+    fused = any(parameter.dim() == 3 and "experts." in name for name, parameter in model.named_parameters())
+    return [path for path in paths if fused and path.rpartition(".")[2] in ONCE_EXPERTS]
+
+
+def _write_lora(sites: list[LowRank], apart: list[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """LoRA; the layers `apart` are named by their parameters, which peft takes as they are named."""
+    turned = {site.point.directions for site in sites}
+    if len(turned) > 1 or (apart and True in turned):
+        why = f"peft has none at {apart[0]} in a model of experts" if apart else "peft has one kind in a folder"
+        raise RequestError(f"expected LoRA without DoRA, found it with: {why}; keep graft's own folder, or fold it")
     weights: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -273,10 +308,12 @@ def _write_lora(sites: list[LowRank]) -> tuple[dict[str, Any], dict[str, torch.T
         ranks[site.place.path], alphas[site.place.path] = len(down), float(site.scale) * len(down)
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     config = {
-        "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": sorted(ranks), "bias": "none",
+        "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none",
+        "target_modules": sorted(set(ranks) - set(apart)), "target_parameters": [f"{path}.weight" for path in apart],
         "rank_pattern": {re.escape(path): value for path, value in ranks.items() if value != rank},
         "alpha_pattern": {re.escape(path): value for path, value in alphas.items() if value != alpha},
-        "use_dora": sites[0].point.directions, "use_rslora": False, "lora_dropout": sites[0].point.dropout,
+        "use_dora": sites[0].point.directions, "use_rslora": False,
+        "lora_dropout": 0.0 if apart else sites[0].point.dropout,
         "fan_in_fan_out": type(sites[0].module).__name__ == "Conv1D",
     }  # fmt: skip
     return config, weights
@@ -295,7 +332,15 @@ def _write_ia3(sites: list[Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor
     return config, weights
 
 
-def _write_prefix(sites: list[KeySite], point: Point) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _write_prefix(model: PreTrainedModel, sites: list[KeySite]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    layers = model.config.get_text_config().num_hidden_layers
+    shapes = {tensor.shape for site in sites for tensor in (site.keys, site.values)}
+    if len(shapes) > 1 or len(sites) != layers:
+        sizes = ", ".join(str(list(shape)) for shape in sorted(shapes))
+        raise RequestError(
+            f"expected keys and values of one shape in each of {layers} layers, which peft's prefixes have, found them "
+            f"in {len(sites)}, of {sizes}: keep graft's own folder"
+        )
     both = torch.stack([tensor for site in sites for tensor in (site.keys, site.values)])
     heads, count, size = sites[0].keys.shape
     config = {
