@@ -504,7 +504,7 @@ def test_an_answer_that_nobody_reads_is_no_defect(tmp_path):
     recipe.write_text("family: f\ndata: {d: {source: text, document: line, path: d.txt}}\nmodels:\n")
     with recipe.open("a") as more:
         more.writelines(f"  m{n}: {{pretrain: {{data: d, hidden: 16, layers: 1}}}}\n" for n in range(3))
-    command = [sys.executable, "-m", "graft", "plan", str(recipe)]
+    command = [sys.executable, "-m", "graft", "plan", str(recipe), "--fit", "1GB"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         said = process.stderr.read()
