@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft import tree as trees
+from graft.adapters.facts import adapted_base
 from graft.chatting import Talk
 from graft.disk import atomic_write
 from graft.errors import RequestError, SettingsError
@@ -25,6 +26,7 @@ from graft.recipe.problems import Problems
 from graft.run import RunResult, locked, run
 
 if TYPE_CHECKING:
+    from graft.adapters.listened import Listened
     from graft.advise import Advice as TuningAdvice
     from graft.data import DataSettings
     from graft.deltas import Advice, Deltas, Outcome
@@ -353,12 +355,16 @@ def explain(
     return importlib.import_module("graft.deltas").explain([Path(m) for m in models], *given, allow_pickle)
 
 
-def show(ensemble: Path | str, text: str, *, page: Path | str | None = None, device: str | None = None) -> Spoken:
-    """Which member of a mixture or product speaks at which token of `text`; with `page` also as an HTML page there."""
+def show(
+    model: Path | str, text: str, *, page: Path | str | None = None, device: str | None = None
+) -> Spoken | Listened:
+    """Which member of a mixture or product speaks at which token of `text`, or which adapter a fusion listens to, at
+    every place; with `page` also as an HTML page there."""
     check_device(device)
-    check_asked([Path(ensemble)])
-    room = importlib.import_module("graft.ensemble.show")
-    spoken = room.speaks(ensemble, text, device=device)
+    check_asked([Path(model)])
+    fused = adapted_base(Path(model)) is not None
+    room = importlib.import_module("graft.adapters.listened" if fused else "graft.ensemble.show")
+    spoken: Spoken | Listened = (room.listens if fused else room.speaks)(model, text, device=device)
     if page is not None:
         atomic_write(Path(page), room.page(spoken))
     return spoken

@@ -14,21 +14,31 @@ from graft.commands.options import DATA_IN_PLACE, Device, Json, shown
 
 @tidy
 def show(
-    model: Annotated[Path, typer.Argument(metavar="ENSEMBLE", help="The folder of a mixture.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="The folder of a mixture or product, or of adapters with a fusion.")
+    ],
     text: Annotated[str, typer.Option("--text", "-t", help="What is shown.")],
     page: Annotated[Path | None, typer.Option("--html", help="Also write a page that shows all parts.")] = None,
     device: Device = None,
     json_: Json = False,
 ) -> None:
-    """Show which member of an ensemble speaks at which token.
+    """Show which member of an ensemble speaks at which token, or which adapter a fusion listens to.
 
     Example: [bold]graft show models/duo --text 'def add(a, b):'[/bold]
+
+    Layer by layer, as a page: [bold]graft show models/fused --text 'def add(a, b):' --html fused.html[/bold]
     """
     from graft.api import show as spoken_in
-    from graft.ensemble.show import coloured
+    from graft.ensemble.spoken import Spoken
 
     spoken = spoken_in(model, text, page=page, device=device)
-    typer.echo(json.dumps(spoken.plain())) if json_ else shown(coloured(spoken))
+    if json_:
+        typer.echo(json.dumps(spoken.plain()))
+        return
+    from graft.adapters import listened
+    from graft.ensemble import show as ensembles
+
+    shown(ensembles.coloured(spoken) if isinstance(spoken, Spoken) else listened.coloured(spoken))
 
 
 @tidy
