@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from graft.pretrain.architectures import Shape, build, config_for
-from graft.train import losses
+from graft.train import cross_entropy
 from graft.train.attention import keeps_apart
-from graft.train.losses import TokenLoss, shifted_left, shifted_right, summed_cross_entropy
+from graft.train.cross_entropy import summed_cross_entropy
+from graft.train.losses import TokenLoss, shifted_left, shifted_right
 
 IDS = {"bos": 1, "eos": 2, "pad": 0}
 
@@ -42,7 +43,7 @@ def test_the_sum_is_the_formulas_however_many_labels_are_ignored(rows, length, i
 @pytest.mark.parametrize("ignored", [0.1, 0.9])
 @pytest.mark.parametrize("chunk", [13, 50, 10**6])
 def test_chunks_change_neither_the_loss_nor_its_gradient(monkeypatch, chunk, ignored):
-    monkeypatch.setattr(losses, "CHUNK_NUMBERS", chunk)
+    monkeypatch.setattr(cross_entropy, "CHUNK_NUMBERS", chunk)
     torch.manual_seed(0)
     logits = torch.randn(4, 9, 13, requires_grad=True)
     labels = torch.randint(0, 13, (4, 9)).masked_fill(torch.rand(4, 9) < ignored, -100)

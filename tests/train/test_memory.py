@@ -11,9 +11,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from graft.adapters import adopt
 from graft.methods import method
 from graft.settings import parse
+from graft.train.cross_entropy import summed_cross_entropy
+from graft.train.deferred import loss_of_logits
 from graft.train.estimate import training_estimate
-from graft.train.losses import summed_cross_entropy
-from graft.train.memory import CONVENTIONS, NF4_BYTES, PROCESS, Dimensions, activation_bytes, model_states
+from graft.train.memory import (
+    CONVENTIONS,
+    NF4_BYTES,
+    PROCESS,
+    Dimensions,
+    activation_bytes,
+    model_states,
+    positions_at_once,
+)
 from graft.train.parallel import TOGETHER
 from graft.train.settings import TrainSettings
 from graft.tune import kept_by
@@ -67,12 +76,13 @@ def kept_by_autograd(model, ids, half):
             found[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
-            logits = model(input_ids=ids, use_cache=False).logits
-        summed_cross_entropy(logits, ids)
-    # the gradient of the logits is made while they are still there
-    return sum(found.values()) + logits.untyped_storage().nbytes()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=half),
+    ):
+        loss_of_logits(model, {"input_ids": ids, "use_cache": False}, lambda z: summed_cross_entropy(z, ids))
+    # and, while the loss is computed, the logits and log-probabilities of one chunk
+    return sum(found.values()) + 8 * model.config.vocab_size * min(ids.numel(), positions_at_once(300))
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -108,11 +118,34 @@ def test_activations_below_adapters_are_within_15_percent_of_what_autograd_keeps
 def test_checkpointing_keeps_an_input_a_layer_and_one_layer():
     known = Dimensions(64, 10, 256, 4, 64, True)
     plain, less = activation_bytes(known, 100), activation_bytes(known, 100, checkpointing=True)
-    layer = (plain - 100 * 4 * 3 * 64) / 10
+    layer = (plain - 100 * 4 * 4 * 64) / 10
     assert less == pytest.approx(100 * 4 * 64 * (10 + 3) + layer)
-    many = Dimensions(64, 10, 256, 4, 64, True, 50_000)
-    logits = 100 * 4 * 50_000 * 2
-    assert activation_bytes(many, 100, checkpointing=True) == pytest.approx(100 * 4 * 64 * (10 + 3) + logits)
+
+
+def test_what_the_loss_has_beside_it_does_not_grow_with_whole_logits():
+    known, inputs = Dimensions(64, 10, 256, 4, 64, True, 50_000), 100_000 * 4 * 64
+    weight, chunk = 4 * 50_000 * 64, 8 * 50_000 * positions_at_once(50_000)
+    assert positions_at_once(50_000) == 256
+    few, whole = (activation_bytes(known, 100_000, reads=0, whole=one) for one in (False, True))
+    assert whole - few == pytest.approx(100_000 * 2 * 4 * 50_000 - chunk - inputs)
+    assert activation_bytes(known, 100_000) - activation_bytes(known, 100_000, whole=True) == pytest.approx(
+        weight + chunk + inputs - 100_000 * 2 * 4 * 50_000
+    )
+    assert activation_bytes(known, 10, reads=0) < 10 * (8 * 50_000 + 4 * 64 * 200)
+
+
+@pytest.mark.parametrize(
+    "given", [{"compile": True}, {"parallel": {"tensor": 2}}, {"parallel": {"method": "zero", "stage": 3}}]
+)
+def test_a_model_whose_output_layer_is_not_for_the_loss_to_compute_has_whole_logits(monkeypatch, given):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: object())
+    known = Dimensions(64, 2, 256, 4, 64, True, 100_000)
+
+    def said(**more):
+        settings = parse(TrainSettings, {"budget": "2 steps", "batch_size": 8, **more})
+        return training_estimate(10**7, settings, 512, known).memory_bytes
+
+    assert said(**given) - said() > 8 * 512 * 8 * 100_000 / 2
 
 
 def test_a_configuration_that_says_too_little_gives_no_dimensions():

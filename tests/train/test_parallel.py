@@ -24,7 +24,7 @@ EIGHT = {"optimizer": "adamw_8bit", "checkpoint_every": "1 step"}
 CASES = {
     "fsdp": {"given": {**MORE, "parallel": "fsdp"}, "stop": 7},
     "offload": {"given": {**MORE, "parallel": {"method": "fsdp", "offload": "cpu"}, "gradient_checkpointing": True}},
-    "tensor": {"given": {**MORE, "parallel": {"tensor": 2}}, "stop": 7},
+    "tensor": {"given": {**MORE, "parallel": {"tensor": 2}}, "stop": 7, "whole": True},
     "whole": {"given": {**MORE, "parallel": "fsdp"}},
     "states": {"given": {"checkpoint_every": "1 step", "parallel": "fsdp"}},
     "bf16": {"given": {"precision": "bf16", "parallel": "fsdp"}},

@@ -20,9 +20,9 @@ MORE = {"accumulate": 2, "evaluate_every": 3, "keep": {"last": 1}, "checkpoint_e
 CASES = {
     "one": {"given": {**MORE, "parallel": {"method": "zero", "stage": 1}}, "stop": 7},
     "two": {"given": {**MORE, "parallel": {"method": "zero", "stage": 2}}, "stop": 7},
-    "three": {"given": {**MORE, "parallel": {"method": "zero", "stage": 3}}, "stop": 7},
-    "offload": {"given": {**MORE, "parallel": {"method": "zero", "offload": "cpu"}}},
-    "bf16": {"given": {**MORE, "precision": "bf16", "parallel": {"method": "zero", "stage": 3}}},
+    "three": {"given": {**MORE, "parallel": {"method": "zero", "stage": 3}}, "stop": 7, "whole": True},
+    "offload": {"given": {**MORE, "parallel": {"method": "zero", "offload": "cpu"}}, "whole": True},
+    "bf16": {"given": {**MORE, "precision": "bf16", "parallel": {"method": "zero", "stage": 3}}, "whole": True},
 }
 
 ROOMS = {

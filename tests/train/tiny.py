@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from graft.data.rows import ListRows
 from graft.settings import parse
+from graft.train.cross_entropy import summed_cross_entropy
+from graft.train.deferred import Deferred, loss_of_logits
 from graft.train.loop import train
 from graft.train.settings import TrainSettings
 
@@ -23,14 +24,20 @@ LENGTH = 24
 
 
 class ByteLoss:
-    """Next byte, summed; -100 is masked."""
+    """Next byte, summed; -100 is masked. Logits are `whole` where they must be, and nowhere else."""
+
+    whole = False
 
     def weight(self, batch):
         return int((batch["labels"] != -100).sum())
 
     def __call__(self, model, batch):
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(), reduction="sum")
+        inputs = {"input_ids": batch["input_ids"], "use_cache": False}
+        return loss_of_logits(model, inputs, lambda logits: self.summed(logits, batch["labels"]))
+
+    def summed(self, logits, labels):
+        assert isinstance(logits, Deferred) != self.whole
+        return summed_cross_entropy(logits, labels)
 
 
 class Scored(ByteLoss):

@@ -1,7 +1,7 @@
 """Run as a script by every process that a launcher starts, several trainings: python together.py FOLDER CASES_JSON
 
-Each case has a name, settings, and may have `stop`: the step in which its first attempt is killed, and `width`: that of
-the model.
+Each case has a name, settings, and may have `stop`: the step in which its first attempt is killed, `width`: that of
+the model, and `whole`: whether its loss must have all logits at once.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 
 class StopsAt(tiny.ByteLoss):
-    """Raises in call `stop` of a training step, in every process, as a kill would."""
+    """Raises in call `stop` of a training step, in every process, as a kill would; never for 0."""
 
-    def __init__(self, stop):
-        self.left = stop
+    def __init__(self, stop, whole):
+        self.left, self.whole = stop, whole
 
     def __call__(self, model, batch):
         self.left -= model.training
@@ -29,14 +29,14 @@ class StopsAt(tiny.ByteLoss):
         return super().__call__(model, batch)
 
 
-def train_case(folder, given, stop=None, width=16):
+def train_case(folder, given, stop=None, width=16, whole=False):
     """What tiny.train_into does, with a kill on the way; the model that comes out is what a plain one is."""
     fresh = tiny.tiny_model(width=width)
     dev = tiny.byte_rows(20, skip=100)
     if stop is not None:
         with contextlib.suppress(tiny.Stops):
-            tiny.run(folder, given, model=copy.deepcopy(fresh), dev=dev, objective=StopsAt(stop))
-    result, trained = tiny.run(folder, given, model=copy.deepcopy(fresh), dev=dev)
+            tiny.run(folder, given, model=copy.deepcopy(fresh), dev=dev, objective=StopsAt(stop, whole))
+    result, trained = tiny.run(folder, given, model=copy.deepcopy(fresh), dev=dev, objective=StopsAt(0, whole))
     assert type(trained) is type(fresh)
     assert not any(vars(module).get("forward") for module in trained.modules())
     with torch.no_grad():

@@ -24,7 +24,8 @@ from graft.merge.prepared import Prepared
 from graft.merge.stream import Source
 from graft.progress import Progress
 from graft.train.attention import Batch, model_inputs
-from graft.train.losses import shifted_left, summed_cross_entropy
+from graft.train.cross_entropy import summed_cross_entropy
+from graft.train.losses import shifted_left
 from graft.verb import Job
 
 if TYPE_CHECKING:

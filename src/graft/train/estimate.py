@@ -199,8 +199,15 @@ def _activations(
     if half and settings.parallel is not None and settings.parallel.spread == 3 and settings.gradient_checkpointing:
         casts = int(_together(parameters, known) / 2)
     if known is not None:
-        kept = settings.gradient_checkpointing
-        return casts + activation_bytes(known, tokens, half=half, checkpointing=kept, reads=reads)
+        kept, whole = settings.gradient_checkpointing, _has_whole_logits(settings)
+        return casts + activation_bytes(known, tokens, half=half, checkpointing=kept, reads=reads, whole=whole)
     # about 16 channels-wide activations a layer are kept for backward; parameters ≈ 12 · layers · width², so that
     # layers · width ≈ parameters / (12 · width): with widths of 256 this is near parameters / 3,000 a token
     return casts + 4 * 16 * (parameters / 3000) * tokens
+
+
+def _has_whole_logits(settings: TrainSettings) -> bool:
+    """Whether the model that trains is one whose output layer is not for a loss to compute: compiled, or in parts which
+    only the layer itself puts together."""
+    spread = settings.parallel or Parallel()
+    return settings.compile or spread.tensor > 1 or (spread.method == "zero" and spread.spread == 3)

@@ -138,6 +138,19 @@ def _kept(config: Mapping[str, Any]) -> int:
     return {"gelu_new": 5, "gelu_fast": 5, "relu": 1}.get(function, 2)
 
 
+AT_ONCE, LEAST_AT_ONCE = 1 << 21, 256
+"""Logits that a loss has together on the CPU: 8 MB in fp32, which are soon read again; and the fewest positions, with
+which products do not wait for the weights that they read (with 64 they take a tenth longer for a vocabulary of 16k)."""
+AT_ONCE_ELSEWHERE, LEAST_ELSEWHERE = 1 << 25, 1024
+"""Guess: on devices where it costs more to begin a product than to read what it gives."""
+
+
+def positions_at_once(vocabulary: int, device: str = "cpu") -> int:
+    """Positions whose logits a loss has together, on a kind of device, where the model lets it."""
+    numbers, least = (AT_ONCE, LEAST_AT_ONCE) if device == "cpu" else (AT_ONCE_ELSEWHERE, LEAST_ELSEWHERE)
+    return max(least, numbers // vocabulary)
+
+
 def activation_bytes(
     known: Dimensions,
     tokens: float,
@@ -145,13 +158,17 @@ def activation_bytes(
     half: bool = False,
     checkpointing: bool = False,
     reads: float | None = None,
+    whole: bool = False,
 ) -> float:
-    """What backward needs of `tokens` (rows × length) read together, logits and their gradient included.
+    """What backward needs of `tokens` (rows × length) read together, and what the loss has beside it.
 
     A layer keeps, a token: six vectors of the width (its inputs, its normalised inputs and those of its projections),
     two more where norms are computed in steps, `values_kept` of the hidden units, keys and values. In half precision
     (`half`) the residual stream and the norms stay in 32 bits, the rest is in 16. With gradient checkpointing each
     layer keeps its input; one layer at a time is whole, once the logits are gone.
+
+    The loss has the logits and log-probabilities of `positions_at_once`, or `whole` logits and their gradient. With
+    the former go the gradient of what the logits are made of, and of the weights that do it, if they are trained.
 
     `reads`: where weights are frozen and nothing is trained beside linear layers, what adapters keep in a layer, in
     numbers a token. Layers then keep no inputs of projections: what the norms read, queries and what attention gives,
@@ -166,7 +183,12 @@ def activation_bytes(
     else:
         wide, narrow = 0, (8 if steps else 6) * width + known.values_kept * known.hidden + 2 * known.keys
     layer = 4 * wide + (2 if half else 4) * narrow
-    inputs, logits = 4 * width, (2 if half else 4) * known.vocabulary * 2
+    inputs = 4 * width
+    if whole:
+        kept, loss = 0.0, tokens * (2 if half else 4) * known.vocabulary * 2
+    else:
+        kept = 0.0 if reads is not None else 4 * known.vocabulary * width
+        loss = 8 * known.vocabulary * min(tokens, positions_at_once(max(1, known.vocabulary))) + tokens * inputs
     if checkpointing:
-        return tokens * (inputs * (known.layers + 3) + max(layer, logits))
-    return tokens * (layer * known.layers + 3 * inputs + logits)
+        return kept + tokens * inputs * (known.layers + 3) + max(tokens * layer, loss)
+    return kept + tokens * (layer * known.layers + 3 * inputs) + loss
