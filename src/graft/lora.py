@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -209,7 +209,10 @@ def read_lora(folder: Path) -> Lora:
             other = name.replace(kind, kind[:-1] + "B")
             if other not in headers:
                 raise CheckpointError(f"{path}: expected {other} beside {name}, found none")
-            factors = _factors(config, module, name, other, headers, kind == "lora_embedding_A")
+            targets = config.get("target_parameters") or ()
+            check_linear(module, targets, folder)
+            called = f"{module}.weight" if meant(f"{module}.weight", targets) else module
+            factors = _factors(config, called, name, other, headers, kind == "lora_embedding_A")
             changes[f"{module}.weight"] = (_turning(factors, headers) if config.get("use_dora") else factors,)
         elif kind is None:
             whole[rest] = name
@@ -218,6 +221,21 @@ def read_lora(folder: Path) -> Lora:
                 f"{path}: expected pairs lora_A and lora_B, found {name}: fold the adapter into its base first"
             )
     return Lora(folder, config, changes, whole, headers)
+
+
+def meant(name: str, targets: Sequence[str]) -> bool:
+    """Whether peft's `target_parameters` name this parameter."""
+    return any(f".{name}".endswith(f".{target}") for target in targets)
+
+
+def check_linear(module: str, targets: Sequence[str], folder: Path) -> None:
+    """Raises RequestError for a module of which `target_parameters` name something else than its `weight`."""
+    holders = [target.rpartition(".")[0] for target in targets if target.rpartition(".")[2] != "weight"]
+    if any(f".{module}".endswith(f".{holder}" if holder else ".experts") for holder in holders):
+        raise RequestError(
+            f"{folder}: expected LoRA on linear layers, found it on parameters of {module}, which hold several "
+            "experts: read it with its model ({adapt: {peft: …}}) and fold it there (`fold: true`)"
+        )
 
 
 def _parts(name: str) -> tuple[str, str | None, str]:

@@ -20,6 +20,7 @@ from graft.facts import facts_of
 from graft.tune import VERB
 
 from . import in_processes
+from .test_experts import mixed
 from .test_full import base, tokenizer_and_ids  # noqa: F401  (a fixture)
 from .test_peft_types import ADALORA
 from .test_poly import POLY
@@ -34,6 +35,7 @@ ADAPTERS = {
     "mix": {"method": "mix_and_match", "keep": {"last": 1}, **FSDP},
     "prompt": {"method": "prompt", **FSDP},
     "folded": {"method": {"lora": {"rank": 4}}, "fold": True, **FSDP},
+    "experts": {"method": {"lora": {"rank": 3, "on": ["linears", "experts"]}}, "gradient_checkpointing": True, **FSDP},
 }
 PACKED = {"method": {"lora": {"rank": 4}}, "keep": {"last": 1}, **FSDP}
 TWO = {"method": "zero", "stage": 2}
@@ -87,7 +89,9 @@ if importlib.util.find_spec("peft") is not None:
 @pytest.fixture(scope="module")
 def cases(base, encoder, experts, tmp_path_factory):  # noqa: F811
     """All of them, with what each starts from."""
-    starts = {name: str(base) for name in ADAPTERS}
+    starts = {name: str(base) for name in ADAPTERS} | {
+        "experts": str(mixed(tmp_path_factory.mktemp("mixed"), "gpt_oss"))
+    }
     if importlib.util.find_spec("bitsandbytes") is not None:
         folder = tmp_path_factory.mktemp("packed")
         starts |= {f"on {b} bits": str(graft.quantize(folder / str(b), from_=base, bits=b)) for b in (4, 8)}

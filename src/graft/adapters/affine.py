@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from graft import remembered
-from graft.adapters.facts import obstacles
+from graft.adapters.facts import FOLD, obstacles
 from graft.checkpoint import ADAPTER, Headers, read_file_headers, read_headers
 from graft.errors import CheckpointError, RequestError
 from graft.folders import read_config
@@ -134,6 +134,11 @@ def placed(asked: str) -> str:
     stack = adopt(model, light, name)
     found = []
     for key, site in stack.sites[name].items():
+        if site.place.parameter:
+            raise RequestError(
+                f"{name} changes {site.place.path}, a parameter of several experts, of which a merge knows no part: "
+                f"{FOLD}"
+            )
         point, place, turned = site.point, site.place, type(site.module).__name__ == "Conv1D"
         scale = point.scale if point.composition == "scaled" else 1.0
         start = f"{name}.{key.replace('/', '.')}."

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from graft.adapters.expert_junction import ExpertJunction
 from graft.adapters.forms import ACTIVATIONS, Site
 from graft.adapters.places import Layout, Place, sizes
 from graft.adapters.point import Point
@@ -47,6 +49,27 @@ class Fusion(Site):
         if self.junction.stack.seen is not None:
             self.junction.stack.seen[self.place.path] = shares.detach()
         return h + weight * functional.linear((shares[..., None] * changes).sum(-2), self.value)
+
+
+def fusions(point: Point, junctions: Iterable[Junction | ExpertJunction]) -> Iterator[Fusion]:
+    """A site wherever two of the adapters meet. Raises RequestError where none do, and for LoRA on fused experts."""
+    meet = False
+    for junction in junctions:
+        names = [name for name in point.of if name in junction.sites]
+        if isinstance(junction, ExpertJunction):
+            if names:
+                raise RequestError(
+                    f"{names[0]} changes {junction.place.target}, whose experts lie in one parameter: what it does "
+                    "there is not seen apart from what they compute, and cannot be fused; leave it out"
+                )
+        elif len(names) > 1:
+            meet = True
+            yield Fusion(point, junction.place, junction.sites[names[0]][0].module, junction, names)
+    if not meet:
+        raise RequestError(
+            f"expected adapters that change the same places to fuse, found that {', '.join(point.of)} do not meet: "
+            "learned keys are not fused, other points are where they hang on the same modules"
+        )
 
 
 class Invertible(Site):

@@ -92,6 +92,8 @@ def _bars(point: Point) -> str:
         return f"is no change of weights: {TOGETHER}"
     if any(word in SUBLAYERS for place in point.on for word in place.split("|")):
         return f"spans layers and so has no weight to fold into: {TOGETHER}"
+    if point.names_experts:
+        return f"changes each of several experts in one parameter, of which a merge knows no part: {FOLD}"
     inside = any(place.startswith("before ") or place == "intermediate" for place in point.on)
     if point.form == "bias" and inside:
         return f"moves a bias by the whole weight times it: {FOLD}"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graft.adapters.foreign import save_foreign_folded
-from graft.adapters.forms import Site, oriented
+from graft.adapters.forms import ExpertLowRank, Site, oriented
 from graft.adapters.places import sizes
 from graft.adapters.stack import NAME, Adapted, Adapters, adapters_of
 from graft.errors import RequestError
@@ -89,6 +89,9 @@ def unfoldable(model: PreTrainedModel, stack: Adapters) -> list[str]:
     """Why the active adapters cannot be folded, a sentence for each place; empty where they can."""
     shared = _shared(model)
     found = [f"{name} has learned keys or tokens, which are no weights of the model" for name in stack.keyed()]
+    for inside, _ in _at_experts(stack):
+        if id(inside.weight()) in shared:
+            found.append(f"{inside.place.path} shares its weight with another module")
     for path, sites in _by_module(stack).items():
         module = sites[0][0].module
         weight = getattr(module, "weight", None)
@@ -125,9 +128,18 @@ def _by_module(stack: Adapters) -> dict[str, list[tuple[Site, float]]]:
         for name, weight in stack.active:
             for junction in stack.junctions.values():
                 for site in junction.sites.get(name, ()):
-                    if site.place.before == before:
+                    if site.place.before == before and not isinstance(site, ExpertLowRank):
                         found.setdefault(site.place.target, []).append((site, weight))
     return found
+
+
+def _at_experts(stack: Adapters) -> Iterator[tuple[ExpertLowRank, float]]:
+    """The sites at fused experts of the active adapters, with their weights."""
+    for name, weight in stack.active:
+        for junction in stack.junctions.values():
+            for site in junction.sites.get(name, ()):
+                if isinstance(site, ExpertLowRank):
+                    yield site, weight
 
 
 @torch.no_grad()
@@ -137,6 +149,14 @@ def folded_tensors(model: PreTrainedModel, stack: Adapters) -> dict[str, torch.T
     stack.eval()
     by_module = _by_module(stack).items()
     changed = {name: tensor for path, sites in by_module for name, tensor in _folded_module(path, sites)}
+    at_experts: dict[str, list[tuple[ExpertLowRank, float]]] = {}
+    for site, weight in _at_experts(stack):
+        at_experts.setdefault(site.place.path, []).append((site, weight))
+    for path, parts in at_experts.items():
+        whole = parts[0][0].weight()
+        for part, times in parts:
+            whole = part.folded(whole, times)
+        changed[path] = whole.to(parts[0][0].weight().dtype)
     stack.train(training)
     return changed
 

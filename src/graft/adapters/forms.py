@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from graft.adapters.expert_weight import Part, summed
 from graft.adapters.low_rank import added
 from graft.adapters.packed import plain_weight
 from graft.adapters.places import Place, sizes
@@ -108,12 +109,7 @@ class LowRank(Site):
 
     def __init__(self, point: Point, place: Place, module: nn.Module):
         super().__init__(point, place, module)
-        rank = point.size or 1
-        if rank > min(self.inputs, place.outputs):
-            raise RequestError(
-                f"{place.path}: expected a rank of at most {min(self.inputs, place.outputs)}, the layer's size "
-                f"({self.inputs} → {place.outputs}), found {rank}: use a lower rank, or full tuning of this layer"
-            )
+        rank = checked_rank(point, place, self.inputs)
         self.down = nn.Parameter(torch.empty(rank, self.inputs))
         self.up = nn.Parameter(torch.zeros(place.outputs, rank))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
@@ -197,6 +193,58 @@ class LowRank(Site):
         return h + (weight * change).to(h.dtype)
 
 
+class ExpertLowRank(Site):
+    """LoRA beside each of the experts whose matrices lie in one parameter, all of one rank.
+
+    `down [experts, rank, inputs]`, `up [experts, outputs, rank]`. What it does to products of the parameter while the
+    experts run is told by `part`; no module gives the h that `forward` would take.
+    """
+
+    formula = "e·r·(i + o)"
+
+    def __init__(self, point: Point, place: Place, module: nn.Module):
+        if why := point.not_at_experts():
+            raise RequestError(f"{place.path}: {why}")
+        super().__init__(point, place, module)
+        rank = checked_rank(point, place, place.inputs)
+        self.down = nn.Parameter(torch.empty(place.experts, rank, place.inputs))
+        self.up = nn.Parameter(torch.zeros(place.experts, place.outputs, rank))
+        bound = 1 / math.sqrt(place.inputs)  # as LowRank starts, for each expert
+        nn.init.uniform_(self.down, -bound, bound)
+        self.up.rate = point.up_rate  # type: ignore[attr-defined]
+        self.dropout = nn.Dropout(point.dropout) if point.dropout else None
+
+    @classmethod
+    def body(cls, point: Point, r: int, i: int, o: int) -> int:
+        return r * (i + o)
+
+    def part(self, weight: float = 1.0) -> Part:
+        """The change, `weight` times, in the orientation in which the experts lie."""
+        turned = self.place.turned
+        left, right = (self.down.mT, self.up.mT) if turned else (self.up, self.down)
+        return Part(left, right, weight * self.scale, self.dropout)
+
+    def weight(self) -> torch.Tensor:
+        """The frozen parameter, as it lies."""
+        return self.module.get_parameter(self.place.parameter)
+
+    @torch.no_grad()
+    def folded(self, before: torch.Tensor, weight: float) -> torch.Tensor:
+        """`before`, the parameter or what earlier sites made of it, with the change, float32."""
+        return summed(before.float(), [self.part(weight).each(torch.Tensor.float)])
+
+
+def checked_rank(point: Point, place: Place, inputs: int) -> int:
+    """The rank of a low-rank change. Raises RequestError for one above the layer's size."""
+    rank = point.size or 1
+    if rank > min(inputs, place.outputs):
+        raise RequestError(
+            f"{place.path}: expected a rank of at most {min(inputs, place.outputs)}, the layer's size "
+            f"({inputs} → {place.outputs}), found {rank}: use a lower rank, or full tuning of this layer"
+        )
+    return rank
+
+
 class Bottleneck(Site):
     """Δh = up(f(down(x))): the adapter of Houlsby et al. (2019). `down [width, inputs]`, `up [outputs, width]`."""
 
@@ -263,6 +311,15 @@ class Bias(Site):
 
 
 FORMS: dict[str, type[Site]] = {"linear": LowRank, "bottleneck": Bottleneck, "scale": Scale, "bias": Bias}
+
+
+def made(point: Point, place: Place, module: nn.Module) -> Site:
+    """A fresh site of a point that hangs on a module, at a place.
+
+    Raises RequestError for a rank above the layer's size, and for what cannot stand at fused experts.
+    """
+    cls = ExpertLowRank if place.parameter else FORMS[point.form]
+    return cls(point, place, module)
 
 
 def oriented(module: nn.Module) -> torch.Tensor:

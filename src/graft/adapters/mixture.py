@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from graft.adapters.forms import LowRank
+from graft.adapters.junction import Junction
 from graft.adapters.places import call_briefly, width_of
 from graft.adapters.point import Mixture, Point
 from graft.adapters.second_cache import pair, second_of
@@ -27,7 +28,6 @@ from graft.errors import RequestError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from graft.adapters.junction import Junction
     from graft.adapters.stack import Adapters
 
 KEPT = ("past_key_values", "cache_params", "state", "mems")
@@ -160,7 +160,8 @@ def mixed(stack: Adapters, model: PreTrainedModel, name: str, point: Point) -> l
     for one in point.of:
         _check_expert(stack, one, inside)
     order = {path: number for number, path in enumerate(paths.values())}
-    places = [junction for junction in stack.junctions.values() if any(junction.sites.get(one) for one in point.of)]
+    hung = [junction for junction in stack.junctions.values() if isinstance(junction, Junction)]
+    places = [junction for junction in hung if any(junction.sites.get(one) for one in point.of)]
     places.sort(key=lambda junction: order[junction.place.target])
     mixer = Mixer(point, stack.twice.channels, len(places))
     return [Mixed(stack, name, mixer, number, junction) for number, junction in enumerate(places)]

@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from graft import models
 from graft.adapters.folder import fill
 from graft.adapters.foreign import HOLDER, save_foreign
-from graft.adapters.forms import LowRank, Site
+from graft.adapters.forms import ExpertLowRank, LowRank, Site
 from graft.adapters.keys import KeySite, TokenSite
 from graft.adapters.mixture import Mixer
+from graft.adapters.peft_experts import as_parameters, read_factors, standing_at, written_factors
 from graft.adapters.peft_files import CONFIG, WEIGHTS, Weights, read_settings, read_weights
 from graft.adapters.peft_mixture import read_mixture, written
-from graft.adapters.places import sizes
 from graft.adapters.point import Point
 from graft.adapters.stack import Adapters, adapters_of, adopt
 from graft.checkpoint import read_file_headers
@@ -125,17 +125,14 @@ def _read_lora(model: Any, config: Mapping[str, Any], raw: Weights, folder: Path
             f"{config.get('bias')!r}, modules_to_save {config.get('modules_to_save')!r}: convert it with peft first"
         )
     _known(raw, (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"), folder)
-    modules = dict(model.named_modules())
-    linear = all(path in modules and sizes(modules[path]) for path in _modules(raw, ".lora_A.weight", folder))
-    if config.get("target_parameters") and not linear:
-        raise RequestError(
-            f"{folder}: expected LoRA on linear layers, found it on parameters that no linear layer holds, such as "
-            f"fused experts ({', '.join(map(str, config['target_parameters'][:3]))}): use peft, or fold it there"
-        )
     groups: dict[tuple[int, float], list[str]] = {}
+    standing: dict[str, str] = {}
     for path, tensor in _modules(raw, ".lora_A.weight", folder).items():
-        scale, raw = scale_of(config, path, tensor.shape[0]), _no_wider(raw, f"{PREFIX}{path}")
-        groups.setdefault((len(raw[f"{PREFIX}{path}.lora_A.weight"]), scale), []).append(path)
+        place, experts, called = standing_at(model, path, config.get("target_parameters") or (), folder)
+        scale = scale_of(config, called, len(tensor) // (experts or 1))
+        raw = raw if experts else _no_wider(raw, f"{PREFIX}{path}")
+        standing[path], rank = place, len(raw[f"{PREFIX}{path}.lora_A.weight"]) // (experts or 1)
+        groups.setdefault((rank, scale), []).append(place)
     points = [
         Point(form="linear", on=paths, composition="scaled", scale=scale, size=rank,
               directions=bool(config.get("use_dora")), dropout=float(config.get("lora_dropout") or 0.0))
@@ -143,12 +140,12 @@ def _read_lora(model: Any, config: Mapping[str, Any], raw: Weights, folder: Path
     ]  # fmt: skip
     names = {".lora_A.weight": ".down", ".lora_B.weight": ".up", ".lora_magnitude_vector": ".magnitude"}
     renamed = {
-        name[len(PREFIX) : -len(theirs)] + ours: value
+        standing.get(path := name[len(PREFIX) : -len(theirs)], path) + ours: value
         for name, value in raw.items()
         for theirs, ours in names.items()
         if name.endswith(theirs)
     }
-    return points, lambda sites: renamed
+    return points, lambda sites: read_factors(sites, renamed, folder)
 
 
 def _no_wider(raw: Weights, path: str) -> Weights:
@@ -251,8 +248,8 @@ def save_peft(
 def _written(model: PreTrainedModel, stack: Adapters, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     sites: Any = list(stack.sites[name].values())
     points = stack.points[name]
-    if all(isinstance(site, LowRank) and _is_lora(site) for site in sites):
-        return _write_lora(sites, _taken_for_experts(model, [site.place.path for site in sites]))
+    if all(isinstance(site, LowRank | ExpertLowRank) and _is_lora(site) for site in sites):
+        return _write_lora(model, sites)
     if all(point.form == "scale" and point.composition == "add" for point in points):
         return _write_ia3(sites)
     decodes = getattr(model, "can_generate", lambda: False)() and not model.config.is_encoder_decoder
@@ -273,29 +270,21 @@ def _written(model: PreTrainedModel, stack: Adapters, name: str) -> tuple[dict[s
 def _is_lora(site: Site) -> bool:
     point = site.point
     plain = point.composition in ("add", "scaled") and point.insertion == "parallel" and point.scale != "learned"
-    return plain and site.place.single
+    return plain and (site.place.single or isinstance(site, ExpertLowRank))
 
 
-ONCE_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-"""Names that layers of experts had before they were fused into one tensor."""
-
-
-def _taken_for_experts(model: PreTrainedModel, paths: list[str]) -> list[str]:
-    """Layers that peft would take for those of experts, by their names, where a model's experts are fused."""
-    fused = any(parameter.dim() == 3 and "experts." in name for name, parameter in model.named_parameters())
-    return [path for path in paths if fused and path.rpartition(".")[2] in ONCE_EXPERTS]
-
-
-def _write_lora(sites: list[LowRank], apart: list[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """LoRA; the layers `apart` are named by their parameters, which peft takes as they are named."""
-    turned = {site.point.directions for site in sites}
-    if len(turned) > 1 or (apart and True in turned):
-        why = f"peft has none at {apart[0]} in a model of experts" if apart else "peft has one kind in a folder"
-        raise RequestError(f"expected LoRA without DoRA, found it with: {why}; keep graft's own folder, or fold it")
-    weights: dict[str, torch.Tensor] = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
+def _write_lora(
+    model: PreTrainedModel, sites: list[LowRank | ExpertLowRank]
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    if len(turned := {site.point.directions for site in sites}) > 1:
+        raise RequestError("peft has DoRA at all places of an adapter or at none: keep graft's own folder, or fold it")
+    experts = [site for site in sites if isinstance(site, ExpertLowRank)]
+    weights, layers = written_factors(experts, PREFIX), as_parameters(model, sites)
+    ranks = {site.place.path: site.down.shape[1] for site in experts}
+    alphas = {site.place.path: float(site.scale) * site.down.shape[1] for site in experts}
     for site in sites:
+        if isinstance(site, ExpertLowRank):
+            continue
         path = f"{PREFIX}{site.place.path}"
         down: torch.Tensor = site.down
         up: torch.Tensor = site.up
@@ -305,15 +294,19 @@ def _write_lora(sites: list[LowRank], apart: list[str]) -> tuple[dict[str, Any],
         weights[f"{path}.lora_A.weight"], weights[f"{path}.lora_B.weight"] = down, up
         if site.point.directions:
             weights[f"{path}.lora_magnitude_vector"] = site.magnitude
-        ranks[site.place.path], alphas[site.place.path] = len(down), float(site.scale) * len(down)
+        called = f"{site.place.path}.weight" if site.place.path in layers else site.place.path
+        ranks[called], alphas[called] = len(down), float(site.scale) * len(down)
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    parameters = {*(site.place.path for site in experts), *(f"{path}.weight" for path in layers)}
     config = {
         "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none",
-        "target_modules": sorted(set(ranks) - set(apart)), "target_parameters": [f"{path}.weight" for path in apart],
+        "target_modules": sorted(set(ranks) - parameters),
+        **({"target_parameters": sorted(parameters)} if parameters else {}),
         "rank_pattern": {re.escape(path): value for path, value in ranks.items() if value != rank},
         "alpha_pattern": {re.escape(path): value for path, value in alphas.items() if value != alpha},
-        "use_dora": sites[0].point.directions, "use_rslora": False,
-        "lora_dropout": 0.0 if apart else sites[0].point.dropout,
+        "use_dora": turned.pop(), "use_rslora": False,
+        # peft has none beside parameters
+        "lora_dropout": 0.0 if parameters else sites[0].point.dropout,
         "fan_in_fan_out": type(sites[0].module).__name__ == "Conv1D",
     }  # fmt: skip
     return config, weights

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from graft.adapters.fused_experts import Fused, fused_experts
 from graft.adapters.naming import ATTENTION, CHOOSER, CHOOSING, FEED_FORWARD, Linear, block_linears
 from graft.adapters.packed import is_packed
-from graft.adapters.point import LINEARS, ROLES, SUBLAYERS, Point, beyond, chosen
+from graft.adapters.point import EXPERTS, LINEARS, ROLES, SUBLAYERS, Point, beyond, chosen
 from graft.errors import RequestError, nearest
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ class Place:
     before: bool = False
     single: bool = False
     """Whether source and target are one linear layer: what folding needs."""
+    parameter: str = ""
+    """The parameter of fused experts, by its path in the target, where the place is one."""
+    experts: int = 0
+    turned: bool = False
+    """Whether experts lie as [inputs, outputs]."""
 
 
 class Layout:
@@ -115,6 +121,9 @@ class Layout:
         elif word in ROLES:
             found = self._wanted(point, lambda one: one.role == word)
             yield from map(_single, found)
+        elif word in EXPERTS:
+            role = word.removeprefix("experts").removeprefix("_")
+            yield from (_of_experts(one) for one in self._fused(point.layers) if not role or one.role == role)
         else:
             yield from self._patterned(word, point)
 
@@ -156,6 +165,15 @@ class Layout:
         apart = [span for span in spans if not any(span.target.startswith(f"{path}.") for path in whole)]
         return [*(Place(path, path, path, self.width, self.width) for path in whole), *apart]
 
+    def _fused(self, layers: str | list[int] | None) -> Iterator[Fused]:
+        for stack, count in self.stacks.items():
+            for layer in chosen(layers, count):
+                yield from fused_experts(self.modules, f"{stack}.{layer}.", self.width)
+
+    def experts(self) -> list[str]:
+        """Paths of the parameters that hold several experts."""
+        return [one.path for one in self._fused(None)]
+
     def _biases(self, point: Point) -> Iterator[Place]:
         blocks = {f"{stack}.{i}." for stack, count in self.stacks.items() for i in chosen(point.layers, count)}
         for path, module in self.modules.items():
@@ -167,23 +185,31 @@ class Layout:
                 yield Place(path, path, path, bias.shape[0], bias.shape[0], single=True)
 
     def _patterned(self, pattern: str, point: Point) -> Iterator[Place]:
+        """Linear layers of such a name; where there are none, fused experts."""
         wanted = {one.path for one in self._wanted(point, lambda _: True)}
-        for path, module in self.every.items():
-            fits = fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"*.{pattern}")
-            if fits and (point.layers is None or path in wanted):
-                inputs, outputs = sizes(module) or (0, 0)
+        named = [path for path in self.every if _fits(path, pattern)]
+        for path in named:
+            if point.layers is None or path in wanted:
+                inputs, outputs = sizes(self.every[path]) or (0, 0)
                 yield Place(path, path, path, inputs, outputs, single=True)
+        if not named:
+            yield from (_of_experts(one) for one in self._fused(point.layers) if _fits(one.path, pattern))
 
     def _nothing(self, word: str) -> str:
         """What to say where a word or pattern finds no place."""
         leaves = list(dict.fromkeys(path.rpartition(".")[2] for path in self.every))
-        words = [w for w in (*SUBLAYERS, *ROLES) if self._has(w)]
+        words = [w for w in (*SUBLAYERS, *ROLES, *EXPERTS) if self._has(w)]
         name = type(self.model).__name__
         if not self.stacks:
             lists = [path for path, module in self.modules.items() if isinstance(module, nn.ModuleList)]
             return f"{name}: expected blocks (a list of modules with linear layers), found {', '.join(lists) or 'none'}"
         if word == "biases":
             return f"{name}: expected layers with biases, found none; use lora or ia3 on {', '.join(words)}"
+        if word in EXPERTS:
+            return (
+                f"{name}: expected {word} that lie in one parameter, found none; linear layers, those of experts too, "
+                "are reached by `linears`"
+            )
         hint = "" if word in words else nearest(word.strip("*."), [*leaves, *words])
         return (
             f"{name}: expected a place {word!r}, found none{hint}; there are {', '.join(words) or 'no known places'}, "
@@ -191,6 +217,9 @@ class Layout:
         )
 
     def _has(self, word: str) -> bool:
+        if word in EXPERTS:
+            role = word.removeprefix("experts").removeprefix("_")
+            return any(not role or one.role == role for one in self._fused(None))
         return next(self._named(word, Point(form="scale", on=[word], insertion="after")), None) is not None
 
 
@@ -224,6 +253,17 @@ def width_of(model: PreTrainedModel) -> int:
 
 def _single(linear: Linear) -> Place:
     return Place(linear.path, linear.path, linear.path, linear.inputs, linear.outputs, single=True)
+
+
+def _of_experts(one: Fused) -> Place:
+    return Place(
+        one.path, one.module, one.module, *one.sizes(), parameter=one.parameter, experts=one.count,
+        turned=bool(one.turned),
+    )  # fmt: skip
+
+
+def _fits(path: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"*.{pattern}")
 
 
 def _multiplies(module: nn.Module) -> bool:

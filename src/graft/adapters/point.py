@@ -28,7 +28,9 @@ JOINING = ("fusion", "mixture")
 SUBLAYERS = ("attention", "cross_attention", "feed_forward")
 LINEARS = ("linears", "attention_linears", "cross_attention_linears", "feed_forward_linears")
 ROLES = ("query", "key", "value", "kv", "qkv", "output", "up", "down")
-WORDS = (*SUBLAYERS, *LINEARS, *ROLES, "intermediate", "biases", "input")
+EXPERTS = ("experts", "experts_up", "experts_down")
+"""Parameters that hold a matrix of each of several experts."""
+WORDS = (*SUBLAYERS, *LINEARS, *ROLES, *EXPERTS, "intermediate", "biases", "input")
 """Places that every model is searched for; anything else is a pattern of names of linear layers."""
 
 _RANGE = re.compile(r"(-?\d*):(-?\d*)")
@@ -121,7 +123,8 @@ class Point(Settings):
             min_length=1,
             description="Places. Sublayers: `attention`, `cross_attention`, `feed_forward`. Single linear layers: "
             "`query`, `key`, `value`, `kv`, `qkv`, `output`, `up`, `down`, `linears` (all in the blocks but routers), "
-            "`attention_linears`, `cross_attention_linears`, `feed_forward_linears`. `intermediate`: what the "
+            "`attention_linears`, `cross_attention_linears`, `feed_forward_linears`. Experts that lie in one "
+            "parameter: `experts`, `experts_up`, `experts_down`. `intermediate`: what the "
             "feed-forward's last layer reads; `biases`: every layer that has one; `input`: before the first token. "
             "Or patterns of names such as `*.q_proj`. `before NAME`: what such a layer reads; `key|kv|qkv`: the first "
             "that a block has.",
@@ -220,4 +223,32 @@ class Point(Settings):
             raise ValueError(f"a bias may be shifted or multiplied: expected the form bias or scale, found {self.form}")
         if self.form == "scale" and self.insertion != "after":
             raise ValueError("a scale multiplies what is there: use `insertion: after`")
+        if self.names_experts and (why := self.not_at_experts()):
+            raise ValueError(why)
+        ahead = {f"before {word}" for word in EXPERTS} & {word for place in self.on for word in place.split("|")}
+        if ahead:
+            raise ValueError(f"fused experts take LoRA beside them, found {min(ahead)!r}: leave out `before`")
         return self
+
+    @property
+    def names_experts(self) -> bool:
+        """Whether it stands at fused experts by their word; a pattern of names may find them too."""
+        return any(word in EXPERTS for place in self.on for word in place.split("|"))
+
+    def not_at_experts(self) -> str:
+        """Why this point cannot stand at experts that lie in one parameter, whose outputs no module gives apart; empty
+        where it can."""
+        wrong = {
+            f"form {self.form}": self.form != "linear",
+            f"insertion {self.insertion}": self.insertion != "parallel",
+            f"composition {self.composition}": self.composition == "gated",
+            "PiSSA": self.start == "pissa",
+            "DoRA": self.directions,
+        }
+        if not any(wrong.values()):
+            return ""
+        found = ", ".join(name for name, there in wrong.items() if there)
+        return (
+            "fused experts take plain LoRA (form linear, in parallel, composition add or scaled), "
+            f"found {found}: use that, or other places (`on`)"
+        )

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from graft.adapters.composed import Again, Fusion, Inverse, Invertible, ends
-from graft.adapters.forms import FORMS, Site
+from graft.adapters.composed import Again, Inverse, Invertible, ends, fusions
+from graft.adapters.expert_junction import ExpertJunction, check_by_rows
+from graft.adapters.forms import FORMS, Site, made
 from graft.adapters.junction import Junction
 from graft.adapters.mixture import Mixed, Mixer, Twice, mixed
 from graft.adapters.places import Layout, Place
@@ -76,7 +77,7 @@ class Adapters(nn.Module):
         self.points: dict[str, list[Point]] = {}
         self.active: list[tuple[str, float]] = []
         self.rows: list[str | None] | None = None
-        self.junctions: dict[str, Junction] = {}
+        self.junctions: dict[str, Junction | ExpertJunction] = {}
         self.seen: dict[str, torch.Tensor] | None = None
         self.slots: dict[str, Keys] = {}
         self.reader: Reader | None = None
@@ -130,7 +131,7 @@ class Adapters(nn.Module):
     def _made(self, model: PreTrainedModel, layout: Layout, name: str, point: Point) -> list[Any]:
         """Fresh sites of a point, those that hang on modules."""
         if point.form == "fusion":
-            return self._fusions(point)
+            return list(fusions(point, self.junctions.values()))
         if point.form == "mixture":
             return list(mixed(self, model, name, point))
         if point.form == "invertible":
@@ -140,22 +141,7 @@ class Adapters(nn.Module):
             return [site, *more, Inverse(site, outside, layout.modules[outside.target])]
         if point.form not in FORMS:
             return []
-        return [FORMS[point.form](point, place, layout.modules[place.target]) for place in layout.places(point)]
-
-    def _fusions(self, point: Point) -> list[Fusion]:
-        """A site wherever two of the adapters meet."""
-        found = []
-        for junction in self.junctions.values():
-            names = [name for name in point.of if name in junction.sites]
-            if len(names) > 1:
-                module = junction.sites[names[0]][0].module
-                found.append(Fusion(point, junction.place, module, junction, names))
-        if not found:
-            raise RequestError(
-                f"expected adapters that change the same places to fuse, found that {', '.join(point.of)} do not meet: "
-                "learned keys are not fused, other points are where they hang on the same modules"
-            )
-        return found
+        return [made(point, place, layout.modules[place.target]) for place in layout.places(point)]
 
     def _add_keys(self, model: PreTrainedModel, layout: Layout, name: str, point: Point, sites: Sites) -> None:
         """Learned keys, or tokens that the model makes keys of, in front of attention."""
@@ -189,9 +175,9 @@ class Adapters(nn.Module):
 
     def _hang(self, model: PreTrainedModel, name: str, site: Any) -> None:
         place = site.place
-        key = f"{place.source}>{place.target}{'<' if place.before else ''}"
+        key = f"{place.source}>{place.target}{'<' if place.before else ''}{' experts' if place.parameter else ''}"
         if key not in self.junctions:
-            self.junctions[key] = Junction(self, model, place)
+            self.junctions[key] = (ExpertJunction if place.parameter else Junction)(self, model, place)
         self.junctions[key].sites.setdefault(name, []).append(site)
 
     def use(self, active: Active) -> None:
@@ -233,7 +219,7 @@ class Adapters(nn.Module):
     def each_row(self, names: Sequence[str | None]) -> Iterator[None]:
         """Inside, row i of a batch is read with the adapter `names[i]` (None: without any), products as in training.
 
-        Raises UnknownName for an adapter that is not there, RequestError for one on single experts, and for one name in
+        Raises UnknownName for an adapter that is not there, RequestError for one on experts, and for one name in
         the place of a list.
         """
         if isinstance(names, str):
@@ -241,7 +227,7 @@ class Adapters(nn.Module):
         for name in names:
             if name is not None:
                 self._check(name)
-                self._check_rows(name)
+                check_by_rows(name, self.junctions.values())
         before, self.rows = self.rows, list(names)
         try:
             with quick_layers():
@@ -250,16 +236,6 @@ class Adapters(nn.Module):
             self.rows = before
             for junction in self.junctions.values():
                 junction.gathered = None
-
-    def _check_rows(self, name: str) -> None:
-        """Raises RequestError for an adapter on single experts, which read tokens of all rows together."""
-        for junction in self.junctions.values():
-            if name in junction.sites and ".experts." in junction.place.target:
-                raise RequestError(
-                    f"{name} changes {junction.place.target}, an expert, which reads tokens of all rows together: "
-                    "expected adapters that know a token's row; put them beside whole layers (feed_forward, "
-                    "attention_linears), or read the rows of one adapter at a time (`use`)"
-                )
 
     def train_only(self, model: PreTrainedModel, name: str | None) -> None:
         """Freeze everything but the adapter `name` (None: everything), and the experts that it trains."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from graft.adapters.facts import frozen_config, points_of
@@ -45,6 +47,20 @@ def _numbers(said: Any) -> Any:
     if not isinstance(said, dict):
         return said
     return float(said["__float__"]) if set(said) == {"__float__"} else {key: _numbers(one) for key, one in said.items()}
+
+
+def expert_numbers(config: Mapping[str, Any]) -> int:
+    """Numbers in parameters of fused experts of the model of this configuration; 0 where it is not known here."""
+    said = json.dumps(dict(config), sort_keys=True, default=str)
+    return _expert_numbers(said) if "expert" in said else 0
+
+
+@lru_cache(maxsize=64)
+def _expert_numbers(said: str) -> int:
+    from graft.adapters.places import Layout
+
+    model = skeleton(json.loads(said))
+    return 0 if model is None else sum(model.get_parameter(path).numel() for path in Layout(model).experts())
 
 
 def learned_positions(config: Mapping[str, Any]) -> int | None:
@@ -91,8 +107,14 @@ def unfusable(start: Facts, names: Sequence[str]) -> list[str]:
     return []
 
 
-def problems(config: Mapping[str, Any], points: Sequence[Point], *, fold: bool = False) -> list[str]:
-    """What is wrong with these points on the model of this configuration, a sentence each; empty if nothing."""
+def problems(
+    config: Mapping[str, Any], points: Sequence[Point], *, fold: bool = False, compiled: bool = False
+) -> list[str]:
+    """What is wrong with these points on the model of this configuration, a sentence each; empty if nothing.
+
+    `fold`, `compiled`: whether the adapter is to be folded, and the model compiled.
+    """
+    from graft.adapters.expert_junction import uncompilable
     from graft.adapters.folding import unfoldable
     from graft.adapters.stack import adopt
 
@@ -105,6 +127,8 @@ def problems(config: Mapping[str, Any], points: Sequence[Point], *, fold: bool =
         return [str(error)]
     except (RuntimeError, NotImplementedError):  # a model that cannot be tried without weights is tried with them
         return []
+    if compiled and (wrong := uncompilable(stack.junctions.values())):
+        return wrong
     try:
         passed = passed_by(model, stack)
     except RequestError as error:  # said where sites are called

@@ -91,12 +91,14 @@ class Quantize(Verb[QuantizeSettings]):
         return _keeping_nothing(settings, start) if settings.keep and start.config.get("architectures") else []
 
     def facts(self, settings: QuantizeSettings, models: Mapping[str, Facts], key: str) -> Facts:
+        from graft.adapters.trial import expert_numbers
+
         start = folded_facts(models[settings.from_])
         config = {name: value for name, value in start.config.items() if name != "quantization_config"}
         if settings.bits == 16:
             return replace(start, config=config, stored="safetensors", bytes=4 * start.parameters, folder="")
         config["quantization_config"] = wanted(settings)
-        plain = min(embedded(start.config), start.parameters)
+        plain = min(embedded(start.config) + expert_numbers(start.config), start.parameters)
         size = BYTES[settings.bits] * (start.parameters - plain) + WIDTHS[settings.dtype] * plain
         return replace(start, config=config, stored="quantised", bytes=int(size), folder="")
 
@@ -106,7 +108,7 @@ class Quantize(Verb[QuantizeSettings]):
             memory, note = PROCESS + start.bytes + UNPACKING * made.bytes, "the weights that the packed ones stand for"
         else:
             memory = PROCESS + PACKING * start.bytes + made.bytes
-            note = "embeddings stay as they are: small models shrink less"
+            note = "embeddings, and experts in one parameter, stay as they are: such models shrink less"
         return Estimate(start.parameters, made.bytes, int(memory), start.parameters / THROUGHPUT, note)
 
     def run(self, job: Job) -> dict[str, Any]:

@@ -159,7 +159,9 @@ class Tune(Verb[TuneSettings]):
             return unfusable(start, options["adapters"])
         if name in JOINING or not hasattr(chosen, "points"):
             return []
-        return problems(start.config, chosen.points(chosen.Settings(**options)), fold=settings.fold)
+        return problems(
+            start.config, chosen.points(chosen.Settings(**options)), fold=settings.fold, compiled=settings.compile
+        )
 
     def _trained(self, settings: TuneSettings, start: Facts) -> int | None:
         """Numbers that an adapter trains; None where all weights are, or where it cannot be told yet."""
@@ -283,6 +285,11 @@ def _not_by_zero(settings: TuneSettings, parallel: Parallel) -> list[str]:
         found.append(
             "learned tokens are read before DeepSpeed puts the weights together that it spreads in stage 3: use "
             "`parallel: fsdp`, or stage 1 or 2"
+        )
+    if any(point.names_experts for point in points) and parallel.spread == 3:
+        found.append(
+            "adapters on fused experts look these up before DeepSpeed puts them together that it spreads in stage 3: "
+            "use `parallel: fsdp`, or stage 1 or 2"
         )
     return found
 

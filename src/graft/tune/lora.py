@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from graft.adapters.point import SUBLAYERS, Layers, Point
+from graft.adapters.point import EXPERTS, SUBLAYERS, Layers, Point
 from graft.settings import Settings as Base
 
 
@@ -21,7 +21,8 @@ class Settings(Base):
         Field(
             min_length=1,
             description="Linear layers: `linears` (all in the blocks), `attention`, `feed_forward`, `query`, `value`, "
-            "… or patterns of names such as `*.q_proj`.",
+            "… or patterns of names such as `*.q_proj`. Experts that lie in one parameter: `experts`, `experts_up`, "
+            "`experts_down`.",
         ),
     ] = ["linears"]
     layers: Layers = None
@@ -38,6 +39,15 @@ class Settings(Base):
     up_rate: Annotated[
         float, Field(gt=0, description="Learning rate of B as a multiple of A's; LoRA+ uses 16 (Hayou et al. 2024).")
     ] = 1.0
+
+    @model_validator(mode="after")
+    def _plain_at_experts(self) -> Settings:
+        refined = [name for name in ("dora", "pissa") if getattr(self, name)]
+        if refined and any(word in EXPERTS for place in self.on for word in place.split("|")):
+            raise ValueError(
+                f"fused experts take plain LoRA, found {refined[0]}: leave it out, or train other places (`on`)"
+            )
+        return self
 
 
 def points(settings: Settings) -> list[Point]:

@@ -65,6 +65,7 @@ def applied(
 
     Raises RequestError for places that the model does not have and for an adapter that shall be folded and cannot be.
     """
+    from graft.adapters.expert_junction import uncompilable
     from graft.adapters.folding import unfoldable
     from graft.adapters.foreign import tasks_of
     from graft.adapters.stack import adapters_of, adopt, free_name
@@ -83,6 +84,8 @@ def applied(
     wrong = unfoldable(model, stack) if settings.fold and stack else []
     if wrong:
         raise RequestError(f"expected adapters that fold into the weights, found that {wrong[0]}: say `fold: false`")
+    if settings.compile and stack and (wrong := uncompilable(stack.junctions.values())):
+        raise RequestError(wrong[0])
     return model
 
 
