@@ -95,7 +95,7 @@ def test_what_peft_has_no_type_for_is_refused(tmp_path):
         save_peft(model, tmp_path / "theirs")
     model = mixture("deepseek_v3")
     adopt(model, points("lora", rank=2, on=["*.down_proj"], dora=True), base=tmp_path)
-    with pytest.raises(RequestError, match="peft has none at .*down_proj in a model of experts"):
+    with pytest.raises(RequestError, match=r"peft has none at .*down_proj in a model of experts"):
         save_peft(model, tmp_path / "theirs")
     model = mixture("mixtral")
     adopt(

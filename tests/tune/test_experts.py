@@ -215,7 +215,7 @@ def test_rows_cannot_each_have_their_own_and_changes_are_not_fused(base):
     with (
         pytest.raises(
             RequestError,
-            match=r"one changes model\.layers\.0\.mlp\.experts, fused experts, where tokens of all rows",
+            match=r"one changes model\.layers\.0\.mlp\.experts, fused experts, which read tokens of all rows",
         ),
         stack.each_row(["one", None]),
     ):

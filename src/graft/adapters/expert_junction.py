@@ -80,10 +80,11 @@ def check_by_rows(name: str, junctions: Iterable[Any]) -> None:
     for one in junctions:
         fused = isinstance(one, ExpertJunction)
         if name in one.sites and (fused or ".experts." in one.place.target):
+            which = "fused experts, which read" if fused else "an expert, which reads"
             raise RequestError(
-                f"{name} changes {one.place.target}, {'fused experts' if fused else 'an expert'}, where tokens of all rows "
-                "are read together: expected adapters that know a token's row; put them beside whole layers "
-                "(feed_forward, attention_linears), or read the rows of one adapter at a time (`use`)"
+                f"{name} changes {one.place.target}, {which} tokens of all rows together: expected adapters that know "
+                "a token's row; put them beside whole layers (feed_forward, attention_linears), or read the rows of "
+                "one adapter at a time (`use`)"
             )
 
 
