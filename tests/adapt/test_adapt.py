@@ -355,3 +355,36 @@ def test_a_truncated_adapter_is_a_wrong_request_also_without_a_manifest(tmp_path
 def test_no_layers_are_no_layers():
     with pytest.raises(SettingsError, match="expected blocks such as"):
         parse(Point, {"form": "linear", "on": ["query"], "size": 2, "layers": []})
+
+
+def test_peft_folders_that_cannot_be_read_or_written_are_refused_before_work(tmp_path, base):
+    low = adapter(base, tmp_path / "low", "lora", rank=2)
+    keys = adapter(base, tmp_path / "keys", "prefix", 1, length=2)
+    run(tmp_path / "out", [low], adapters=["low"], export="peft")
+    theirs, facts = tmp_path / "out" / "out" / "peft", {name: facts_of(tmp_path / name) for name in ("low", "keys")}
+
+    def read(folder):
+        settings = VERB.parse({"peft": str(folder), "from": "base"})
+        return VERB.check(settings, {"base": facts_of(base)})
+
+    assert read(theirs) == []
+    for name, harm, words in (
+        ("config", lambda at: (at / "adapter_config.json").write_text("{"), "expected JSON, found a damaged file"),
+        (
+            "kind",
+            lambda at: (at / "adapter_config.json").write_text('{"peft_type": "LOHA"}'),
+            "found LOHA, which graft",
+        ),
+        ("cut", lambda at: (at / "adapter_model.safetensors").write_bytes(b"12345678"), "adapter_model.safetensors"),
+    ):
+        shutil.copytree(theirs, tmp_path / name)
+        harm(tmp_path / name)
+        assert words in read(tmp_path / name)[0]
+
+    def written(*names):
+        return VERB.check(VERB.parse({"adapters": list(names), "export": "peft"}), facts)
+
+    assert written("low") == []
+    assert "a peft folder holds one, found 2" in written("low", "keys")[0]
+    assert keys.name in facts
+    assert "found softmax parallel on attention" in written("keys")[0]

@@ -70,6 +70,26 @@ def _unequal(settings: AdaptSettings, models: Mapping[str, Facts]) -> list[str]:
     ][:1]
 
 
+def _unwritable(settings: AdaptSettings, models: Mapping[str, Facts]) -> list[str]:
+    """What peft has no folder for, as far as the points are known."""
+    if settings.export is None or settings.without:
+        return []
+    each = [points for name in settings.names for points in active_points(models[name])]
+    if len(each) > 1 and settings.how == "stack":
+        return [f"expected one adapter to export, since a peft folder holds one, found {len(each)}: export each alone"]
+    points = [parse(Point, raw) for held in each[:1] for raw in held]
+    return [
+        f"expected LoRA, (IA)³, or on a decoder prefix or prompt tuning with `gate: false` to export, which peft has, "
+        f"found {point.form} {point.insertion} on {', '.join(point.on)}: keep graft's own folder, or fold it"
+        for point in points
+        if point.form not in ("linear", "scale", "softmax", "tokens", "mixture") or _gated(point)
+    ][:1]
+
+
+def _gated(point: Point) -> bool:
+    return point.gate and point.form in ("softmax", "tokens")
+
+
 def _not_there(settings: AdaptSettings, models: Mapping[str, Facts]) -> list[str]:
     """Names to leave out that the models do not have, where all of them are finished."""
     each = [adapter_names(models[name]) for name in settings.names]
@@ -146,8 +166,12 @@ class Adapt(Verb[AdaptSettings]):
             ]
         if settings.from_ is not None and is_adapted(models[settings.from_]):
             return [f"{settings.from_} has adapters of its own: expected the frozen model that peft's was made for"]
+        if settings.peft is not None:
+            from graft.adapters.peft_trial import unreadable
+
+            return unreadable(Path(settings.peft), models[settings.start])
         found = _unlike(settings, models) + _alone(settings, models)
-        found += _unequal(settings, models) + _not_there(settings, models)
+        found += _unequal(settings, models) + _not_there(settings, models) + _unwritable(settings, models)
         if settings.fold and models[settings.start].stored == "quantised":
             found.append(
                 f"{settings.start} stands on a quantised model, into which nothing folds: leave the adapters apart "
