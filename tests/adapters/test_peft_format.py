@@ -73,8 +73,9 @@ def test_graft_reads_what_peft_wrote(tmp_path, base, name, model_name):
     assert torch.equal(logits(models.load(tmp_path / "ours")), logits(loaded))
 
 
-@pytest.mark.parametrize("model_name", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", list(OURS))
+@pytest.mark.parametrize(
+    ("name", "model_name"), [("prompt", "dbrx"), *((name, model) for name in OURS for model in ("llama", "gpt2"))]
+)
 def test_peft_reads_what_graft_wrote(tmp_path, base, name, model_name):
     folder = base(model_name)
     model = models.load(folder)

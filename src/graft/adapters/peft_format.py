@@ -256,9 +256,10 @@ def _written(model: PreTrainedModel, stack: Adapters, name: str) -> tuple[dict[s
     if decodes and len(points) == 1 and isinstance(sites[0], KeySite) and not points[0].gate and points[0].shift:
         return _write_prefix(model, sites)
     if decodes and len(points) == 1 and isinstance(sites[0], TokenSite) and not points[0].gate:
-        table = sites[0].embeddings
+        table, said = sites[0].embeddings, model.config.get_text_config()
         config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": len(table), "token_dim": table.shape[1],
-                  "num_transformer_submodules": 1}  # fmt: skip
+                  "num_transformer_submodules": 1, "num_layers": said.num_hidden_layers,
+                  "num_attention_heads": said.num_attention_heads}  # fmt: skip
         return config, {"prompt_embeddings": table}
     forms = ", ".join(sorted({f"{p.form} {p.insertion}" for p in points}))
     raise RequestError(
