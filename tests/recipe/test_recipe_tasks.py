@@ -178,3 +178,19 @@ def test_the_template_of_a_classification_names_fields_of_its_records(recipe, tm
     first, second = problems(path)
     assert first.startswith("line 7: evaluate.0.prompt: expected a template of the fields text, label, found txet in ")
     assert second.startswith("line 8: evaluate.1.prompt: expected a template (jinja), found '{{ text'")
+
+
+def test_labels_that_a_task_does_not_name_are_found_among_the_first_records(recipe, tmp_path):
+    lines = [f'{{"text": "{number}", "label": "{("good", "bad")[number % 2]}"}}\n' for number in range(40)]
+    (tmp_path / "q.jsonl").write_text("".join(lines))
+    said = """
+        family: f
+        data: {q: {source: jsonl, path: q.jsonl, splits: {dev: 0.2, test: 0}}}
+        models:
+          a: {pretrain: {data: q, size: 1M, tokenizer: {size: 300}}}
+          b: {tune: {from: a, tasks: {mood: {data: q, head: classification, labels: [good, LABEL]}}}}
+    """
+    (problem,) = problems(recipe(said.replace("LABEL", "ill")))
+    assert problem == "line 6: models.b.tune.tasks.mood.labels: task mood: expected labels among good, ill, found 'bad'"
+    read_recipe(recipe(said.replace("LABEL", "bad")))
+    read_recipe(recipe(said.replace("LABEL", "bad, neither")))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from graft import evaluate
@@ -11,7 +12,7 @@ from graft.data import DataSettings, has_dev, open_corpus, split_ref
 from graft.recipe.measures import Measures
 from graft.recipe.problems import Problems
 from graft.recipe.sections import Node
-from graft.train.settings import TrainSettings
+from graft.train.settings import TrainSettings, strange
 
 
 def check_splits(
@@ -30,6 +31,9 @@ def check_splits(
             where = split_ref(reference)[0]
             if where in sound and not has_dev(open_corpus(sets, where, root)):
                 problems.note(("models", name, node.verb.name, "mixing", "learn"), message)
+        for task, reference, labels, head in _labels(node):
+            if split_ref(reference)[0] in sound and (wrong := _strange(sets, root, task, reference, labels, head)):
+                problems.note(("models", name, node.verb.name, "tasks", task, "labels"), wrong)
     read: dict[str, set[str]] = defaultdict(set)
     learned: dict[str, set[str]] = defaultdict(set)
     for name, split, trains in _named(nodes, measures):
@@ -48,6 +52,28 @@ def check_splits(
             )
             for message in found or ():
                 problems.note(("data", name), message)
+
+
+LABELLED = {"labelled": "classification", "tagged": "tagging"}
+"""The kind of head that learns labels from data of a format."""
+
+
+def _labels(node: Node) -> Sequence[tuple[str, str, Sequence[str], str]]:
+    return node.settings.wanted_labels() if isinstance(node.settings, TrainSettings) else []
+
+
+def _strange(
+    sets: Mapping[str, DataSettings], root: Path, task: str, reference: str, labels: Sequence[str], head: str
+) -> str:
+    """Which label of the first records that a task learns from, or is measured on, it does not name; empty if none."""
+    name, split = split_ref(reference)
+    corpus = open_corpus(sets, name, root)
+    if LABELLED.get(corpus.format) != head:
+        return ""
+    from graft.data.examples import labels_in
+
+    firsts = itertools.chain.from_iterable(part.first() for part, _ in corpus.parts)
+    return strange(task, labels, labels_in(head, (record for place, record in firsts if place in (split, "dev"))))
 
 
 def _named(nodes: Mapping[str, Node], measures: Measures) -> Iterator[tuple[str, str, bool]]:

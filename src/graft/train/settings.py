@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_serializer, model_validator
@@ -272,6 +272,10 @@ class TrainSettings(Settings):
         """Data sets, as they are named, that need a dev split, each with what is said where it has none."""
         return {}
 
+    def wanted_labels(self) -> Sequence[tuple[str, str, Sequence[str], str]]:
+        """(task, data set as it is named, its labels, kind of head) of the tasks that name their labels."""
+        return []
+
 
 def no_dev(task: str) -> str:
     """What is said of a task without dev data in a learned mixture."""
@@ -279,3 +283,9 @@ def no_dev(task: str) -> str:
         f"expected dev data for the task {task}, towards which weights are learned, found none: give its data a dev "
         "split, or name tasks that have one in `mixing.learn.for`"
     )
+
+
+def strange(name: str, labels: Sequence[str], found: Iterable[str]) -> str:
+    """Which label in the data of a task is not among those that it names; empty where all are."""
+    unknown = next((label for label in found if label not in labels), None)
+    return "" if unknown is None else f"task {name}: expected labels among {', '.join(labels)}, found {unknown!r}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -84,6 +84,10 @@ class TuneSettings(TrainSettings):
         learn = self.mixing.learn
         ends = (learn.for_ or self.tasks) if learn else ()
         return {self.tasks[name].data: no_dev(name) for name in ends if name in self.tasks}
+
+    def wanted_labels(self) -> Sequence[tuple[str, str, Sequence[str], str]]:
+        """Of the tasks whose classes or tags are named."""
+        return [(name, task.data, task.labels, task.head) for name, task in self.tasks.items() if task.labels]
 
     def misnamed(self, architecture: str) -> list[str]:
         """What is wrong with the names in tasks and mixing, and with heads for such a model; a sentence each."""

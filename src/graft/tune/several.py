@@ -31,7 +31,7 @@ from graft.train.meta import EpisodeRows, MetaLoss
 from graft.train.multitask import MultiTask
 from graft.train.on_text import counted, reads_together
 from graft.train.place import main_first, processes, tell
-from graft.train.settings import Budget, no_dev
+from graft.train.settings import Budget, no_dev, strange
 from graft.train.trackers import Title
 from graft.tune.settings import TuneSettings
 from graft.tune.tasks import Mixing, Task, unfit
@@ -189,9 +189,8 @@ class Maker:
 
 def _labels(name: str, task: Task, found: list[str]) -> list[str]:
     """The labels of the head. Raises DataError where data have others, or only one."""
-    unknown = [label for label in found if task.labels is not None and label not in task.labels]
-    if unknown:
-        raise DataError(f"task {name}: expected labels among {', '.join(task.labels or ())}, found {unknown[0]!r}")
+    if task.labels is not None and (wrong := strange(name, task.labels, found)):
+        raise DataError(wrong)
     if task.head != "spans" and len(found) < 2:
         raise DataError(f"task {name}: expected two labels or more, found {', '.join(found) or 'none'}")
     return task.labels or found
