@@ -17,6 +17,7 @@ from graft.lineage import read_manifest
 from graft.tune import VERB
 
 from .test_full import base, goes_on_with_the_same_bytes, run  # noqa: F401  (a fixture)
+from .test_several import TASKS, job
 
 XLORA = {"peft_type": "XLORA", "adapters": {"novels": "novelist", "medicine": "doctor"}, "layerwise_scalings": True}
 LARGE = torch.arange(3, 60)[None]
@@ -339,3 +340,31 @@ def test_a_mixture_is_trained_further_and_below_another_adapter(tmp_path, base, 
     assert [name for name, _ in stack.active] == ["m", "m-2"]
     top = load_file(tmp_path / "top" / "out" / "adapter.safetensors")
     assert all(torch.equal(top[key], before[key]) for key in before)
+
+
+def test_tasks_with_heads_are_learned_by_a_mixture_and_stand_on_it(tmp_path, base, experts):  # noqa: F811
+    pytest.importorskip("peft")
+    given = {"method": {"peft": XLORA}, "batch_size": 4, "budget": "2 steps", "learning_rate": 0.02}
+    work = job(tmp_path, base, {"lm": "prose", "colour": TASKS["colour"]}, **given)
+    VERB.run(replace(work, models={**work.models, **experts}))
+    headed = models.load(tmp_path / "out" / "heads" / "colour")
+    with torch.no_grad():
+        mixed = headed(LARGE).logits
+        with adapters_of(headed).using(None):
+            assert not torch.allclose(headed(LARGE).logits, mixed, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_experts_that_are_trained_along_learn_where_they_speak_in_both_readings(tmp_path, base, experts, precision):  # noqa: F811
+    """Weights that were cast for the first reading are cast anew for the second."""
+    pytest.importorskip("peft")
+    more = {"use_trainable_adapters": True, "scaling_pass_value": 0.5}
+    how = {**HOW_TO_MIX, "method": {"peft": {**XLORA, **more}}, "precision": precision, "budget": "2 steps"}
+    run(tmp_path, base, experts=experts, **how)
+    held = load_file(tmp_path / "out" / "adapter.safetensors")
+    for name, expert in (("novels", "novelist"), ("medicine", "doctor")):
+        theirs = load_file(experts[expert] / "adapter.safetensors")
+        assert not any(torch.equal(held[f"{name}.{key.partition('.')[2]}"], value) for key, value in theirs.items())
+    half = models.load(tmp_path / "out", dtype=torch.bfloat16)
+    written = half.generate(SEVERAL, max_new_tokens=4, do_sample=False)
+    assert torch.equal(written, half.generate(SEVERAL, max_new_tokens=4, do_sample=False, use_cache=False))
