@@ -126,20 +126,22 @@ class Mixed:
             return h
         assert x is not None
         rows = None if self.stack.rows is None else lambda count: self.stack.rows_of(self.name, count)
-        scalings = self.mixer.at(self.number, x, rows) * (weight * self.mixer.how.weight)
-        for number, sites in enumerate(self.experts):
+        scalings = self.mixer.at(self.number, x, rows)[..., None].unbind(-2)
+        weight = weight * self.mixer.how.weight
+        for scaling, sites in zip(scalings, self.experts, strict=True):
             for site in sites:
-                h = h + _change(site, x, scalings[..., number, None]).to(h.dtype)
+                change, scale = _change(site, x, scaling).to(h.dtype), float(site.scale) * weight
+                h = torch.add(h, change, alpha=scale) if torch.is_grad_enabled() else h.add_(change, alpha=scale)
         return h
 
     __call__ = forward
 
 
 def _change(site: LowRank, x: torch.Tensor, scaling: torch.Tensor) -> torch.Tensor:
-    """λ · s · up(down(x)), in the type of the expert's weights."""
+    """λ · up(down(x)), in the type of the expert's weights."""
     x = x if torch.is_autocast_enabled(x.device.type) else x.to(site.down.dtype)
     low = functional.linear(x if site.dropout is None else site.dropout(x), site.down)
-    return functional.linear(low * (site.scale * scaling).to(low.dtype), site.up)
+    return functional.linear(low * scaling.to(low.dtype), site.up)
 
 
 def mixed(stack: Adapters, model: PreTrainedModel, name: str, point: Point) -> list[Mixed]:
