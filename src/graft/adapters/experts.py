@@ -10,7 +10,8 @@ from graft.adapters.facts import check_base, entry_of
 from graft.adapters.folder import fill, weights_in
 from graft.adapters.peft_format import adopt_peft
 from graft.adapters.point import Point
-from graft.adapters.stack import Sites, adopt
+from graft.adapters.sites import Sites
+from graft.adapters.stack import adopt
 from graft.checkpoint import ADAPTER
 from graft.errors import CheckpointError, RequestError
 from graft.folders import ADAPTED, read_config

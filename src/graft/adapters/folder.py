@@ -20,7 +20,8 @@ from graft import lineage, models
 from graft.adapters.facts import check_base, entry_of
 from graft.adapters.foreign import foreign_base, foreign_said, foreign_weights, load_foreign
 from graft.adapters.point import Point
-from graft.adapters.stack import Adapters, Sites, adapters_of, adopt, free_name
+from graft.adapters.sites import Sites
+from graft.adapters.stack import Adapters, adapters_of, adopt, free_name
 from graft.checkpoint import ADAPTER, read_file_headers
 from graft.data.objectives import is_prefix_lm
 from graft.disk import atomic_write, disk_errors

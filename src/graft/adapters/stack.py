@@ -24,6 +24,7 @@ from graft.adapters.mixture import Mixed, Mixer, Twice, mixed
 from graft.adapters.places import Layout, Place
 from graft.adapters.point import JOINING, Point, with_weights
 from graft.adapters.positions import check_positions, taken_by
+from graft.adapters.sites import Sites
 from graft.errors import RequestError, UnknownName
 from graft.products import quick_layers
 
@@ -36,36 +37,6 @@ NAME = "graft_adapters"
 """The attribute of a model that holds its adapters."""
 
 Active = Sequence[str] | Mapping[str, float] | str | None
-
-
-class Sites(nn.Module):
-    """Modules by any name: `nn.ModuleDict` refuses those of its own methods, such as `keys`."""
-
-    def __setitem__(self, name: str, module: nn.Module) -> None:
-        self._modules[name] = module
-
-    def __getitem__(self, name: str) -> Any:
-        return self._modules[name]
-
-    def __delitem__(self, name: str) -> None:
-        del self._modules[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._modules
-
-    def __len__(self) -> int:
-        return len(self._modules)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
-
-    def items(self) -> list[tuple[str, Any]]:
-        """Names with their modules, in order."""
-        return list(self._modules.items())
-
-    def values(self) -> list[Any]:
-        """The modules, in order."""
-        return list(self._modules.values())
 
 
 class Adapters(nn.Module):
