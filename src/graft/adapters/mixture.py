@@ -176,7 +176,7 @@ def _check_expert(stack: Adapters, name: str, inside: set[str]) -> None:
         if not plain or point.start != "zero" or point.composition == "gated" or point.scale == "learned":
             raise RequestError(f"{name}: expected a LoRA adapter as an expert, found {_kind(point)}")
     for site in stack.sites[name].values():
-        if not site.place.single:
+        if not site.place.single or not isinstance(site, LowRank):
             raise RequestError(f"{name}: expected a LoRA adapter as an expert, found one beside {site.place.path}")
         if site.place.target not in inside:
             raise RequestError(

@@ -89,11 +89,11 @@ def adopt_peft(model: PreTrainedModel, folder: Path, name: str, *, base: Path | 
     return stack
 
 
-def lora_points(folder: Path) -> list[Point]:
-    """The points that the LoRA in a peft folder is, from its configuration and the header of its weights."""
+def lora_points(model: PreTrainedModel, folder: Path) -> list[Point]:
+    """The points that the LoRA in a peft folder is in `model`, from its configuration and the header of its weights."""
     config, headers = read_settings(folder), read_file_headers(folder / WEIGHTS)
     shapes = {name: torch.empty(header.shape, device="meta") for name, header in headers.items()}
-    return _read_lora(None, config, shapes, folder)[0]
+    return _read_lora(model, config, shapes, folder)[0]
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from graft.adapters.facts import is_adapted
+from graft.adapters.facts import is_adapted, points_of
 from graft.adapters.foreign_mixture import expert_names, mixture_point
 from graft.adapters.point import Point
 from graft.errors import RequestError
@@ -84,21 +84,16 @@ def tried(settings: TuneSettings, models: Mapping[str, Facts]) -> Tried:
     return _tried(*(json.dumps(said, sort_keys=True, default=str) for said in (config, start.config, experts)))
 
 
-def _points(expert: Facts) -> list[dict[str, Any]]:
-    """The points of an expert, as plain values."""
-    if not is_adapted(expert):
-        from graft.adapters.peft_format import lora_points
-
-        return [point.plain() for point in lora_points(Path(expert.folder))]
-    from graft.adapters.facts import points_of
-
-    return points_of(expert)
+def _points(expert: Facts) -> list[dict[str, Any]] | str:
+    """The points of an expert, as plain values; of peft's the folder."""
+    return points_of(expert) if is_adapted(expert) else expert.folder
 
 
 @lru_cache(maxsize=64)
 def _tried(said: str, configuration: str, experts: str) -> Tried:
     from graft.adapters.foreign import peft_config
     from graft.adapters.foreign_mixture import put_points
+    from graft.adapters.peft_format import lora_points
     from graft.adapters.stack import adapters_of
     from graft.adapters.trial import skeleton
 
@@ -107,7 +102,10 @@ def _tried(said: str, configuration: str, experts: str) -> Tried:
         return Tried(())
     try:
         peft_config(config)
-        points = {name: [Point(**raw) for raw in each] for name, each in json.loads(experts).items()}
+        points = {
+            name: lora_points(model, Path(each)) if isinstance(each, str) else [Point(**raw) for raw in each]
+            for name, each in json.loads(experts).items()
+        }
         stack = adapters_of(put_points(model, config, points))
     except RequestError as error:
         return Tried((str(error),))
