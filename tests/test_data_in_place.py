@@ -104,3 +104,8 @@ def test_a_wrong_key_inside_is_told(at):
 def test_the_help_of_commands_that_name_data_shows_settings_in_place(name):
     shown = " ".join(invoke(name, "--help").stdout.replace("│", " ").split())
     assert "'{path: " in shown or "'{train: " in shown
+
+
+def test_a_file_that_is_not_there_is_shown_with_the_nearest_beside_it(at):
+    with pytest.raises(DataError, match=r"found nothing at note.jsonl \(did you mean 'notes.jsonl'\?\)"):
+        data_named(["note.jsonl"], {})

@@ -12,7 +12,7 @@ from graft import verbs
 from graft._load import LoadSettings, fetched
 from graft.data import SPLITS, nearest_ref, split_ref
 from graft.data.files import COMPRESSED, SUFFIXES, begins_as_text
-from graft.errors import DataError, RequestError
+from graft.errors import DataError, RequestError, nearest
 from graft.folders import folders_behind
 from graft.lineage import read_manifest
 from graft.models import check_device, nearest_folder
@@ -215,7 +215,10 @@ def data_at(place: str, names: Collection[str] = ()) -> dict[str, Any]:
         return _settings_of(place)
     path = Path(place).expanduser()
     if not place or not path.exists():
-        meant = f"{nearest_ref(place, names)}; data sets are: {', '.join(names)}" if names else ""
+        beside = sorted(each.name for each in path.parent.iterdir()) if place and path.parent.is_dir() else []
+        meant = (
+            f"{nearest_ref(place, names)}; data sets are: {', '.join(names)}" if names else nearest(path.name, beside)
+        )
         raise DataError(
             f"expected a data file, a folder or the name of a data set, found nothing at {place or repr(place)}{meant}"
         )

@@ -157,6 +157,8 @@ def test_text_is_learned_by_all_weights_where_there_is_room_and_by_lora_for_many
     shared = advised(tmp_path, base, many=True)
     assert shared.method == "lora"
     assert any("LoRA Without Regret" in reason for reason in shared.why)
+    highest = max(shared.standings, key=lambda name: shared.standings[name].kept)
+    assert (highest != "lora") == any(reason.startswith(f"{highest} kept more") for reason in shared.why)
     assert "none of them measured with graft" in shared.strength
     assert "those of generation stand in" in shared.strength
 

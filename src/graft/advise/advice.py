@@ -147,11 +147,22 @@ def _ranked(
         )
         return [full, *few], [*(told or [short] * bool(few)), *_figures(few[:1], stood)]
     best = few[0]
-    why = [*told, *_figures([best], stood)]
+    why = [*told, *_figures([best], stood), *_passed_over(task, few, stood)]
     why += [f"full tuning: {full.why_not}"] if full.why_not else []
     if best.packed:
         why += [f"{c.says} ({c.on}; {c.source})" for c in evidence().claims if "packed" in c.tasks]
     return few + ([full] if possible else []), why
+
+
+def _passed_over(task: str, few: Sequence[Candidate], stood: Mapping[str, Standing]) -> list[str]:
+    """Why a method comes first though another one kept more of what full tuning reaches."""
+    highest = max(few, key=lambda each: stood[each.method].kept)
+    if stood[highest.method].kept <= stood[few[0].method].kept:
+        return []
+    return [
+        f"{highest.method} kept more in the table below ({100 * stood[highest.method].kept:.3g} % of full tuning), but "
+        f"what is published of {task} goes before these figures: the recipe compares both"
+    ]
 
 
 def _obstacles(found: Sequence[Candidate]) -> str:
