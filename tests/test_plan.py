@@ -261,7 +261,7 @@ def large(tmp_path_factory):
 
 
 def test_what_no_setting_makes_fit_is_spread_with_changes_or_tuned_by_few_weights(large):
-    found = {fit.node: fit for fit in fits(large, int(3.2e9))}
+    found = {fit.node: fit for fit in fits(large, int(3.25e9))}
     assert not any(f.fits for f in found.values() if f.node != "few")
     assert found["few"].fits
     whole = [change for change, _ in found["whole"].changes]
@@ -272,7 +272,7 @@ def test_what_no_setting_makes_fit_is_spread_with_changes_or_tuned_by_few_weight
     tune = large.steps["whole"].node
     for change, needed in found["whole"].changes:
         settings = tune.verb.parse({**tune.settings.plain(), **change})
-        assert tune.verb.estimate(settings, {"base": large.steps["base"].facts}).memory_bytes == needed <= 3.2e9
+        assert tune.verb.estimate(settings, {"base": large.steps["base"].facts}).memory_bytes == needed <= 3.25e9
 
 
 def test_few_weights_stand_on_four_bits_where_plain_ones_are_too_many(large):

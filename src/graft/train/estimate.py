@@ -109,7 +109,8 @@ def training_estimate(
     # gradients come as activations go; those of the pieces before stand beside the activations of the next
     gradients = 0 if spread.offload else states.gradients
     beside = settings.accumulate > 1 or (spread.method == "zero" and spread.spread == 3)
-    passing = gradients + activations if beside else max(gradients + _sent(spread), activations)
+    last = _last_block(parameters, settings, read, known, reads)
+    passing = gradients + activations if beside else max(gradients + last, activations) + _sent(spread)
     whole = _whole(spread, parameters, known, frozen=trained is not None, packed=packed > 0)
     memory = PROCESS + kept + passing + whole
     seconds = None if tokens is None else 6 * parameters * tokens / cpu_flops()
@@ -194,16 +195,34 @@ def _activations(
     parameters: int, settings: TrainSettings, tokens: float, known: Dimensions | None, reads: float | None
 ) -> float:
     """Of one piece of a step. Half precision keeps casts of the weights beside."""
-    half = settings.precision != "fp32"
-    casts = 2 * parameters if half else 0
-    if half and settings.parallel is not None and settings.parallel.spread == 3 and settings.gradient_checkpointing:
-        casts = int(_together(parameters, known) / 2)
+    half, casts = settings.precision != "fp32", _casts(parameters, settings, known)
     if known is not None:
         kept, whole = settings.gradient_checkpointing, _has_whole_logits(settings)
         return casts + activation_bytes(known, tokens, half=half, checkpointing=kept, reads=reads, whole=whole)
     # about 16 channels-wide activations a layer are kept for backward; parameters ≈ 12 · layers · width², so that
     # layers · width ≈ parameters / (12 · width): with widths of 256 this is near parameters / 3,000 a token
     return casts + 4 * 16 * (parameters / 3000) * tokens
+
+
+def _casts(parameters: int, settings: TrainSettings, known: Dimensions | None) -> int:
+    """Bytes of the weights in half precision."""
+    if settings.precision == "fp32":
+        return 0
+    if settings.parallel is not None and settings.parallel.spread == 3 and settings.gradient_checkpointing:
+        return int(_together(parameters, known) / 2)
+    return 2 * parameters
+
+
+def _last_block(
+    parameters: int, settings: TrainSettings, tokens: float, known: Dimensions | None, reads: float | None
+) -> float:
+    """With gradient checkpointing, of the block that backward comes to last, when the gradients of the others are
+    there: without it the activations of these would have been more."""
+    if known is None or not settings.gradient_checkpointing:
+        return 0.0
+    one, half = replace(known, layers=1, vocabulary=0), settings.precision != "fp32"
+    block = activation_bytes(one, tokens, half=half, checkpointing=True, reads=reads)
+    return _casts(parameters, settings, known) + block
 
 
 def _has_whole_logits(settings: TrainSettings) -> bool:
