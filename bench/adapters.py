@@ -27,7 +27,7 @@ from typing import Any
 
 import peft
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import _training_peer as peers
 from _side_by_side import report_times
@@ -128,6 +128,26 @@ def step(model: Any, repeats: int) -> None:
     report_times("a training step of LoRA, 8 × 256 tokens", steps, repeats, PACKAGES)
 
 
+def experts(_: Any, repeats: int) -> None:
+    """A step with LoRA on experts that are fused in one parameter, by two ways that models have to compute them."""
+    places = [f"experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    for how in ("grouped_mm", "eager"):
+        torch.manual_seed(0)
+        config = MixtralConfig(
+            vocab_size=4000, hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8,
+            num_key_value_heads=8, num_local_experts=16, num_experts_per_tok=2,
+        )  # fmt: skip
+        mine = MixtralForCausalLM(config)
+        mine.set_experts_implementation(how)
+        theirs = copy.deepcopy(mine)
+        adopt(mine, lora.points(lora.Settings(rank=RANK, alpha=2 * RANK, on=["experts"])))
+        wished = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=[], target_parameters=places)
+        peft.get_peft_model(theirs, wished)
+        steps = {"graft": stepping(mine, quick_layers), "peft": stepping(theirs, nullcontext)}
+        what = f"a training step of LoRA on 2 × 16 fused experts, {how}, 8 × 256 tokens"
+        report_times(what, steps, repeats, PACKAGES)
+
+
 def folded(model: Any) -> Any:
     """A copy with graft's LoRA folded in."""
     return fold(with_lora(model))
@@ -185,7 +205,7 @@ def disk(model: Any, repeats: int) -> None:
     shutil.rmtree(place)
 
 
-PARTS = {"loops": loops, "step": step, "decode": decode, "rows": rows, "disk": disk}
+PARTS = {"loops": loops, "step": step, "experts": experts, "decode": decode, "rows": rows, "disk": disk}
 
 
 def main() -> None:
