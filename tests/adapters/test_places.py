@@ -110,6 +110,12 @@ def test_what_is_not_there_is_refused_with_what_is():
         places(family("llama"), "*.q_porj")
     with pytest.raises(RequestError, match=r"MambaForCausalLM: expected a place 'attention'.*in_proj, x_proj"):
         places(family("mamba"), "attention")
+    convolving = hf.SqueezeBertForMaskedLM(hf.SqueezeBertConfig(vocab_size=60, num_hidden_layers=1))
+    for on in ("attention", "biases"):
+        with pytest.raises(
+            RequestError, match=r"expected blocks \(a list of modules with linear layers\), found trans"
+        ):
+            places(convolving, on, form="bias" if on == "biases" else "bottleneck")
     with pytest.raises(RequestError, match="expected layers with biases, found none; use lora"):
         places(family("llama"), "biases", form="bias")
 

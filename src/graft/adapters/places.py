@@ -176,7 +176,7 @@ class Layout:
 
     def _biases(self, point: Point) -> Iterator[Place]:
         blocks = {f"{stack}.{i}." for stack, count in self.stacks.items() for i in chosen(point.layers, count)}
-        for path, module in self.modules.items():
+        for path, module in self.modules.items() if self.stacks else ():
             bias = getattr(module, "bias", None) if path in self.every or _is_norm(module) else None
             in_block = any(path.startswith(block) for block in blocks)
             if any(CHOOSER.search(word) for word in path.split(".")):
