@@ -147,6 +147,12 @@ def test_what_cannot_be_mixed_is_refused():
     head = [point(form="linear", on=["lm_head"], size=2)]
     refused("b: expected an expert inside of the model's body, found one at lm_head", experts={"a": lora, "b": head})
     refused("found an encoder–decoder", model_name="t5")
+    fused = points("lora", rank=2, on=["experts_down"])
+    refused(
+        "b: expected a LoRA adapter as an expert, found one beside",
+        model_name="mixtral",
+        experts={"a": lora, "b": fused},
+    )
     with pytest.raises(RequestError, match="expected two adapters or more to mix, found a"):
         model = family("llama")
         adopt(model, lora, "a")
