@@ -190,9 +190,9 @@ def runs(pair):
 @pytest.mark.parametrize("draft", ["a", None])
 def test_no_member_computes_anything_twice(draft, block):
     pair = {"a": llama(1), "b": qwen()}
-    read = runs(pair)
+    duo, read = ensemble_of(pair, [0.6, 0.4]), runs(pair)
     ids, _ = prompts(1, 9, ())
-    found = speculate(ensemble_of(pair, [0.6, 0.4]), ids, draft, max_new_tokens=25, block=block)
+    found = speculate(duo, ids, draft, max_new_tokens=25, block=block)
     assert found.kept < found.drafted
     for each in read.values():
         every = [text for run in each for text in run]
@@ -202,9 +202,9 @@ def test_no_member_computes_anything_twice(draft, block):
 def test_members_that_agree_run_once_for_a_token_instead_of_once_each():
     model = llama(1)
     twins = {name: llama(1) for name in "abc"}
-    read = runs(twins)
+    trio, read = ensemble_of(twins, [0.5, 0.3, 0.2]), runs(twins)
     ids, _ = prompts(1, 9, ())
-    found = speculate(ensemble_of(twins, [0.5, 0.3, 0.2]), ids, max_new_tokens=30, block=1)
+    found = speculate(trio, ids, max_new_tokens=30, block=1)
     assert torch.equal(found.sequences, model.generate(ids, do_sample=False, max_new_tokens=30, eos_token_id=None))
     assert found.kept == found.drafted == 30
     assert sum(map(len, read.values())) <= 30 + 2
