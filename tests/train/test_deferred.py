@@ -186,6 +186,13 @@ def test_without_gradients_the_loss_is_the_same_and_nothing_is_kept(never_whole)
     torch.testing.assert_close(found, TokenLoss()(model, batch).detach(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_derivatives_of_gradients_are_refused_rather_than_wrong(never_whole, kind):
+    model, batch = made("a head of its own").to(kind), batch_of("answers")
+    with pytest.raises(RuntimeError, match="create_graph=False"):
+        torch.autograd.grad(TokenLoss()(model, batch), model.lm_head.weight, create_graph=True)
+
+
 # -- where logits are made otherwise, they are whole, and the loss is right --------------------------------------------
 
 

@@ -216,6 +216,11 @@ class _OfDeferred(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():  # these are numbers: derivatives of them would be zero
+            raise RuntimeError(
+                "expected a gradient that is not derived again (create_graph=False), found one of logits that were "
+                "computed a few at a time: take `summed_cross_entropy` of the logits that the model gives"
+            )
         if ctx.later:
             return None, None, *ctx.asked.answer(*ctx.saved_tensors, ctx.wanted, upstream[0])[1]
         return None, None, *(None if one is None else one.mul_(upstream[0]) for one in ctx.saved_tensors)
