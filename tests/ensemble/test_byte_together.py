@@ -7,6 +7,7 @@ from tiny_bytes import LEFT, by_hand, member, stepwise, tokenizer
 from tiny_members import gpt2
 
 from graft.ensemble.byte_level import forest as forests
+from graft.ensemble.byte_level import leaf as leaves
 from graft.ensemble.byte_level import packed as packs
 from graft.ensemble.byte_level.asking import Ask, together
 from graft.ensemble.byte_level.byte_model import EXACT, ByteModel, Cover
@@ -61,7 +62,7 @@ def test_padding_and_rows_that_wait_change_nothing(monkeypatch):
     reader = ByteModel(member(6, LEFT), LEFT, SOME)
     wanted = score(reader, TEXTS)
     for spare, logits in ((0, 2**24), (10**6, 2**24), (16, 64)):
-        monkeypatch.setattr(forests, "SPARE", spare)
+        monkeypatch.setattr(leaves, "SPARE", spare)
         monkeypatch.setattr(forests, "LOGITS", logits)
         for own, found in zip(wanted, score(reader, TEXTS), strict=True):
             assert found.log_probs == pytest.approx(own.log_probs, abs=1e-4)
