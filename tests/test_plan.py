@@ -275,13 +275,23 @@ def test_what_no_setting_makes_fit_is_spread_with_changes_or_tuned_by_few_weight
         assert tune.verb.estimate(settings, {"base": large.steps["base"].facts}).memory_bytes == needed <= 3.25e9
 
 
-def test_few_weights_stand_on_four_bits_where_plain_ones_are_too_many(large):
+def test_few_weights_stand_on_four_bits_where_plain_ones_are_too_many(large, tmp_path):
     pytest.importorskip("bitsandbytes")
     found = {fit.node: fit for fit in fits(large, int(1.2e9))}
     on_four = {"from": {"quantize": {"from": "base", "bits": 4}}}
     assert {"method": "lora", **on_four} == {name: found["whole"].changes[-1][0][name] for name in ("from", "method")}
     assert found["few"].changes[-1][0]["from"] == on_four["from"]
-    assert "from: {quantize: {from: base, bits: 4}}" in told(found["few"])
+    way = told(found["few"]).split("; or ")[-1]
+    changed, beside = way[way.index("from: ") :].split(" (")[0], way.split("beside a model ")[1]
+    assert changed.startswith("from: base-4bit")
+    few, packed = f"few: {{tune: {{{changed}, ", f"{beside}\n  "
+    text = large.recipe.text.replace("few: {tune: {from: base, ", packed + few)
+    path = large.recipe.root / "told.yaml"
+    path.write_text(text)
+    again = make_plan(read_recipe(path), Places(tmp_path / "run"))
+    assert again.steps["base-4bit"].node.verb.name == "quantize"
+    assert again.steps["few"].node.settings.plain()["from"] == "base-4bit"
+    assert again.steps["few"].estimate.memory_bytes == found["few"].changes[-1][1]
 
 
 def test_what_a_training_holds_is_told_by_kind(large):
@@ -299,6 +309,11 @@ def test_what_a_training_holds_is_told_by_kind(large):
     assert "moments" in out.getvalue()
     assert "four" not in out.getvalue()
     assert plain(large)["models"][1]["memory"] == parts["whole"]
+
+
+def test_where_nothing_is_trained_no_table_of_memory_is_shown(large):
+    packed = {name: step for name, step in large.steps.items() if name == "four"}
+    assert "nothing is left to train" in str(render_memory(replace(large, steps=packed)))
 
 
 def test_packing_a_model_that_does_not_fit_the_machine_is_refused_before_it_is_loaded(large, monkeypatch):

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -166,7 +167,7 @@ def fewer(
     verb: Verb[Any], settings: Settings, models: Mapping[str, Facts], limit: int
 ) -> list[tuple[Mapping[str, Any], int]]:
     """Few trained weights in the place of all, on the model as it is, else on one in 4 bits: what of these fits into
-    `limit` bytes first, with the changes that it takes."""
+    `limit` bytes first, with the changes that it takes. The one in 4 bits is to be made: `from` says how."""
     said = settings.plain() if isinstance(settings, TrainSettings) and verb.name == "tune" else {}
     if not said or said["fold"]:
         return []
@@ -219,8 +220,22 @@ def _possible(settings: TrainSettings, name: str, value: Any) -> bool:
 
 def _written(change: Mapping[str, Any]) -> str:
     """As people write it in a recipe."""
-    values = {name: f"{{{_written(v)}}}" if isinstance(v, Mapping) else str(v).lower() for name, v in change.items()}
-    return ", ".join(f"{name}: {value}" for name, value in values.items())
+    return ", ".join(f"{name}: {_value(value)}" for name, value in change.items())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{_written(value)}}}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _way(change: Mapping[str, Any], size: int) -> str:
+    """A change with what it then needs, and with the model in few bits that is to be made for it, if it takes one."""
+    beside = ""
+    if isinstance(start := change.get("from"), Mapping):
+        name = f"{Path(start['quantize']['from']).name}-{start['quantize']['bits']}bit"
+        change, beside = {**change, "from": name}, f", beside a model {name}: {_value(start)}"
+    return f"{_written(change)} ({size / 1e9:.2f} GB{' each' if 'parallel' in change else ''}){beside}"
 
 
 def told(found: Fit) -> str:
@@ -230,8 +245,5 @@ def told(found: Fit) -> str:
         return f"{found.node}: fits, with {needed}"
     if not found.changes:
         return f"{found.node}: does not fit ({needed}); no setting makes it small enough"
-    ways = "; or ".join(
-        f"{_written(change)} ({size / 1e9:.2f} GB{' each' if 'parallel' in change else ''})"
-        for change, size in found.changes
-    )
+    ways = "; or ".join(_way(*each) for each in found.changes)
     return f"{found.node}: does not fit ({needed}); it would with {ways}"

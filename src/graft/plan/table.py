@@ -62,11 +62,13 @@ def render(plan: Plan) -> Table:
     return table
 
 
-def render_memory(plan: Plan) -> Table:
-    """What each training that is to be made holds in memory, as a rich table."""
+def render_memory(plan: Plan) -> Table | str:
+    """What each training that is to be made holds in memory, as a rich table; a line where there is none."""
     from rich.table import Table
 
     trained = {name: step.estimate for name, step in plan.steps.items() if _to_make(step) and step.estimate.parts}
+    if not trained:
+        return "nothing is left to train: no training holds memory"
     kinds = list(dict.fromkeys(kind for cost in trained.values() for kind in cost.parts))
     table = Table(title="memory of each training, of one of its devices", title_justify="left")
     for head in ("model", *kinds, "at the peak"):
