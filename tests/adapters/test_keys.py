@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from graft.adapters import adapters_of, adopt, fold
 from graft.adapters.folding import remove
-from graft.adapters.keys import IMPLEMENTATION, KeySite, Shapes, attention
+from graft.adapters.keys import IMPLEMENTATION, KeySite, Reader, Shapes, attention
 from graft.adapters.positions import positions_in
 from graft.errors import RequestError
 from graft.train.attention import keeps_apart
@@ -203,3 +203,19 @@ def test_learned_positions_end_where_the_model_says():
     assert adapters_of(model).taken(model) == 8
     adapters_of(model).use(None)
     assert adapters_of(model).taken(model) == 0
+
+
+def test_a_name_is_free_again_where_learned_tokens_were_refused(monkeypatch):
+    def unread(*_):
+        raise RuntimeError("no embeddings alone")
+
+    model, other = family("llama"), family("llama")
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "read", unread)
+        with pytest.raises(RequestError, match="expected a model that reads embeddings alone"):
+            adopt(model, points("prompt"), "x")
+    for each in (model, other):
+        torch.manual_seed(0)
+        adopt(each, points("prefix"), "x")
+        moved(each, 0.3)
+    assert torch.equal(logits(model), logits(other))

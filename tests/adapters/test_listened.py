@@ -62,3 +62,10 @@ def test_what_is_not_to_be_shown_of_adapters_is_told(fused, tmp_path):
     models.save(low, models.load_tokenizer(fused), tmp_path / "low")
     with pytest.raises(RequestError, match="expected adapters with a fusion that is active, found none"):
         graft.show(tmp_path / "low", "words")
+    more = models.load(fused)
+    for name in ("three", "four"):
+        adopt(more, points("pfeiffer"), name)
+    adopt(more, [Point(form="fusion", on=["adapters"], of=["three", "four"])], "more")
+    models.save(more, models.load_tokenizer(fused), tmp_path / "more")
+    with pytest.raises(RequestError, match="expected one fusion that is active, found 2: leave the others out"):
+        graft.show(tmp_path / "more", "words")

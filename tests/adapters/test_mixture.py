@@ -171,6 +171,37 @@ def test_a_mixture_does_not_fold_and_is_taken_out_without_a_trace():
     assert torch.equal(logits(model), logits(family("llama")))
 
 
+def test_checkpointed_layers_of_which_a_mixture_was_taken_out_take_another_one():
+    model = mixed()
+    model.train()
+    model.gradient_checkpointing_enable()
+    before = [module.__dict__.get("_gradient_checkpointing_func") for module in model.model.modules()]
+    model(**inputs(model)).logits.sum().backward()
+    remove(model)
+    assert [module.__dict__.get("_gradient_checkpointing_func") for module in model.model.modules()] == before
+    for name in "ab":
+        adopt(model, points("lora", rank=2), name)
+        moved(model, 0.2)
+    adopt(model, [point(form="mixture", on=["adapters"], of=["a", "b"])], "mix")
+    moved(model, 2.0)
+    found = []
+    for change in (model.gradient_checkpointing_enable, model.gradient_checkpointing_disable):
+        change()
+        model.zero_grad()
+        model(**inputs(model)).logits.pow(2).sum().backward()
+        found.append(adapters_of(model).sites["mix"]["classifier"].layers[-1].weight.grad.clone())
+    torch.testing.assert_close(*found)
+    assert float(found[0].abs().max()) > 0
+
+
+def test_a_mixture_is_not_fused():
+    model = mixed()
+    adopt(model, points("lora", rank=2), "c")
+    with pytest.raises(RequestError, match=r"mix is a mixture of experts.*fuse its experts, or leave it out"):
+        adopt(model, [point(form="fusion", on=["adapters"], of=["mix", "c"])], "both")
+    adopt(model, [point(form="fusion", on=["adapters"], of=["a", "c"])], "both")
+
+
 def test_layers_that_are_called_by_themselves_or_do_not_read_every_token_are_refused():
     model = mixed("llama", {"layerwise": True})
     mixer = adapters_of(model).sites["mix"]["classifier"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +49,15 @@ class Fusion(Site):
         if self.junction.stack.seen is not None:
             self.junction.stack.seen[self.place.path] = shares.detach()
         return h + weight * functional.linear((shares[..., None] * changes).sum(-2), self.value)
+
+
+def check_no_mixture(adapters: Mapping[str, Iterable[Point]]) -> None:
+    """Raises RequestError for a mixture of experts among adapters that are to be fused, each with its points."""
+    if found := next((name for name, points in adapters.items() if any(p.form == "mixture" for p in points)), None):
+        raise RequestError(
+            f"{found} is a mixture of experts, whose scalings are those of the model that reads with it, and cannot be "
+            "fused: fuse its experts, or leave it out"
+        )
 
 
 def fusions(point: Point, junctions: Iterable[Junction | ExpertJunction]) -> Iterator[Fusion]:

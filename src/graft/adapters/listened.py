@@ -50,8 +50,8 @@ class Listened:
 def listens(folder: Path | str, text: str, *, device: str | None = None) -> Listened:
     """Which adapters the fusion in `folder` listens to in `text`, at every place and token.
 
-    Raises RequestError for what has no fusion, for encoder-decoders, and for a text that is empty or longer than the
-    model reads at once.
+    Raises RequestError for what has no fusion or several, for encoder-decoders, and for a text that is empty or longer
+    than the model reads at once.
     """
     model, tokenizer = models.load(folder, device=device), models.load_tokenizer(folder)
     stack = adapters_of(model)
@@ -59,6 +59,11 @@ def listens(folder: Path | str, text: str, *, device: str | None = None) -> List
     fusions = [point for point in points if point.form == "fusion"]
     if stack is None or not fusions:
         raise RequestError(f"{folder}: expected adapters with a fusion that is active, found none: tune one (`fusion`)")
+    if len(fusions) > 1:
+        raise RequestError(
+            f"{folder}: expected one fusion that is active, found {len(fusions)}: leave the others out (`adapt` with "
+            "`without`)"
+        )
     if model.config.is_encoder_decoder:
         raise RequestError(
             f"{folder}: expected a decoder or an encoder, found an encoder-decoder, which reads two texts"

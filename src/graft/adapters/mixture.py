@@ -260,9 +260,13 @@ class Twice:
                 module._gradient_checkpointing_func = _Carried(how, self.stack)
 
     def release(self) -> None:
-        """Take the hooks away."""
+        """Take the hooks away, and what checkpointing functions were wrapped in."""
         for handle in self.handles:
             handle.remove()
+        for module in self.body.modules():
+            how = module.__dict__.get("_gradient_checkpointing_func")
+            if isinstance(how, _Carried):
+                module._gradient_checkpointing_func = how.how
 
 
 class _Carried:

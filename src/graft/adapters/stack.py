@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from graft.adapters.composed import Again, Inverse, Invertible, ends, fusions
+from graft.adapters.composed import Again, Inverse, Invertible, check_no_mixture, ends, fusions
 from graft.adapters.expert_junction import ExpertJunction, check_by_rows
 from graft.adapters.forms import FORMS, Site, made
 from graft.adapters.junction import Junction
@@ -97,6 +97,8 @@ class Adapters(nn.Module):
         if len(names) < 2:
             wish = "fuse" if point.form == "fusion" else "mix"
             raise RequestError(f"expected two adapters or more to {wish}, found {', '.join(names) or 'none'}")
+        if point.form == "fusion":
+            check_no_mixture({name: self.points[name] for name in names})
         return point.model_copy(update={"of": names})
 
     def _made(self, model: PreTrainedModel, layout: Layout, name: str, point: Point) -> list[Any]:
@@ -142,7 +144,11 @@ class Adapters(nn.Module):
         if self.reader is None:
             self.reader = Reader(self, model)
         if point.form == "tokens":
-            self.reader.check(name, site.to(model.device))
+            try:
+                self.reader.check(name, site.to(model.device))
+            except RequestError:
+                self._forget_keys(name)
+                raise
 
     def _hang(self, model: PreTrainedModel, name: str, site: Any) -> None:
         place = site.place
@@ -267,14 +273,17 @@ class Adapters(nn.Module):
         listening = [other for other, points in self.points.items() if any(name in point.of for point in points)]
         if listening:
             first = listening[0]
-            form = self.points[first][0].form
+            form = next(point.form for point in self.points[first] if name in point.of)
             raise RequestError(f"{first} is a {form} of {name} with others and would miss it: leave out {first} first")
         del self.sites[name], self.points[name]
         for junction in self.junctions.values():
             junction.sites.pop(name, None)
+        self._forget_keys(name)
+        self.active = [(other, weight) for other, weight in self.active if other != name]
+
+    def _forget_keys(self, name: str) -> None:
         for slot in self.slots.values():
             slot.fronts.pop(name, None)
-        self.active = [(other, weight) for other, weight in self.active if other != name]
 
     def release(self, model: PreTrainedModel) -> None:
         """Undo what the adapters changed in the model beside hooks on modules."""

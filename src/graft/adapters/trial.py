@@ -88,10 +88,16 @@ def unfoldable_in(model: Facts, without: Sequence[str] = ()) -> list[str]:
 def unfusable(start: Facts, names: Sequence[str]) -> list[str]:
     """Why these adapters of a model (none named: all that are active) do not fuse, tried on its skeleton; empty if
     nothing is known to speak against it."""
+    from graft.adapters.composed import check_no_mixture
     from graft.adapters.stack import adopt
 
     entry, model = start.config[ADAPTED], skeleton(start.config)
     each = {name: [parse(Point, raw) for raw in held] for name, held in entry.get("adapters", {}).items()}
+    fused = names or [name for name, _ in entry.get("active", [])]
+    try:
+        check_no_mixture({name: each[name] for name in fused if name in each})
+    except RequestError as error:
+        return [str(error)]
     joined = any(point.form in JOINING for points in each.values() for point in points)
     if model is None or "peft" in entry or not each or joined or not set(names) <= set(each):
         return []
