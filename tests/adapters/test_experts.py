@@ -255,6 +255,12 @@ def test_whatever_is_done_with_the_weight_is_done_with_the_sum(shape, use):
     assert torch.allclose(found, expected, atol=1e-5)
 
 
+def test_several_changes_are_rounded_once():
+    one = torch.ones(1, 1)
+    part = expert_weight.Part(one, one, 2.0**-8)
+    assert float(expert_weight.summed(one.bfloat16(), [part, part])) == 1 + 2.0**-7
+
+
 def test_what_is_asked_of_shape_type_and_place_is_the_weights():
     known, _ = weight(4, 6, 5)
     plain = known.as_subclass(torch.Tensor)

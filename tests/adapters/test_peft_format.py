@@ -156,6 +156,28 @@ def test_what_peft_has_no_type_for_is_refused(tmp_path, base):
             save_peft(model, tmp_path / "theirs")
 
 
+@pytest.mark.parametrize(("model_name", "options"), [("llama", {}), ("mixtral", {"on": ["linears", "experts"]})])
+def test_the_weight_of_a_lora_becomes_part_of_its_alpha(tmp_path, base, model_name, options):
+    model = models.load(folder := base(model_name))
+    adopt(model, points("lora", rank=2, **options), "low", base=folder)
+    moved(model, 0.5)
+    whole = logits(model)
+    adapters_of(model).use({"low": 0.5})
+    save_peft(model, tmp_path / "theirs")
+    assert torch.allclose(logits(load_peft(tmp_path / "theirs")), logits(model), atol=1e-5)
+    assert not torch.allclose(whole, logits(model), atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "options"), [("ia3", {}), ("lora", {"dora": True})])
+def test_a_weight_that_peft_has_no_place_for_is_refused(tmp_path, name, options):
+    model = family("llama")
+    adopt(model, points(name, **options), "low")
+    adapters_of(model).use({"low": 0.5})
+    with pytest.raises(RequestError, match=r"expected an adapter with the weight 1.*found 0.5 × low"):
+        save_peft(model, tmp_path / "theirs")
+    assert not (tmp_path / "theirs").exists()
+
+
 @pytest.fixture
 def written(tmp_path, base):
     """A folder of peft's that graft reads, and a way to change its configuration."""

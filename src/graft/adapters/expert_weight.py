@@ -93,10 +93,10 @@ def with_change(weight: torch.Tensor, parts: Sequence[Part]) -> ExpertWeight:
 
 def summed(weight: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
     """The weight and its change as one plain tensor, in the dtype of the weight."""
+    whole = weight
     for part in parts:
-        delta = part.scale * (part.left @ part.right)
-        weight = (weight + delta.reshape(weight.shape)).to(weight.dtype)
-    return weight
+        whole = whole + (part.scale * (part.left @ part.right)).reshape(weight.shape)
+    return whole.to(weight.dtype)
 
 
 def drops(parts: Sequence[Part]) -> bool:

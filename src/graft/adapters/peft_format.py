@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from graft import models
 from graft.adapters.folder import fill
 from graft.adapters.foreign import HOLDER, save_foreign
-from graft.adapters.forms import ExpertLowRank, LowRank, Site
+from graft.adapters.forms import ExpertLowRank, LowRank
 from graft.adapters.keys import KeySite, TokenSite
 from graft.adapters.mixture import Mixer
 from graft.adapters.peft_experts import as_parameters, read_factors, standing_at, written_factors
@@ -216,7 +216,8 @@ def save_peft(
 
     `seen_from` is where the folder will stand, if elsewhere: a mixture says where its experts lie.
 
-    Raises RequestError for points that peft has no type for.
+    The weight of the active one becomes part of a LoRA's alpha. Raises RequestError for points that peft has no type
+    for, and for a weight other than 1 of what is no plain LoRA.
     """
     folder, stack = Path(folder), adapters_of(model)
     if stack is None and HOLDER in model.__dict__:
@@ -224,14 +225,21 @@ def save_peft(
         return
     if stack is None:
         raise RequestError("expected a model with adapters to write, found none")
-    names = [name] if name else [one for one, _ in stack.active]
+    pairs = [(name, 1.0)] if name else stack.active
+    names = [one for one, _ in pairs]
     if len(names) != 1 or names[0] not in stack.points:
         raise RequestError(f"expected the name of one adapter, found {names}; there are: {', '.join(stack.points)}")
+    times = pairs[0][1]
+    if times != 1 and not all(_is_lora(site) and not site.point.directions for site in stack.sites[names[0]].values()):
+        raise RequestError(
+            f"expected an adapter with the weight 1, since peft has others for plain LoRA only, found {times:g} × "
+            f"{names[0]}: leave the weight out, keep graft's own folder, or fold it"
+        )
     mixers = [site for site in stack.sites[names[0]].values() if isinstance(site, Mixer)]
     if mixers:
         for number, expert in enumerate(mixers[0].point.of):
             save_peft(model, folder / str(number), expert)
-    config, weights = written(mixers[0], seen_from or folder) if mixers else _written(model, stack, names[0])
+    config, weights = written(mixers[0], seen_from or folder) if mixers else _written(model, stack, names[0], times)
     kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     usual = {
         "base_model_name_or_path": str(stack.base.resolve()) if stack.base else None,
@@ -245,11 +253,13 @@ def save_peft(
     atomic_write(folder / CONFIG, json.dumps({**usual, **config}, indent=2, sort_keys=True) + "\n")
 
 
-def _written(model: PreTrainedModel, stack: Adapters, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _written(
+    model: PreTrainedModel, stack: Adapters, name: str, times: float
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     sites: Any = list(stack.sites[name].values())
     points = stack.points[name]
-    if all(isinstance(site, LowRank | ExpertLowRank) and _is_lora(site) for site in sites):
-        return _write_lora(model, sites)
+    if all(map(_is_lora, sites)):
+        return _write_lora(model, sites, times)
     if all(point.form == "scale" and point.composition == "add" for point in points):
         return _write_ia3(sites)
     decodes = getattr(model, "can_generate", lambda: False)() and not model.config.is_encoder_decoder
@@ -268,21 +278,23 @@ def _written(model: PreTrainedModel, stack: Adapters, name: str) -> tuple[dict[s
     )
 
 
-def _is_lora(site: Site) -> bool:
+def _is_lora(site: Any) -> bool:
+    if not isinstance(site, LowRank | ExpertLowRank):
+        return False
     point = site.point
     plain = point.composition in ("add", "scaled") and point.insertion == "parallel" and point.scale != "learned"
     return plain and (site.place.single or isinstance(site, ExpertLowRank))
 
 
 def _write_lora(
-    model: PreTrainedModel, sites: list[LowRank | ExpertLowRank]
+    model: PreTrainedModel, sites: list[LowRank | ExpertLowRank], times: float
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if len(turned := {site.point.directions for site in sites}) > 1:
         raise RequestError("peft has DoRA at all places of an adapter or at none: keep graft's own folder, or fold it")
     experts = [site for site in sites if isinstance(site, ExpertLowRank)]
     weights, layers = written_factors(experts, PREFIX), as_parameters(model, sites)
     ranks = {site.place.path: site.down.shape[1] for site in experts}
-    alphas = {site.place.path: float(site.scale) * site.down.shape[1] for site in experts}
+    alphas = {site.place.path: float(site.scale) * times * site.down.shape[1] for site in experts}
     for site in sites:
         if isinstance(site, ExpertLowRank):
             continue
@@ -296,7 +308,7 @@ def _write_lora(
         if site.point.directions:
             weights[f"{path}.lora_magnitude_vector"] = site.magnitude
         called = f"{site.place.path}.weight" if site.place.path in layers else site.place.path
-        ranks[called], alphas[called] = len(down), float(site.scale) * len(down)
+        ranks[called], alphas[called] = len(down), float(site.scale) * times * len(down)
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     parameters = {*(site.place.path for site in experts), *(f"{path}.weight" for path in layers)}
     config = {
