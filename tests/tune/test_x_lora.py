@@ -1,5 +1,6 @@
 """X-LoRA: LoRA adapters mixed by a classifier of the frozen model's hidden states; trained, saved, called as others."""
 
+import importlib.util
 import json
 import shutil
 from dataclasses import replace
@@ -368,3 +369,14 @@ def test_experts_that_are_trained_along_learn_where_they_speak_in_both_readings(
     half = models.load(tmp_path / "out", dtype=torch.bfloat16)
     written = half.generate(SEVERAL, max_new_tokens=4, do_sample=False)
     assert torch.equal(written, half.generate(SEVERAL, max_new_tokens=4, do_sample=False, use_cache=False))
+
+
+@pytest.mark.parametrize("method", ["further", "lora"])
+def test_what_a_mixture_cannot_do_is_refused_of_models_that_have_one_too(monkeypatch, mixture, method):
+    known, there = {"mix": facts_of(mixture[0])}, {"from": "mix", "data": "d", "method": method}
+    assert VERB.check(VERB.parse(there), known) == []
+    assert "`compile` does not follow it" in " ".join(VERB.check(VERB.parse(there | {"compile": True}), known))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: object())
+    settings = VERB.parse(there | {"parallel": {"method": "zero", "stage": 3}})
+    monkeypatch.undo()
+    assert "use `parallel: fsdp`, or stage 1 or 2" in " ".join(VERB.check(settings, known))

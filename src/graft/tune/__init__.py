@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from graft.adapters.facts import adapted_facts, adapter_names, folded_facts, is_adapted
+from graft.adapters.facts import adapted_facts, adapter_names, folded_facts, is_adapted, points_of
 from graft.adapters.foreign_tasks import is_tasked, names_of, with_tasks
 from graft.adapters.point import JOINING, Point
 from graft.adapters.table import LEGEND
@@ -104,7 +104,7 @@ class Tune(Verb[TuneSettings]):
             objective_for(start.architecture, settings.objective, start.config)
         except CannotCombine as error:
             return [str(error)]
-        if (settings.compile or settings.fold) and _mixes(settings):
+        if (settings.compile or settings.fold) and _mixes(settings, start):
             return [
                 "a mixture of experts has scalings that differ between tokens and reads each text twice: it does not "
                 "fold, and `compile` does not follow it; leave both out"
@@ -128,7 +128,7 @@ class Tune(Verb[TuneSettings]):
                 "AdaLoRA reads whole gradients between steps, which `fsdp` and `zero` spread: use `parallel: ddp`, or "
                 "the method lora"
             ]
-        by_zero = _not_by_zero(settings, parallel) if parallel.method == "zero" else []
+        by_zero = _not_by_zero(settings, parallel, start) if parallel.method == "zero" else []
         more = unspreadable(parallel, start.config, adapter=adapter, quantised=quantised)
         return [*by_zero, *more][:1]
 
@@ -265,28 +265,30 @@ def _too_long(settings: TuneSettings, start: Facts) -> list[str]:
     ]
 
 
-def _not_by_zero(settings: TuneSettings, parallel: Parallel) -> list[str]:
+def _not_by_zero(settings: TuneSettings, parallel: Parallel, start: Facts) -> list[str]:
     """What DeepSpeed cannot train."""
-    points = _chosen_points(*settings.method.items())
+    there = [parse(Point, point) for point in points_of(start)]
+    fresh = _chosen_points(*settings.method.items())
+    trained, running = there if "further" in settings.method else fresh, [*there, *fresh]
     found = []
     if len(settings.tasks) > 1 and any(task.head != "text" for task in settings.tasks.values()):
         found.append(
             "heads that a step does not reach stay as they are, but DeepSpeed would move them on by their momentum: "
             "use `parallel: fsdp`, or give all tasks `head: text`"
         )
-    if any(point.composition == "gated" or point.scale == "learned" for point in points):
+    if any(point.composition == "gated" or point.scale == "learned" for point in trained):
         found.append("DeepSpeed cannot spread single numbers, such as a learned gate or scale: use `parallel: fsdp`")
-    if _mixes(settings) and parallel.spread == 3:
+    if _mixes(settings, start) and parallel.spread == 3:
         found.append(
             "experts are read by the layers that they stand beside, not by themselves, as DeepSpeed would put their "
             "weights together in stage 3: use `parallel: fsdp`, or stage 1 or 2"
         )
-    if any(point.form == "tokens" for point in points) and parallel.spread == 3:
+    if any(point.form == "tokens" for point in running) and parallel.spread == 3:
         found.append(
             "learned tokens are read before DeepSpeed puts the weights together that it spreads in stage 3: use "
             "`parallel: fsdp`, or stage 1 or 2"
         )
-    if any(point.names_experts for point in points) and parallel.spread == 3:
+    if any(point.names_experts for point in running) and parallel.spread == 3:
         found.append(
             "adapters on fused experts look these up before DeepSpeed puts them together that it spreads in stage 3: "
             "use `parallel: fsdp`, or stage 1 or 2"
@@ -294,9 +296,10 @@ def _not_by_zero(settings: TuneSettings, parallel: Parallel) -> list[str]:
     return found
 
 
-def _mixes(settings: TuneSettings) -> bool:
-    """Whether a mixture of experts is trained."""
-    return "mixture" in settings.method or bool(experts_of(settings))
+def _mixes(settings: TuneSettings, start: Facts) -> bool:
+    """Whether a mixture of experts is trained, or runs below what is."""
+    there = any(point.get("form") == "mixture" for point in points_of(start))
+    return there or "mixture" in settings.method or bool(experts_of(settings))
 
 
 def _chosen_points(chosen: tuple[str, dict[str, Any]]) -> list[Point]:
