@@ -39,8 +39,9 @@ def speaks(folder: Path | str, text: str, *, device: str | None = None) -> Spoke
     kinds = (EnsembleForCausalLM, EnsembleOverBytes)
     if not isinstance(model, kinds) or model.config.combine not in HAVE_PARTS:
         raise RequestError(
-            f"{folder}: expected a mixture or a product of decoders ({', '.join(HAVE_PARTS)}), whose members have parts "
-            f"in a token, or adapters with a fusion, found {getattr(model.config, 'combine', type(model).__name__)}"
+            f"{folder}: expected a mixture or a product of decoders ({', '.join(HAVE_PARTS)}), whose members have "
+            "parts in a token, or adapters with a fusion, found "
+            f"{getattr(model.config, 'combine', type(model).__name__)}"
         )
     if isinstance(model, EnsembleOverBytes):
         return byte_show.speaks(model, text)
