@@ -13,7 +13,7 @@ from rich.console import Console
 from graft import report
 
 LORA = {"method": {"lora": {"rank": 8}}, "data": "mail", "budget": "40 steps", "length": 128}
-VALUES = {"base": 2.40, "four": 2.50, "back": 2.30, "plain": 2.28, "other": 2.20}
+VALUES = {"base": 2.40, "four": 2.50, "back": 2.30, "plain": 2.28, "other": 2.20, "hasty": 2.10}
 
 
 def packed_family(folder, values=VALUES, **row):
@@ -21,6 +21,8 @@ def packed_family(folder, values=VALUES, **row):
     fake.manifest(folder, "four", "quantize", ["base"], settings={"from": "base", "bits": 4})
     fake.manifest(folder, "whole", "quantize", ["four"], settings={"from": "four", "bits": 16})
     fake.manifest(folder, "back", "tune", ["four"], settings={"from": "four", "optimizer": "adamw_8bit", **LORA})
+    hasty = {"from": "base", "warmup": 0.5, **LORA}
+    fake.manifest(folder, "hasty", "tune", ["base"], settings=hasty)
     fake.manifest(folder, "plain", "tune", ["base"], settings={"from": "base", "optimizer": "adamw", **LORA})
     fake.manifest(folder, "other", "tune", ["base"], settings={"from": "base", **LORA, "budget": "9 steps"})
     pairs = [("base", "four"), ("back", "four"), ("base", "back"), ("plain", "back")]

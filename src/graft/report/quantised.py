@@ -126,8 +126,11 @@ def _tuned(run: Run, column: Column, model: Model, packed: str, base: str) -> Tu
     return Tuned(model.name, value, won, left, _gap(run, column, model.name, twin.name) if twin else None)
 
 
-SAME = ("data", "tasks", "mixing", "method", "objective", "length", "budget", "batch_size", "learning_rate")
-"""Settings by which two trainings are the same but for their base; how moments are kept may differ."""
+MAY_DIFFER = {
+    "from", "optimizer", "precision", "accumulate", "gradient_checkpointing", "compile", "parallel", "checkpoint_every",
+    "track", "fold",
+}  # fmt: skip
+"""Settings in which two trainings that are the same but for their base may differ: how and where numbers are held."""
 
 
 def _alike(model: Model, other: Model, packed: str, base: str) -> bool:
@@ -135,7 +138,7 @@ def _alike(model: Model, other: Model, packed: str, base: str) -> bool:
     if other.verb != "tune" or base not in other.parents or packed in other.parents or not other.made:
         return False
     ours, theirs = (each.manifest.get("settings") or {} for each in (model, other))
-    return all(ours.get(name) == theirs.get(name) for name in SAME)
+    return all(ours.get(name) == theirs.get(name) for name in (ours.keys() | theirs.keys()) - MAY_DIFFER)
 
 
 def _gap(run: Run, column: Column, model: str, other: str) -> Gap | None:
