@@ -53,6 +53,21 @@ def test_what_a_fusion_listens_to_is_shown_by_place_and_token(fused, tmp_path):
     assert (tmp_path / "page.html").read_text().count("<td") == found.shares.shape[0] * found.shares.shape[1]
 
 
+def test_adapters_that_are_not_at_a_place_are_not_listened_to_there(fused, tmp_path):
+    model = models.load(tmp_path / "base")
+    for name, on in (("both", ["attention", "feed_forward"]), ("first", ["attention"]), ("last", ["feed_forward"])):
+        adopt(model, [Point(form="bottleneck", on=on, insertion="after", size=2)], name, base=tmp_path / "base")
+    adopt(model, [Point(form="fusion", on=["adapters"])], "fusion")
+    models.save(model, models.load_tokenizer(fused), tmp_path / "parts")
+    found = graft.show(tmp_path / "parts", "words to listen")
+    assert (found.names, len(found.places)) == (("both", "first", "last"), 4)
+    for place, shares in zip(found.places, found.shares, strict=True):
+        gone = 2 if place.endswith("attention") else 1
+        assert not shares[:, gone].any()
+        assert shares.sum(-1) == pytest.approx(1)
+        assert shares[:, 0] == pytest.approx(0.5)
+
+
 def test_what_is_not_to_be_shown_of_adapters_is_told(fused, tmp_path):
     for text in ("", "words " * 5000):
         with pytest.raises(RequestError, match=r"expected a text of 1 to \d+ tokens to show"):

@@ -10,7 +10,7 @@ from graft.adapters import adapters_of, adopt, fold
 from graft.adapters.folding import remove
 from graft.adapters.mixture import Mixer
 from graft.adapters.second_cache import readings
-from graft.errors import RequestError, UnknownName
+from graft.errors import RequestError, SettingsError, UnknownName
 
 from .families import family, inputs, logits, moved
 from .test_space import point, points
@@ -192,6 +192,17 @@ def test_checkpointed_layers_of_which_a_mixture_was_taken_out_take_another_one()
         found.append(adapters_of(model).sites["mix"]["classifier"].layers[-1].weight.grad.clone())
     torch.testing.assert_close(*found)
     assert float(found[0].abs().max()) > 0
+
+
+@pytest.mark.parametrize("form", ["fusion", "mixture"])
+def test_what_is_put_together_stands_where_it_is_and_once(form):
+    for given, words in (
+        ({"layers": "0:1"}, "takes no `layers`"),
+        ({"dropout": 0.1}, "takes no `dropout`"),
+        ({"of": ["a", "b", "a"]}, f"every adapter of a {form} once, found a, b, a"),
+    ):
+        with pytest.raises(SettingsError, match=words):
+            point(form=form, on=["adapters"], **given)
 
 
 def test_a_mixture_is_not_fused():

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from graft import models
+from graft.adapters.composed import Fusion
 from graft.adapters.stack import adapters_of
 from graft.data.encode import encode_with_places
 from graft.errors import RequestError
@@ -25,7 +26,7 @@ COLOURS = ("#4c9be8", "#e8894c", "#4cc38a", "#c77ddb", "#d9c04a", "#e86a7c", "#6
 @dataclass(frozen=True)
 class Listened:
     """`shares [places, tokens, adapters]`: what a fusion gives each adapter at a place while the token is read; they
-    sum to one."""
+    sum to one, and are zero of adapters that are not there."""
 
     names: tuple[str, ...]
     places: tuple[str, ...]
@@ -75,7 +76,11 @@ def listens(folder: Path | str, text: str, *, device: str | None = None) -> List
         raise RequestError(f"expected a text of 1 to {reach - len(begin)} tokens to show, found {len(ids)}")
     with stack.watching() as seen:
         model(input_ids=torch.tensor([[*begin, *ids]], device=model.device))
-    shares = torch.stack([each[0, len(begin) :].float().cpu() for each in seen.values()])
+    sites = [site for name, _ in stack.active for site in stack.sites[name].values() if isinstance(site, Fusion)]
+    meeting = {site.place.path: [fusions[0].of.index(name) for name in site.names] for site in sites}
+    shares = torch.zeros(len(seen), len(ids), len(fusions[0].of))
+    for row, (place, each) in enumerate(seen.items()):  # not all of them meet everywhere
+        shares[row, :, meeting[place]] = each[0, len(begin) :].float().cpu()
     tokens = tuple(text[start:end] for start, end in places)
     return Listened(tuple(fusions[0].of), tuple(seen), tokens, shares.numpy())
 

@@ -212,6 +212,10 @@ class Point(Settings):
                 raise ValueError(f"the form {named} goes with `on: [{place}]`, found {self.form} on {self.on}")
         if self.of and self.form not in JOINING:
             raise ValueError(f"`of` names the adapters of a fusion or mixture, found it beside the form {self.form}")
+        if self.form in JOINING and (unread := self._beside({"form", "on", "of", "mixture"})):
+            raise ValueError(f"a {self.form} stands where its adapters do, and takes no `{unread[0]}`: leave it out")
+        if len(set(self.of)) < len(self.of):
+            raise ValueError(f"expected every adapter of a {self.form} once, found {', '.join(self.of)}")
         if self.mixture is not None and self.form != "mixture":
             raise ValueError(f"`mixture` goes with the form mixture, found it beside the form {self.form}")
         attention = {"attention", "cross_attention"}
@@ -229,6 +233,11 @@ class Point(Settings):
         if ahead:
             raise ValueError(f"fused experts take LoRA beside them, found {min(ahead)!r}: leave out `before`")
         return self
+
+    def _beside(self, read: set[str]) -> list[str]:
+        """Settings other than `read` that are not as they are where nothing is said."""
+        fields = type(self).model_fields
+        return [name for name in fields if name not in read and getattr(self, name) != fields[name].default]
 
     @property
     def names_experts(self) -> bool:
