@@ -64,8 +64,10 @@ def test_what_reads_both_ways_is_told_from_decoders(kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decoders_pass_and_stay_as_they_were(kind, dtype):
     model = made(kind).to(dtype).train()
+    frozen = next(model.children()).eval()
     check_one_way(model)
     assert model.training
+    assert not any(module.training for module in frozen.modules())
 
 
 def test_it_is_not_scored(folder):

@@ -26,14 +26,15 @@ def check_one_way(model: Any) -> None:
         return
     most = model.config.get_text_config().vocab_size
     rows = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device) % most
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     try:
         with torch.no_grad():  # what it keeps may be trained with later
             logits = model.eval()(input_ids=rows).logits.float()
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
         return
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
     apart = (logits[0] - logits[1]).abs().amax(-1)
     if apart[:-1].max() > max(TOLERANCE, 4 * torch.finfo(model.dtype).eps) * apart[-1]:
         raise RequestError(

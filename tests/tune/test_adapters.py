@@ -16,7 +16,7 @@ from graft.cli import app
 from graft.errors import RequestError, SettingsError
 from graft.facts import facts_of
 from graft.pretrain.architectures import Shape, build, config_for
-from graft.tune import VERB
+from graft.tune import VERB, counted
 from graft.verb import Facts
 
 from .test_full import ROWS, base, goes_on_with_the_same_bytes, run, tokenizer_and_ids  # noqa: F401  (a fixture)
@@ -167,6 +167,18 @@ def test_an_adapter_is_trained_further_and_another_is_put_on_top(tmp_path, base)
         assert before.read_bytes() != after.read_bytes()
         run(first / "top", first / "out", method=LORA)
         assert list(adapters_of(models.load(first / "top" / "out")).points) == ["m", "m-2"]
+
+
+def test_what_is_trained_on_adapters_that_are_there_is_counted_before(tmp_path, base):  # noqa: F811
+    for name in "ab":
+        run(tmp_path / name, base, method=LORA, budget="1 steps")
+    both = graft.adapt(tmp_path / "both", adapters=[str(tmp_path / name / "out") for name in "ab"])
+    config = json.dumps(dict(facts_of(both).config), sort_keys=True, default=str)
+    for how in ("further", "fusion", "mixture"):
+        settings = VERB.parse({"from": "base", "data": "d", "method": how})
+        found = run(tmp_path / how, both, method=how, budget="1 steps")
+        assert counted(json.dumps(settings.method, sort_keys=True), config) == found["trained_parameters"]
+        assert VERB.estimate(settings, {"base": facts_of(both)}).memory_bytes > 0
 
 
 def test_what_cannot_work_is_refused_before_training(tmp_path, base):  # noqa: F811

@@ -91,26 +91,62 @@ def unfusable(start: Facts, names: Sequence[str]) -> list[str]:
     from graft.adapters.composed import check_no_mixture
     from graft.adapters.stack import adopt
 
-    entry, model = start.config[ADAPTED], skeleton(start.config)
-    each = {name: [parse(Point, raw) for raw in held] for name, held in entry.get("adapters", {}).items()}
-    fused = names or [name for name, _ in entry.get("active", [])]
+    each = _own(start.config)
+    active = [name for name, _ in start.config[ADAPTED].get("active", [])]
     try:
-        check_no_mixture({name: each[name] for name in fused if name in each})
+        check_no_mixture({name: each[name] for name in names or active if name in each})
     except RequestError as error:
         return [str(error)]
     joined = any(point.form in JOINING for points in each.values() for point in points)
-    if model is None or "peft" in entry or not each or joined or not set(names) <= set(each):
+    if joined or not set(names) <= set(each):
         return []
     try:
-        for name, points in each.items():
-            stack = adopt(model, points, name)
-        stack.use([name for name, _ in entry["active"]])
-        adopt(model, [Point(form="fusion", on=["adapters"], of=list(names))], "fusion of them")
+        if (model := _with_own(start.config)) is not None:
+            adopt(model, [Point(form="fusion", on=["adapters"], of=list(names))], "fusion of them")
     except RequestError as error:
         return [str(error)]
     except (RuntimeError, NotImplementedError):
         return []
     return []
+
+
+def _own(config: Mapping[str, Any]) -> dict[str, list[Point]]:
+    """The points of each adapter that a model of this configuration has."""
+    entry = config.get(ADAPTED, {})
+    return {name: [parse(Point, raw) for raw in held] for name, held in entry.get("adapters", {}).items()}
+
+
+def _with_own(config: Mapping[str, Any]) -> Any:
+    """The skeleton of a model with its adapters, those active that are; None where it has none of graft's own, or the
+    model is not known here. Raises RequestError and RuntimeError where they cannot be put there without weights."""
+    from graft.adapters.stack import adopt
+
+    own, model = _own(config), skeleton(config)
+    if model is None or "peft" in config.get(ADAPTED, {}) or not own:
+        return None
+    for name, points in own.items():
+        stack = adopt(model, points, name)
+    stack.use([name for name, _ in config[ADAPTED]["active"]])
+    return model
+
+
+def trained_on_top(config: Mapping[str, Any], points: Sequence[Point] | None, names: Sequence[str]) -> int | None:
+    """Numbers that are trained where a model's adapters are: by these points beside them, or (None) those of its own
+    adapters `names`, all that are active if none are named. None where it cannot be tried."""
+    from graft.adapters.stack import adapters_of, adopt
+
+    try:
+        model = _with_own(config)
+        if model is None:
+            return None
+        if points is not None:
+            return adopt(model, points, "joined").count("joined")
+        stack = adapters_of(model)
+        assert stack is not None
+        mine = names or [name for name, _ in stack.active]
+        return sum(stack.count(one) for name in mine for one in (name, *stack.experts_trained_with(name)))
+    except (RequestError, RuntimeError, NotImplementedError):
+        return None
 
 
 def problems(

@@ -133,12 +133,13 @@ def _step(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -
     if sum(isinstance(a, Deferred) for a in arguments) != 1:
         return None
     taken: list[Any] = []
+    most = next(a for a in arguments if isinstance(a, Deferred)).dim()
     for argument in arguments:
         if isinstance(argument, Deferred):
             taken.append(_LOGITS)
         elif not isinstance(argument, torch.Tensor):
             taken.append(argument)
-        elif argument.requires_grad or argument.shape[:-1].numel() != 1:
+        elif argument.requires_grad or argument.shape[:-1].numel() != 1 or argument.dim() > most:
             return None
         else:
             taken.append(argument.reshape(argument.shape[-1:]))

@@ -110,7 +110,8 @@ def training_estimate(
     gradients = 0 if spread.offload else states.gradients
     beside = settings.accumulate > 1 or (spread.method == "zero" and spread.spread == 3)
     last = _last_block(parameters, settings, read, known, reads)
-    passing = gradients + activations if beside else max(gradients + last, activations) + _sent(spread)
+    passing = gradients + activations if beside else max(gradients + last, activations)
+    passing += _sent(spread) if spread.spread < 3 else 0
     whole = _whole(spread, parameters, known, frozen=trained is not None, packed=packed > 0)
     memory = PROCESS + kept + passing + whole
     seconds = None if tokens is None else 6 * parameters * tokens / cpu_flops()

@@ -339,10 +339,13 @@ def counted(said: str, configuration: str) -> int | None:
         from graft.adapters.foreign import tried
 
         return tried(config, options["config"])[1]
-    if name in JOINING or not hasattr(chosen, "points"):
-        return None
-    from graft.adapters.trial import trained
+    from graft.adapters.trial import trained, trained_on_top
 
+    if name in ("further", *JOINING):
+        points = chosen.points(chosen.Settings(**options)) if name in JOINING else None
+        return trained_on_top(config, points, options["adapters"])
+    if not hasattr(chosen, "points"):
+        return None
     return trained(config, chosen.points(chosen.Settings(**options)))
 
 
